@@ -1,0 +1,1 @@
+"""Experiments: values only."""

@@ -1,0 +1,33 @@
+"""An experiment: what the model, the data and the training are."""
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+
+import configs
+from data.config import DataConfig
+from model.config import ModelConfig
+from train.config import TrainConfig, TrainError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """The values of one experiment."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+
+
+def names() -> list[str]:
+    """The experiments in this folder."""
+    found = (module.name for module in pkgutil.iter_modules(configs.__path__))
+    return sorted(name for name in found if name != "base")
+
+
+def load(name: str) -> tuple[Experiment, str]:
+    """An experiment by name, and its description; raises TrainError for an unknown one."""
+    if name not in names():
+        raise TrainError(f"unknown config '{name}': choose one of {', '.join(names())}")
+    module = importlib.import_module(f"configs.{name}")
+    return module.get_config(), module.__doc__ or ""

@@ -1,0 +1,1 @@
+"""Transformer models: attention, masks, layers, architectures, decoding."""

@@ -1,0 +1,53 @@
+"""The closed set of logical axis names, on parameters and on activations.
+
+The model says what an axis means; `train/sharding.py` says which mesh axis it is split over. Flax
+replicates an unknown name silently, so a name outside this set is an error here.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+PARAMETER_AXES = (
+    "embed",  # D
+    "heads",  # N
+    "kv_heads",  # K
+    "head_dim",  # H
+    "mlp",  # F
+    "vocab",  # V
+    "position",  # rows of a learned position table
+    "norm",  # scale and bias of a norm: small, and wanted whole
+    "layers",  # L, added by the scan over blocks
+)
+ACTIVATION_AXES = (
+    "act_batch",
+    "act_length",
+    "act_embed",
+    "act_heads",
+    "act_kv_heads",
+    "act_head_dim",
+    "act_mlp",
+    "act_vocab",
+)
+AXES = frozenset(PARAMETER_AXES + ACTIVATION_AXES)
+
+
+def partitioned(init: Any, *names: str) -> Any:
+    """Wraps an initializer so that its parameter carries one axis name per dimension."""
+    _check(names)
+    return nn.with_logical_partitioning(init, names)
+
+
+def constrain(x: jax.Array, *names: str) -> jax.Array:
+    """Asks that `x` be sharded by its axis names; the identity where no rules are in force."""
+    _check(names)
+    if x.ndim != len(names):
+        raise ValueError(f"{len(names)} axis names {names} for an array of shape {x.shape}")
+    return nn.with_logical_constraint(x, names)  # type: ignore[reportPrivateImportUsage]
+
+
+def _check(names: tuple[str, ...]) -> None:
+    unknown = [name for name in names if name not in AXES]
+    if unknown:
+        raise ValueError(f"unknown axis names {unknown}; model/axes.py knows {sorted(AXES)}")

@@ -1,0 +1,38 @@
+"""Dropout whose randomness is a hash of position and key: one pass, the same on every mesh.
+
+jax.random on a CPU writes and reads the array many times for its bits; here they are computed where
+they are used. An element's fate depends on its coordinates only, so a core may draw it by tiles.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, UInt32
+
+
+def dropout(x: Float[Array, "..."], rate: float, key: jax.Array | None) -> Float[Array, "..."]:
+    """Zeroes a share `rate` of the elements and divides the others by 1 - rate."""
+    if rate == 0.0:
+        return x
+    if key is None:
+        raise ValueError(f"dropout at rate {rate} needs a key")
+    return jnp.where(keep(key, x.shape, rate), x / (1 - rate), 0)
+
+
+def keep(key: jax.Array, shape: tuple[int, ...], rate: float) -> Bool[Array, "..."]:
+    """True where an element of an array of this shape stays."""
+    index, stride = jnp.uint32(0), 1
+    for axis in reversed(range(len(shape))):
+        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= shape[axis]
+    first, second = jax.random.key_data(key)
+    return mix(mix(index ^ first) ^ second) >= jnp.uint32(round(rate * 2**32))
+
+
+def mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """A bijection of 32 bits in which each bit of the input flips half of the output.
+
+    The constants are `lowbias32` of Wellons' hash-prospector.
+    """
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)

@@ -1,0 +1,245 @@
+"""Who may look at whom: one value that every attention core obeys.
+
+An `AttentionMask` holds static facts and arrays of one entry per token, O(B * T) memory in all. Its
+meaning is the single predicate `tile`. Masks are combined with `&` only, so adding a mask can only
+take permissions away.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Int
+
+from model.config import ModelError
+
+Window = tuple[int | None, int | None]
+
+
+class MaskNotSupported(ModelError):
+    """An attention core cannot express a mask."""
+
+    def __init__(self, core: str, reason: str):
+        super().__init__(f"attention core '{core}' cannot express this mask: {reason}")
+
+
+@struct.dataclass
+class AttentionMask:
+    """The set of (query, key) pairs that attention may use; `AttentionMask()` allows all.
+
+    A pair is allowed when every fact that is present allows it:
+    - `causal`: the key stands at or before the query, or inside the prefix;
+    - `window = (left, right)`: at most so many positions away, self not counted, None for no
+      limit; waived where the query or the key is global;
+    - segments: both have the same id and it is not 0, the id of padding.
+    """
+
+    causal: bool = struct.field(pytree_node=False, default=False)
+    window: Window | None = struct.field(pytree_node=False, default=None)
+    prefix_len: Int[Array, " B"] | None = None
+    q_segment_ids: Int[Array, "B T"] | None = None
+    kv_segment_ids: Int[Array, "B S"] | None = None
+    q_global: Bool[Array, "B T"] | None = None
+    kv_global: Bool[Array, "B S"] | None = None
+    q_offset: Int[Array, ""] | Int[Array, " B"] | None = None
+    """Position of query row 0, for decoding with a cache; None: 0."""
+
+    def at(self, offset: jax.Array | int) -> "AttentionMask":
+        """The same mask for queries whose first row stands at position `offset` ([] or [B])."""
+        return self.replace(q_offset=jnp.asarray(offset))  # type: ignore[attr-defined]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every pair is allowed."""
+        return not self.causal and self.window is None and self.q_segment_ids is None
+
+    def tile(self, q_index: Int[Array, " t"], kv_index: Int[Array, " s"]) -> Bool[Array, "b t s"]:
+        """Which of these query rows may look at which of these keys; b is B, or 1 if all agree.
+
+        `q_index` counts rows of the query array (`q_offset` is added here), `kv_index` positions.
+        """
+        rows = q_index[None, :, None]
+        columns = kv_index[None, None, :]
+        positions = rows
+        if self.q_offset is not None:
+            positions = rows + jnp.reshape(self.q_offset, (-1, 1, 1))
+        allowed = jnp.ones((1, q_index.shape[0], kv_index.shape[0]), bool)
+        if self.causal:
+            past = columns <= positions
+            if self.prefix_len is not None:
+                past |= columns < self.prefix_len[:, None, None]
+            allowed &= past
+        if self.window is not None:
+            left, right = self.window
+            near = jnp.ones_like(allowed)
+            if left is not None:
+                near &= columns >= positions - left
+            if right is not None:
+                near &= columns <= positions + right
+            if self.q_global is not None:
+                near |= self.q_global[:, q_index, None]
+            if self.kv_global is not None:
+                near |= self.kv_global[:, None, kv_index]
+            allowed &= near
+        if self.q_segment_ids is not None and self.kv_segment_ids is not None:
+            queries = self.q_segment_ids[:, q_index, None]
+            keys = self.kv_segment_ids[:, None, kv_index]
+            allowed &= (queries == keys) & (keys != 0)
+        return allowed
+
+    def to_bool(self, q_length: int, kv_length: int) -> Bool[Array, "b T S"]:
+        """The whole mask as an array: for pictures, tests and dense attention.
+
+        Raises ValueError where the mask was made for other lengths.
+        """
+        for name, length in (("q", q_length), ("kv", kv_length)):
+            for array in (getattr(self, f"{name}_segment_ids"), getattr(self, f"{name}_global")):
+                # Indexing would repeat the last entry for those that are missing.
+                if array is not None and array.shape[1] != length:
+                    raise ValueError(
+                        f"the mask describes {array.shape[1]} {name} positions, there are {length}"
+                    )
+        return self.tile(jnp.arange(q_length), jnp.arange(kv_length))
+
+    def __and__(self, other: "AttentionMask") -> "AttentionMask":
+        """Pairs that both masks allow.
+
+        Raises ValueError where the result is not an AttentionMask: global tokens against another
+        window, and queries at two different positions.
+        """
+        return AttentionMask(
+            causal=self.causal or other.causal,
+            prefix_len=_both_prefixes(self, other),
+            q_offset=_both_offsets(self, other),
+            **_both_windows(self, other),
+            **_both_segments(self, other),
+        )
+
+
+def full() -> AttentionMask:
+    """Everyone looks at everyone."""
+    return AttentionMask()
+
+
+def causal() -> AttentionMask:
+    """Nobody looks at what comes later."""
+    return AttentionMask(causal=True)
+
+
+def prefix(lengths: Int[Array, " B"]) -> AttentionMask:
+    """Causal, but the first `lengths` positions are visible to all (arXiv:1910.10683 §3.1.1)."""
+    return AttentionMask(causal=True, prefix_len=_counts("prefix lengths", lengths))
+
+
+def padding(lengths: Int[Array, " B"], length: int) -> AttentionMask:
+    """Rows of `length` tokens of which the first `lengths` are real and the rest padding."""
+    lengths = _counts("padding lengths", lengths)
+    return packed((jnp.arange(length)[None] < lengths[:, None]).astype(jnp.int32))
+
+
+def packed(segment_ids: Int[Array, "B T"]) -> AttentionMask:
+    """Several documents in a row: a token looks at its own document only; id 0 is padding."""
+    return cross(segment_ids, segment_ids)
+
+
+def cross(q_segments: Int[Array, "B T"], kv_segments: Int[Array, "B S"]) -> AttentionMask:
+    """Queries and keys from two sequences: only equal segment ids meet; id 0 is padding."""
+    q_segments, kv_segments = jnp.asarray(q_segments), jnp.asarray(kv_segments)
+    if q_segments.ndim != 2 or kv_segments.ndim != 2:
+        raise ValueError(
+            f"segment ids must have shapes [B, T] and [B, S], not {q_segments.shape} and "
+            f"{kv_segments.shape}"
+        )
+    return AttentionMask(q_segment_ids=q_segments, kv_segment_ids=kv_segments)
+
+
+def sliding(left: int | None, right: int | None) -> AttentionMask:
+    """At most `left` positions back and `right` ahead, self not counted; None for no limit."""
+    for side in (left, right):
+        if side is not None and side < 0:
+            raise ValueError(f"a window side must be None or at least 0, not {side}")
+    return AttentionMask(window=(left, right))
+
+
+def longformer(window: int, is_global: Bool[Array, "B T"]) -> AttentionMask:
+    """`window` positions to each side; global tokens see and are seen by all (arXiv:2004.05150)."""
+    is_global = jnp.asarray(is_global, bool)
+    return sliding(window, window).replace(  # type: ignore[attr-defined]
+        q_global=is_global, kv_global=is_global
+    )
+
+
+def all_of(masks: Sequence[AttentionMask]) -> AttentionMask:
+    """The conjunction of several masks."""
+    result = full()
+    for mask in masks:
+        result = result & mask
+    return result
+
+
+def _counts(name: str, lengths: jax.Array) -> jax.Array:
+    lengths = jnp.asarray(lengths)
+    if lengths.ndim != 1 or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(
+            f"{name} must be integers of shape [B], not {lengths.dtype}{lengths.shape}"
+        )
+    return lengths
+
+
+def _both_prefixes(a: AttentionMask, b: AttentionMask) -> jax.Array | None:
+    if a.causal and b.causal:  # a strictly causal mask takes the other's prefix away
+        if a.prefix_len is None or b.prefix_len is None:
+            return None
+        return jnp.minimum(a.prefix_len, b.prefix_len)
+    return a.prefix_len if a.causal else b.prefix_len
+
+
+def _both_windows(a: AttentionMask, b: AttentionMask) -> dict:
+    if a.window is None or b.window is None:
+        source = b if a.window is None else a
+        return {
+            "window": source.window,
+            "q_global": source.q_global,
+            "kv_global": source.kv_global,
+        }
+    window = tuple(
+        min((s for s in sides if s is not None), default=None)
+        for sides in zip(a.window, b.window, strict=True)
+    )
+    for mask, other in ((a, b), (b, a)):
+        # (near | global) & smaller window = smaller window; otherwise it needs two windows.
+        if mask.q_global is not None and (other.q_global is not None or window != other.window):
+            raise ValueError(
+                f"cannot combine windows {a.window} and {b.window} when one has global tokens: "
+                "combine the windows first, then add the global tokens"
+            )
+    return {"window": window}
+
+
+def _both_segments(a: AttentionMask, b: AttentionMask) -> dict:
+    if a.q_segment_ids is None or b.q_segment_ids is None:
+        source = b if a.q_segment_ids is None else a
+        return {"q_segment_ids": source.q_segment_ids, "kv_segment_ids": source.kv_segment_ids}
+    assert a.kv_segment_ids is not None and b.kv_segment_ids is not None
+    # One id for each pair of ids: they are equal where both are, and 0 where either is.
+    stride = 1 + jnp.maximum(jnp.max(b.q_segment_ids), jnp.max(b.kv_segment_ids))
+
+    def pair(first: jax.Array, second: jax.Array) -> jax.Array:
+        return jnp.where((first == 0) | (second == 0), 0, first * stride + second)
+
+    return {
+        "q_segment_ids": pair(a.q_segment_ids, b.q_segment_ids),
+        "kv_segment_ids": pair(a.kv_segment_ids, b.kv_segment_ids),
+    }
+
+
+def _both_offsets(a: AttentionMask, b: AttentionMask) -> jax.Array | None:
+    if a.q_offset is b.q_offset:
+        return a.q_offset
+    for mask, other in ((a, b), (b, a)):
+        # One offset holds for the whole result, and must not move what stands elsewhere.
+        placed = other.q_offset is not None or other.causal or other.window is not None
+        if mask.q_offset is not None and placed:
+            raise ValueError("cannot combine masks of queries at two positions: .at() the result")
+    return b.q_offset if a.q_offset is None else a.q_offset

@@ -1,0 +1,204 @@
+"""Dense attention against loops in float64, where every other core will be held against dense."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model import masks
+from model.attention import ATTENTION, choose
+from model.attention.dense import dense
+from model.dropout import dropout, keep
+
+B, T, S, N, K, H = 2, 5, 7, 6, 3, 11
+
+SEGMENTS = (
+    jnp.array([[1, 1, 2, 2, 3], [0, 1, 1, 1, 1]]),  # 3 meets nobody, 0 is padding
+    jnp.array([[1, 1, 1, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 0]]),
+)
+MASKS = {
+    "full": masks.full(),
+    "causal": masks.causal(),
+    "causal at each row's offset": masks.causal().at(jnp.array([1, 2])),
+    "prefix and window": masks.prefix(jnp.array([2, 4])) & masks.sliding(1, 3),
+    "segments with empty rows": masks.cross(*SEGMENTS),
+}
+
+
+def naive(q, k, v, allowed, bias) -> np.ndarray:
+    """One query, one head, one key at a time."""
+    out = np.zeros(q.shape)
+    for b, t, n in np.ndindex(*q.shape[:3]):
+        head = n // (q.shape[2] // k.shape[2])
+        seen = [s for s in range(k.shape[1]) if allowed[b, t, s]]
+        scores = [
+            sum(q[b, t, n] * k[b, s, head]) / math.sqrt(q.shape[3]) + bias[b, n, t, s] for s in seen
+        ]
+        total = sum(math.exp(score) for score in scores)
+        for s, score in zip(seen, scores, strict=True):
+            out[b, t, n] += math.exp(score) / total * v[b, s, head]
+    return out
+
+
+def inputs(seed: int = 0) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(seed)
+    shapes = (B, T, N, H), (B, S, K, H), (B, S, K, H), (B, N, T, S)
+    return tuple(rng.normal(size=shape) for shape in shapes)
+
+
+def as_array(mask: masks.AttentionMask) -> np.ndarray:
+    return np.broadcast_to(mask.to_bool(T, S), (B, T, S))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_values_and_gradients(name: str):
+    mask, allowed = MASKS[name], as_array(MASKS[name])
+    arrays = inputs()
+    out, pull = jax.vjp(
+        lambda q, k, v, bias: dense(q, k, v, mask, bias=bias), *map(jnp.float32, arrays)
+    )
+    np.testing.assert_allclose(out, naive(*arrays[:3], allowed, arrays[3]), atol=2e-6)
+
+    # Gradients of <g, out> along random directions, by central differences in float64.
+    g = np.random.default_rng(1).normal(size=out.shape)
+    gradients = pull(jnp.float32(g))
+    directions = inputs(seed=2)
+    for i, (gradient, direction) in enumerate(zip(gradients, directions, strict=True)):
+        ends = []
+        for sign in (1, -1):
+            moved = list(arrays)
+            moved[i] = arrays[i] + sign * 1e-5 * direction
+            ends.append(np.sum(g * naive(*moved[:3], allowed, moved[3])))
+        expected = (ends[0] - ends[1]) / 2e-5
+        np.testing.assert_allclose(np.sum(gradient * direction), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_query_that_sees_nothing_gives_zero_and_gets_zero(dtype):
+    q, k, v, _ = (jnp.asarray(x, dtype) for x in inputs())
+    mask = MASKS["segments with empty rows"]
+    empty = ~as_array(mask).any(-1)
+    unseen = ~as_array(mask).any(1)
+    assert empty.sum() == 2
+    assert unseen.sum() == 3
+    out, pull = jax.vjp(lambda q, k, v: dense(q, k, v, mask), q, k, v)
+    dq, dk, dv = pull(jnp.ones_like(out) * 3)
+    for x in (out, dq, dk, dv):
+        assert x.dtype == dtype
+        assert np.isfinite(np.float32(x)).all()
+    assert not np.asarray(out[empty]).any()
+    assert not np.asarray(dq[empty]).any()
+    assert not np.asarray(dk[unseen]).any()
+    assert not np.asarray(dv[unseen]).any()
+    assert np.asarray(out[~empty]).all()
+    # The same when not a single pair is left.
+    nothing = masks.cross(jnp.zeros((B, T), jnp.int32), SEGMENTS[1])
+    out, pull = jax.vjp(lambda q, k, v: dense(q, k, v, nothing), q, k, v)
+    assert not any(np.asarray(x).any() for x in (out, *pull(jnp.ones_like(out))))
+
+
+def test_a_masked_key_cannot_be_learned_around():
+    q, k, v, bias = map(jnp.float32, inputs())
+    mask = masks.causal() & masks.cross(jnp.ones((B, T), jnp.int32), SEGMENTS[1])
+    allowed = as_array(mask)
+    out = dense(q, k, v, mask, bias=bias)
+    tempting = jnp.where(allowed[:, None], bias, 1e30)
+    np.testing.assert_array_equal(dense(q, k, v, mask, bias=tempting), out)
+    unseen = jnp.array(~allowed.any(1))[:, :, None, None]
+    k, v = jnp.where(unseen, 1e15 * k, k), jnp.where(unseen, 1e15, v)
+    np.testing.assert_array_equal(dense(q, k, v, mask, bias=bias), out)
+    # Neither by a penalty on everything that is allowed.
+    sunk = jnp.where(allowed[:, None], bias - 1e6, 0)
+    np.testing.assert_allclose(dense(q, k, v, mask, bias=sunk), out, atol=0.3)
+
+
+@pytest.mark.parametrize("name", ["full", "causal"])
+def test_huge_scores_do_not_overflow(name: str):
+    q, k, v, _ = map(jnp.float32, inputs())
+    out, pull = jax.vjp(lambda q, k: dense(1e9 * q, 1e9 * k, v, MASKS[name]), q, k)
+    scores = np.einsum("btngh,bsnh->btngs", q.reshape(B, T, K, N // K, H), k)
+    scores = np.where(as_array(MASKS[name])[:, :, None, None], scores, -np.inf)
+    winner = np.argmax(scores, -1)  # softmax has become the maximum
+    expected = np.asarray(v)[np.arange(B)[:, None, None, None], winner, np.arange(K)[:, None]]
+    np.testing.assert_array_equal(out, expected.reshape(out.shape))
+    assert all(np.isfinite(x).all() for x in pull(out))
+
+
+def test_bfloat16_computes_its_softmax_in_float32():
+    # Scores near 30: rounded to bfloat16 they are off by up to 0.06, and so are the weights.
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(3 * rng.normal(size=(1, n, 1, 16)), jnp.bfloat16) for n in (3, S, S))
+    for mask in (masks.full(), masks.sliding(1, 2)):
+        out = dense(q, k, v, mask)
+        assert out.dtype == jnp.bfloat16
+        allowed = np.broadcast_to(mask.to_bool(3, S), (1, 3, S))
+        expected = naive(*(np.float64(x) for x in (q, k, v)), allowed, np.zeros((1, 1, 3, S)))
+        np.testing.assert_allclose(np.float64(out), expected, atol=0.03)
+
+
+def test_dropout_of_weights():
+    q, k, v, _ = map(jnp.float32, inputs())
+    attend = partial(dense, q, k, v, masks.causal())
+    key = jax.random.key(0)
+    np.testing.assert_array_equal(attend(dropout_rate=0.0, dropout_key=key), attend())
+    with pytest.raises(ValueError, match=r"rate 0\.3 needs a key"):
+        attend(dropout_rate=0.3)
+    keys = jax.random.split(key, 2000)
+    samples = jax.vmap(lambda key: attend(dropout_rate=0.3, dropout_key=key))(keys)
+    error = samples.std(0) / math.sqrt(len(keys))
+    assert (jnp.abs(samples.mean(0) - attend()) < 5 * error).all()
+    # The first query sees one key: it is dropped, or it is scaled up.
+    assert set(np.unique(np.round(samples[:, :, 0] / attend()[:, 0], 3))) == {
+        0.0,
+        np.float32(1.429),
+    }
+
+
+def test_kept_elements_are_independent_of_key_and_place():
+    rate, shape = 0.3, (31, 37, 41)
+    # Keys that share a word, or the sum of both.
+    keys = [jax.random.wrap_key_data(jnp.array(x, jnp.uint32)) for x in ((0, 1), (1, 1), (1, 0))]
+    kept = [np.asarray(keep(key, shape, rate), float) - (1 - rate) for key in keys]
+    variance = rate * (1 - rate)
+    noise = 5 / math.sqrt(kept[0].size)
+    for x in kept:
+        assert abs(x.mean()) < noise
+        for axis in range(3):  # neighbours share nothing
+            along = np.moveaxis(x, axis, 0)
+            assert abs((along[1:] * along[:-1]).mean()) / variance < noise
+            assert abs(x.mean(axis)).max() < 6 * math.sqrt(variance / shape[axis])
+    assert abs((kept[0] * kept[1]).mean()) / variance < noise
+    assert abs((kept[1] * kept[2]).mean()) / variance < noise
+    assert abs((kept[2] * kept[0]).mean()) / variance < noise
+    np.testing.assert_array_equal(keep(keys[2], shape, rate), kept[2] > 0)
+    x = jnp.full(shape, 2.0)
+    np.testing.assert_allclose(
+        dropout(x, rate, keys[0]), np.where(kept[0] > 0, 2 / 0.7, 0), rtol=1e-6
+    )
+
+
+def test_shapes_that_do_not_fit_are_refused(unchecked):
+    q, k, v, _ = map(jnp.float32, inputs())
+    wrong = (
+        (q[:, :, :5], k, v),  # 5 query heads for 3
+        (q, k[:, :-1], v),
+        (q[:1], k, v),
+        (q[..., :-1], k, v),
+        (q, k[:, :, :2], v),
+    )
+    for arrays in wrong:
+        with pytest.raises(ValueError, match="shapes do not fit"):
+            dense(*arrays, masks.full())
+    with pytest.raises(ValueError, match="describes 5 kv positions, there are 7"):
+        dense(q, k, v, masks.packed(SEGMENTS[0]))
+
+
+def test_choice_of_a_core():
+    for platform in ("cpu", "gpu", "tpu"):
+        name, reason = choose("auto", platform)
+        assert name in ATTENTION
+        assert platform in reason
+    assert choose("dense", "cpu") == ("dense", "chosen by model.attention.core")

@@ -1,0 +1,54 @@
+"""Axis names: unknown ones and wrong counts are errors, and parameters carry the right ones."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny import HEAD_DIM, HEADS, INNER, KV_HEADS, LAYERS, WIDTH, B, S, T, V, tiny
+
+from model.axes import AXES, constrain, partitioned
+from model.transformer import build
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match=r"\['embd'\]"):
+        partitioned(nn.initializers.ones, "embd", "mlp")
+    with pytest.raises(ValueError, match=r"\['act_lenght'\]"):
+        constrain(jnp.zeros((3, 5)), "act_batch", "act_lenght")
+
+
+def test_one_name_per_dimension():
+    x = jnp.zeros((3, 5, 7))
+    with pytest.raises(ValueError, match=r"2 axis names .* \(3, 5, 7\)"):
+        constrain(x, "act_batch", "act_length")
+    assert constrain(x, "act_batch", "act_length", "act_embed").shape == x.shape
+
+
+def test_each_parameter_axis_has_the_size_that_its_name_says():
+    sizes = {
+        "embed": WIDTH,
+        "heads": HEADS,
+        "kv_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "mlp": INNER,
+        "vocab": V,
+        "position": 17,
+        "norm": WIDTH,
+        "layers": LAYERS,
+    }
+    assert sizes.keys() == {name for name in AXES if not name.startswith("act_")}
+    config = tiny(
+        tie_embeddings=False,
+        positions_kind="learned",
+        positions_max_length=17,
+        feed_forward_activation="swiglu",
+    )
+    arrays = (jnp.zeros((B, T), jnp.int32), jnp.zeros((B, S), jnp.int32))
+    params = jax.eval_shape(build(config).init, jax.random.key(0), *arrays)["params"]
+    boxes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    seen = set()
+    for box in boxes:
+        assert isinstance(box, nn.Partitioned)
+        assert box.value.shape == tuple(sizes[str(name)] for name in box.names)
+        seen.update(box.names)
+    assert seen == sizes.keys()

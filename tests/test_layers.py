@@ -1,0 +1,199 @@
+"""The parts of a block against numpy in float64."""
+
+import math
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import HEAD_DIM, HEADS, INNER, KV_HEADS, WIDTH, B, S, T, V, tiny
+
+from model import masks
+from model.layers import (
+    Dropout,
+    Embedding,
+    FeedForward,
+    KVCache,
+    Linear,
+    MultiHeadAttention,
+    Norm,
+    matmul,
+)
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def params_of(module: nn.Module, *args, **kwargs) -> dict:
+    """Parameters without their axis names, each drawn at random, so that none is 0 or 1."""
+    init = partial(module.init, **kwargs)
+    params = nn.unbox(jax.eval_shape(init, jax.random.key(0), *args))["params"]
+    leaves, tree = jax.tree.flatten(params)
+    leaves = [jnp.float32(random(*x.shape, seed=i)) for i, x in enumerate(leaves)]
+    return jax.tree.unflatten(tree, leaves)
+
+
+def apply(module: nn.Module, params: dict, *args, **kwargs):
+    return module.apply({"params": params}, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"),
+    [
+        ({"embed": 101}, {"heads": 7, "head_dim": 13}),
+        ({"heads": 7, "head_dim": 13}, {"embed": 101}),
+        ({"embed": 101}, {"mlp": 211}),
+    ],
+)
+def test_linear_starts_within_the_glorot_bound_of_its_true_fans(inputs, outputs):
+    x = jnp.float32(random(3, 5, *inputs.values()))
+    module = Linear(inputs, outputs, use_bias=True, dtype="float32")
+    params = nn.unbox(module.init(jax.random.key(0), x))["params"]
+    fan_in, fan_out = math.prod(inputs.values()), math.prod(outputs.values())
+    # Uniform in +-sqrt(6 / (fan_in + fan_out)): Glorot and Bengio 2010, eq. 16.
+    bound = math.sqrt(6 / (fan_in + fan_out))
+    kernel = np.asarray(params["kernel"])
+    assert 0.99 * bound < np.abs(kernel).max() <= bound
+    assert kernel.std() == pytest.approx(bound / math.sqrt(3), rel=0.03)
+    assert not np.asarray(params["bias"]).any()
+    params["bias"] = jnp.float32(random(*outputs.values()))
+    expected = np.tensordot(x, kernel, len(inputs)) + params["bias"]
+    np.testing.assert_allclose(apply(module, params, x), expected, atol=1e-4)
+
+
+def test_matmul_has_the_gradients_of_a_dot_product():
+    x, kernel = jnp.float32(random(3, 5, 7)), jnp.float32(random(7, 11))
+    g = jnp.float32(random(3, 5, 11, seed=1))
+    out, pull = jax.vjp(matmul, x, kernel)
+    expected, expected_pull = jax.vjp(jnp.dot, x, kernel)
+    np.testing.assert_allclose(out, expected, rtol=1e-5)
+    for ours, theirs in zip(pull(g), expected_pull(g), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_norm(kind: str, dtype):
+    # A large mean makes bfloat16 statistics useless: only float32 ones give the right answer.
+    x = jnp.asarray(random(B, T, WIDTH) + 30, dtype)
+    module = Norm(tiny(norm_kind=kind, norm_epsilon=0.1))
+    params = params_of(module, x)
+    y = np.float64(x)
+    if kind == "layernorm":
+        y = y - y.mean(-1, keepdims=True)
+    y = y / np.sqrt((y**2).mean(-1, keepdims=True) + 0.1) * params["scale"]
+    y = y + params.get("bias", 0.0)
+    out = apply(module, params, x)
+    assert out.dtype == dtype
+    assert params.keys() == ({"scale", "bias"} if kind == "layernorm" else {"scale"})
+    np.testing.assert_allclose(
+        np.float64(out), y, rtol=1e-5 if dtype == jnp.float32 else 8e-3, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
+def test_feed_forward(activation: str):
+    x = random(B, T, WIDTH)
+    module = FeedForward(tiny(feed_forward_activation=activation))
+    params = params_of(module, jnp.float32(x))
+
+    def linear(name, x):
+        return x @ np.float64(params[name]["kernel"]) + np.float64(params[name]["bias"])
+
+    h = linear("up", x)
+    if activation == "relu":
+        h = np.maximum(h, 0)
+    elif activation == "gelu":  # arXiv:1606.08415 §2, the tanh approximation
+        h = 0.5 * h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+    else:  # arXiv:2002.05202 eq. 6: (Swish(x W) * x V) W2
+        gate = linear("gate", x)
+        h = h * gate / (1 + np.exp(-gate))
+    assert params["up"]["kernel"].shape == (WIDTH, INNER)
+    np.testing.assert_allclose(
+        apply(module, params, jnp.float32(x)), linear("down", h), rtol=1e-5, atol=1e-4
+    )
+
+
+def test_dropout_in_training_only():
+    x = jnp.ones((31, 37, 41))
+    module = Dropout(0.25)
+    key = {"dropout": jax.random.key(0)}
+    np.testing.assert_array_equal(module.apply({}, x, True, rngs=key), x)
+    np.testing.assert_array_equal(Dropout(0.0).apply({}, x, False), x)
+    y = np.asarray(module.apply({}, x, False, rngs=key))
+    assert set(np.unique(y)) == {0.0, np.float32(1 / 0.75)}
+    assert (y == 0).mean() == pytest.approx(0.25, abs=5 * math.sqrt(0.25 * 0.75 / y.size))
+
+
+def test_attention_shares_each_key_head_among_consecutive_query_heads():
+    x, context = jnp.float32(random(B, T, WIDTH)), jnp.float32(random(B, S, WIDTH, seed=1))
+    grouped = MultiHeadAttention(tiny(), is_cross=True)
+    params = params_of(grouped, x, context, masks.causal())
+    assert params["query"]["kernel"].shape == (WIDTH, HEADS, HEAD_DIM)
+    assert params["key"]["kernel"].shape == (WIDTH, KV_HEADS, HEAD_DIM)
+    repeated = dict(params)
+    for name in ("key", "value"):
+        repeated[name] = {
+            "kernel": jnp.repeat(params[name]["kernel"], HEADS // KV_HEADS, axis=1),
+            "bias": jnp.repeat(params[name]["bias"], HEADS // KV_HEADS, axis=0),
+        }
+    whole = MultiHeadAttention(tiny(attention_kv_heads=None), is_cross=True)
+    out, _ = apply(grouped, params, x, context, masks.causal())
+    expected, _ = apply(whole, repeated, x, context, masks.causal())
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_a_cache_gives_what_the_whole_sequence_gives(per_row: bool):
+    x = jnp.float32(random(B, T, WIDTH))
+    module = MultiHeadAttention(tiny())
+    params = params_of(module, x, None, masks.causal())
+    expected, _ = apply(module, params, x, None, masks.causal())
+    cache = KVCache.zeros(tiny(), B, S)  # longer than needed: what lies behind is not seen
+    cache = jax.tree.map(lambda x: x + 1e3, cache)
+    for start, stop in ((0, 2), (2, 3), (3, 5)):
+        offset = jnp.full(B, start) if per_row else jnp.int32(start)
+        mask = masks.causal().at(offset)
+        out, cache = apply(module, params, x[:, start:stop], None, mask, cache=cache)
+        np.testing.assert_allclose(out, expected[:, start:stop], rtol=1e-4, atol=1e-5)
+
+
+def test_cache_rows_at_their_own_positions():
+    cache = KVCache.zeros(tiny(), B, S)
+    new = jnp.float32(random(B, 2, KV_HEADS, HEAD_DIM))
+    starts = [0, 5, 3]
+    written = cache.write(new, 2 * new, jnp.array(starts))
+    expected = np.zeros(cache.k.shape)
+    for b, start in enumerate(starts):
+        expected[b, start : start + 2] = new[b]
+    np.testing.assert_allclose(written.k, expected, rtol=1e-6)
+    np.testing.assert_allclose(written.v, 2 * expected, rtol=1e-6)
+
+
+def test_attention_says_what_it_lacks():
+    x = jnp.float32(random(B, T, WIDTH))
+    cross = MultiHeadAttention(tiny(), is_cross=True)
+    with pytest.raises(ValueError, match="needs a context"):
+        apply(cross, params_of(cross, x, x, masks.full()), x, None, masks.full())
+    module = MultiHeadAttention(tiny())
+    params = params_of(module, x, None, masks.causal())
+    with pytest.raises(ValueError, match=r"\.at\(t\)"):
+        apply(module, params, x, None, masks.causal(), cache=KVCache.zeros(tiny(), B, S))
+
+
+@pytest.mark.parametrize("scale", [False, True])
+def test_embedding_and_its_logits(scale: bool):
+    tokens = jnp.array([[1, 10, 3]])
+    module = Embedding(tiny(scale_embeddings=scale))
+    params = params_of(module, tokens)
+    table = np.float64(params["table"])
+    assert table.shape == (V, WIDTH)
+    factor = math.sqrt(WIDTH) if scale else 1.0
+    expected = table[[1, 10, 3]] * factor
+    np.testing.assert_allclose(apply(module, params, tokens)[0], expected, rtol=1e-6)
+    x = random(1, 3, WIDTH)
+    logits = apply(module, params, jnp.float32(x), method="logits")
+    np.testing.assert_allclose(logits, x @ table.T, atol=1e-5)

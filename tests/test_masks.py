@@ -1,0 +1,199 @@
+"""Masks against a predicate written as loops over single pairs."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from model import masks
+from model.masks import AttentionMask
+
+B, T, S = 3, 5, 7
+
+# What a mask says, as plain values: the naive side reads these, the builders get the same.
+Facts = dict[str, Any]
+
+
+def naive(facts: Facts, b: int, i: int, j: int) -> bool:
+    """Whether query row i of batch row b may look at key j."""
+    offset = facts.get("offset", [0] * B)[b]
+    p = i + offset
+    if facts.get("causal") and j > p:
+        return False
+    if "prefix" in facts and j > p and j >= facts["prefix"][b]:
+        return False
+    if "window" in facts:
+        left, right = facts["window"]
+        is_global = facts.get("global", [[False] * 99] * B)[b]
+        near = (left is None or p - j <= left) and (right is None or j - p <= right)
+        if not (near or is_global[i] or is_global[j]):
+            return False
+    if "segments" in facts:
+        own, theirs = facts["segments"]
+        if own[b][i] == 0 or own[b][i] != theirs[b][j]:
+            return False
+    return True
+
+
+def naive_array(facts: Facts, q_length: int = T, kv_length: int = S) -> np.ndarray:
+    return np.array(
+        [
+            [[naive(facts, b, i, j) for j in range(kv_length)] for i in range(q_length)]
+            for b in range(B)
+        ]
+    )
+
+
+def build(facts: Facts) -> AttentionMask:
+    parts = []
+    if facts.get("causal"):
+        parts.append(masks.causal())
+    if "prefix" in facts:
+        parts.append(masks.prefix(jnp.array(facts["prefix"])))
+    if "window" in facts:
+        parts.append(masks.sliding(*facts["window"]))
+    if "segments" in facts:
+        parts.append(masks.cross(*(jnp.array(ids) for ids in facts["segments"])))
+    mask = masks.all_of(parts)
+    if "offset" in facts:
+        offsets = facts["offset"]
+        same = len(set(offsets)) == 1
+        mask = mask.at(offsets[0] if same else jnp.array(offsets))
+    return mask
+
+
+def as_array(mask: AttentionMask, q_length: int = T, kv_length: int = S) -> np.ndarray:
+    return np.broadcast_to(mask.to_bool(q_length, kv_length), (B, q_length, kv_length))
+
+
+sides = st.none() | st.integers(0, S)
+ids = st.integers(0, 3)
+rows = lambda n: st.lists(st.lists(ids, min_size=n, max_size=n), min_size=B, max_size=B)  # noqa: E731
+facts_without_offset = st.fixed_dictionaries(
+    {},
+    optional={
+        "causal": st.just(True),
+        "prefix": st.lists(st.integers(0, S + 1), min_size=B, max_size=B),
+        "window": st.tuples(sides, sides),
+        "segments": st.tuples(rows(T), rows(S)),
+    },
+)
+some_offset = st.integers(0, 3).map(lambda n: [n] * B) | st.lists(
+    st.integers(0, 3), min_size=B, max_size=B
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(facts=facts_without_offset, offset=st.none() | some_offset, data=st.data())
+def test_a_mask_says_what_its_builders_say_and_tiles_are_its_parts(facts, offset, data):
+    if offset is not None:
+        facts["offset"] = offset
+    mask, expected = build(facts), naive_array(facts)
+    np.testing.assert_array_equal(as_array(mask), expected)
+    q_index = np.array(data.draw(st.lists(st.integers(0, T - 1), min_size=2, max_size=2)))
+    kv_index = np.array(data.draw(st.lists(st.integers(0, S - 1), min_size=3, max_size=3)))
+    tile = mask.tile(jnp.array(q_index), jnp.array(kv_index))
+    part = expected[:, q_index][:, :, kv_index]
+    np.testing.assert_array_equal(np.broadcast_to(tile, part.shape), part)
+
+
+@settings(max_examples=50, deadline=None)
+@given(first=facts_without_offset, second=facts_without_offset)
+@example(first={"prefix": [0, 3, 5]}, second={"prefix": [2, 1, 7]})
+def test_and_allows_what_both_allow(first, second):
+    a, b = build(first), build(second)
+    expected = naive_array(first) & naive_array(second)
+    np.testing.assert_array_equal(as_array(a & b), expected)
+    np.testing.assert_array_equal(as_array(b & a), expected)
+
+
+def test_builders():
+    lengths = [0, 3, 7]
+    segments = [[1, 1, 2, 2, 2, 0, 0], [1, 2, 3, 3, 0, 0, 0], [5, 5, 5, 5, 5, 5, 9]]
+    is_global = [[j in (0, b) for j in range(S)] for b in range(B)]
+    real = [[int(j < n) for j in range(S)] for n in lengths]
+    cases = [
+        (masks.full(), {}),
+        (masks.causal(), {"causal": True}),
+        (masks.prefix(jnp.array(lengths)), {"prefix": lengths}),
+        (masks.padding(jnp.array(lengths), S), {"segments": (real, real)}),
+        (masks.packed(jnp.array(segments)), {"segments": (segments, segments)}),
+        (masks.sliding(2, None), {"window": (2, None)}),
+        (masks.sliding(0, 1), {"window": (0, 1)}),
+        (masks.longformer(1, jnp.array(is_global)), {"window": (1, 1), "global": is_global}),
+    ]
+    for mask, facts in cases:
+        np.testing.assert_array_equal(as_array(mask, S, S), naive_array(facts, S, S))
+        assert mask.is_full == (facts == {})
+
+
+def test_global_tokens_combine_with_everything_but_another_window():
+    is_global = np.array([[True] + [False] * (S - 1)] * B)
+    wide = masks.longformer(2, jnp.array(is_global))
+    facts = {"window": (2, 2), "global": is_global}
+    segments = [[1, 1, 1, 2, 2, 2, 0]] * B
+    for other, extra in (
+        (masks.causal(), {"causal": True}),
+        (masks.packed(jnp.array(segments)), {"segments": (segments, segments)}),
+        (masks.sliding(1, 2), {"window": (1, 2), "global": np.zeros_like(is_global)}),
+    ):
+        expected = naive_array(facts, S, S) & naive_array(extra, S, S)
+        np.testing.assert_array_equal(as_array(wide & other, S, S), expected)
+        np.testing.assert_array_equal(as_array(other & wide, S, S), expected)
+    for other in (masks.sliding(3, 0), masks.longformer(1, jnp.array(is_global))):
+        for pair in ((wide, other), (other, wide)):
+            with pytest.raises(ValueError, match="global tokens"):
+                pair[0] & pair[1]
+
+
+def test_an_offset_moves_no_mask_that_was_built_without_it():
+    offset = jnp.array(2)
+    segments = jnp.ones((B, T), jnp.int32)
+    for other in (masks.sliding(1, 0), masks.causal().at(3)):
+        for pair in ((masks.causal().at(offset), other), (other, masks.causal().at(offset))):
+            with pytest.raises(ValueError, match="two positions"):
+                pair[0] & pair[1]
+    # These two are about the same queries, and segments stand nowhere.
+    both = masks.causal().at(offset) & masks.sliding(1, 0).at(offset)
+    both = both & masks.cross(segments, jnp.ones((B, S), jnp.int32))
+    facts = {"causal": True, "window": (1, 0), "offset": [2] * B}
+    np.testing.assert_array_equal(as_array(both), naive_array(facts))
+
+
+def test_bad_shapes_are_refused(unchecked):
+    ids = jnp.ones((B, T), jnp.int32)
+    with pytest.raises(ValueError, match=r"\[B\], not float32"):
+        masks.prefix(jnp.ones(B))
+    with pytest.raises(ValueError, match="prefix lengths"):
+        masks.prefix(jnp.ones((B, 1), jnp.int32))
+    with pytest.raises(ValueError, match="padding lengths"):
+        masks.padding(jnp.int32(3), T)
+    with pytest.raises(ValueError, match=r"\[B, T\]"):
+        masks.packed(ids[0])
+    with pytest.raises(ValueError, match="-1"):
+        masks.sliding(-1, 0)
+    for mask in (masks.packed(ids), masks.longformer(1, ids > 0)):
+        with pytest.raises(ValueError, match="describes 5 kv positions, there are 7"):
+            mask.to_bool(T, S)
+        with pytest.raises(ValueError, match="describes 5 q positions, there are 3"):
+            mask.to_bool(3, T)
+
+
+def test_a_mask_takes_memory_linear_in_its_length():
+    length = 1009
+
+    @jax.jit
+    def everything(lengths, ids):
+        mask = masks.prefix(lengths) & masks.packed(ids) & masks.padding(lengths, length)
+        return mask & masks.longformer(3, ids > 1)
+
+    shapes = jax.ShapeDtypeStruct((B,), jnp.int32), jax.ShapeDtypeStruct((B, length), jnp.int32)
+    mask = jax.eval_shape(everything, *shapes)
+    leaves = jax.tree.leaves(mask)
+    assert len(leaves) == 5
+    assert all(leaf.size <= B * length for leaf in leaves)
+    assert (mask.causal, mask.window) == (True, (3, 3))  # facts, not arrays: jit carries them

@@ -1,0 +1,81 @@
+"""Each value that no model can have is refused in one line that names the field and the value."""
+
+from collections.abc import Callable
+
+import pytest
+from tiny import tiny
+
+from model.attention import choose
+from model.config import AttentionConfig, FeedForwardConfig, ModelConfig, ModelError, NormConfig
+from model.transformer import build
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("make", "field", "value"),
+    [
+        (lambda: tiny(attention_heads=0), "attention.heads", "0"),
+        (lambda: tiny(width=14), "model.attention.heads = 6", "model.width = 14"),
+        (lambda: tiny(attention_kv_heads=4), "attention.kv_heads = 4", "attention.heads = 6"),
+        (lambda: tiny(attention_kv_heads=0), "attention.kv_heads", "0"),
+        (lambda: tiny(attention_head_dim=0), "attention.head_dim", "0"),
+        (lambda: tiny(attention_dropout=1.0), "attention.dropout", "1.0"),
+        (lambda: tiny(feed_forward_width=-1), "feed_forward.width", "-1"),
+        (lambda: tiny(feed_forward_dropout=-0.1), "feed_forward.dropout", "-0.1"),
+        (lambda: tiny(feed_forward_activation="tanh"), "feed_forward.activation", "tanh"),
+        (lambda: tiny(norm_epsilon=0.0), "norm.epsilon", "0.0"),
+        (lambda: tiny(norm_kind="batchnorm"), "norm.kind", "batchnorm"),
+        (lambda: tiny(norm_position="sandwich"), "norm.position", "sandwich"),
+        (lambda: tiny(positions_kind="rotary"), "positions.kind", "rotary"),
+        (lambda: tiny(positions_max_length=0), "positions.max_length", "0"),
+        (lambda: tiny("encoder"), "model.architecture", "not encoder"),
+        (lambda: tiny(dtype="float16"), "model.dtype", "float16"),
+        (lambda: tiny(width=0), "model.width", "0"),
+        (lambda: tiny(layers=-2), "model.layers", "-2"),
+        (lambda: tiny(unroll=0), "model.unroll", "0"),
+        (lambda: tiny(vocab_size=0), "model.vocab_size", "0"),
+        (lambda: tiny(width=15, attention_head_dim=2), "model.width = 15", "sinusoidal"),
+        (lambda: tiny(encoder_layers=0), "model.encoder_layers", "0"),
+        (lambda: tiny("decoder_only", encoder_layers=2), "model.encoder_layers", "2"),
+        (lambda: tiny(dropout=1.5), "model.dropout", "1.5"),
+        (lambda: tiny(dropout=NAN), "model.dropout", "nan"),
+        (lambda: choose("flesh", "cpu"), "model.attention.core", "flesh"),
+    ],
+)
+def test_refused(make: Callable, field: str, value: str):
+    with pytest.raises(ModelError) as error:
+        make()
+    message = str(error.value)
+    assert field in message
+    assert value in message
+    assert "\n" not in message
+
+
+def test_sizes_that_follow_from_others():
+    config = ModelConfig(width=512, attention=AttentionConfig(heads=8))
+    assert (config.head_dim, config.kv_heads) == (64, 8)
+    config = ModelConfig(width=514, attention=AttentionConfig(heads=6, kv_heads=2, head_dim=7))
+    assert (config.head_dim, config.kv_heads) == (7, 2)
+
+
+def test_defaults_are_the_base_model_of_the_paper():
+    config = ModelConfig()  # arXiv:1706.03762 table 3, row "base"
+    assert (config.layers, config.width, config.feed_forward.width) == (6, 512, 2048)
+    assert (config.attention.heads, config.head_dim, config.dropout) == (8, 64, 0.1)
+    assert (config.norm.position, config.feed_forward.activation) == ("post", "relu")
+
+
+def test_values_cannot_change():
+    for config in (ModelConfig(), FeedForwardConfig(), NormConfig()):
+        with pytest.raises(AttributeError):
+            config.width = 3  # type: ignore[misc, union-attr]
+
+
+def test_a_model_without_vocabulary_says_where_it_comes_from():
+    import jax
+    import jax.numpy as jnp
+
+    model = build(tiny("decoder_only", vocab_size=None))
+    with pytest.raises(ValueError, match="vocab_size is not set"):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))

@@ -1,0 +1,86 @@
+"""Schedules against their formulas, optimizers against the papers' update rules."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from train.config import OptimizerConfig, TrainError
+from train.optimizer import learning_rate, make_optimizer
+
+STEPS, WARMUP, PEAK = 47, 11, 0.3
+
+
+def rates(**values) -> np.ndarray:
+    config = OptimizerConfig(peak_lr=PEAK, warmup_steps=WARMUP, **values)
+    schedule = learning_rate(config, STEPS)
+    return np.array([float(schedule(step)) for step in range(STEPS + 1)])
+
+
+def test_every_schedule_warms_up_linearly():
+    for schedule in ("inverse_sqrt", "linear", "cosine", "constant"):
+        expected = 0.01 + (PEAK - 0.01) * np.arange(WARMUP + 1) / WARMUP
+        got = rates(schedule=schedule, initial_lr=0.01)[: WARMUP + 1]
+        np.testing.assert_allclose(got, expected, rtol=1e-5)  # float32, and a difference in it
+
+
+def test_inverse_sqrt_is_the_paper_s_rule():
+    width = 512  # arXiv:1706.03762 §5.3: width^-0.5 * min(step^-0.5, step * warmup^-1.5)
+    config = OptimizerConfig(peak_lr=(width * WARMUP) ** -0.5, warmup_steps=WARMUP)
+    schedule = learning_rate(config, STEPS)
+    for step in range(1, STEPS):
+        expected = width**-0.5 * min(step**-0.5, step * WARMUP**-1.5)
+        assert float(schedule(step)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_linear_and_cosine_end_at_the_final_rate():
+    share = (np.arange(WARMUP, STEPS + 1) - WARMUP) / (STEPS - WARMUP)
+    linear = PEAK + (0.02 - PEAK) * share
+    cosine = 0.02 + (PEAK - 0.02) * (1 + np.cos(np.pi * share)) / 2
+    for schedule, expected in (("linear", linear), ("cosine", cosine)):
+        got = rates(schedule=schedule, final_lr=0.02)[WARMUP:]
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_constant_stays():
+    np.testing.assert_allclose(rates(schedule="constant")[WARMUP:], PEAK, rtol=1e-6)
+
+
+def test_a_warmup_that_leaves_no_decay_is_refused():
+    with pytest.raises(TrainError, match=r"warmup_steps = 11.*train\.steps = 7.*cosine"):
+        learning_rate(OptimizerConfig(warmup_steps=11, schedule="cosine"), 7)
+
+
+def test_adamw_is_the_paper_s_update_and_decays_kernels_only():
+    config = OptimizerConfig(
+        peak_lr=0.1, warmup_steps=0, schedule="constant", weight_decay=0.5, epsilon=1e-3
+    )
+    params = {"layer": {"kernel": jnp.full((2, 3), 2.0), "bias": jnp.full(3, 2.0)}}
+    optimizer = make_optimizer(config, STEPS)
+    state, ours = optimizer.init(params), params
+    expected = {name: np.array(value, np.float64) for name, value in params["layer"].items()}
+    moments = {name: (0.0, 0.0) for name in expected}
+    rng = np.random.default_rng(0)
+    for t in range(1, 4):
+        grads = {name: rng.normal(size=value.shape) for name, value in expected.items()}
+        updates, state = optimizer.update(
+            {"layer": {name: jnp.asarray(g, jnp.float32) for name, g in grads.items()}}, state, ours
+        )
+        ours = optax.apply_updates(ours, updates)
+        for name, g in grads.items():  # arXiv:1711.05101, algorithm 2
+            m, v = moments[name]
+            m, v = 0.9 * m + 0.1 * g, 0.98 * v + 0.02 * g * g
+            moments[name] = (m, v)
+            step = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.98**t)) + 1e-3)
+            decay = 0.5 * expected[name] if name == "kernel" else 0.0
+            expected[name] = expected[name] - 0.1 * (step + decay)
+    for name, value in expected.items():
+        np.testing.assert_allclose(ours["layer"][name], value, rtol=1e-5)
+
+
+def test_adam_does_not_decay():
+    config = OptimizerConfig(kind="adam", peak_lr=0.1, warmup_steps=0)
+    optimizer = make_optimizer(config, STEPS)
+    params = {"kernel": jnp.ones((2, 3))}
+    updates, _ = optimizer.update({"kernel": jnp.zeros((2, 3))}, optimizer.init(params), params)
+    np.testing.assert_array_equal(updates["kernel"], 0.0)

@@ -1,0 +1,66 @@
+"""A run directory: configs survive the way through JSON, and are compared field by field."""
+
+import dataclasses
+import json
+
+import pytest
+
+from configs import base
+from data.config import DataConfig, TokenizerConfig
+from data.tokenizer import Tokenizer
+from model.config import ModelConfig
+from train.config import TrainConfig, TrainError
+from train.run import Run, from_json, to_json
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["red cat", "blue dog"], TokenizerConfig(kind="words"))
+
+
+@pytest.mark.parametrize("name", base.names())
+def test_configs_survive_json(name: str):
+    experiment, _ = base.load(name)
+    for config in (experiment.model, experiment.data, experiment.train):
+        text = json.dumps(to_json(config))
+        assert from_json(type(config), json.loads(text)) == config
+
+
+def test_a_run_can_be_opened_again(tokenizer, tmp_path):
+    data = DataConfig(source="files", train=("a", "b"), languages=("en", "fr"))
+    run = Run(tmp_path / "run", ModelConfig(vocab_size=8), data, TrainConfig(seed=3))
+    run.start(tokenizer)
+    run.start(tokenizer)
+    assert Run.open(tmp_path / "run") == run
+    assert run.tokenizer().fingerprint == tokenizer.fingerprint
+    written = json.loads((run.directory / "environment.json").read_text())
+    assert written["packages"].keys() >= {"jax", "flax", "orbax-checkpoint"}
+
+
+def test_another_config_is_refused_and_every_difference_named(tokenizer, tmp_path):
+    run = Run(tmp_path / "run", ModelConfig(vocab_size=8), DataConfig(), TrainConfig())
+    run.start(tokenizer)
+    other = dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, width=64),
+        data=DataConfig(languages=("en", "fr")),
+    )
+    with pytest.raises(TrainError) as error:
+        other.start(tokenizer)
+    for word in ("model.width is 512 there and 64 here", "data.languages", "--run-dir"):
+        assert word in str(error.value)
+    assert Run.open(tmp_path / "run") == run
+
+
+def test_unknown_fields_and_bad_values_are_refused(tokenizer, tmp_path):
+    run = Run(tmp_path / "run", ModelConfig(vocab_size=8), DataConfig(), TrainConfig())
+    run.start(tokenizer)
+    path = run.directory / "config.json"
+    for part, field, value in (("model", "widht", 3), ("train", "steps", 0)):
+        values = json.loads(path.read_text())
+        values[part][field] = value
+        broken = tmp_path / field
+        broken.mkdir()
+        (broken / "config.json").write_text(json.dumps(values))
+        with pytest.raises(TrainError, match=rf"config\.json cannot be read.*{field}"):
+            Run.open(broken)

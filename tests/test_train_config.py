@@ -1,0 +1,43 @@
+"""Every value that cannot work is refused, by its name."""
+
+import pytest
+
+from train.config import DecodeConfig, MeshConfig, OptimizerConfig, TrainConfig, TrainError
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "words"),
+    [
+        (OptimizerConfig, {"peak_lr": 0.0}, ["optimizer.peak_lr", "0.0"]),
+        (OptimizerConfig, {"warmup_steps": -1}, ["optimizer.warmup_steps", "-1"]),
+        (OptimizerConfig, {"b1": 1.0}, ["optimizer.b1", "1.0"]),
+        (OptimizerConfig, {"b2": -0.1}, ["optimizer.b2", "-0.1"]),
+        (OptimizerConfig, {"epsilon": 0.0}, ["optimizer.epsilon"]),
+        (OptimizerConfig, {"final_lr": -1.0}, ["optimizer.final_lr"]),
+        (OptimizerConfig, {"clip_norm": 0.0}, ["optimizer.clip_norm", "None"]),
+        (OptimizerConfig, {"kind": "adam", "weight_decay": 0.1}, ["weight_decay", "adamw"]),
+        (MeshConfig, {"tensor": 0}, ["mesh.tensor", "0"]),
+        (MeshConfig, {"data": -2}, ["mesh.data", "-2"]),
+        (DecodeConfig, {"beam": 0}, ["decode.beam"]),
+        (DecodeConfig, {"length_penalty": -1.0}, ["decode.length_penalty"]),
+        (DecodeConfig, {"extra_length": 0}, ["decode.extra_length"]),
+        (DecodeConfig, {"beam": 1, "temperature": -1.0}, ["decode.temperature"]),
+        (DecodeConfig, {"beam": 1, "temperature": 1.0, "top_k": -1}, ["decode.top_k"]),
+        (DecodeConfig, {"beam": 1, "temperature": 1.0, "top_p": 0.0}, ["decode.top_p"]),
+        (DecodeConfig, {"temperature": 1.0}, ["decode.beam = 1"]),
+        (DecodeConfig, {"beam": 1, "top_k": 3}, ["decode.temperature above 0"]),
+        (DecodeConfig, {"batch_tokens": 0}, ["decode.batch_tokens"]),
+        (TrainConfig, {"steps": 0}, ["train.steps", "0"]),
+        (TrainConfig, {"seed": -1}, ["train.seed"]),
+        (TrainConfig, {"samples": -1}, ["train.samples"]),
+        (TrainConfig, {"label_smoothing": 1.0}, ["train.label_smoothing"]),
+        (TrainConfig, {"average": 7}, ["train.average = 7", "train.keep", "5"]),
+    ],
+)
+def test_bad_value_is_named(cls, values, words):
+    with pytest.raises(TrainError) as error:
+        cls(**values)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message

@@ -1,0 +1,1 @@
+"""Training: sharding, state, step, loop, checkpoints, evaluation and the command line."""

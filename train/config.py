@@ -1,0 +1,178 @@
+"""How a model is trained: frozen values, checked when they are made. No jax is imported here."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class TrainError(ValueError):
+    """A run that cannot start or go on; one line, with the fix."""
+
+
+class Interrupted(Exception):
+    """The run was stopped by a signal, and saved."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise TrainError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Adam (arXiv:1412.6980) or AdamW (arXiv:1711.05101), with a schedule that warms up."""
+
+    kind: Literal["adam", "adamw"] = "adamw"
+    """adam ignores no weight_decay: it must be 0 there."""
+    peak_lr: float = 1e-3
+    """Learning rate at the end of the warmup."""
+    initial_lr: float = 0.0
+    """Learning rate at step 0, where the warmup begins."""
+    final_lr: float = 0.0
+    """Learning rate at the last step, for linear and cosine."""
+    warmup_steps: int = 1000
+    """Steps over which the rate grows linearly to its peak."""
+    schedule: Literal["inverse_sqrt", "linear", "cosine", "constant"] = "inverse_sqrt"
+    """What follows the warmup; inverse_sqrt is the rule of arXiv:1706.03762 §5.3."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.98
+    """Decay of the second moment."""
+    epsilon: float = 1e-9
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only: not on biases, norms or embeddings."""
+    clip_norm: float | None = 1.0
+    """Largest global norm of a gradient; None: no clipping."""
+
+    def __post_init__(self):
+        require(self.peak_lr > 0, f"optimizer.peak_lr must be positive, not {self.peak_lr}")
+        require(
+            self.warmup_steps >= 0,
+            f"optimizer.warmup_steps must be at least 0, not {self.warmup_steps}",
+        )
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name} must lie in [0, 1), not {value}")
+        for name in ("initial_lr", "final_lr", "weight_decay"):
+            value = getattr(self, name)
+            require(value >= 0, f"optimizer.{name} must be at least 0, not {value}")
+        require(self.epsilon > 0, f"optimizer.epsilon must be positive, not {self.epsilon}")
+        require(
+            self.kind == "adamw" or self.weight_decay == 0,
+            f"optimizer.weight_decay = {self.weight_decay} needs optimizer.kind adamw",
+        )
+        require(
+            self.clip_norm is None or self.clip_norm > 0,
+            f"optimizer.clip_norm must be positive or None, not {self.clip_norm}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How the devices are laid out; the product must be their number."""
+
+    data: int = -1
+    """Copies of the model that share a batch; -1: all devices that the others leave."""
+    fsdp: int = 1
+    """Devices that share a batch and also split parameters and optimizer state."""
+    seq: int = 1
+    """Devices that split the length of a sequence."""
+    tensor: int = 1
+    """Devices that split heads, feed-forward and vocabulary."""
+
+    def __post_init__(self):
+        for name in ("fsdp", "seq", "tensor"):
+            value = getattr(self, name)
+            require(value > 0, f"mesh.{name} must be positive, not {value}")
+        require(
+            self.data == -1 or self.data > 0, f"mesh.data must be positive or -1, not {self.data}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """How a text is written."""
+
+    beam: int = 4
+    """Hypotheses of the beam search; 1: greedy, or sampling when temperature is above 0."""
+    length_penalty: float = 0.6
+    """Exponent of the length penalty of the beam search (arXiv:1609.08144 §7)."""
+    extra_length: int = 50
+    """Most tokens of the output beyond those of the source (arXiv:1706.03762 §6.1)."""
+    temperature: float = 0.0
+    """Sampling temperature, with beam 1."""
+    top_k: int = 0
+    """Sample among the likeliest k tokens; 0: all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens of this total probability (arXiv:1904.09751)."""
+    batch_tokens: int = 4096
+    """Most positions (rows x source length) that are decoded together."""
+
+    def __post_init__(self):
+        require(self.beam > 0, f"decode.beam must be positive, not {self.beam}")
+        require(
+            self.length_penalty >= 0,
+            f"decode.length_penalty must be at least 0, not {self.length_penalty}",
+        )
+        require(
+            self.extra_length > 0, f"decode.extra_length must be positive, not {self.extra_length}"
+        )
+        require(
+            self.temperature >= 0, f"decode.temperature must be at least 0, not {self.temperature}"
+        )
+        require(self.top_k >= 0, f"decode.top_k must be at least 0, not {self.top_k}")
+        require(0 < self.top_p <= 1, f"decode.top_p must lie in (0, 1], not {self.top_p}")
+        sampling = self.temperature > 0 or self.top_k > 0 or self.top_p < 1
+        require(
+            not sampling or (self.beam == 1 and self.temperature > 0),
+            "sampling needs decode.beam = 1 and decode.temperature above 0, "
+            f"not {self.beam} and {self.temperature}",
+        )
+        require(
+            self.batch_tokens > 0, f"decode.batch_tokens must be positive, not {self.batch_tokens}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    steps: int = 10_000
+    """Updates of the parameters."""
+    seed: int = 0
+    """Of the initial parameters, the dropout and the order of the data."""
+    label_smoothing: float = 0.1
+    """Share of the target's probability that is spread over the vocabulary (§5.4)."""
+    accumulate: int = 1
+    """Parts into which a batch is split to save memory; the update stays the same."""
+    log_every: int = 20
+    """Steps between two lines of metrics."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints, each with its validation loss."""
+    keep: int = 5
+    """Newest checkpoints that are kept, besides the one of the lowest validation loss."""
+    average: int = 5
+    """Newest checkpoints whose parameters are averaged for evaluation (§6.1); 1: the newest."""
+    samples: int = 10
+    """Translations shown at the end."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+
+    def __post_init__(self):
+        for name in (
+            "steps", "accumulate", "log_every", "checkpoint_every", "keep", "average"
+        ):  # fmt: skip
+            value = getattr(self, name)
+            require(value > 0, f"train.{name} must be positive, not {value}")
+        require(self.seed >= 0, f"train.seed must be at least 0, not {self.seed}")
+        require(self.samples >= 0, f"train.samples must be at least 0, not {self.samples}")
+        require(
+            0 <= self.label_smoothing < 1,
+            f"train.label_smoothing must lie in [0, 1), not {self.label_smoothing}",
+        )
+        require(
+            self.average <= self.keep,
+            f"train.average = {self.average} checkpoints need train.keep of at least as many, "
+            f"not {self.keep}",
+        )

@@ -1,0 +1,249 @@
+"""fit(): from a config to a trained model, resuming where a former call stopped."""
+
+import dataclasses
+import signal
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from data.config import DataConfig
+from data.pipeline import Dataset, TrainIterator, tokenizer_texts
+from data.tokenizer import Tokenizer
+from model.attention import choose
+from model.config import ModelConfig
+from train.checkpoint import Checkpoints, CorruptCheckpoint
+from train.config import Interrupted, TrainConfig, TrainError
+from train.evaluate import mean_loss
+from train.metrics import MetricsWriter, require_finite
+from train.optimizer import make_optimizer
+from train.run import Run
+from train.sharding import make_mesh, to_devices
+from train.state import TrainState, abstract_state, init_state, parameter_count
+from train.step import make_eval_step, make_train_step
+
+AHEAD = 2  # steps that are dispatched before the loss of an earlier one is read
+
+
+def start_run(
+    directory: Path, model: ModelConfig, data: DataConfig, train: TrainConfig, console: Console
+) -> Run:
+    """The run in `directory`: a new one, or the one that stands there if the config is the same."""
+    if (directory / "config.json").exists():
+        tokenizer = Run.open(directory).tokenizer()
+    else:
+        with console.status("training the tokenizer"):
+            tokenizer = Tokenizer.train(tokenizer_texts(data), data.tokenizer)
+    if model.vocab_size is None:
+        model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+    elif model.vocab_size < tokenizer.vocab_size:
+        raise TrainError(
+            f"model.vocab_size = {model.vocab_size} is less than the {tokenizer.vocab_size} "
+            "entries of the tokenizer: raise it, or leave it out"
+        )
+    run = Run(directory, model, data, train)
+    run.start(tokenizer)
+    return run
+
+
+def fit(run: Run, console: Console, *, fallback: bool = False) -> None:
+    """Trains until `train.steps`, from the newest checkpoint if there is one.
+
+    `fallback` allows to start from an earlier checkpoint when the newest is corrupt. Raises
+    NonFiniteLoss, CorruptCheckpoint, TrainError for what cannot be saved, and Interrupted on SIGINT
+    or SIGTERM, after saving.
+    """
+    config, tokenizer = run.train, run.tokenizer()
+    prepare = lambda split: Dataset.prepare(run.data, tokenizer, split, seed=config.seed)  # noqa: E731
+    with console.status("reading the data"):
+        train_data, valid_data = prepare("train"), prepare("valid")
+    for line in train_data.report + valid_data.report:
+        console.print(line)
+
+    mesh = make_mesh(config.mesh)
+    _require_divisible(config, train_data, valid_data, mesh)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    abstract = abstract_state(run.model, optimizer, mesh)
+    describe(run.model, abstract.params, mesh, console)
+
+    with (
+        closing(Checkpoints(run.checkpoints, tokenizer.fingerprint, config.keep)) as checkpoints,
+        closing(train_data.train_iterator(jax.process_index(), jax.process_count())) as batches,
+    ):
+        restored = _restore(checkpoints, abstract, fallback, console)
+        if restored is None:
+            state = init_state(run.model, optimizer, mesh, config.seed)
+        else:
+            state, position = restored
+            if position["data_fingerprint"] != train_data.data_fingerprint:
+                raise TrainError(
+                    f"the training data has changed since {run.directory} was started: "
+                    "put it back, or give another --run-dir"
+                )
+            batches.set_state(position["iterator"])
+        step = make_train_step(run.model, config, optimizer, abstract)
+        eval_step = make_eval_step(run.model)
+
+        def save(state: TrainState) -> float:
+            loss = mean_loss(eval_step, state.params, valid_data, mesh)
+            position = {
+                "iterator": batches.get_state(),
+                "data_fingerprint": train_data.data_fingerprint,
+            }
+            checkpoints.save(state, position, loss)
+            return loss
+
+        with jax.set_mesh(mesh):
+            _loop(run, state, step, batches, save, mesh, console)
+        checkpoints.wait()
+
+
+def _loop(
+    run: Run,
+    state: TrainState,
+    train_step: Callable,
+    batches: TrainIterator,
+    save: Callable[[TrainState], float],
+    mesh: jax.sharding.Mesh,
+    console: Console,
+) -> None:
+    """Steps from `state` to the end; raises Interrupted when a signal has come, after saving."""
+    config, first = run.train, int(state.step)
+    columns = [
+        TextColumn("step"), MofNCompleteColumn(), BarColumn(),
+        TextColumn("{task.description}"), TimeRemainingColumn(),
+    ]  # fmt: skip
+    with (
+        closing(MetricsWriter(run.directory, first)) as writer,
+        _StopSignal() as stop,
+        Progress(*columns, console=console) as bar,
+    ):
+        task = bar.add_task("compiling", total=config.steps, completed=first)
+        meter = _Meter(
+            writer,
+            config.log_every,
+            lambda step, text: bar.update(task, completed=step, description=text),
+        )
+        for step in range(first + 1, config.steps + 1):
+            waited = time.perf_counter()
+            batch = to_devices(next(batches), mesh)
+            waited = time.perf_counter() - waited
+            state, metrics = train_step(state, batch)
+            meter.add(step, metrics, waited)
+            is_last = step == config.steps
+            if step % config.checkpoint_every == 0 or is_last or stop.asked:
+                meter.drain()
+                loss = save(state)
+                writer.write(step, {"valid_loss": loss})
+                console.print(f"step {step:,}: validation loss {loss:.4f}, checkpoint saved")
+                meter.restart()
+            if stop.asked and not is_last:
+                raise Interrupted(f"stopped at step {step:,}, saved")
+
+
+def describe(model: ModelConfig, params: Any, mesh: jax.sharding.Mesh, console: Console) -> None:
+    """Says what runs, and where."""
+    devices = mesh.devices.ravel()
+    core, reason = choose(model.attention.core, devices[0].platform)
+    sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    console.print(f"attention core: {core} ({reason})")
+    console.print(f"parameters: {parameter_count(params):,} ({model.architecture})")
+    console.print(f"devices: {devices.size} x {devices[0].device_kind} (mesh: {sizes})")
+
+
+def _restore(
+    checkpoints: Checkpoints, abstract: TrainState, fallback: bool, console: Console
+) -> tuple[TrainState, dict] | None:
+    """The newest state that can be read, older ones only if `fallback`; None: there is none."""
+    for step in reversed(checkpoints.steps):
+        try:
+            state, position = checkpoints.restore(step, abstract)
+        except CorruptCheckpoint as error:
+            if not fallback:
+                raise
+            console.print(f"{error}\nset aside as {checkpoints.set_aside(step)}", style="yellow")
+            continue
+        console.print(f"resuming from the checkpoint of step {step:,}")
+        return state, position
+    return None
+
+
+def _require_divisible(
+    config: TrainConfig, train_data: Dataset, valid_data: Dataset, mesh: jax.sharding.Mesh
+) -> None:
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    for data, split in ((train_data, config.accumulate), (valid_data, 1)):
+        for rows, length in data.train_plan.shapes:
+            if rows % (parts * split) or length % mesh.shape["seq"]:
+                raise TrainError(
+                    f"batches of {rows} x {length} do not divide into {parts} devices x "
+                    f"train.accumulate = {split}, or the length into train.mesh.seq = "
+                    f"{mesh.shape['seq']}: set data.batch_multiple to {parts * config.accumulate}"
+                )
+
+
+class _Meter:
+    """Reads metrics some steps late, so that the device never waits for the host, and logs them."""
+
+    def __init__(self, writer: MetricsWriter, log_every: int, show: Callable[[int, str], None]):
+        self.writer, self.log_every, self.show = writer, log_every, show
+        self._pending: deque = deque()
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a new interval: what happened since the last one does not count as training."""
+        self._since, self._loss, self._weight, self._waited = time.perf_counter(), 0.0, 0.0, 0.0
+
+    def add(self, step: int, metrics: dict, waited: float) -> None:
+        """Takes the metrics of a step and the seconds that it waited for its batch."""
+        self._pending.append((step, metrics))
+        self._waited += waited
+        while len(self._pending) > AHEAD:
+            self._read()
+
+    def drain(self) -> None:
+        while self._pending:
+            self._read()
+
+    def _read(self) -> None:
+        step, metrics = self._pending.popleft()
+        require_finite(step, metrics)
+        self._loss += float(metrics["loss"])
+        self._weight += float(metrics["weight"])
+        if step % self.log_every:
+            return
+        elapsed = time.perf_counter() - self._since
+        values = {
+            "loss": self._loss / max(self._weight, 1.0),
+            "lr": float(metrics["lr"]),
+            "grad_norm": float(metrics["grad_norm"]),
+            "tokens_per_second": self._weight / elapsed,
+            "input_wait_share": self._waited / elapsed,
+        }
+        self.writer.write(step, values)
+        self.show(step, f"loss {values['loss']:.3f}  {values['tokens_per_second']:,.0f} tokens/s")
+        self.restart()
+
+
+class _StopSignal:
+    """While entered, the first SIGINT or SIGTERM only sets `asked`; the second acts as usual."""
+
+    asked = False
+
+    def __enter__(self) -> "_StopSignal":
+        self._former = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+        self.__exit__()

@@ -1,0 +1,131 @@
+"""A run lives in one directory: its config, tokenizer, environment, metrics and checkpoints."""
+
+import dataclasses
+import json
+import platform
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from data.config import DataConfig
+from data.tokenizer import Tokenizer
+from model.config import ModelConfig
+from train.config import TrainConfig, TrainError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The three configs of a run, resolved, and where it lies."""
+
+    directory: Path
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+
+    @classmethod
+    def open(cls, directory: str | Path) -> "Run":
+        """A run that was started before; raises TrainError when there is none."""
+        directory = Path(directory)
+        path = directory / "config.json"
+        if not path.is_file():
+            raise TrainError(f"{directory} is no run directory: it has no config.json")
+        try:
+            values = json.loads(path.read_text("utf-8"))
+            return cls(
+                directory,
+                from_json(ModelConfig, values["model"]),
+                from_json(DataConfig, values["data"]),
+                from_json(TrainConfig, values["train"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise TrainError(f"{path} cannot be read as the config of a run: {error}") from error
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.directory / "metrics.jsonl"
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.directory / "tokenizer.json"
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.tokenizer_path)
+
+    def start(self, tokenizer: Tokenizer) -> None:
+        """Writes what describes the run, unless the directory holds this very run already.
+
+        Raises TrainError when it holds a run of another config.
+        """
+        if not (self.directory / "config.json").exists():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            tokenizer.save(self.tokenizer_path)
+            write_json(self.directory / "environment.json", environment())
+            write_json(self.directory / "config.json", self._values())
+            return
+        differences = list(_differences(self._values(), Run.open(self.directory)._values()))
+        if differences:
+            listed = "; ".join(differences[:3]) + ("; ..." if len(differences) > 3 else "")
+            raise TrainError(
+                f"{self.directory} holds a run of another config ({listed}): "
+                "give another --run-dir, or the same config to resume it"
+            )
+
+    def _values(self) -> dict[str, Any]:
+        parts = {"model": self.model, "data": self.data, "train": self.train}
+        return {name: to_json(part) for name, part in parts.items()}
+
+
+def to_json(config: Any) -> Any:
+    """A config as JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(cls: Any, value: Any) -> Any:
+    """The config of class `cls` that `to_json` turned into `value`."""
+    if dataclasses.is_dataclass(cls):
+        hints = typing.get_type_hints(cls)
+        return cls(**{name: from_json(hints[name], item) for name, item in value.items()})  # type: ignore[operator]
+    if typing.get_origin(cls) is tuple:
+        return tuple(value)
+    if isinstance(cls, types.UnionType):
+        inner = next((a for a in typing.get_args(cls) if dataclasses.is_dataclass(a)), None)
+        return value if value is None or inner is None else from_json(inner, value)
+    return value
+
+
+def environment() -> dict[str, Any]:
+    """Versions and devices: what a result depends on besides its config."""
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "packages": {name: version(name) for name in PACKAGES},
+    }
+
+
+def _differences(ours: Any, theirs: Any, name: str = ""):
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in ours.keys() | theirs.keys():
+            yield from _differences(ours.get(key), theirs.get(key), f"{name}.{key}".lstrip("."))
+    elif ours != theirs:
+        yield f"{name} is {theirs!r} there and {ours!r} here"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes the file whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
+    partial.replace(path)

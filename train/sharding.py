@@ -1,0 +1,113 @@
+"""The device mesh, and which mesh axis each logical axis is split over."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from model.axes import AXES
+from train.config import MeshConfig, TrainError
+
+MESH_AXES = ("data", "fsdp", "seq", "tensor")
+
+RULES: dict[str, tuple[str, ...]] = {
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "position": (),
+    "norm": (),
+    "layers": (),
+    "act_batch": ("data", "fsdp"),
+    "act_length": ("seq",),
+    "act_embed": (),
+    "act_heads": ("tensor",),
+    "act_kv_heads": ("tensor",),
+    "act_head_dim": (),
+    "act_mlp": ("tensor",),
+    "act_vocab": ("tensor",),
+}
+assert set(RULES) == AXES, "a rule for every axis name, and no other"
+
+
+def flax_rules() -> list[tuple[str, tuple[str, ...] | None]]:
+    """RULES as flax wants them, for `nn.logical_axis_rules` inside a traced function."""
+    return [(name, axes or None) for name, axes in RULES.items()]
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The devices laid out as `config` says; raises TrainError when the numbers do not fit."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    others = int(np.prod([size for size in sizes if size != -1]))
+    if config.data == -1 and len(devices) % others == 0:
+        sizes[0] = len(devices) // others
+    if int(np.prod(sizes)) != len(devices):
+        asked = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+        raise TrainError(
+            f"train.mesh asks for {asked} devices, but there are {len(devices)}: "
+            "change train.mesh so that the product fits"
+        )
+    # Auto, not Explicit, the default since jax 0.9: flax's annotations are hints to the compiler.
+    return jax.make_mesh(
+        tuple(sizes), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    )
+
+
+def resolve(name: str, axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh):
+    """The sharding of the array `name` with these logical axes.
+
+    Raises TrainError, naming the array, for an unknown axis, a rank mismatch, a mesh axis used
+    twice, and a dimension that does not divide.
+    """
+    if len(axes) != len(shape):
+        raise TrainError(f"{name}: {len(axes)} axis names {axes} for shape {shape}")
+    spec: list[tuple[str, ...] | None] = []
+    used: set[str] = set()
+    for axis, size in zip(axes, shape, strict=True):
+        if axis is not None and axis not in RULES:
+            raise TrainError(f"{name}: unknown axis name '{axis}'; choose among {sorted(RULES)}")
+        over = tuple(a for a in RULES[axis] if mesh.shape[a] > 1) if axis else ()
+        if used & set(over):
+            raise TrainError(f"{name}: axes {axes} use the mesh axis {used & set(over)} twice")
+        used |= set(over)
+        parts = int(np.prod([mesh.shape[a] for a in over]))
+        if size % parts:
+            raise TrainError(
+                f"{name}: dimension '{axis}' of {size} does not divide into {parts} parts of the "
+                f"mesh axes {over}: change it or train.mesh"
+            )
+        spec.append(over or None)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
+    """Shardings of a tree of boxed (abstract) parameters, as a tree without boxes."""
+
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if not isinstance(leaf, nn.LogicallyPartitioned):
+            raise TrainError(f"{name}: a parameter without axis names: wrap it in `partitioned`")
+        return resolve(name, leaf.names, leaf.value.shape, mesh)
+
+    is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=is_box)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How the arrays [B, T] of a batch are split."""
+    return NamedSharding(mesh, PartitionSpec(RULES["act_batch"], RULES["act_length"]))
+
+
+def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """The global batch, of which each process gives its own rows."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array)
+        for name, array in batch.items()
+    }

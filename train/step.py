@@ -1,0 +1,113 @@
+"""One update, and one measurement, as compiled functions."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from model.config import ModelConfig
+from model.transformer import build
+from train.config import TrainConfig
+from train.loss import cross_entropy
+from train.optimizer import learning_rate
+from train.sharding import flax_rules
+from train.state import TrainState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, Any]
+
+
+def make_train_step(
+    model_config: ModelConfig,
+    config: TrainConfig,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """(state, batch) -> (state, metrics), jitted; the given state is used up.
+
+    The gradient is that of sum of losses / sum of weights over the whole batch, however it is split
+    into micro-batches or over devices. Metrics: `loss` (sum, nats), `weight`, `lr`, `grad_norm`
+    (before clipping), and `grad_norms`, `param_norms` by parameter and layer.
+    """
+    model = build(model_config)
+    schedule = learning_rate(config.optimizer, config.steps)
+
+    def loss_sum(params: Any, batch: Batch, key: jax.Array):
+        logits = _forward(model, params, batch, deterministic=False, rngs={"dropout": key})
+        return cross_entropy(logits, batch["targets"], batch["weights"], config.label_smoothing)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        # The rules are not part of jit's cache key: enter them inside the traced function.
+        with nn.logical_axis_rules(flax_rules()):
+            key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+            loss, weight, grads = summed_gradients(
+                loss_sum, state.params, batch, key, config.accumulate
+            )
+        scale = 1.0 / jnp.maximum(weight, 1.0)
+        grad_norms = jax.tree_util.tree_map_with_path(_norms, grads)
+        grad_norm = optax.tree.norm(grad_norms) * scale
+        if config.optimizer.clip_norm is not None:
+            scale *= jnp.minimum(1.0, config.optimizer.clip_norm / jnp.maximum(grad_norm, 1e-30))
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss,
+            "weight": weight,
+            "lr": schedule(state.step),
+            "grad_norm": grad_norm,
+            "grad_norms": jax.tree.map(lambda x: x / jnp.maximum(weight, 1.0), grad_norms),
+            "param_norms": jax.tree_util.tree_map_with_path(_norms, state.params),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    whole = NamedSharding(shardings.step.mesh, PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))
+
+
+def make_eval_step(model_config: ModelConfig) -> Callable[[Any, Batch], tuple]:
+    """(params, batch) -> (sum of losses in nats, sum of weights), jitted, without smoothing."""
+    model = build(model_config)
+
+    def step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        with nn.logical_axis_rules(flax_rules()):
+            logits = _forward(model, params, batch, deterministic=True)
+        return cross_entropy(logits, batch["targets"], batch["weights"])
+
+    return jax.jit(step)
+
+
+def summed_gradients(loss_sum: Callable, params: Any, batch: Batch, key: jax.Array, parts: int):
+    """(loss sum, weight sum, gradient of the loss sum), added up over `parts` micro-batches."""
+    gradient = jax.value_and_grad(loss_sum, has_aux=True)
+    if parts == 1:
+        (loss, weight), grads = gradient(params, batch, key)
+        return loss, weight, grads
+
+    def add(total: Any, part: tuple[jax.Array, Batch]):
+        index, batch = part
+        (loss, weight), grads = gradient(params, batch, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, (loss, weight, grads)), None
+
+    # Rows are dealt out in turn, so that each device keeps its own rows in every part.
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(add, zeros, (jnp.arange(parts), split))
+    return total
+
+
+def _forward(model: nn.Module, params: Any, batch: Batch, **how: Any) -> jax.Array:
+    inputs = {name: x for name, x in batch.items() if name not in ("targets", "weights")}
+    return model.apply({"params": params}, **inputs, **how)  # type: ignore[return-value]
+
+
+def _norms(path: Any, x: jax.Array) -> jax.Array:
+    """Norm of an array, or of each layer's part where layers are stacked."""
+    stacked = any(getattr(key, "key", None) == "blocks" for key in path)
+    axes = tuple(range(1 if stacked else 0, x.ndim))
+    return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes))
