@@ -16,7 +16,11 @@ PARAMETER_AXES = (
     "head_dim",  # H
     "mlp",  # F
     "vocab",  # V
-    "position",  # rows of a learned position table
+    "position",  # rows of a learned position table, or of token types
+    "buckets",  # distances of a relative bias
+    "features",  # outputs of a square matrix in a head
+    "classes",  # outputs of a classifier
+    "rank",  # R, of a low-rank adaptation
     "norm",  # scale and bias of a norm: small, and wanted whole
     "layers",  # L, added by the scan over blocks
 )

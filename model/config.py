@@ -29,6 +29,8 @@ class AttentionConfig:
     """Size of one head (H); None: width / heads."""
     bias: bool = True
     """Whether the four projections have a bias."""
+    scaled: bool = True
+    """Whether scores are divided by sqrt(head_dim); T5's are not, its queries start smaller."""
     dropout: float = 0.0
     """Share of attention weights dropped in training."""
 
@@ -52,8 +54,10 @@ class FeedForwardConfig:
 
     width: int = 2048
     """Inner width (F)."""
-    activation: Literal["relu", "gelu", "swiglu"] = "relu"
-    """Non-linearity; swiglu has a third matrix, the gate (arXiv:2002.05202)."""
+    activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "relu"
+    """Non-linearity; gelu_tanh is GPT-2's approximation of gelu (arXiv:1606.08415 §2)."""
+    gated: bool = False
+    """Whether a third matrix is the gate: silu and gated is SwiGLU (arXiv:2002.05202)."""
     bias: bool = True
     """Whether the matrices have a bias."""
     dropout: float = 0.0
@@ -75,6 +79,10 @@ class NormConfig:
     """post: norm(x + f(x)), the original; pre: x + f(norm(x)) and one last norm."""
     epsilon: float = 1e-6
     """Added to the variance."""
+    bias: bool = True
+    """Whether a layernorm has a bias."""
+    embeddings: bool = False
+    """Whether the sum of embeddings is normalised too (BERT)."""
 
     def __post_init__(self):
         _require_choices("norm", self)
@@ -82,19 +90,120 @@ class NormConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RotaryConfig:
+    """Frequencies of rotary positions."""
+
+    base: float = 10_000.0
+    """Wavelengths are 2 pi base^(2i/H)."""
+    scaling: Literal["none", "linear", "llama3"] = "none"
+    """linear: positions are divided by `factor` (arXiv:2306.15595); llama3: only the long
+    wavelengths are (LLaMA 3.1)."""
+    factor: float = 1.0
+    """How much longer inputs may be than `original_length`."""
+    low_frequency_factor: float = 1.0
+    """For llama3: wavelengths above original_length / this are scaled in full."""
+    high_frequency_factor: float = 4.0
+    """For llama3: wavelengths below original_length / this are not scaled."""
+    original_length: int = 8192
+    """For llama3: longest input before the scaling."""
+
+    def __post_init__(self):
+        _require_choices("positions.rotary", self)
+        for name in ("base", "factor", "low_frequency_factor", "original_length"):
+            value = getattr(self, name)
+            require(value > 0, f"positions.rotary.{name} must be positive, not {value}")
+        require(
+            self.high_frequency_factor > self.low_frequency_factor,
+            f"positions.rotary.high_frequency_factor = {self.high_frequency_factor} must be above "
+            f"low_frequency_factor = {self.low_frequency_factor}",
+        )
+        require(
+            self.scaling != "none" or self.factor == 1,
+            f"positions.rotary.factor = {self.factor} needs positions.rotary.scaling",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PositionConfig:
     """How the model knows the order of its input."""
 
-    kind: Literal["none", "sinusoidal", "learned"] = "sinusoidal"
-    """none, sinusoidal (arXiv:1706.03762 §3.5) or learned (arXiv:1705.03122)."""
+    kind: Literal["none", "sinusoidal", "learned", "rotary", "alibi", "relative"] = "sinusoidal"
+    """none, sinusoidal (arXiv:1706.03762 §3.5), learned (arXiv:1705.03122), rotary
+    (arXiv:2104.09864), alibi (arXiv:2108.12409) or relative, T5's bias (arXiv:1910.10683 §2.1)."""
     max_length: int = 512
     """Rows in the table of learned positions: no longer input is accepted."""
+    buckets: int = 32
+    """For relative: distances that are told apart, half of them exactly, the rest by logarithm."""
+    max_distance: int = 128
+    """For relative: distances from here on share a bucket."""
+    rotary: RotaryConfig = field(default_factory=RotaryConfig)
 
     def __post_init__(self):
         _require_choices("positions", self)
+        for name in ("max_length", "buckets", "max_distance"):
+            value = getattr(self, name)
+            require(value > 0, f"positions.{name} must be positive, not {value}")
         require(
-            self.max_length > 0, f"positions.max_length must be positive, not {self.max_length}"
+            self.buckets % 4 == 0 and self.max_distance > self.buckets // 2,
+            f"positions.buckets = {self.buckets} must be a multiple of 4, and "
+            f"positions.max_distance = {self.max_distance} above half of it",
         )
+        require(
+            self.kind == "rotary" or self.rotary == RotaryConfig(),
+            f"positions.rotary is set, but positions.kind is {self.kind}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """What stands on top of the stack."""
+
+    kind: Literal["language_model", "classifier"] = "language_model"
+    """Scores for each entry of the vocabulary, or for each class."""
+    transform: bool = False
+    """For language_model: a dense layer, activation and norm before the scores (BERT)."""
+    bias: bool = False
+    """For language_model: whether each entry of the vocabulary has a bias (BERT, Marian)."""
+    scale: bool = False
+    """For language_model: whether the input is multiplied by width^-0.5 (T5, tied)."""
+    outputs: int | None = None
+    """For classifier: classes, or 1 for a regression; None: as many as the data has."""
+    pooling: Literal["first", "mean", "last"] = "first"
+    """For classifier: which hidden states are summed up: the first (BERT), all, or the last."""
+    pooler: bool = True
+    """For classifier: whether a dense layer and tanh follow the pooling (BERT)."""
+    dropout: float = 0.1
+    """For classifier: share of the pooled features dropped in training."""
+
+    def __post_init__(self):
+        _require_choices("head", self)
+        require(
+            self.outputs is None or self.outputs > 0,
+            f"head.outputs must be positive, not {self.outputs}",
+        )
+        _require_rate("head.dropout", self.dropout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adaptation (arXiv:2106.09685): W + alpha / rank A B, where only A and B train."""
+
+    rank: int = 0
+    """Rank of the update (R); 0: none."""
+    alpha: float = 16.0
+    """Strength of the update."""
+    targets: tuple[str, ...] = ("query", "value")
+    """Linear maps that are adapted: query, key, value, out, up, gate, down."""
+
+    def __post_init__(self):
+        require(self.rank >= 0, f"lora.rank must be at least 0, not {self.rank}")
+        require(self.alpha > 0, f"lora.alpha must be positive, not {self.alpha}")
+        known = ("query", "key", "value", "out", "up", "gate", "down")
+        for target in self.targets:
+            require(
+                target in known, f"lora.targets has {target!r}: choose among {', '.join(known)}"
+            )
+        require(bool(self.targets), "lora.targets is empty: name a linear map")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +224,19 @@ class ModelConfig:
     feed_forward: FeedForwardConfig = field(default_factory=FeedForwardConfig)
     norm: NormConfig = field(default_factory=NormConfig)
     positions: PositionConfig = field(default_factory=PositionConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    types: int = 0
+    """Rows of the table of token types: BERT's 2 tell the sentences of a pair apart; 0: none."""
     dropout: float = 0.1
     """Share dropped of each sublayer's output and of the embedding sum, in training (§5.4)."""
     tie_embeddings: bool = True
     """Whether the output projection is the embedding matrix (§3.4)."""
     scale_embeddings: bool = True
     """Whether embeddings are multiplied by sqrt(width) (§3.4)."""
+    init: Literal["glorot", "normal", "scaled_normal"] = "glorot"
+    """Initial matrices: glorot (uniform); normal, of deviation 0.02 (BERT); scaled_normal: the last
+    matrix of each sublayer smaller by sqrt(2 layers) (GPT-2)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type; parameters, softmax, norms and loss stay in float32."""
     remat: bool = False
@@ -146,6 +262,23 @@ class ModelConfig:
         require(
             self.positions.kind != "sinusoidal" or self.width % 2 == 0,
             f"model.width = {self.width} must be even for sinusoidal positions",
+        )
+        require(
+            self.positions.kind != "rotary" or self.head_dim % 2 == 0,
+            f"the head size {self.head_dim} (width / heads or attention.head_dim) must be even for "
+            "rotary positions",
+        )
+        require(self.types >= 0, f"model.types must be at least 0, not {self.types}")
+        require(
+            self.head.kind == "language_model" or self.architecture != "encoder_decoder",
+            "model.head.kind classifier needs an encoder_only or a decoder_only",
+        )
+        require(
+            self.head.kind == "language_model"
+            or self.architecture == "encoder_only"
+            or self.head.pooling == "last",
+            f"model.head.pooling = {self.head.pooling}, but in a decoder_only just the last token "
+            "has seen the others: choose last",
         )
         require(
             self.encoder_layers is None

@@ -1,12 +1,14 @@
 """What stands on top of a stack."""
 
+import math
+
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from model.axes import constrain, partitioned
 from model.config import ModelConfig
-from model.layers import Embedding
+from model.layers import ACTIVATIONS, Dropout, Embedding, Linear, Norm
 
 
 class LanguageModelHead(nn.Module):
@@ -15,12 +17,77 @@ class LanguageModelHead(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], embedding: Embedding) -> Float[Array, "B T V"]:
-        if self.config.tie_embeddings:
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        embedding: Embedding,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Float[Array, "B T V"]:
+        config, head = self.config, self.config.head
+        if head.transform:
+            model = {"embed": config.width}
+            x = Linear(config, model, {"features": config.width}, True, name="transform")(x)
+            x = Norm(config, name="norm")(ACTIVATIONS[config.feed_forward.activation](x))
+        if head.scale:
+            x *= 1 / math.sqrt(config.width)
+        if config.tie_embeddings:
             logits = embedding.logits(x)
         else:
-            shape = (self.config.width, self.config.vocab_size)
-            init = partitioned(nn.initializers.glorot_uniform(), "embed", "vocab")
-            kernel = jnp.asarray(self.param("kernel", init, shape), x.dtype)
-            logits = jnp.einsum("BTD,DV->BTV", x, kernel, preferred_element_type=jnp.float32)
+            shape = (config.width, config.vocab_size)
+            glorot = nn.initializers.glorot_uniform()
+            init = glorot if config.init == "glorot" else nn.initializers.normal(0.02)
+            kernel = self.param("kernel", partitioned(init, "embed", "vocab"), shape)
+            logits = jnp.einsum(
+                "BTD,DV->BTV", x, jnp.asarray(kernel, x.dtype), preferred_element_type=jnp.float32
+            )
+        if head.bias:
+            zeros = partitioned(nn.initializers.zeros, "vocab")
+            logits += self.param("bias", zeros, (config.vocab_size,))
         return constrain(logits, "act_batch", "act_length", "act_vocab")
+
+
+class Classifier(nn.Module):
+    """Scores for each class, or one number, from the pooled hidden states of each row."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        embedding: Embedding,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Float[Array, "B C"]:
+        config, head = self.config, self.config.head
+        if head.outputs is None:
+            raise ValueError("model.head.outputs is not set: it comes from the data")
+        model = {"embed": config.width}
+        pooled = pool(x, segment_ids, head.pooling)[:, None]
+        if head.pooler:
+            pooled = Linear(config, model, {"features": config.width}, True, name="pooler")(pooled)
+            pooled = jnp.tanh(pooled)
+        pooled = Dropout(head.dropout)(pooled, deterministic)
+        outputs = Linear(config, model, {"classes": head.outputs}, True, name="classes")(pooled)
+        return outputs[:, 0].astype(jnp.float32)
+
+
+def pool(
+    x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None, pooling: str
+) -> Float[Array, "B D"]:
+    """One vector per row: the first hidden state, the mean of those of tokens, or the last."""
+    if pooling == "first":
+        return x[:, 0]
+    real = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids > 0
+    if pooling == "last":
+        last = jnp.max(jnp.where(real, jnp.arange(x.shape[1]), 0), axis=1)
+        return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+    total = jnp.sum(jnp.where(real[..., None], x.astype(jnp.float32), 0), axis=1)
+    count = jnp.maximum(jnp.sum(real, axis=1, keepdims=True), 1)
+    return (total / count).astype(x.dtype)
+
+
+HEADS = {"language_model": LanguageModelHead, "classifier": Classifier}

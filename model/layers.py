@@ -12,10 +12,12 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from model.attention import ATTENTION, choose
+from model.attention.dense import attention_weights
 from model.axes import constrain, partitioned
 from model.config import ModelConfig
 from model.dropout import dropout
 from model.masks import AttentionMask
+from model.positions import RelativePositions
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -42,37 +44,64 @@ def _matmul_backward(dtype: str | None, saved: tuple[jax.Array, jax.Array], g: j
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
-ACTIVATIONS: dict[str, Callable] = {"relu": nn.relu, "gelu": nn.gelu}
+ACTIVATIONS: dict[str, Callable] = {
+    "relu": nn.relu,
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_tanh": partial(nn.gelu, approximate=True),
+    "silu": nn.silu,
+}
 
 
 class Linear(nn.Module):
     """A linear map from the axes `inputs` to the axes `outputs`, each a mapping name -> size.
 
-    Glorot-uniform over the true fan-in and fan-out, whatever the number of axes.
+    Initial values follow `config.init`, over the true fan-in and fan-out whatever the number of
+    axes, times `gain`. Adapted by a low-rank update where `config.lora` names it.
     """
 
+    config: ModelConfig
     inputs: dict[str, int]
     outputs: dict[str, int]
     use_bias: bool
-    dtype: str
+    gain: float = 1.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T *in"]) -> Float[Array, "B T *out"]:
-        rank = len(self.inputs)
-        in_axes = tuple(range(rank))
-        out_axes = tuple(range(rank, rank + len(self.outputs)))
-        glorot = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axes, out_axes)
-        shape = (*self.inputs.values(), *self.outputs.values())
-        kernel = self.param("kernel", partitioned(glorot, *self.inputs, *self.outputs), shape)
-        fan_in, fan_out = math.prod(self.inputs.values()), math.prod(self.outputs.values())
-        x = x.astype(self.dtype).reshape(*x.shape[:-rank], fan_in)
-        y: Any = matmul(x, jnp.asarray(kernel, self.dtype).reshape(fan_in, fan_out))
-        y = y.reshape(*y.shape[:-1], *self.outputs.values())
+        dtype, lora, rank = self.config.dtype, self.config.lora, len(self.inputs)
+        in_shape, out_shape = tuple(self.inputs.values()), tuple(self.outputs.values())
+        fan_in = math.prod(in_shape)
+        x = x.astype(dtype).reshape(*x.shape[:-rank], fan_in)
+
+        def matrix(name: str, init: Callable, inputs: dict, outputs: dict) -> jax.Array:
+            shape = (*inputs.values(), *outputs.values())
+            kernel = self.param(name, partitioned(init, *inputs, *outputs), shape)
+            return jnp.asarray(kernel, dtype).reshape(math.prod(inputs.values()), -1)
+
+        init = _initializer(self.config.init, self.gain, rank, len(self.outputs))
+        y: Any = matmul(x, matrix("kernel", init, self.inputs, self.outputs))
+        if lora.rank and self.name in lora.targets:
+            inner = {"rank": lora.rank}
+            down = matrix("lora_a", nn.initializers.normal(fan_in**-0.5), self.inputs, inner)
+            up = matrix("lora_b", nn.initializers.zeros, inner, self.outputs)
+            y += lora.alpha / lora.rank * jnp.asarray(matmul(matmul(x, down), up))
+        y = y.reshape(*y.shape[:-1], *out_shape)
         if self.use_bias:
             zeros = partitioned(nn.initializers.zeros, *self.outputs)
-            bias = self.param("bias", zeros, tuple(self.outputs.values()))
-            y += jnp.asarray(bias, self.dtype)
+            y += jnp.asarray(self.param("bias", zeros, out_shape), dtype)
         return y
+
+
+def _initializer(kind: str, gain: float, inputs: int, outputs: int) -> Callable:
+    """Of a kernel whose first `inputs` axes come in and whose other `outputs` axes go out."""
+    if kind != "glorot":
+        return nn.initializers.normal(0.02 * gain)
+    axes = range(inputs), range(inputs, inputs + outputs)
+    return nn.initializers.variance_scaling(gain**2, "fan_avg", "uniform", *map(tuple, axes))
+
+
+def _last_gain(config: ModelConfig) -> float:
+    """Gain of a sublayer's last matrix: the residual sum grows with the layers (GPT-2 §2.3)."""
+    return (2 * config.layers) ** -0.5 if config.init == "scaled_normal" else 1.0
 
 
 class Dropout(nn.Module):
@@ -101,13 +130,13 @@ class Norm(nn.Module):
             y -= jnp.mean(y, axis=-1, keepdims=True)
         y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon)
         y *= self.param("scale", partitioned(nn.initializers.ones, "norm"), shape)
-        if kind == "layernorm":
+        if kind == "layernorm" and self.config.norm.bias:
             y += self.param("bias", partitioned(nn.initializers.zeros, "norm"), shape)
         return y.astype(x.dtype)
 
 
 class FeedForward(nn.Module):
-    """activation(x W1) W2, or (silu(x W_gate) * x W1) W2 for swiglu."""
+    """activation(x W1) W2, or (activation(x W_gate) * x W1) W2 if gated."""
 
     config: ModelConfig
 
@@ -117,15 +146,16 @@ class FeedForward(nn.Module):
     ) -> Float[Array, "B T D"]:
         config = self.config.feed_forward
         inner, outer = {"mlp": config.width}, {"embed": self.config.width}
-        kinds = {"use_bias": config.bias, "dtype": self.config.dtype}
-        h = Linear(outer, inner, **kinds, name="up")(x)
-        if config.activation == "swiglu":
-            h *= nn.silu(Linear(outer, inner, **kinds, name="gate")(x))
+        activation = ACTIVATIONS[config.activation]
+        h = Linear(self.config, outer, inner, config.bias, name="up")(x)
+        if config.gated:
+            h *= activation(Linear(self.config, outer, inner, config.bias, name="gate")(x))
         else:
-            h = ACTIVATIONS[config.activation](h)
+            h = activation(h)
         h = constrain(h, "act_batch", "act_length", "act_mlp")
         h = Dropout(config.dropout)(h, deterministic)
-        return Linear(inner, outer, **kinds, name="down")(h)
+        gain = _last_gain(self.config)
+        return Linear(self.config, inner, outer, config.bias, gain, name="down")(h)
 
 
 @struct.dataclass
@@ -156,7 +186,9 @@ class MultiHeadAttention(nn.Module):
 
     Keys and values come from `context`, or from `x` itself when there is none. With a cache,
     self-attention writes its rows at `mask.q_offset` and attends to the whole cache, while
-    cross-attention stores the projected context and reads it when called without one.
+    cross-attention stores the projected context and reads it when called without one. Keys are
+    cached after their rotation. The weights are sown as `weights` [B, N, T, S] where the caller
+    makes the collection "intermediates" mutable.
     """
 
     config: ModelConfig
@@ -168,6 +200,7 @@ class MultiHeadAttention(nn.Module):
         x: Float[Array, "B T D"],
         context: Float[Array, "B S D"] | None,
         mask: AttentionMask,
+        positions: RelativePositions | None = None,
         *,
         cache: KVCache | None = None,
         deterministic: bool = True,
@@ -176,17 +209,20 @@ class MultiHeadAttention(nn.Module):
         model = {"embed": config.width}
         q_heads = {"heads": attention.heads, "head_dim": config.head_dim}
         kv_heads = {"kv_heads": config.kv_heads, "head_dim": config.head_dim}
-        kinds = {"use_bias": attention.bias, "dtype": config.dtype}
+        positions = positions or RelativePositions()
+        rotate = positions.rotation or (lambda x: x)
 
-        q = Linear(model, q_heads, **kinds, name="query")(x)
+        # Scores that nothing scales need smaller queries, or the softmax begins saturated.
+        gain = 1.0 if attention.scaled else config.head_dim**-0.5
+        q = rotate(Linear(config, model, q_heads, attention.bias, gain, name="query")(x))
         if self.is_cross and context is None:
             if cache is None:
                 raise ValueError("cross-attention needs a context, or a cache that has seen it")
             k, v = cache.k, cache.v
         else:
             source = x if context is None else context
-            k = Linear(model, kv_heads, **kinds, name="key")(source)
-            v = Linear(model, kv_heads, **kinds, name="value")(source)
+            k = rotate(Linear(config, model, kv_heads, attention.bias, name="key")(source))
+            v = Linear(config, model, kv_heads, attention.bias, name="value")(source)
             if self.is_cross:
                 cache = KVCache(k=k, v=v)
             elif cache is not None:
@@ -201,8 +237,13 @@ class MultiHeadAttention(nn.Module):
         core, _ = choose(attention.core, jax.default_backend())
         rate = 0.0 if deterministic else attention.dropout
         key = self.make_rng("dropout") if rate else None
-        y = ATTENTION[core](q, k, v, mask, dropout_rate=rate, dropout_key=key)
-        return Linear(q_heads, model, **kinds, name="out")(y), cache
+        scores = {"bias": positions.bias, "scale": None if attention.scaled else 1.0}
+        y = ATTENTION[core](q, k, v, mask, **scores, dropout_rate=rate, dropout_key=key)
+        if self.is_mutable_collection("intermediates") and not self.is_initializing():
+            weights = attention_weights(q, k, mask, **scores)
+            self.sow("intermediates", "weights", weights.reshape(len(q), -1, *weights.shape[3:]))
+        gain = _last_gain(config)
+        return Linear(config, q_heads, model, attention.bias, gain, name="out")(y), cache
 
 
 class Embedding(nn.Module):
@@ -214,7 +255,9 @@ class Embedding(nn.Module):
         vocab_size, width = self.config.vocab_size, self.config.width
         if vocab_size is None:
             raise ValueError("model.vocab_size is not set: it comes from the tokenizer")
-        init = nn.initializers.normal(width**-0.5)
+        # A head that scales its input by width^-0.5 needs the larger values.
+        deviation = 1.0 if self.config.head.scale else width**-0.5
+        init = nn.initializers.normal(deviation if self.config.init == "glorot" else 0.02)
         self.table = self.param("table", partitioned(init, "vocab", "embed"), (vocab_size, width))
 
     def __call__(self, tokens: jax.Array) -> Float[Array, "B T D"]:

@@ -1,11 +1,19 @@
-"""Position signals: what tells the model in which order its tokens stand."""
+"""Position signals: what tells the model in which order its tokens stand.
+
+Vectors added to the embeddings (sinusoidal, learned), rotations of queries and keys (rotary), or
+a bias on the scores that depends on the distance (ALiBi, T5's relative bias).
+"""
+
+import math
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
+from flax import struct
 from jaxtyping import Array, Float, Int
 
 from model.axes import partitioned
-from model.config import ModelConfig, ModelError
+from model.config import ModelConfig, ModelError, RotaryConfig
 
 
 def sinusoidal(positions: Int[Array, "b T"], width: int) -> Float[Array, "b T D"]:
@@ -20,22 +28,153 @@ def sinusoidal(positions: Int[Array, "b T"], width: int) -> Float[Array, "b T D"
 
 
 class PositionEmbedding(nn.Module):
-    """The vector added to the embedding of a token at a position."""
+    """The vector added to the embedding of a token at a position; 0 where attention does it."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, positions: Int[Array, "b T"]) -> Float[Array, "b T D"] | float:
         width, config = self.config.width, self.config.positions
-        if config.kind == "none":
-            return 0.0
         if config.kind == "sinusoidal":
             return sinusoidal(positions, width)
+        if config.kind != "learned":
+            return 0.0
         if positions.shape[-1] > config.max_length:
             raise ModelError(
                 f"{positions.shape[-1]} tokens are more than model.positions.max_length = "
                 f"{config.max_length}: learned positions end there"
             )
-        init = partitioned(nn.initializers.normal(width**-0.5), "position", "embed")
+        deviation = width**-0.5 if self.config.init == "glorot" else 0.02
+        init = partitioned(nn.initializers.normal(deviation), "position", "embed")
         table = self.param("table", init, (config.max_length, width))
         return jnp.asarray(table)[positions]
+
+
+# Rotary -----------------------------------------------------------------------------------------
+
+
+@struct.dataclass
+class Rotation:
+    """Angles by which each position turns its queries and keys, as cosines and sines."""
+
+    cos: Float[Array, "b T h"]  # h = H / 2
+    sin: Float[Array, "b T h"]
+
+    def __call__(self, x: Float[Array, "B T n H"]) -> Float[Array, "B T n H"]:
+        """Turns the pairs (i, i + H/2) of each head, in float32 (arXiv:2104.09864 §3.2.2).
+
+        The paper pairs neighbours; halves differ from that by a fixed permutation of features.
+        """
+        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        cos, sin = self.cos[:, :, None], self.sin[:, :, None]
+        turned = [first * cos - second * sin, second * cos + first * sin]
+        return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def rotation(positions: Int[Array, "b T"], head_dim: int, config: RotaryConfig) -> Rotation:
+    """The rotation of each position."""
+    angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(head_dim, config)
+    return Rotation(cos=jnp.cos(angles), sin=jnp.sin(angles))
+
+
+def rotary_frequencies(head_dim: int, config: RotaryConfig) -> np.ndarray:
+    """base^(-2i/H), float32 [H/2], scaled for longer inputs as `config` says."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = np.float32(1.0) / np.float32(config.base) ** exponents
+    if config.scaling == "linear":
+        return frequencies / np.float32(config.factor)
+    if config.scaling == "llama3":
+        # Turns within the original length: few means a long wavelength, which is stretched.
+        turns = config.original_length * frequencies / np.float32(2 * math.pi)
+        low, high = config.low_frequency_factor, config.high_frequency_factor
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        frequencies = (1 - kept) * frequencies / config.factor + kept * frequencies
+    return frequencies.astype(np.float32)
+
+
+# Biases by distance -----------------------------------------------------------------------------
+
+
+@struct.dataclass
+class PositionBias:
+    """What is added to the score of a query and a key, by head and distance.
+
+    Like a mask it is a predicate over rows and columns, of which a core asks for the tile it needs.
+    Distances count rows of one sequence: inside a packed document they are those of the document.
+    """
+
+    values: Float[Array, "..."]
+    """ALiBi: slopes [N]; relative: a table [buckets, N]."""
+    bidirectional: bool = struct.field(pytree_node=False, default=False)
+    max_distance: int | None = struct.field(pytree_node=False, default=None)
+    """Of a relative bias; None: ALiBi."""
+    q_offset: Int[Array, ""] | Int[Array, " B"] | None = None
+    """Position of query row 0, as in AttentionMask."""
+
+    def tile(
+        self, q_index: Int[Array, " t"], kv_index: Int[Array, " s"]
+    ) -> Float[Array, "b N t s"]:
+        """The bias of these query rows and keys; b is B, or 1 if all rows agree."""
+        rows = q_index[None, :, None]
+        if self.q_offset is not None:
+            rows = rows + jnp.reshape(self.q_offset, (-1, 1, 1))
+        distance = kv_index[None, None, :] - rows
+        if self.max_distance is None:
+            return -self.values[None, :, None, None] * jnp.abs(distance)[:, None]
+        buckets = relative_buckets(
+            distance, self.values.shape[0], self.max_distance, self.bidirectional
+        )
+        return jnp.moveaxis(self.values[buckets], -1, 1)
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """A geometric sequence from 2^(-8/N), [N] (arXiv:2108.12409 §3).
+
+    For N that is no power of two: those of the power below, then every second of the power above,
+    as the authors do.
+    """
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = 2.0 ** (-8.0 * np.arange(1, power + 1) / power)
+    between = 2.0 ** (-4.0 * np.arange(1, 2 * (heads - power), 2) / power)
+    return np.concatenate([slopes, between]).astype(np.float32)
+
+
+def relative_buckets(
+    distance: Int[Array, "*d"], buckets: int, max_distance: int, bidirectional: bool
+) -> Int[Array, "*d"]:
+    """Bucket of each distance (key minus query): near ones exactly, then by logarithm.
+
+    arXiv:1910.10683 §2.1. If bidirectional half of the buckets are for keys that come later;
+    otherwise those share the bucket of distance 0.
+    """
+    first = 0
+    if bidirectional:
+        buckets //= 2
+        first = jnp.where(distance > 0, buckets, 0)
+        distance = jnp.abs(distance)
+    else:
+        distance = jnp.maximum(-distance, 0)
+    exact = buckets // 2
+    ratio = jnp.log(jnp.maximum(distance, exact) / exact) / math.log(max_distance / exact)
+    far = exact + (ratio * (buckets - exact)).astype(jnp.int32)
+    return first + jnp.where(distance < exact, distance, jnp.minimum(far, buckets - 1))
+
+
+@struct.dataclass
+class RelativePositions:
+    """What self-attention knows about positions, in all layers of a stack."""
+
+    rotation: Rotation | None = None
+    bias: PositionBias | None = None
+
+
+class RelativeBias(nn.Module):
+    """The learned table of T5, one for all layers of a stack (arXiv:1910.10683 §2.1)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "R N"]:
+        shape = (self.config.positions.buckets, self.config.attention.heads)
+        init = nn.initializers.normal(self.config.width**-0.5)
+        return jnp.asarray(self.param("table", partitioned(init, "buckets", "heads"), shape))

@@ -41,7 +41,7 @@ def test_each_parameter_axis_has_the_size_that_its_name_says():
         tie_embeddings=False,
         positions_kind="learned",
         positions_max_length=17,
-        feed_forward_activation="swiglu",
+        feed_forward_activation="silu",
     )
     arrays = (jnp.zeros((B, T), jnp.int32), jnp.zeros((B, S), jnp.int32))
     params = jax.eval_shape(build(config).init, jax.random.key(0), *arrays)["params"]

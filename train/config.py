@@ -105,8 +105,18 @@ class DecodeConfig:
     """Sample among the likeliest k tokens; 0: all."""
     top_p: float = 1.0
     """Sample among the likeliest tokens of this total probability (arXiv:1904.09751)."""
+    min_p: float = 0.0
+    """Sample among tokens of at least this share of the likeliest one's probability
+    (arXiv:2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Divides positive scores of tokens seen before and multiplies negative ones
+    (arXiv:1909.05858 §4.1)."""
+    max_tokens: int = 200
+    """Most tokens that are written after a prompt."""
+    stop: tuple[str, ...] = ()
+    """Texts after a prompt end before the first of these."""
     batch_tokens: int = 4096
-    """Most positions (rows x source length) that are decoded together."""
+    """Most positions (rows x source or prompt length) that are decoded together."""
 
     def __post_init__(self):
         require(self.beam > 0, f"decode.beam must be positive, not {self.beam}")
@@ -122,7 +132,14 @@ class DecodeConfig:
         )
         require(self.top_k >= 0, f"decode.top_k must be at least 0, not {self.top_k}")
         require(0 < self.top_p <= 1, f"decode.top_p must lie in (0, 1], not {self.top_p}")
-        sampling = self.temperature > 0 or self.top_k > 0 or self.top_p < 1
+        require(0 <= self.min_p < 1, f"decode.min_p must lie in [0, 1), not {self.min_p}")
+        require(
+            self.repetition_penalty >= 1,
+            f"decode.repetition_penalty must be at least 1, not {self.repetition_penalty}",
+        )
+        require(self.max_tokens > 0, f"decode.max_tokens must be positive, not {self.max_tokens}")
+        require(all(self.stop), "decode.stop holds an empty text: every text would end there")
+        sampling = self.temperature > 0 or self.top_k > 0 or self.top_p < 1 or self.min_p > 0
         require(
             not sampling or (self.beam == 1 and self.temperature > 0),
             "sampling needs decode.beam = 1 and decode.temperature above 0, "

@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float
 
 from model.dropout import dropout
 from model.masks import AttentionMask
+from model.positions import PositionBias
 
 
 def dense(
@@ -14,32 +15,48 @@ def dense(
     v: Float[Array, "B S K H"],
     mask: AttentionMask,
     *,
-    bias: Float[Array, "b N T S"] | None = None,
+    bias: PositionBias | None = None,
+    scale: float | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k^T / sqrt(H) + bias) v over the pairs that `mask` allows.
+    """softmax(scale q k^T + bias) v over the pairs that `mask` allows; scale None: 1 / sqrt(H).
 
     arXiv:1706.03762 §3.2.1. The softmax is in float32. A query that may look at nothing gives 0,
-    with gradient 0. `bias` is added to the scaled scores. Each key/value head serves N / K
-    consecutive query heads. Memory: B * N * T * S.
+    with gradient 0. Each key/value head serves N / K consecutive query heads.
+    Memory: B * N * T * S.
     """
-    B, T, N, H = q.shape
-    S, K = k.shape[1:3]
-    if k.shape != v.shape or k.shape != (B, S, K, H) or N % K:
+    if k.shape != v.shape:
         raise ValueError(f"shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}")
-    q = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
-    scores *= H**-0.5  # here and not on q, which may be too coarse a type for it
-    if bias is not None:
-        scores += bias.reshape(bias.shape[0], K, N // K, *bias.shape[2:])
-    if mask.is_full:
-        weights = jax.nn.softmax(scores)
-    else:
-        weights = masked_softmax(scores, mask.to_bool(T, S)[:, None, None])
+    weights = attention_weights(q, k, mask, bias=bias, scale=scale)
     weights = dropout(weights, dropout_rate, dropout_key)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v)
-    return out.reshape(B, T, N, H)
+    return out.reshape(q.shape)
+
+
+def attention_weights(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    mask: AttentionMask,
+    *,
+    bias: PositionBias | None = None,
+    scale: float | None = None,
+) -> Float[Array, "B K G T S"]:
+    """What share each query takes of each key, in float32; all 0 where nothing may be seen."""
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    if k.shape != (B, S, K, H) or N % K:
+        raise ValueError(f"shapes do not fit: q {q.shape}, k {k.shape}")
+    q = q.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    # The scale is applied here and not to q, which may be too coarse a type for it.
+    scores *= H**-0.5 if scale is None else scale
+    if bias is not None:
+        tile = bias.tile(jnp.arange(T), jnp.arange(S))
+        scores += tile.reshape(tile.shape[0], K, N // K, T, S)
+    if mask.is_full:
+        return jax.nn.softmax(scores)
+    return masked_softmax(scores, mask.to_bool(T, S)[:, None, None])
 
 
 def masked_softmax(

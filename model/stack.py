@@ -1,0 +1,150 @@
+"""Blocks, and stacks of equal blocks."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from model.axes import constrain
+from model.config import ModelConfig
+from model.layers import Dropout, FeedForward, KVCache, MultiHeadAttention, Norm
+from model.masks import AttentionMask
+from model.positions import (
+    PositionBias,
+    RelativeBias,
+    RelativePositions,
+    alibi_slopes,
+    rotation,
+)
+
+
+@struct.dataclass
+class BlockCache:
+    """What a block remembers while decoding; in a stack each array leads with the layers."""
+
+    self_attention: KVCache
+    cross_attention: KVCache | None = None
+
+    def repeat(self, times: int) -> "BlockCache":
+        """Each row `times` times in succession, for as many hypotheses of it."""
+        return jax.tree.map(lambda x: jnp.repeat(x, times, axis=1), self)
+
+    def reorder(self, rows: Int[Array, " R"]) -> "BlockCache":
+        """Row r of the result continues row rows[r]; hypotheses share their source, which stays."""
+        kept = jax.tree.map(lambda x: jnp.take(x, rows, axis=1), self.self_attention)
+        return self.replace(self_attention=kept)  # type: ignore[attr-defined]
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention if `has_cross`, feed-forward; each with residual and norm."""
+
+    config: ModelConfig
+    has_cross: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        cache: BlockCache | None,
+        mask: AttentionMask,
+        positions: RelativePositions,
+        encoded: Float[Array, "B S D"] | None,
+        cross_mask: AttentionMask | None,
+        deterministic: bool,
+    ) -> tuple[Float[Array, "B T D"], BlockCache | None]:
+        config = self.config
+
+        def residual(name: str, x: jax.Array, sublayer):
+            norm = Norm(config, name=f"{name}_norm")
+            y = sublayer(norm(x) if config.norm.position == "pre" else x)
+            y, state = y if isinstance(y, tuple) else (y, None)
+            x = x + Dropout(config.dropout)(y, deterministic)
+            x = norm(x) if config.norm.position == "post" else x
+            return constrain(x, "act_batch", "act_length", "act_embed"), state
+
+        attend = MultiHeadAttention(config, name="self_attention")
+        self_cache = cache.self_attention if cache else None
+        x, self_cache = residual(
+            "self_attention",
+            x,
+            lambda x: attend(
+                x, None, mask, positions, cache=self_cache, deterministic=deterministic
+            ),
+        )
+        cross_cache = cache.cross_attention if cache else None
+        if self.has_cross:
+            assert cross_mask is not None
+            look = MultiHeadAttention(config, is_cross=True, name="cross_attention")
+            x, cross_cache = residual(
+                "cross_attention",
+                x,
+                lambda x: look(
+                    x, encoded, cross_mask, cache=cross_cache, deterministic=deterministic
+                ),
+            )
+        feed_forward = FeedForward(config, name="feed_forward")
+        x, _ = residual("feed_forward", x, lambda x: feed_forward(x, deterministic=deterministic))
+        self.sow("intermediates", "hidden", x)
+        return x, BlockCache(self_cache, cross_cache) if cache else None  # type: ignore[arg-type]
+
+
+class Stack(nn.Module):
+    """Equal blocks, one after the other, scanned: parameters lead with the axis `layers`.
+
+    The collection "intermediates", where it is mutable, gets `hidden` [L, B, T, D] (each block's
+    output) and the attention weights [L, B, N, T, S].
+    """
+
+    config: ModelConfig
+    layers: int
+    is_causal: bool = False
+    has_cross: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "b T"],
+        mask: AttentionMask,
+        *,
+        encoded: Float[Array, "B S D"] | None = None,
+        cross_mask: AttentionMask | None = None,
+        cache: BlockCache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T D"], BlockCache | None]:
+        block = nn.remat(Block, prevent_cse=False, static_argnums=7) if self.config.remat else Block
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, *[nn.broadcast] * 5),  # type: ignore[arg-type]
+            length=self.layers,
+            unroll=min(self.config.unroll, self.layers),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        blocks = scanned(self.config, self.has_cross, name="blocks")
+        relative = self._relative(positions, mask)
+        x, cache = blocks(x, cache, mask, relative, encoded, cross_mask, deterministic)
+        if self.config.norm.position == "pre":
+            x = Norm(self.config, name="norm")(x)
+        return x, cache
+
+    def _relative(self, positions: Int[Array, "b T"], mask: AttentionMask) -> RelativePositions:
+        """What self-attention adds or turns, where the config asks for it."""
+        config, kind = self.config, self.config.positions.kind
+        if kind == "rotary":
+            turns = rotation(positions, config.head_dim, config.positions.rotary)
+            return RelativePositions(rotation=turns)
+        if kind == "alibi":
+            slopes = jnp.asarray(alibi_slopes(config.attention.heads))
+            return RelativePositions(bias=PositionBias(slopes, q_offset=mask.q_offset))
+        if kind == "relative":
+            bias = PositionBias(
+                RelativeBias(config, name="relative_bias")(),
+                bidirectional=not self.is_causal,
+                max_distance=config.positions.max_distance,
+                q_offset=mask.q_offset,
+            )
+            return RelativePositions(bias=bias)
+        return RelativePositions()
