@@ -13,49 +13,67 @@ class Field(NamedTuple):
     meaning: str
 
 
-# Every array is [B, T]. A padding position is 0 in all of them.
+# Every array is [B, T], unless its meaning says [B]. Padding is 0 in all of them: positions at the
+# end of a row, and whole rows at the end of a batch.
 FIELDS = {
-    "inputs": Field(np.int32, "token ids that the decoder reads"),
-    "targets": Field(np.int32, "token ids to predict, position by position (already shifted)"),
+    "inputs": Field(np.int32, "token ids that the decoder, or the only stack, reads"),
+    "targets": Field(
+        np.int32,
+        "token ids to predict, position by position (already shifted); "
+        "[B] the class of a row, or the number to predict (float32)",
+    ),
     "weights": Field(np.float32, "how much each target counts in the loss; 0 leaves it out"),
     "segment_ids": Field(np.int32, "number of the example within its row, from 1; 0 is padding"),
     "positions": Field(np.int32, "position of the token within its example, from 0"),
+    "type_ids": Field(np.int32, "0 in the first text of an example, 1 in the second"),
+    "prefix_len": Field(np.int32, "[B] how many positions, from the first, all others may see"),
     "encoder_inputs": Field(np.int32, "token ids that the encoder reads"),
     "encoder_segment_ids": Field(np.int32, "like segment_ids, for encoder_inputs"),
     "encoder_positions": Field(np.int32, "like positions, for encoder_inputs"),
 }
+PER_ROW = ("prefix_len",)  # [B]; so are targets and weights where a row has one target.
 
 
 def pad_and_stack(
     rows: Sequence[Mapping[str, np.ndarray]], n_rows: int, length: int
 ) -> dict[str, np.ndarray]:
-    """Stacks unpadded rows of arrays [T <= length] into arrays [n_rows, length].
+    """Stacks unpadded rows of arrays [T <= length] or [] into arrays [n_rows, length] or [n_rows].
 
     `rows` holds at least one row and may hold fewer than `n_rows`; the others stay padding.
     """
-    names = rows[0].keys()
-    batch = {name: np.zeros((n_rows, length), FIELDS[name].dtype) for name in names}
+    batch = {
+        name: np.zeros((n_rows, length)[: 1 + values.ndim], values.dtype)
+        for name, values in rows[0].items()
+    }
     for i, row in enumerate(rows):
         for name, values in row.items():
-            batch[name][i, : len(values)] = values
+            if values.ndim:
+                batch[name][i, : len(values)] = values
+            else:
+                batch[name][i] = values
     return batch
 
 
 def check(batch: Mapping[str, np.ndarray]) -> None:
     """Raises DataError when a batch breaks the contract."""
-    shapes = {array.shape for array in batch.values()}
-    if len(shapes) != 1 or len(next(iter(shapes))) != 2:
-        raise DataError(f"the arrays of a batch have the shapes {shapes}: all must be one [B, T]")
+    per_row = set(PER_ROW)
+    if batch["targets"].ndim == 1:
+        per_row |= {"targets", "weights"}
+    shape = batch["inputs"].shape
     for name, array in batch.items():
         if name not in FIELDS:
             raise DataError(f"batch has an unknown array {name!r}: add it to batch.FIELDS")
-        if array.dtype != FIELDS[name].dtype:
+        expected = shape[:1] if name in per_row else shape
+        if array.shape != expected or len(shape) != 2:
+            raise DataError(f"{name} has the shape {array.shape} beside inputs {shape}: see FIELDS")
+        is_number = name == "targets" and array.ndim == 1 and array.dtype == np.float32
+        if array.dtype != FIELDS[name].dtype and not is_number:
             raise DataError(f"{name} has dtype {array.dtype}: use {FIELDS[name].dtype.__name__}")
-        if (array < 0).any():
+        if (array < 0).any() and not is_number:
             raise DataError(f"{name} has a negative value: ids, positions and weights are never so")
         side = "encoder_" if name.startswith("encoder_") else ""
         padding = batch[side + "segment_ids"] == 0
-        if array[padding].any():
+        if array[padding[:, 0] if name in per_row else padding].any():
             raise DataError(f"{name} is not 0 at a padding position: padding must be all 0")
         if (np.diff(padding.astype(np.int8), axis=1) < 0).any():
             raise DataError(f"{side}segment_ids has padding before a token: pad at the end")

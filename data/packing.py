@@ -1,16 +1,44 @@
-"""Which examples make up which batch: length bucketing, planned ahead for a whole epoch.
+"""Which tokens make up which row, and which rows which batch, planned ahead for a whole epoch.
 
-Examples of similar length share a batch, and batches come in a few shapes only, because every shape
-is compiled once. The plan is a pure function of the lengths, the config and the seed: any batch can
-be asked for by its number, so a run resumes where it stopped and any number of processes sees the
-same batches.
+Two ways. By length: rows of similar length share a batch, and batches come in a few shapes only,
+because every shape is compiled once. Packed: documents stand end to end, and rows of one length are
+cut from that. A plan is a pure function of the lengths, the config and the seed: any batch can be
+asked for by its number, so a run resumes where it stopped and any number of processes sees the same
+batches.
 """
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 
 from data.config import DataConfig, DataError
 
 LENGTH_MULTIPLE = 8  # Matrix units work on tiles: a length in between costs as much as the next.
+
+
+class Plan(Protocol):
+    """The batches of every epoch. Global batch `i` belongs to epoch `i // batches_per_epoch`."""
+
+    batches_per_epoch: int
+    padding_share: float
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """The (rows, length) of every batch shape, by length."""
+        ...
+
+    def rows(self, index: int) -> tuple[int, int, np.ndarray]:
+        """Returns length, number of rows and the row numbers of global batch `index`.
+
+        There may be fewer row numbers than rows; the other rows are padding.
+        """
+        ...
+
+    def in_order(self) -> Self:
+        """Returns the plan for evaluation, where every epoch is the same, without any shuffling."""
+        ...
 
 
 def choose_buckets(lengths: np.ndarray, buckets: int, max_length: int) -> list[int]:
@@ -20,9 +48,13 @@ def choose_buckets(lengths: np.ndarray, buckets: int, max_length: int) -> list[i
     candidates. Dynamic programming over the candidates: the best way to cover the shortest j
     candidates with k buckets covers the shortest i < j with k - 1, and the rest at length j.
     """
-    rounded = np.minimum(-(-lengths // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, max_length)
-    candidates, counts = np.unique(rounded, return_counts=True)
-    examples = np.concatenate([[0], np.cumsum(counts)])
+    counts = np.bincount(lengths)
+    rounded = np.minimum(
+        -(-np.arange(len(counts)) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, max_length
+    )
+    counts = np.bincount(rounded, counts)
+    candidates = np.flatnonzero(counts)
+    examples = np.concatenate([[0], np.cumsum(counts[candidates])])
     n = len(candidates)
     best = np.full(n + 1, np.inf)  # best[j]: fewest positions for the j shortest candidates.
     best[0] = 0
@@ -42,11 +74,11 @@ def choose_buckets(lengths: np.ndarray, buckets: int, max_length: int) -> list[i
 
 
 class BatchPlan:
-    """The batches of every epoch. Global batch `i` belongs to epoch `i // batches_per_epoch`.
+    """The batches of rows that are put together by length; the rows of a batch share a bucket.
 
-    lengths: [sides, E] tokens of every example's row, on each side of the model.
-    shuffle: every epoch has its own order of examples and batches; otherwise there is one order, by
-    bucket, for evaluation.
+    lengths: [sides, E] tokens of every row, on each side of the model.
+    shuffle: every epoch has its own order of rows and batches; otherwise there is one order, by
+    bucket.
     """
 
     def __init__(self, lengths: np.ndarray, config: DataConfig, seed: int, *, shuffle: bool = True):
@@ -55,48 +87,182 @@ class BatchPlan:
         self.shuffle = shuffle
         self.lengths = choose_buckets(rows, config.buckets, config.max_length)
         self.n_rows = [_rows(length, config) for length in self.lengths]
-        bucket = np.searchsorted(self.lengths, rows)
-        self._members = [np.flatnonzero(bucket == b) for b in range(len(self.lengths))]
+        # 8 and 32 bits: there may be many millions of rows.
+        bucket_of = np.searchsorted(self.lengths, np.arange(self.lengths[-1] + 1))
+        bucket = bucket_of.astype(np.min_scalar_type(len(self.lengths)))[rows]
+        numbers = np.min_scalar_type(-len(rows))
+        self._members = [
+            np.flatnonzero(bucket == b).astype(numbers) for b in range(len(self.lengths))
+        ]
         self._batches = [-(-len(m) // n) for m, n in zip(self._members, self.n_rows, strict=True)]
         self.batches_per_epoch = sum(self._batches)
         positions = sum(map(np.prod, zip(self._batches, self.n_rows, self.lengths, strict=True)))
-        self.padding_share = 1 - int(lengths.sum()) / (len(lengths) * int(positions))
-        self._epochs: dict[int, tuple[list[np.ndarray], np.ndarray]] = {}
+        total = int(lengths.sum(dtype=np.int64))
+        self.padding_share = 1 - total / (len(lengths) * int(positions))
+        self._epoch = _Recent(self._make_epoch)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """The (rows, length) of every batch shape, by length."""
         return list(zip(self.n_rows, self.lengths, strict=True))
 
     def rows(self, index: int) -> tuple[int, int, np.ndarray]:
-        """Returns length, number of rows and the examples of global batch `index`.
-
-        The last batch of a bucket may have fewer examples than rows; the other rows are padding.
-        """
         epoch, index = divmod(index, self.batches_per_epoch)
         members, order = self._epoch(epoch if self.shuffle else 0)
         bucket, number = order[index]
         n = self.n_rows[bucket]
         return self.lengths[bucket], n, members[bucket][number * n : (number + 1) * n]
 
-    def _epoch(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """Returns the examples of every bucket in order, and the batches as (bucket, number)."""
-        # Threads may ask at the same time, without a lock: at worst two compute the same order.
-        epochs = self._epochs
-        if epoch not in epochs:
-            members = self._members
-            order = np.array(
-                [(b, i) for b, count in enumerate(self._batches) for i in range(count)]
-            )
-            if self.shuffle:
-                rng = np.random.default_rng((self.seed, epoch))
-                members = [rng.permutation(m) for m in members]
-                order = rng.permutation(order)
-            # The neighbour is kept: around the end of an epoch, threads still ask for both.
-            epochs = {k: v for k, v in epochs.items() if abs(k - epoch) == 1}
-            epochs[epoch] = members, order
-            self._epochs = epochs
-        return epochs[epoch]
+    def in_order(self) -> Self:
+        plan = copy.copy(self)
+        plan.shuffle, plan._epoch = False, _Recent(plan._make_epoch)
+        return plan
+
+    def _make_epoch(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """Returns the rows of every bucket in order, and the batches as (bucket, number)."""
+        members = self._members
+        order = np.array([(b, i) for b, count in enumerate(self._batches) for i in range(count)])
+        if self.shuffle:
+            rng = np.random.default_rng((self.seed, epoch))
+            members = [rng.permutation(m) for m in members]
+            order = rng.permutation(order)
+        return members, order
+
+
+class Span(NamedTuple):
+    """Positions [start, stop) of a document."""
+
+    document: int
+    start: int
+    stop: int
+
+
+class PackedPlan:
+    """The batches of rows, all `max_length` long, that are cut from documents end to end.
+
+    Every position of every document is in exactly one row; a document may reach over several rows,
+    and a row over several documents. Only the last row of the stream has padding. Memory does not
+    depend on the number of tokens, but for the order of the rows.
+
+    starts: [D + 1] where each document starts in the stream, in positions, and where that ends.
+    shuffle: every epoch has its own order of rows, and its own place where the first row starts, so
+    that documents are cut elsewhere; the stream goes on from its end to its beginning.
+    """
+
+    def __init__(self, starts: np.ndarray, config: DataConfig, seed: int, *, shuffle: bool = True):
+        self.starts = starts
+        self.seed = seed
+        self.shuffle = shuffle
+        self.length = config.max_length
+        self.n_rows = _rows(self.length, config)
+        self._positions = int(starts[-1])
+        self._count = -(-self._positions // self.length)
+        self.batches_per_epoch = -(-self._count // self.n_rows)
+        places = self.batches_per_epoch * self.n_rows * self.length
+        self.padding_share = 1 - self._positions / places
+        self._epoch = _Recent(self._make_epoch)
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        return [(self.n_rows, self.length)]
+
+    def rows(self, index: int) -> tuple[int, int, np.ndarray]:
+        epoch, index = divmod(index, self.batches_per_epoch)
+        _, order = self._epoch(epoch if self.shuffle else 0)
+        return self.length, self.n_rows, order[index * self.n_rows : (index + 1) * self.n_rows]
+
+    def in_order(self) -> Self:
+        plan = copy.copy(self)
+        plan.shuffle, plan._epoch = False, _Recent(plan._make_epoch)
+        return plan
+
+    def spans(self, epoch: int, row: int) -> list[Span]:
+        """Returns what a row holds, in its order."""
+        shift, _ = self._epoch(epoch if self.shuffle else 0)
+        start = row * self.length
+        stop = min(start + self.length, self._positions)
+        turn = self._positions - shift  # Where the stream goes on at its beginning.
+        before = self._between(start + shift, min(stop, turn) + shift)
+        return before + self._between(max(start, turn) - turn, stop - turn)
+
+    def _between(self, start: int, stop: int) -> list[Span]:
+        """The documents between two places of the stream, which is none if start >= stop."""
+        spans, starts = [], self.starts
+        # The last one that starts there: those before it are empty.
+        document = int(np.searchsorted(starts, start, "right")) - 1
+        while start < stop:
+            first, end = int(starts[document]), min(int(starts[document + 1]), stop)
+            if start < end:
+                spans.append(Span(document, start - first, end - first))
+                start = end
+            document += 1
+        return spans
+
+    def _make_epoch(self, epoch: int) -> tuple[int, np.ndarray]:
+        """Returns where in the stream the first row starts, and the order of the rows."""
+        if not self.shuffle:
+            return 0, np.arange(self._count)
+        rng = np.random.default_rng((self.seed, epoch))
+        return int(rng.integers(self._positions)), rng.permutation(self._count)
+
+
+class Pieces:
+    """Documents cut into pieces of at most `longest` positions, to be numbered and put in batches.
+
+    starts: as for PackedPlan. Piece `u` is `pieces[u]`.
+    """
+
+    def __init__(self, starts: np.ndarray, longest: int):
+        self.starts, self.longest = starts, longest
+        counts = np.diff(starts)
+        counts += longest - 1
+        counts //= longest
+        self._first = np.zeros(len(starts), np.int64)  # The number of each document's first piece.
+        np.cumsum(counts, out=self._first[1:])
+
+    def lengths(self) -> np.ndarray:
+        """Returns the positions of every piece, int32 [U]."""
+        lengths = np.full(self._first[-1], self.longest, np.int32)
+        is_last = np.zeros(len(lengths), bool)
+        is_last[self._first[1:] - 1] = True  # Of an empty document, the last piece before it.
+        rest = np.diff(self.starts)
+        rest = rest[rest > 0]
+        rest -= 1
+        rest %= self.longest
+        rest += 1
+        lengths[is_last] = rest
+        return lengths
+
+    def __getitem__(self, number: int) -> Span:
+        document = int(np.searchsorted(self._first, number, "right")) - 1
+        start = (number - int(self._first[document])) * self.longest
+        size = int(self.starts[document + 1] - self.starts[document])
+        return Span(document, start, min(start + self.longest, size))
+
+
+def pack(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Joins rows of arrays [T] into one, in which each has its own segment id."""
+    joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    lengths = [len(row["segment_ids"]) for row in rows]
+    joined["segment_ids"] = np.repeat(np.arange(1, len(rows) + 1, dtype=np.int32), lengths)
+    return joined
+
+
+class _Recent:
+    """A function of the epoch that keeps what it has made for the last one and its neighbour.
+
+    Around the end of an epoch threads ask for both. They need no lock: at worst two make the same.
+    """
+
+    def __init__(self, make: Callable[[int], tuple]):
+        self.make, self.made = make, {}
+
+    def __call__(self, epoch: int) -> tuple:
+        made = self.made
+        if epoch not in made:
+            made = {e: value for e, value in made.items() if abs(e - epoch) == 1}
+            made[epoch] = self.make(epoch)
+            self.made = made
+        return made[epoch]
 
 
 def _rows(length: int, config: DataConfig) -> int:

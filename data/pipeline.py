@@ -1,113 +1,77 @@
 """From a source to batches: tokens on disk, a plan over them, and grain reading ahead."""
 
-import hashlib
-import json
 import sys
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, Self
+from functools import cached_property, partial
+from typing import Self
 
 import numpy as np
 
-from data import packages, sources
+from data import labels, sources
 from data.batch import pad_and_stack
-from data.config import DataConfig, DataError
-from data.objectives import OBJECTIVES, Arrays
-from data.packing import BatchPlan
-from data.tokenizer import Tokenizer
+from data.config import TEXT_OBJECTIVES, DataConfig, DataError
+from data.examples import Example
+from data.labels import classes
+from data.objectives import OBJECTIVES, Arrays, Cut
+from data.packing import PackedPlan, Pieces, Plan, pack
+from data.rows import Rows, arrange
+from data.store import TokenStore, fingerprint
+from data.tokenizer import Tokenizer, cut_text
 
-SIDES = ("source", "target")
 Reader = Callable[[int, int], Generator[Arrays, None, None]]
-CHUNK = 10_000  # Examples tokenised at a time: enough for all cores, little memory.
 
 
-def tokenizer_texts(config: DataConfig) -> Iterator[str]:
-    """Yields the training texts of both sides: what a shared vocabulary is learned from."""
-    for example in sources.load(config, "train"):
-        yield from (example[side] for side in SIDES)
+def tokenizer_texts(config: DataConfig) -> Iterable[str]:
+    """Returns the training texts of all fields: what a shared vocabulary is learned from.
 
-
-class TokenStore:
-    """The tokens of every example of a split, in files that are mapped into memory.
-
-    SIDE.ids holds the ids of all examples end to end, raw int32; SIDE.offsets.npy where each one
-    starts, int64 [E + 1]; blank.npy whether a side of it is blank, bool [E].
+    They can be read more than once. Long ones come in parts, which need less memory.
     """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.blank = np.load(folder / "blank.npy")
-        self.offsets = {side: np.load(folder / f"{side}.offsets.npy") for side in SIDES}
-        self.ids = {
-            # An empty file cannot be mapped; a plain view because slicing a memmap is slow.
-            side: np.memmap(folder / f"{side}.ids", np.int32, "r").view(np.ndarray)
-            if offsets[-1]
-            else np.empty(0, np.int32)
-            for side, offsets in self.offsets.items()
-        }
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return TokenStore, (self.folder,)  # A worker process maps the files itself.
-
-    @classmethod
-    def build(cls, examples: Sequence[sources.Example], tokenizer: Tokenizer, text: str) -> Self:
-        """Tokenises the examples, whose fingerprint is `text`, unless the cache has them."""
-        key = hashlib.sha256(f"{text} {tokenizer.fingerprint}".encode()).hexdigest()
-        write = partial(_write_tokens, examples, tokenizer)
-        return cls(packages.build_once(packages.cache() / "tokens" / key, write))
-
-    def lengths(self) -> dict[str, np.ndarray]:
-        """Returns the token counts of all examples, side -> [E]."""
-        return {side: np.diff(offsets) for side, offsets in self.offsets.items()}
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {
-            side: np.array(self.ids[side][offsets[index] : offsets[index + 1]])
-            for side, offsets in self.offsets.items()
-        }
+    return _Texts(config)
 
 
-def _write_tokens(examples: Sequence[sources.Example], tokenizer: Tokenizer, folder: Path) -> None:
-    blank, counts = [], {side: [np.zeros(1, np.int64)] for side in SIDES}
-    for start in range(0, len(examples), CHUNK):
-        chunk = [examples[i] for i in range(start, min(start + CHUNK, len(examples)))]
-        blank.append([not all(example[side].strip() for side in SIDES) for example in chunk])
-        for side in SIDES:
-            rows = tokenizer.encode_batch([example[side] for example in chunk])
-            counts[side].append(np.array([len(row) for row in rows], np.int64))
-            with (folder / f"{side}.ids").open("ab") as file:
-                np.concatenate(rows).tofile(file)
-    np.save(folder / "blank.npy", np.concatenate(blank))
-    for side in SIDES:
-        np.save(folder / f"{side}.offsets.npy", np.cumsum(np.concatenate(counts[side])))
+class _Texts:
+    def __init__(self, config: DataConfig):
+        self.config = config
 
+    @cached_property
+    def examples(self) -> Sequence[Example]:
+        return sources.load(self.config, "train")
 
-def fingerprint(examples: Sequence[sources.Example]) -> str:
-    """Returns the sha256 (hex) of the texts in their order, or of the identity of a fixed set."""
-    identity = getattr(examples, "identity", None)
-    if identity is not None:
-        return hashlib.sha256(identity.encode()).hexdigest()
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(json.dumps([example[side] for side in SIDES]).encode())
-    return digest.hexdigest()
+    def __iter__(self) -> Iterator[str]:
+        fields = sources.fields(self.config)
+        for example in self.examples:
+            for field in fields:
+                yield from cut_text(example[field])
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The batches of one split. Example i is line i of the source, whether it is kept or not."""
+    """The batches of one split. Example i is line i of the source, whether it is kept or not.
+
+    The rows that the plans number are the kept examples, `pieces` of documents, or what a
+    PackedPlan cuts from all documents.
+    labels: the class or the number to predict of every example, [E]; None for other objectives.
+    characters, bytes: of the kept texts, in UTF-8.
+    target_count: positions that may be predicted, or examples with a label, in an epoch.
+    """
 
     config: DataConfig
+    tokenizer: Tokenizer
     split: str
     seed: int
     data_fingerprint: str
+    classes: tuple[str, ...]
     store: TokenStore
+    labels: np.ndarray | None
     kept: np.ndarray
-    train_plan: BatchPlan
-    eval_plan: BatchPlan
+    pieces: Pieces | None
+    train_plan: Plan
+    eval_plan: Plan
+    characters: int
+    bytes: int
+    target_count: int
     report: list[str]
 
     @classmethod
@@ -118,39 +82,42 @@ class Dataset:
 
         Raises DataError when the source or the config does not work out, or nothing is left.
         """
-        if config.objective not in OBJECTIVES:
-            raise DataError(
-                f"data.objective is {config.objective!r}: give one of {', '.join(OBJECTIVES)}"
-            )
+        tokenizer.require(config.objective)
         examples = sources.load(config, split)
         data_fingerprint = fingerprint(examples)
-        store = TokenStore.build(examples, tokenizer, data_fingerprint)
-        lengths = OBJECTIVES[config.objective].lengths(store.lengths())
-        fits = lengths.max(0) <= config.max_length
-        kept = np.flatnonzero(fits & ~store.blank)
-        blank, too_long = int(store.blank.sum()), int((~fits & ~store.blank).sum())
-        if not len(kept):
-            raise DataError(
-                f"no example of split {split!r} is left: {blank:,} are blank and {too_long:,} have "
-                f"more than data.max_length {config.max_length} tokens; give a larger one"
-            )
-        plan = partial(BatchPlan, lengths[:, kept], config, seed)
-        train_plan, eval_plan = plan(shuffle=True), plan(shuffle=False)
-        report = [f"{split}: {len(kept):,} examples, {int(lengths[:, kept].sum()):,} tokens"]
-        if too_long:
+        store = TokenStore.build(examples, sources.fields(config), tokenizer, data_fingerprint)
+        names = classes(config)
+        targets = None
+        if config.objective in ("classification", "regression"):
+            targets = labels.numbers(store.labels(), names, split)
+        rows = arrange(config, tokenizer, store, split, seed)
+        is_kept = np.zeros(len(store.blank), bool)
+        is_kept[rows.kept] = True
+        characters, size = (int(n) for n in store.sizes.sum(1, where=is_kept))
+        report = _report(config, split, store, rows, characters)
+        if names and targets is not None:
+            counts = np.bincount(targets[rows.kept], minlength=len(names))
             report.append(
-                f"{split}: {too_long:,} examples left out, longer than {config.max_length} tokens "
-                "(--data.max-length)"
+                f"{split}: {len(names)} classes, the largest {names[counts.argmax()]!r} with "
+                f"{counts.max() / len(rows.kept):.1%}"
             )
-        if blank:
-            report.append(f"{split}: {blank:,} examples left out, blank on a side")
-        shapes = ", ".join(f"{rows} x {length}" for rows, length in train_plan.shapes)
-        report.append(
-            f"{split}: {train_plan.batches_per_epoch:,} batches of {shapes}, "
-            f"{train_plan.padding_share:.1%} padding"
-        )
         return cls(
-            config, split, seed, data_fingerprint, store, kept, train_plan, eval_plan, report
+            config=config,
+            tokenizer=tokenizer,
+            split=split,
+            seed=seed,
+            data_fingerprint=data_fingerprint,
+            classes=names,
+            store=store,
+            labels=targets,
+            kept=rows.kept,
+            pieces=rows.pieces,
+            train_plan=rows.plan,
+            eval_plan=rows.plan.in_order(),
+            characters=characters,
+            bytes=size,
+            target_count=rows.target_count,
+            report=report,
         )
 
     @property
@@ -158,7 +125,7 @@ class Dataset:
         return self.train_plan.batches_per_epoch
 
     def train_iterator(self, process_index: int = 0, process_count: int = 1) -> "TrainIterator":
-        """Returns the endless batches of this process, `{name: [B / process_count, T]}`."""
+        """Returns the endless batches of this process, `{name: [B / process_count, ...]}`."""
         return TrainIterator(self._reader(self.train_plan, process_index, process_count))
 
     def eval_batches(self, process_index: int = 0, process_count: int = 1) -> Iterator[Arrays]:
@@ -166,7 +133,7 @@ class Dataset:
         read = self._reader(self.eval_plan, process_index, process_count)
         return read(0, self.batches_per_epoch)
 
-    def _reader(self, plan: BatchPlan, process_index: int, process_count: int) -> Reader:
+    def _reader(self, plan: Plan, process_index: int, process_count: int) -> Reader:
         """Returns read(start, stop), which yields this process's part of those global batches."""
         if self.config.batch_multiple % process_count:
             raise DataError(
@@ -176,22 +143,71 @@ class Dataset:
         batch = partial(self.batch, plan, process_index, process_count)
         return partial(_read_ahead, batch, self.config.workers)
 
-    def batch(self, plan: BatchPlan, process_index: int, process_count: int, index: int) -> Arrays:
+    def batch(self, plan: Plan, process_index: int, process_count: int, index: int) -> Arrays:
         """Returns this process's rows of global batch `index`."""
-        length, n_rows, examples = plan.rows(index)
+        length, n_rows, numbers = plan.rows(index)
         n = n_rows // process_count
-        mine = examples[process_index * n : (process_index + 1) * n]
+        mine = numbers[process_index * n : (process_index + 1) * n]
         epoch = index // plan.batches_per_epoch
-        rows = [self._row(epoch, int(i)) for i in mine]
-        if not rows:  # The last batch of a bucket has rows for some processes only.
-            row = self._row(epoch, int(examples[0]))
-            rows = [{name: values[:0] for name, values in row.items()}]
-        return pad_and_stack(rows, n, length)
+        if len(mine):
+            return pad_and_stack([self._row(plan, epoch, int(i)) for i in mine], n, length)
+        # The last batch of a bucket has rows for some processes only.
+        batch = pad_and_stack([self._row(plan, epoch, int(numbers[0]))], n, length)
+        return {name: np.zeros_like(array) for name, array in batch.items()}
 
-    def _row(self, epoch: int, index: int) -> Arrays:
-        example = int(self.kept[index])
-        rng = np.random.default_rng((self.seed, epoch, example))
-        return OBJECTIVES[self.config.objective].row(self.store[example], rng, self.config)
+    def _row(self, plan: Plan, epoch: int, number: int) -> Arrays:
+        objective = OBJECTIVES[self.config.objective]
+        if objective.cut:
+            examples = self._pieces(objective.cut, plan, epoch, number)
+        else:
+            number = int(self.kept[number])
+            examples = [self._example(number)]
+        rng = np.random.default_rng((self.seed, epoch, number))
+        rows = [objective.row(e, rng, self.config, self.tokenizer) for e in examples]
+        return rows[0] if len(rows) == 1 else pack(rows)
+
+    def _example(self, number: int) -> Arrays:
+        example = self.store[number]
+        return example if self.labels is None else {**example, "label": self.labels[number]}
+
+    def _pieces(self, cut: Cut, plan: Plan, epoch: int, number: int) -> list[Arrays]:
+        if isinstance(plan, PackedPlan):
+            spans = plan.spans(epoch, number)
+        else:
+            assert self.pieces is not None
+            spans = [self.pieces[number]]
+        frame = self.tokenizer.frame if cut.framed else None
+        return [
+            {"text": self.store.text(document, start, stop + cut.overlap, frame)}
+            for document, start, stop in spans
+        ]
+
+
+def _report(
+    config: DataConfig, split: str, store: TokenStore, rows: Rows, characters: int
+) -> list[str]:
+    """The lines that say what was read, left out, and put into batches."""
+    is_text = config.objective in TEXT_OBJECTIVES
+    noun = "documents" if is_text else "examples"
+    lines = [f"{split}: {len(rows.kept):,} {noun}, {rows.tokens:,} tokens"]
+    if is_text:
+        lines[0] += f", {characters:,} characters"
+    blank = int(store.blank.sum())
+    too_long = len(store.blank) - blank - len(rows.kept)
+    if too_long:
+        lines.append(
+            f"{split}: {too_long:,} examples left out, longer than {config.max_length} tokens "
+            "(--data.max-length)"
+        )
+    if blank:
+        where = " on a side" if len(store.fields) > 1 else ""
+        lines.append(f"{split}: {blank:,} {noun} left out, blank{where}")
+    shapes = ", ".join(f"{n} x {length}" for n, length in rows.plan.shapes)
+    lines.append(
+        f"{split}: {rows.plan.batches_per_epoch:,} batches of {shapes}, "
+        f"{rows.plan.padding_share:.1%} padding" + (", packed" if config.is_packed else "")
+    )
+    return lines
 
 
 def _read_ahead(

@@ -3,70 +3,153 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import models
 
 from data.config import DataError, TokenizerConfig
+from data.vocabulary import BYTES, SPECIAL, learn, read_wordpiece
 
-PAD, BOS, EOS, UNK = range(4)
-SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
+# The ids in a tokenizer that is learned here. Code asks the tokenizer, which may be another's.
+PAD, BOS, EOS, UNK = range(len(SPECIAL))
+
+# What the special tokens are called here, and by the tokenizers of other people.
+PADS = ("<pad>", "[PAD]")
+BEGINS = ("<bos>", "[CLS]", "<s>", "<|begin_of_text|>", "<|endoftext|>")
+ENDS = ("<eos>", "[SEP]", "</s>", "<|end_of_text|>", "<|endoftext|>")
+UNKNOWNS = ("<unk>", "[UNK]")
+MASKS = ("<mask>", "[MASK]")
+SENTINEL = re.compile(r"<extra_id_(\d+)>")
+
+PART = 1 << 17  # Characters of a long text that are tokenised at a time.
+WORDS = r"(?<=\S)(?= \S)"  # Before a space between words; the space belongs to the second one.
+BORDER = re.compile(WORDS + r"|(?<=\S\n)(?=\S)")  # Or between lines.
+PROBE = (
+    "At the end of the day,\nall of it \N{EM DASH} as I've said in 2019 \N{EM DASH} is (not) so."
+)
 
 
 class Tokenizer:
-    """A trained tokenizer: `pad`=0, `bos`=1, `eos`=2, `unk`=3, then the vocabulary.
+    """Text to ids and back, with a vocabulary learned here or taken over from another model.
 
-    Two kinds. Byte-level BPE reads any Unicode text without loss and never yields `unk`. Words
-    keeps the words of text that is tokenised already; those outside the vocabulary become `unk`.
+    vocab_size: 1 + the largest id.
+    pad, bos, eos, unk, mask: ids of the special tokens, None for those that it lacks; `bos` is
+    `pad` then, with which the decoders of such models (T5, Marian) begin.
+    sentinels: ids of <extra_id_0>, <extra_id_1>, ...
+    is_special: bool [V], whether an id is no text, `unk` included; ordinary: the ids that are.
+    pretokenized: whether texts are words already, separated by spaces.
+    fingerprint: sha256 (hex) of the tokenizer.json, whatever its layout.
     """
 
     def __init__(self, text: str):
         """Takes the contents of a tokenizer.json."""
         self._json = text
         self._tokenizer = tokenizers.Tokenizer.from_str(text)
-        self.pretokenized = isinstance(self._tokenizer.model, models.WordLevel)
-        self.vocab_size = self._tokenizer.get_vocab_size()
-        canonical = json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
+        # A file may ask for these. Here texts are never cut, and batches do the padding.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # The text "<eos>" is read like any other text instead of ending a sentence.
+        self._tokenizer.encode_special_tokens = True
+        contents = json.loads(text)
+        canonical = json.dumps(contents, sort_keys=True, separators=(",", ":"))
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
+        self.pretokenized = isinstance(self._tokenizer.model, models.WordLevel)
+
+        vocabulary = self._tokenizer.get_vocab()
+        self.vocab_size = 1 + max(vocabulary.values())
+        added = {token["content"]: token for token in contents["added_tokens"]}
+        # An ordinary word may be spelled like the special token of another tokenizer.
+        names = {name: vocabulary[name] for name in (added or vocabulary)}
+        find = lambda known: next((names[name] for name in known if name in names), None)  # noqa: E731
+        self.pad, self.eos, self.unk, self.mask = map(find, (PADS, ENDS, UNKNOWNS, MASKS))
+        self.bos = find(BEGINS) if find(BEGINS) is not None else self.pad
+        numbers = {int(m[1]): names[m[0]] for m in map(SENTINEL.fullmatch, names) if m}
+        self.sentinels = tuple(numbers[i] for i in sorted(numbers))
+
+        roles = (self.pad, self.bos, self.eos, self.unk, self.mask, *self.sentinels)
+        self.is_special = np.ones(self.vocab_size, bool)
+        self.is_special[list(vocabulary.values())] = False
+        self.is_special[[i for i in roles if i is not None]] = True
+        self.is_special[[names[name] for name, token in added.items() if token["special"]]] = True
+        self.ordinary = np.flatnonzero(~self.is_special)
+        self._hidden = self.is_special.copy()  # What is never read from text, nor shown in it.
+        if self.unk is not None:
+            self._hidden[self.unk] = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer, (self._json,)
 
     @classmethod
-    def train(cls, texts: Iterable[str], config: TokenizerConfig) -> Self:
-        """Learns a vocabulary from the texts; the same texts give the same tokenizer."""
-        if config.kind == "bpe":
-            tokenizer = tokenizers.Tokenizer(models.BPE())
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            tokenizer.decoder = decoders.ByteLevel()
-            trainer = trainers.BpeTrainer(
-                vocab_size=config.vocab_size,
-                special_tokens=SPECIAL,
-                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                show_progress=False,
-            )
-        else:
-            tokenizer = tokenizers.Tokenizer(models.WordLevel(unk_token=SPECIAL[UNK]))
-            tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-            trainer = trainers.WordLevelTrainer(
-                vocab_size=config.vocab_size, special_tokens=SPECIAL, show_progress=False
-            )
-        tokenizer.train_from_iterator(texts, trainer)
-        # Without this list a special token is nothing but an id: the text "<eos>" is then read like
-        # any other text instead of ending a sentence.
-        contents = json.loads(tokenizer.to_str())
-        contents["added_tokens"] = []
-        return cls(json.dumps(contents, ensure_ascii=False, indent=1))
+    def train(
+        cls, texts: Iterable[str], config: TokenizerConfig, objective: str = "translation"
+    ) -> Self:
+        """Learns a vocabulary from the texts; the same texts give the same tokenizer.
+
+        It holds <pad>, <bos>, <eos>, <unk> = 0, 1, 2, 3, then <mask> for masked_lm, or the
+        sentinels for span_corruption. Byte-level BPE and bytes read any Unicode text without loss
+        and never yield `unk`; what the other kinds do not know becomes `unk`: words outside the
+        vocabulary, characters that the texts lack, for wordpiece all but the 1,000 most frequent.
+        """
+        return cls(learn(texts, config, objective))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
+        """Reads the tokenizer.json of a run or of Hugging Face, or the vocab.txt of WordPiece."""
         try:
-            return cls(Path(path).read_text("utf-8"))
+            text = Path(path).read_text("utf-8")
+            return cls(read_wordpiece(text) if Path(path).suffix == ".txt" else text)
         except OSError as error:
             raise DataError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+        except DataError as error:
+            raise DataError(f"{path} {error}") from error
         except Exception as error:  # The library raises a bare Exception for a broken file.
-            raise DataError(f"{path} is not a tokenizer: give a tokenizer.json of a run") from error
+            raise DataError(
+                f"{path} is not a tokenizer: give a tokenizer.json, or a vocab.txt of WordPiece"
+            ) from error
+
+    @classmethod
+    def prepare(cls, texts: Iterable[str], config: TokenizerConfig, objective: str) -> Self:
+        """Loads the tokenizer that the config names, or else learns one from the texts.
+
+        Raises DataError when the objective needs special tokens that the loaded one lacks.
+        """
+        if config.path is None:
+            return cls.train(texts, config, objective)
+        if config.lowercase:
+            raise DataError(
+                f"data.tokenizer.lowercase is for learning a vocabulary: {config.path} says "
+                "whether it folds case"
+            )
+        tokenizer = cls.load(config.path)
+        tokenizer.require(objective, config.path)
+        return tokenizer
+
+    def require(self, objective: str, name: str = "the tokenizer") -> None:
+        """Raises DataError when a special token that the objective needs is missing."""
+        has = {
+            "a begin, like <bos> or [CLS]": self.bos is not None,
+            "an end, like <eos> or [SEP]": self.eos is not None,
+            "a mask, like <mask> or [MASK]": self.mask is not None or objective != "masked_lm",
+            "sentinels, like <extra_id_0>": bool(self.sentinels) or objective != "span_corruption",
+        }
+        missing = [token for token, is_there in has.items() if not is_there]
+        if missing:
+            raise DataError(
+                f"{name} lacks {' and '.join(missing)}, which data.objective {objective} needs: "
+                "give data.tokenizer.path one that has them, or none, to learn one"
+            )
+
+    @property
+    def frame(self) -> tuple[int, int]:
+        """Begin and end of a text; both must be there (see `require`)."""
+        assert self.bos is not None and self.eos is not None
+        return self.bos, self.eos
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self._json, "utf-8")
@@ -74,15 +157,109 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the ids of each text, int32 [T], without begin or end."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        rows = (np.array(encoding.ids, np.int32) for encoding in encodings)
-        # A word of a pre-tokenised text may be spelled like a special token. It is not one.
-        return [np.where(row < UNK, np.int32(UNK), row) for row in rows]
+        return [self._without_special(np.array(e.ids, np.int32)) for e in encodings]
+
+    def _without_special(self, ids: np.ndarray) -> np.ndarray:
+        """Spells out special tokens that the model's vocabulary has recognised in a text."""
+        if not self._hidden[ids].any():
+            return ids
+        parts = [self._spell(int(i)) if self._hidden[i] else [i] for i in ids]
+        return np.concatenate(parts).astype(np.int32)
+
+    def _spell(self, special: int) -> list[int]:
+        name, model = self._tokenizer.id_to_token(special), self._tokenizer.model
+        # For whole words there is nothing smaller.
+        characters = [] if self.pretokenized or name is None else list(name)
+        ids = [token.id for character in characters for token in model.tokenize(character)]
+        return ids or ([] if self.unk is None else [self.unk])
+
+    def parts(self, text: str) -> Iterator[str]:
+        """Yields a text in parts whose ids, end to end, are those of the text.
+
+        A part has about 131,000 characters. Texts are cut between words, or anywhere if each
+        character or byte is a token. Those of a tokenizer that ties words together, or marks where
+        a text begins (SentencePiece's of LLaMA), stay whole and need memory accordingly: about 100
+        bytes a token.
+        """
+        return cut_text(text, self._border)
+
+    @cached_property
+    def _border(self) -> re.Pattern[str] | None:
+        model = json.loads(self._json)["model"]
+        if model["type"] == "BPE" and not model["merges"]:
+            borders = [re.compile("")]
+        else:
+            borders = [BORDER, re.compile(WORDS)]
+        for border in borders:
+            cuts = [0, *(match.start() for match in border.finditer(PROBE)), len(PROBE)]
+            parts = [PROBE[i:j] for i, j in pairwise(cuts) if i < j]
+            whole, *rows = self.encode_batch([PROBE, *parts])
+            if np.array_equal(whole, np.concatenate(rows)):
+                return border
+        return None
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Returns the text of the ids, with `pad`, `bos` and `eos` left out wherever they stand."""
-        kept = [int(i) for i in ids if i >= UNK]
+        """Returns the text of the ids. Special tokens are left out wherever they stand."""
+        # A model may have more outputs than there are tokens.
+        kept = [int(i) for i in ids if i < self.vocab_size and not self._hidden[i]]
         return self.plain(self._tokenizer.decode(kept, skip_special_tokens=False))
 
     def plain(self, text: str) -> str:
         """Returns a text of the data as people read it: pieces with `@@` become words again."""
         return re.sub(r"@@( |$)", "", text) if self.pretokenized else text
+
+    def words(self, ids: np.ndarray) -> np.ndarray:
+        """Returns the number of the word that each token is a piece of, from 0, int [T].
+
+        A word is what the tokenizer marks as one, or a run of letters and digits with the space
+        before it. Any other character, a special token and an ideograph are words by themselves.
+        """
+        goes_on, may_go_on = self._borders_of_words
+        starts = np.ones(len(ids), bool)
+        starts[1:] = ~(goes_on[ids[1:]] & may_go_on[ids[:-1]])
+        return np.cumsum(starts) - 1
+
+    @cached_property
+    def _borders_of_words(self) -> tuple[np.ndarray, np.ndarray]:
+        """Whether a token can go on with the word before it, and with one after it, bool [V]."""
+        model = self._tokenizer.model
+        if self.pretokenized:
+            return self._table(lambda _: True), self._table(lambda name: name.endswith("@@"))
+        if isinstance(model, models.WordPiece):
+            prefix = model.continuing_subword_prefix
+            return self._table(lambda name: name.startswith(prefix)), self._table(lambda _: True)
+        by_bytes = '"ByteLevel"' in json.dumps(json.loads(self._json)["decoder"])
+        spelled = lambda name: _spelling(name, by_bytes)  # noqa: E731
+        return (
+            self._table(lambda name: _is_letter(spelled(name)[:1])),
+            self._table(lambda name: spelled(name).endswith(" ") or _is_letter(spelled(name)[-1:])),
+        )
+
+    def _table(self, of: Callable[[str], bool]) -> np.ndarray:
+        names = (self._tokenizer.id_to_token(i) for i in range(self.vocab_size))
+        return np.array([bool(name) and of(name) for name in names]) & ~self.is_special
+
+
+def cut_text(text: str, border: re.Pattern[str] | None = BORDER) -> Iterator[str]:
+    """Yields a text in parts of about 131,000 characters, cut where `border` matches."""
+    start = 0
+    while border and len(text) - start > PART and (cut := border.search(text, start + PART)):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
+
+
+def _spelling(name: str, by_bytes: bool) -> str:
+    """The characters of a token; a letter stands for a byte of a character beyond ASCII."""
+    if by_bytes:
+        codes = [BYTES.get(character, 32) for character in name]
+        return "".join(chr(code) if code < 128 else "x" for code in codes)
+    if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", name):  # SentencePiece's name of a byte.
+        code = int(byte[1], 16)
+        return chr(code) if code < 128 else "x"
+    return name.replace("▁", " ")
+
+
+def _is_letter(character: str) -> bool:
+    """Whether it is part of a word: Chinese and Japanese do not separate theirs."""
+    return character.isalnum() and not "\u3040" <= character <= "\u9fff"

@@ -270,6 +270,14 @@ class ModelConfig:
         )
         require(self.types >= 0, f"model.types must be at least 0, not {self.types}")
         require(
+            self.types == 0 or self.architecture != "encoder_decoder",
+            f"model.types = {self.types} needs an encoder_only or a decoder_only",
+        )
+        require(
+            "gate" not in self.lora.targets or self.feed_forward.gated,
+            "model.lora.targets has 'gate', but model.feed_forward.gated is False",
+        )
+        require(
             self.head.kind == "language_model" or self.architecture != "encoder_decoder",
             "model.head.kind classifier needs an encoder_only or a decoder_only",
         )

@@ -1,7 +1,8 @@
 """Turning scores into sequences: greedy, sampling and beam search, on the device from end to end.
 
-Both loops take `step(tokens [R, 1], cache, position) -> (logits [R, V], cache)` and begin with the
-logits of the first token to choose, so how a cache is filled is the caller's business.
+All loops take `step(tokens [R, 1], cache, position) -> (logits [R, V], cache)` and begin with the
+last token of each row so far and the position where it stands, one for all rows or one for each:
+how a cache is filled up to there is the caller's business.
 """
 
 from collections.abc import Callable
@@ -9,84 +10,202 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-Step = Callable[[Int[Array, "R 1"], Any, Int[Array, ""]], tuple[Float[Array, "R V"], Any]]
+Position = Int[Array, ""] | Int[Array, " R"]
+Step = Callable[[Int[Array, "R 1"], Any, Position], tuple[Float[Array, "R V"], Any]]
+
+
+class Sampling(NamedTuple):
+    """How the next token is chosen."""
+
+    temperature: float = 0.0
+    """0: the likeliest token."""
+    top_k: int = 0
+    """Among the likeliest k; 0: all."""
+    top_p: float = 1.0
+    """Among the smallest set of this probability (arXiv:1904.09751)."""
+    min_p: float = 0.0
+    """Among those of this share of the likeliest one's probability (arXiv:2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Against tokens that the row holds already (arXiv:1909.05858 §4.1)."""
 
 
 class Decoded(NamedTuple):
-    """Chosen tokens, 0 after the end token, and the sum of their log-probabilities."""
+    """Chosen tokens, 0 beyond the end, how many, and the sum of their log-probabilities."""
 
     tokens: Int[Array, "B T"]
+    lengths: Int[Array, " B"]
     scores: Float[Array, " B"]
+
+
+class Writing(NamedTuple):
+    """Rows that are being written, between two calls of `advance`."""
+
+    time: Int[Array, ""]
+    """Tokens written in the longest row."""
+    last: Int[Array, " B"]
+    start: Int[Array, ""] | Int[Array, " B"]
+    """Where the first `last` stood."""
+    limits: Int[Array, " B"]
+    done: Bool[Array, " B"]
+    decoded: Decoded
+    keys: Any
+    seen: Bool[Array, "B V"] | None
+    cache: Any
+
+
+def begin(
+    last: Int[Array, " B"],
+    cache: Any,
+    *,
+    start: Int[Array, ""] | Int[Array, " B"],
+    limits: Int[Array, " B"],
+    max_steps: int,
+    keys: jax.Array | None = None,
+    seen: Bool[Array, "B V"] | None = None,
+) -> Writing:
+    """Rows that end in the tokens `last`, at position `start`, with nothing written yet.
+
+    Row b gets at most `limits[b]` tokens, none if that is 0. `keys` [B] holds one random key per
+    row, so that a row's text does not depend on its neighbours; `seen` says which tokens a row
+    holds already.
+    """
+    batch = last.shape[0]
+    nothing = Decoded(
+        tokens=jnp.zeros((batch, max_steps), jnp.int32),
+        lengths=jnp.zeros(batch, jnp.int32),
+        scores=jnp.zeros(batch, jnp.float32),
+    )
+    return Writing(
+        time=jnp.int32(0),
+        last=last.astype(jnp.int32),
+        start=start,
+        limits=limits,
+        done=limits <= 0,
+        decoded=nothing,
+        keys=keys,
+        seen=seen,
+        cache=cache,
+    )
+
+
+def advance(
+    step: Step, rows: Writing, until: Int[Array, ""] | int, *, eos_id: int, sampling: Sampling
+) -> Writing:
+    """Writes on, token by token, until rows hold `until` tokens or all have ended.
+
+    No token has the id -1, so `eos_id` -1 leaves the end to the limits.
+    """
+    if sampling.temperature > 0.0 and rows.keys is None:
+        raise ValueError(f"temperature = {sampling.temperature} needs random keys; 0 is greedy")
+    _require_seen(sampling.repetition_penalty, rows.seen)
+    index = jnp.arange(rows.last.shape[0])
+    until = jnp.minimum(until, rows.decoded.tokens.shape[1])
+
+    def unfinished(rows: Writing):
+        return (rows.time < until) & ~jnp.all(rows.done)
+
+    def body(rows: Writing) -> Writing:
+        t, done, (tokens, lengths, scores) = rows.time, rows.done, rows.decoded
+        logits, cache = step(rows.last[:, None], rows.cache, rows.start + t)
+        logits = penalise(logits.astype(jnp.float32), rows.seen, sampling.repetition_penalty)
+        chosen = _choose(logits, rows.keys, t, sampling)
+        gain = jax.nn.log_softmax(logits)[index, chosen]
+        seen = None if rows.seen is None else rows.seen.at[index, chosen].set(True)
+        chosen = jnp.where(done, 0, chosen)
+        return rows._replace(
+            time=t + 1,
+            last=chosen,
+            done=done | (chosen == eos_id) | (t + 1 >= rows.limits),
+            decoded=Decoded(
+                tokens=tokens.at[:, t].set(chosen),
+                lengths=lengths + ~done,
+                scores=jnp.where(done, scores, scores + gain),
+            ),
+            seen=seen,
+            cache=cache,
+        )
+
+    return jax.lax.while_loop(unfinished, body, rows)
 
 
 def sample(
     step: Step,
-    logits: Float[Array, "B V"],
+    last: Int[Array, " B"],
     cache: Any,
     *,
-    start: int,
-    limits: Int[Array, " B"],
     max_steps: int,
     eos_id: int,
-    keys: jax.Array | None = None,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    sampling: Sampling = Sampling(),  # noqa: B008
+    **rows: Any,
 ) -> Decoded:
-    """Token by token, the likeliest (temperature 0) or a random one, until all rows have ended.
-
-    `logits` score position `start`; row b gets at most `limits[b]` tokens, none if that is 0.
-    `keys` [B] holds one random key per row, so that a row's text does not depend on its neighbours;
-    `top_k` (0: all) and `top_p` (arXiv:1904.09751) cut the tail before drawing.
-    """
-    if temperature > 0.0 and keys is None:
-        raise ValueError(f"temperature = {temperature} needs random keys; 0 is greedy")
-
-    def choose(logits: jax.Array, t: jax.Array) -> jax.Array:
-        if temperature == 0.0:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        kept = cut_tail(logits / temperature, top_k, top_p)
-        draw = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, t), row))
-        return draw(keys, kept).astype(jnp.int32)
-
-    def unfinished(state):
-        t, done = state[0], state[1]
-        return (t < max_steps) & ~jnp.all(done)
-
-    def body(state):
-        t, done, logits, tokens, scores, cache = state
-        chosen = choose(logits, t)
-        log_probs = jax.nn.log_softmax(logits)
-        gain = jnp.take_along_axis(log_probs, chosen[:, None], axis=1)[:, 0]
-        scores = jnp.where(done, scores, scores + gain)
-        chosen = jnp.where(done, 0, chosen)
-        tokens = tokens.at[:, t].set(chosen)
-        done |= (chosen == eos_id) | (t + 1 >= limits)
-        logits, cache = step(chosen[:, None], cache, start + t)
-        return t + 1, done, logits.astype(jnp.float32), tokens, scores, cache
-
-    batch = logits.shape[0]
-    tokens = jnp.zeros((batch, max_steps), jnp.int32)
-    scores = jnp.zeros(batch, jnp.float32)
-    first = (jnp.int32(0), limits <= 0, logits.astype(jnp.float32), tokens, scores, cache)
-    _, _, _, tokens, scores, _ = jax.lax.while_loop(unfinished, body, first)
-    return Decoded(tokens, scores)
+    """Token by token until all rows have ended: `begin` and all of `advance`."""
+    begun = begin(last, cache, max_steps=max_steps, **rows)
+    return advance(step, begun, max_steps, eos_id=eos_id, sampling=sampling).decoded
 
 
-def cut_tail(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
-    """-inf outside the `top_k` likeliest tokens and the smallest set of probability `top_p`."""
+def _choose(
+    logits: jax.Array, keys: jax.Array | None, t: jax.Array, sampling: Sampling
+) -> jax.Array:
+    if sampling.temperature == 0.0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    kept = cut_tail(logits, sampling.top_k, sampling.top_p, sampling.min_p)
+    draw = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, t), row))
+    return draw(keys, kept).astype(jnp.int32)
+
+
+def penalise(
+    logits: Float[Array, "*B V"], seen: Bool[Array, "*B V"] | None, penalty: float
+) -> Float[Array, "*B V"]:
+    """Positive logits of tokens in `seen` divided by `penalty`, negative ones multiplied."""
+    if seen is None or penalty == 1.0:
+        return logits
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def _require_seen(penalty: float, seen: jax.Array | None) -> None:
+    if penalty != 1.0 and seen is None:
+        raise ValueError(f"repetition_penalty = {penalty} needs the tokens that rows hold: seen")
+
+
+def cut_tail(
+    logits: Float[Array, "B V"], top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Float[Array, "B V"]:
+    """-inf outside the `top_k` likeliest tokens, of those outside the smallest set of probability
+    `top_p`, and below `min_p` times the highest probability; ties stay together."""
     if top_k > 0:
         lowest = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits < lowest, -jnp.inf, logits)
     if top_p < 1.0:
-        descending = -jnp.sort(-logits, axis=-1)
-        probabilities = jax.nn.softmax(descending)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        lowest = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
+        probabilities = jax.nn.softmax(logits)
+        logits = jnp.where(probabilities < _nucleus(probabilities, top_p), -jnp.inf, logits)
+    if min_p > 0.0:
+        lowest = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(min_p)
         logits = jnp.where(logits < lowest, -jnp.inf, logits)
     return logits
+
+
+def _nucleus(probabilities: Float[Array, "B V"], mass: float) -> Float[Array, "B 1"]:
+    """The highest threshold above which the probabilities sum to at least `mass`.
+
+    Found by halving: positive floats are ordered as their bits are, so 30 sums tell it exactly, in
+    a fraction of the time of sorting a large vocabulary.
+    """
+
+    def halve(_: Any, between: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = between
+        middle = (low + high) // 2
+        threshold = jax.lax.bitcast_convert_type(middle, jnp.float32)
+        total = jnp.sum(probabilities, axis=-1, keepdims=True, where=probabilities >= threshold)
+        enough = total >= mass
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    low = jnp.zeros((probabilities.shape[0], 1), jnp.int32)
+    above_one = jnp.full_like(low, 0x3F800001)
+    low, _ = jax.lax.fori_loop(0, 30, halve, (low, above_one))
+    return jax.lax.bitcast_convert_type(low, jnp.float32)
 
 
 def length_penalty(length: jax.Array | int, exponent: float) -> jax.Array | float:
@@ -96,15 +215,17 @@ def length_penalty(length: jax.Array | int, exponent: float) -> jax.Array | floa
 
 def beam_search(
     step: Step,
-    logits: Float[Array, "B V"],
+    last: Int[Array, " B"],
     cache: Any,
     *,
-    start: int,
+    start: Int[Array, ""] | Int[Array, " B"],
     limits: Int[Array, " B"],
     max_steps: int,
     eos_id: int,
     width: int,
     exponent: float,
+    repetition_penalty: float = 1.0,
+    seen: Bool[Array, "B V"] | None = None,
 ) -> Decoded:
     """The best of `width` hypotheses per row, by log-probability over length penalty.
 
@@ -112,15 +233,22 @@ def beam_search(
     log-probabilities only fall. A row that never finishes within `limits[b]` tokens gives its best
     living hypothesis. `cache` must have `repeat(width)` and `reorder(rows)`.
     """
-    batch, vocab = logits.shape
+    _require_seen(repetition_penalty, seen)
+    batch = last.shape[0]
     rows = jnp.arange(batch)[:, None]
+    start = jnp.repeat(start, width) if start.ndim else start
 
     def unfinished(state):
         t, done = state[0], state[1]
         return (t < max_steps) & ~jnp.all(done)
 
     def body(state):
-        t, done, log_probs, live, live_scores, best, best_score, cache = state
+        t, done, last, live, live_scores, best, best_length, best_score, seen, cache = state
+        logits, cache = step(last.reshape(-1, 1), cache, start + t)
+        logits = logits.astype(jnp.float32).reshape(batch, width, -1)
+        log_probs = jax.nn.log_softmax(penalise(logits, seen, repetition_penalty))
+        vocab = log_probs.shape[-1]
+
         # Twice the width: at most `width` of these can be ends, so `width` stay alive.
         totals = (live_scores[..., None] + log_probs).reshape(batch, width * vocab)
         scores, picks = jax.lax.top_k(totals, 2 * width)
@@ -132,37 +260,42 @@ def beam_search(
         winner = jnp.argmax(normalised, axis=1)
         better = (normalised[rows[:, 0], winner] > best_score) & ~done
         best = jnp.where(better[:, None], sequences[rows[:, 0], winner], best)
+        best_length = jnp.where(better, t + 1, best_length)
         best_score = jnp.where(better, normalised[rows[:, 0], winner], best_score)
 
         scores = jnp.where(ended, -jnp.inf, scores)
         scores, order = jax.lax.top_k(scores, width)
+        parents, last = parents[rows, order], chosen[rows, order]
         live = jnp.where(done[:, None, None], live, sequences[rows, order])
         live_scores = jnp.where(done[:, None], live_scores, scores)
         attainable = live_scores[:, 0] / length_penalty(limits, exponent)
         done |= (attainable <= best_score) | (t + 1 >= limits)
 
-        cache = cache.reorder((rows * width + parents[rows, order]).reshape(-1))
-        tokens = chosen[rows, order].reshape(-1, 1)
-        logits, cache = step(tokens, cache, start + t)
-        log_probs = jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(batch, width, vocab)
-        return t + 1, done, log_probs, live, live_scores, best, best_score, cache
+        if seen is not None:
+            seen = seen[rows, parents].at[rows, jnp.arange(width), last].set(True)
+        cache = cache.reorder((rows * width + parents).reshape(-1))
+        return t + 1, done, last, live, live_scores, best, best_length, best_score, seen, cache
 
     # All hypotheses of a row are equal at first: only one of them may have children.
     one_alive = jnp.where(jnp.arange(width) == 0, 0.0, -jnp.inf)
-    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
     first = (
         jnp.int32(0),
         limits <= 0,
-        jnp.broadcast_to(log_probs[:, None], (batch, width, vocab)),
+        jnp.repeat(last.astype(jnp.int32)[:, None], width, axis=1),
         jnp.zeros((batch, width, max_steps), jnp.int32),
         jnp.broadcast_to(one_alive, (batch, width)),
         jnp.zeros((batch, max_steps), jnp.int32),
+        jnp.zeros(batch, jnp.int32),
         jnp.full(batch, -jnp.inf),
+        None if seen is None else jnp.repeat(seen[:, None], width, axis=1),
         cache.repeat(width),
     )
     state = jax.lax.while_loop(unfinished, body, first)
-    _, _, _, live, live_scores, best, best_score, _ = state
+    _, _, _, live, live_scores, best, best_length, best_score, _, _ = state
     finished = jnp.isfinite(best_score)
-    tokens = jnp.where(finished[:, None], best, live[:, 0])
     partial = live_scores[:, 0] / length_penalty(limits, exponent)
-    return Decoded(tokens, jnp.where(finished, best_score, partial))
+    return Decoded(
+        tokens=jnp.where(finished[:, None], best, live[:, 0]),
+        lengths=jnp.where(finished, best_length, limits),
+        scores=jnp.where(finished, best_score, partial),
+    )

@@ -1,7 +1,7 @@
 """The parts of a block: linear maps, norms, feed-forward and multi-head attention."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -60,8 +60,8 @@ class Linear(nn.Module):
     """
 
     config: ModelConfig
-    inputs: dict[str, int]
-    outputs: dict[str, int]
+    inputs: Mapping[str, int]
+    outputs: Mapping[str, int]
     use_bias: bool
     gain: float = 1.0
 
@@ -72,7 +72,7 @@ class Linear(nn.Module):
         fan_in = math.prod(in_shape)
         x = x.astype(dtype).reshape(*x.shape[:-rank], fan_in)
 
-        def matrix(name: str, init: Callable, inputs: dict, outputs: dict) -> jax.Array:
+        def matrix(name: str, init: Callable, inputs: Mapping, outputs: Mapping) -> jax.Array:
             shape = (*inputs.values(), *outputs.values())
             kernel = self.param(name, partitioned(init, *inputs, *outputs), shape)
             return jnp.asarray(kernel, dtype).reshape(math.prod(inputs.values()), -1)

@@ -34,6 +34,8 @@ class Inputs(nn.Module):
     ) -> Float[Array, "B T D"]:
         config = self.config
         x = embedded + PositionEmbedding(config, name="positions")(positions)
+        if type_ids is not None and not config.types:
+            raise ModelError("type_ids are given, but model.types is 0: set it to their number")
         if config.types:
             deviation = config.width**-0.5 if config.init == "glorot" else 0.02
             init = partitioned(nn.initializers.normal(deviation), "position", "embed")

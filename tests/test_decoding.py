@@ -12,10 +12,21 @@ import pytest
 from flax import struct
 from tiny import random_params, tiny
 
-from model.decoding import Decoded, beam_search, cut_tail, length_penalty, sample
+from model.decoding import (
+    Decoded,
+    Sampling,
+    advance,
+    beam_search,
+    begin,
+    cut_tail,
+    length_penalty,
+    penalise,
+    sample,
+)
 from model.transformer import build, empty_cache
 
-V, STEPS, EOS, START = 5, 4, 3, 2
+V, STEPS, EOS = 5, 4, 3
+LAST = 6  # The token before the first; no toy looks at it.
 LIMITS = [4, 4, 4, 4, 3, 1, 0]
 B = len(LIMITS)
 NODES = sum(V**depth for depth in range(STEPS + 1))
@@ -34,14 +45,15 @@ TABLE[0, DEPTHS == 3, EOS] += 20
 
 @struct.dataclass
 class History:
-    """The node of each hypothesis in the tree of all histories, and the row that it belongs to."""
+    """The node of each hypothesis in the tree of all histories, its row, and where that starts."""
 
     node: jax.Array
     row: jax.Array
+    start: jax.Array
 
     @classmethod
-    def of_rows(cls, rows: int) -> "History":
-        return cls(node=jnp.zeros(rows, jnp.int32), row=jnp.arange(rows))
+    def of_rows(cls, start: jax.Array) -> "History":
+        return cls(node=jnp.zeros_like(start), row=jnp.arange(len(start)), start=start)
 
     def repeat(self, times: int) -> "History":
         return jax.tree.map(lambda x: jnp.repeat(x, times), self)
@@ -51,24 +63,28 @@ class History:
 
 
 def toy_step(table: jax.Array, tokens: jax.Array, cache: History, position: jax.Array):
-    node = cache.node * V + 1 + tokens[:, 0]
-    on_time = jnp.asarray(DEPTHS)[node] == position - START + 1
+    at_root = position == cache.start
+    node = jnp.where(at_root, cache.node, cache.node * V + 1 + tokens[:, 0])
+    on_time = (jnp.asarray(DEPTHS)[node] == position - cache.start) & (
+        at_root == (tokens[:, 0] == LAST)
+    )
     logits = jnp.where(on_time[:, None], table[cache.row, node], jnp.nan)
     return logits, cache.replace(node=node)  # type: ignore[attr-defined]
 
 
-def decode(search, table=TABLE, limits=LIMITS, **options) -> Decoded:
+def decode(search, table=TABLE, limits=LIMITS, eos_id=EOS, **options) -> Decoded:
     @jax.jit
     def run(table, limits, keys):
         named = options | ({"keys": keys} if search is sample else {})
+        start = 2 + jnp.arange(len(table)) % 5  # Rows that stand at different positions.
         return search(
             partial(toy_step, table),
-            table[:, 0],
-            History.of_rows(table.shape[0]),
-            start=START,
+            jnp.full(len(table), LAST),
+            History.of_rows(start),
+            start=start,
             limits=limits,
             max_steps=STEPS,
-            eos_id=EOS,
+            eos_id=eos_id,
             **named,
         )
 
@@ -131,6 +147,7 @@ def test_a_wide_beam_finds_the_best_of_all_sequences(exponent: float):
         scored = {tokens: score(row, tokens) / penalty(len(tokens), exponent) for tokens in ended}
         best = max(scored, key=scored.__getitem__) if scored else ()
         assert found.tokens[row].tolist() == padded(best)
+        assert found.lengths[row] == len(best)
         assert found.scores[row] == pytest.approx(scored.get(best, 0.0), abs=1e-5)
 
 
@@ -143,6 +160,7 @@ def test_a_narrow_beam_is_the_one_without_early_stopping(width: int, exponent: f
             continue
         best, total = plain_beam(partial(log_probs, row), limit, width, exponent, EOS)
         assert found.tokens[row].tolist() == padded(best)
+        assert found.lengths[row] == len(best)
         assert found.scores[row] == pytest.approx(total, abs=1e-5)
 
 
@@ -153,14 +171,16 @@ def test_the_loop_stops_when_all_rows_have_ended(search):
     def step(tokens, cache, position):
         calls.append(int(position))
         # The second token ends a row, for all but certain.
-        return jnp.full((tokens.shape[0], V), -50.0).at[:, EOS].set(0.0), cache
+        likely = EOS if len(calls) > 1 else 1
+        return jnp.full((tokens.shape[0], V), -50.0).at[:, likely].set(0.0), cache
 
-    logits = jnp.full((2, V), -50.0).at[:, 1].set(0.0)
-    common = {"start": START, "max_steps": 100, "eos_id": EOS}
+    common = {"start": jnp.int32(2), "max_steps": 100, "eos_id": EOS}
+    last, history = jnp.full(2, LAST), History.of_rows(jnp.full(2, 2))
     with jax.disable_jit():
-        found = search(step, logits, History.of_rows(2), limits=jnp.array([90, 0]), **common)
+        found = search(step, last, history, limits=jnp.array([90, 0]), **common)
     assert found.tokens[:, :3].tolist() == [[1, EOS, 0], [0, 0, 0]]
-    assert calls == [START, START + 1]
+    assert found.lengths.tolist() == [2, 0]
+    assert calls == [2, 3]
 
 
 def test_length_penalty():
@@ -171,19 +191,43 @@ def test_length_penalty():
 def test_greedy_takes_the_likeliest_token_each_time():
     found = decode(sample)
     for row, limit in enumerate(LIMITS):
-        tokens: tuple[int, ...] = ()
-        while len(tokens) < limit and EOS not in tokens:
-            tokens = (*tokens, int(np.argmax(log_probs(row, tokens))))
+        tokens = greedy(partial(log_probs, row), limit)
         assert found.tokens[row].tolist() == padded(tokens)
+        assert found.lengths[row] == len(tokens)
         assert found.scores[row] == pytest.approx(score(row, tokens), abs=1e-5)
     assert EOS in found.tokens  # or its end was never tried
+
+
+def test_without_an_end_token_only_the_limits_end_a_row():
+    for search in (sample, partial(beam_search, width=2, exponent=0.6)):
+        found = decode(search, eos_id=-1)
+        np.testing.assert_array_equal(found.lengths, LIMITS)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_in_pieces_it_is_the_same(temperature: float):
+    options: dict[str, Any] = {"sampling": Sampling(temperature=temperature), "eos_id": EOS}
+    table, start, keys = jnp.float32(TABLE), jnp.arange(B), jax.random.split(jax.random.key(5), B)
+    common: dict[str, Any] = {"limits": jnp.array(LIMITS), "start": start, "keys": keys}
+    last, history = jnp.full(B, LAST), History.of_rows(start)
+    step = partial(toy_step, table)
+    whole = jax.jit(lambda: sample(step, last, history, max_steps=STEPS, **common, **options))()
+    rows = begin(last, history, max_steps=STEPS, **common)
+    go_on = jax.jit(lambda rows, until: advance(step, rows, until, **options))
+    for until in (1, 1, 3, 99):
+        rows = go_on(rows, until)
+        time = min(until, STEPS)
+        assert rows.time == time
+        np.testing.assert_array_equal(rows.decoded.tokens[:, :time], whole.tokens[:, :time])
+        np.testing.assert_array_equal(rows.decoded.lengths, np.minimum(whole.lengths, time))
+    np.testing.assert_array_equal(rows.decoded.scores, whole.scores)
 
 
 def test_samples_follow_the_distribution_at_every_step():
     count, temperature = 20_000, 0.7
     table = np.broadcast_to(TABLE[1], (count, NODES, V))
     limits = [2] * count
-    found = decode(sample, table[:, : 1 + V], limits, temperature=temperature)
+    found = decode(sample, table[:, : 1 + V], limits, sampling=Sampling(temperature=temperature))
 
     def cooled(history):
         scaled = np.exp(log_probs(1, history) / temperature)
@@ -202,53 +246,111 @@ def test_samples_follow_the_distribution_at_every_step():
 
 
 def test_samples_end_as_they_must_and_are_scored_untempered():
-    for seed in range(3):
-        rng = np.random.default_rng(seed)
-        rows = rng.integers(0, 3, 31)
-        limits = rng.integers(0, STEPS + 1, 31)
-        found = decode(sample, TABLE[rows], list(limits), temperature=1.5)
-        for row, limit, tokens, total in zip(rows, limits, found.tokens, found.scores, strict=True):
-            ends = np.flatnonzero(tokens == EOS)
-            length = min(limit, ends[0] + 1) if ends.size else limit
-            assert not tokens[length:].any()
-            assert total == pytest.approx(score(row, tuple(tokens[:length])), abs=1e-4)
+    rng = np.random.default_rng(0)
+    rows, limits = rng.integers(0, 3, 97), rng.integers(0, STEPS + 1, 97)
+    found = decode(sample, TABLE[rows], list(limits), sampling=Sampling(temperature=1.5))
+    for i, (row, limit, tokens) in enumerate(zip(rows, limits, found.tokens, strict=True)):
+        ends = np.flatnonzero(tokens == EOS)
+        length = min(limit, ends[0] + 1) if ends.size else limit
+        assert found.lengths[i] == length
+        assert not tokens[length:].any()
+        assert found.scores[i] == pytest.approx(score(row, tuple(tokens[:length])), abs=1e-4)
 
 
 def test_a_sample_depends_on_its_key_and_not_on_its_neighbours():
-    options: dict[str, Any] = {"temperature": 1.0, "top_k": 4, "top_p": 0.95}
+    options = {"sampling": Sampling(temperature=1.0, top_k=4, top_p=0.95)}
     many = decode(sample, TABLE[[4, 1, 1, 2]], [4, 4, 4, 4], **options)
     few = decode(sample, TABLE[[4, 2, 1]], [4, 1, 4], **options)  # keys go by row
     np.testing.assert_array_equal(few.tokens[[0, 2]], many.tokens[[0, 2]])
     same = decode(sample, TABLE[[1] * 50], [4] * 50, **options)
     assert len(np.unique(same.tokens, axis=0)) > 10
-    with pytest.raises(ValueError, match=r"temperature = 0\.5 needs random keys"):
-        sample(
-            partial(toy_step, jnp.float32(TABLE)),
-            jnp.float32(TABLE[:, 0]),
-            History.of_rows(B),
-            start=START,
-            limits=jnp.array(LIMITS),
-            max_steps=STEPS,
-            eos_id=EOS,
-            temperature=0.5,
-        )
+
+
+def test_what_decoding_needs_and_does_not_get_is_missed():
+    rows = begin(jnp.array([1]), None, start=jnp.int32(0), limits=jnp.array([2]), max_steps=2)
+    step = lambda tokens, cache, position: (jnp.zeros((1, V)), cache)  # noqa: E731
+    for sampling, needed in (
+        (Sampling(temperature=0.5), r"temperature = 0\.5 needs random keys"),
+        (Sampling(repetition_penalty=2.0), r"repetition_penalty = 2\.0 needs the tokens"),
+    ):
+        with pytest.raises(ValueError, match=needed):
+            advance(step, rows, 1, eos_id=EOS, sampling=sampling)
+
+
+def penalised(row: int, history: tuple[int, ...], held: tuple[int, ...], penalty: float):
+    """Log-probabilities after the repetition penalty, on raw scores."""
+    node = 0
+    for token in history:
+        node = node * V + 1 + token
+    scores = TABLE[row, node].copy()
+    for token in {*history, *held}:
+        scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
+    return scores - np.log(np.sum(np.exp(scores)))
+
+
+@pytest.mark.parametrize("width", [0, 2])
+def test_the_repetition_penalty_counts_prompt_and_text(width: int):
+    penalty, held = 3.0, [(row % V, (2 * row) % V) for row in range(B)]
+    seen = np.zeros((B, V), bool)
+    for row, tokens in enumerate(held):
+        seen[row, list(tokens)] = True
+    np.testing.assert_allclose(
+        jax.nn.log_softmax(penalise(jnp.float32(TABLE[:, 0]), jnp.array(seen), penalty)),
+        [penalised(row, (), held[row], penalty) for row in range(B)],
+        atol=1e-5,
+    )
+    if width:
+        options: dict[str, Any] = {"repetition_penalty": penalty, "exponent": 0.6}
+        found = decode(partial(beam_search, width=width), seen=jnp.array(seen), **options)
+    else:
+        sampling = Sampling(repetition_penalty=penalty)
+        found = decode(sample, seen=jnp.array(seen), sampling=sampling)
+    differs = False
+    for row, limit in enumerate(LIMITS):
+        scores = partial(penalised, row, held=held[row], penalty=penalty)
+        if width:
+            best, _ = plain_beam(scores, limit, width, 0.6, EOS) if limit else ((), 0.0)
+            plain, _ = plain_beam(partial(log_probs, row), limit, width, 0.6, EOS)
+        else:
+            best, plain = greedy(scores, limit), greedy(partial(log_probs, row), limit)
+        assert found.tokens[row].tolist() == padded(best)
+        differs |= best != plain
+    assert differs  # or it was never tried
+
+
+def greedy(log_probs, limit: int) -> tuple[int, ...]:
+    tokens: tuple[int, ...] = ()
+    while len(tokens) < limit and EOS not in tokens:
+        tokens = (*tokens, int(np.argmax(log_probs(tokens))))
+    return tokens
 
 
 def test_the_tail_is_cut_where_a_sum_by_hand_cuts_it():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(13, 11)) * 2
-    for top_k, top_p in ((0, 1.0), (3, 1.0), (99, 1.0), (0, 0.6), (0, 0.999), (5, 0.8), (1, 0.1)):
-        kept = np.isfinite(np.asarray(cut_tail(jnp.float32(logits), top_k, top_p)))
+    cuts = [(0, 1.0), (3, 1.0), (99, 1.0), (0, 0.6), (0, 0.999), (5, 0.8), (1, 0.1)]
+    both = [(0, 1.0, 0.3), (0, 1.0, 0.99), (3, 0.95, 0.2), (0, 0.6, 0.05)]
+    for top_k, top_p, min_p in [*((*cut, 0.0) for cut in cuts), *both]:
+        kept = np.isfinite(np.asarray(cut_tail(jnp.float32(logits), top_k, top_p, min_p)))
         for row in range(13):
             order = sorted(range(11), key=lambda token: -logits[row, token])
             order = order[: top_k or None]
             weights = [math.exp(logits[row, token]) for token in order]
             expected, mass = set(), 0.0
             for token, weight in zip(order, weights, strict=True):
-                if mass < top_p:
+                if mass < top_p and weight >= min_p * weights[0]:
                     expected.add(token)
                 mass += weight / sum(weights)
             assert set(np.flatnonzero(kept[row])) == expected
+
+
+def test_a_nucleus_keeps_ties_and_drops_what_is_impossible():
+    logits = jnp.log(jnp.array([[0.4, 0.2, 0.2, 0.2, 0.0], [0.0, 0.0, 1.0, 0.0, 0.0]]))
+    kept = np.isfinite(cut_tail(logits, top_p=0.5))
+    assert kept.tolist() == [[True] * 4 + [False], [False, False, True, False, False]]
+    assert np.isfinite(cut_tail(logits, top_p=0.3)).tolist()[0] == [True] + [False] * 4
+    almost = np.isfinite(cut_tail(jnp.zeros((1, 9973)), top_p=0.99999994))  # The sum may be less.
+    assert almost.all()
 
 
 def test_a_beam_over_a_real_cache_finds_what_a_beam_without_a_cache_finds():
@@ -258,9 +360,9 @@ def test_a_beam_over_a_real_cache_finds_what_a_beam_without_a_cache_finds():
     rng = np.random.default_rng(0)
     source = jnp.array(rng.integers(0, vocab, (rows, length)))
     segments = jnp.array((np.arange(length) < [[5], [2], [3]]).astype(int))
-    begin = jnp.ones((rows, 1), jnp.int32)
+    begins = jnp.ones((rows, 1), jnp.int32)
     late_end = jnp.zeros(vocab).at[EOS].set(-1.0)  # or all end at once
-    params = {"params": random_params(model, begin, source, scale=0.7)}
+    params = {"params": random_params(model, begins, source, scale=0.7)}
 
     @jax.jit
     def search():
@@ -272,9 +374,12 @@ def test_a_beam_over_a_real_cache_finds_what_a_beam_without_a_cache_finds():
             logits, cache = model.apply(params, tokens, encoded, own, **options)
             return logits[:, -1] + late_end, cache
 
-        logits, cache = step(begin, empty_cache(config, rows, 6), jnp.int32(0), encoded)
+        start = jnp.int32(0)
+        _, cache = step(begins, empty_cache(config, rows, 5), start, encoded)
         options: dict[str, Any] = {"eos_id": EOS, "width": 3, "exponent": 0.6, "max_steps": 5}
-        return beam_search(step, logits, cache, start=1, limits=jnp.array(limits), **options)
+        return beam_search(
+            step, begins[:, 0], cache, start=start, limits=jnp.array(limits), **options
+        )
 
     @jax.jit
     def forward(tokens, row):

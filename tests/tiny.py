@@ -1,4 +1,4 @@
-"""The smallest model that has every part; sizes are distinct so that a swapped axis fails."""
+"""The smallest model that has every part, and inputs; sizes differ: a swapped axis fails."""
 
 from typing import Any
 
@@ -10,13 +10,47 @@ import numpy as np
 from model.config import (
     AttentionConfig,
     FeedForwardConfig,
+    HeadConfig,
+    LoraConfig,
     ModelConfig,
     NormConfig,
     PositionConfig,
+    RotaryConfig,
 )
+from model.transformer import build
 
 B, T, S, V = 3, 5, 7, 11
 WIDTH, HEADS, KV_HEADS, HEAD_DIM, INNER, LAYERS = 12, 6, 3, 2, 13, 2
+
+# Documents in rows, with positions that begin again in each, and padding.
+RNG = np.random.default_rng(0)
+TOKENS = jnp.array(RNG.integers(0, V, (B, T)))
+SEGMENTS = np.array([[1, 1, 2, 2, 2], [1, 1, 1, 0, 0], [1, 2, 3, 3, 3]])
+PLACES = np.array([[0, 1, 0, 1, 2], [0, 1, 2, 3, 4], [0, 0, 0, 1, 2]])
+SOURCE = jnp.array(RNG.integers(0, V, (B, S)))
+SOURCE_SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 1, 1, 0], [1, 2, 2, 0, 3, 3, 3]])
+SOURCE_PLACES = np.array([[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6], [0, 0, 1, 0, 0, 1, 2]])
+PREFIX = np.array([2, 3, 1])
+
+# Every kind of positions, with distances and wavelengths that matter within a few tokens.
+POSITIONS: dict[str, dict[str, Any]] = {
+    "none": {"positions_kind": "none"},
+    "sinusoidal": {"positions_kind": "sinusoidal"},
+    "learned": {"positions_kind": "learned", "positions_max_length": 13},
+    "rotary": {
+        "positions_kind": "rotary",
+        "positions_rotary": RotaryConfig(
+            base=10, scaling="llama3", factor=3, low_frequency_factor=2, original_length=40
+        ),
+        "attention_head_dim": 6,  # wavelengths 6, 14 and 29: kept, between, scaled
+    },
+    "alibi": {"positions_kind": "alibi"},
+    "relative": {
+        "positions_kind": "relative",
+        "positions_buckets": 8,
+        "positions_max_distance": 5,
+    },
+}
 
 
 def tiny(architecture: Any = "encoder_decoder", **changes: Any) -> ModelConfig:
@@ -26,6 +60,8 @@ def tiny(architecture: Any = "encoder_decoder", **changes: Any) -> ModelConfig:
         "feed_forward": (FeedForwardConfig, {"width": INNER}),
         "norm": (NormConfig, {}),
         "positions": (PositionConfig, {}),
+        "head": (HeadConfig, {}),
+        "lora": (LoraConfig, {}),
     }
     own: dict[str, Any] = {"vocab_size": V, "width": WIDTH, "layers": LAYERS, "dropout": 0.0}
     for name, value in changes.items():
@@ -47,3 +83,10 @@ def random_params(model: nn.Module, *args: Any, scale: float = 0.5) -> dict:
     return jax.tree.unflatten(
         tree, [jnp.asarray(scale * rng.normal(size=x.shape), x.dtype) for x in leaves]
     )
+
+
+def init(config: ModelConfig) -> tuple[nn.Module, dict]:
+    """A model and random parameters for it."""
+    model = build(config)
+    arrays = (TOKENS, SOURCE) if config.architecture == "encoder_decoder" else (TOKENS,)
+    return model, random_params(model, *arrays)

@@ -1,4 +1,7 @@
-"""A TFDS dataset of a few made-up sentences. TFDS finds a builder only in an importable module."""
+"""TFDS datasets of a few made-up texts, with the features and splits of the real ones.
+
+TFDS finds a builder only in an importable module.
+"""
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -8,32 +11,128 @@ PAIRS = {
     "validation": [("a grün day", "ein grüner Tag"), ("no", "nein"), ("yes", "ja")],
     "test": [("last one", "das letzte")],
 }
+# The features of GLUE: config -> texts, classes; None for the scores of stsb.
+GLUE = {
+    "cola": (("sentence",), ("unacceptable", "acceptable")),
+    "sst2": (("sentence",), ("negative", "positive")),
+    "mrpc": (("sentence1", "sentence2"), ("not_equivalent", "equivalent")),
+    "qqp": (("question1", "question2"), ("not_duplicate", "duplicate")),
+    "stsb": (("sentence1", "sentence2"), None),
+    "mnli": (("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
+    "qnli": (("question", "sentence"), ("entailment", "not_entailment")),
+}
+GLUE_SIZES = {"train": 199, "validation": 5, "test": 7}
 
 
-class TinyPairs(tfds.core.GeneratorBasedBuilder):
+def glue_example(config: str, split: str, n: int) -> dict:
+    """Labels of the test split are hidden: -1."""
+    texts, classes = GLUE[config]
+    label = n % len(classes) if classes else np.float32(n % 6 + 0.1)
+    example = {name: f"{name} {n} of {split}" for name in texts}
+    return example | {"label": -1 if split.startswith("test") else label, "idx": n}
+
+
+class _Builder(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+    FEATURES: dict = {}  # noqa: RUF012
+
+    def _info(self):
+        features = tfds.features.FeaturesDict(self.features_of(self.builder_config))
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def features_of(self, config):
+        return self.FEATURES
+
+    def _generate_examples(self, examples):
+        yield from enumerate(examples)
+
+
+class TinyPairs(_Builder):
     """`train` alone, or all splits: the config is called like the languages of WMT."""
 
-    VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [  # noqa: RUF012
         tfds.core.BuilderConfig(name="de-en", description="all splits"),
         tfds.core.BuilderConfig(name="train-only", description="one split"),
+        tfds.core.BuilderConfig(name="test-only", description="another split"),
         tfds.core.BuilderConfig(name="broken", description="fails while it is prepared"),
     ]
-
-    def _info(self):
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(
-                {"de": tfds.features.Text(), "en": tfds.features.Text(), "id": np.int64}
-            ),
-        )
+    FEATURES = {  # noqa: RUF012
+        "de": tfds.features.Text(),
+        "en": tfds.features.Text(),
+        "id": np.int64,
+        "both": tfds.features.Sequence(tfds.features.Text()),
+    }
 
     def _split_generators(self, dl_manager):
-        names = ["train"] if self.builder_config.name == "train-only" else list(PAIRS)
-        return {name: self._generate_examples(name) for name in names}
-
-    def _generate_examples(self, split):
-        if self.builder_config.name == "broken":
+        name = self.builder_config.name
+        if name == "broken":
             raise OSError("no network\nand more")
-        for i, (en, de) in enumerate(PAIRS[split]):
-            yield i, {"en": en, "de": de, "id": i}
+        splits = [name.removesuffix("-only")] if name.endswith("-only") else list(PAIRS)
+        return {
+            split: self._generate_examples(
+                [
+                    {"en": en, "de": de, "id": i, "both": [en, de]}
+                    for i, (en, de) in enumerate(PAIRS[split])
+                ]
+            )
+            for split in splits
+        }
+
+
+class TinyGlue(_Builder):
+    BUILDER_CONFIGS = [  # noqa: RUF012
+        tfds.core.BuilderConfig(name=name, description=name) for name in GLUE
+    ]
+
+    def features_of(self, config):
+        texts, classes = GLUE[config.name]
+        label = tfds.features.ClassLabel(names=classes) if classes else np.float32
+        return {name: tfds.features.Text() for name in texts} | {"label": label, "idx": np.int32}
+
+    def _split_generators(self, dl_manager):
+        splits = dict(GLUE_SIZES)
+        if self.builder_config.name == "mnli":
+            splits = {"train": GLUE_SIZES["train"]} | {
+                f"{split}_{kind}": GLUE_SIZES[split] + (kind == "mismatched")
+                for split in ("validation", "test")
+                for kind in ("mismatched", "matched")
+            }
+        return {
+            name: self._generate_examples(
+                [glue_example(self.builder_config.name, name, n) for n in range(size)]
+            )
+            for name, size in splits.items()
+        }
+
+
+class TinyReviews(_Builder):
+    """Like imdb_reviews, whose unsupervised reviews have the label -1."""
+
+    FEATURES = {  # noqa: RUF012
+        "text": tfds.features.Text(),
+        "label": tfds.features.ClassLabel(names=["neg", "pos"]),
+    }
+
+    def _split_generators(self, dl_manager):
+        return {
+            split: self._generate_examples(
+                # Some reviews occur twice, with both labels.
+                [
+                    {"text": f"{split} {n // 2}", "label": -1 if split == "unsupervised" else n % 2}
+                    for n in range(size)
+                ]
+            )
+            for split, size in {"train": 398, "test": 11, "unsupervised": 3}.items()
+        }
+
+
+class TinyLines(_Builder):
+    """Like lm1b."""
+
+    FEATURES = {"text": tfds.features.Text()}  # noqa: RUF012
+
+    def _split_generators(self, dl_manager):
+        return {
+            split: self._generate_examples([{"text": f"{split} ü {n}"} for n in range(size)])
+            for split, size in {"train": 1999, "test": 13}.items()
+        }

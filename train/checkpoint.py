@@ -14,7 +14,7 @@ from train.state import TrainState
 
 
 class Checkpoints:
-    """The checkpoints of a run: the newest `keep`, and the one of the lowest validation loss.
+    """The checkpoints of a run: the newest `keep`, and the one of the highest score.
 
     They are written in the background and appear under their step only when complete. Each carries
     the fingerprint of its tokenizer; opening it with another is an error.
@@ -23,12 +23,12 @@ class Checkpoints:
     def __init__(self, directory: Path, tokenizer_fingerprint: str, keep: int | None = None):
         self.directory = directory.absolute()
         self.fingerprint = tokenizer_fingerprint
-        loss = lambda metrics: metrics["valid_loss"]  # noqa: E731
+        score: Any = lambda metrics: (metrics["score"], -metrics["step"])  # the first of equals
         options = ocp.CheckpointManagerOptions(
-            best_fn=loss,  # what makes orbax store the metrics; the policy decides
-            best_mode="min",
+            best_fn=score,  # what makes orbax store the metrics; the policy decides
+            best_mode="max",
             preservation_policy=AnyPreservationPolicy(
-                [LatestN(keep), BestN(get_metric_fn=loss, reverse=True, n=1)]
+                [LatestN(keep), BestN(get_metric_fn=score, reverse=False, n=1)]
             ),
             read_only=keep is None,
             cleanup_tmp_directories=keep is not None,  # what a kill or a full disk left half done
@@ -47,12 +47,17 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def best(self) -> int:
-        """Step of the lowest validation loss."""
-        losses = {step: self._manager.metrics(step) for step in self.steps}
-        known = {step: m["valid_loss"] for step, m in losses.items() if m}
+        """Step of the highest score, the first of equals."""
+        return self.best_score()[0]
+
+    def best_score(self) -> tuple[int, float]:
+        """Step and score of the best checkpoint."""
+        metrics = {step: self._manager.metrics(step) for step in self.steps}
+        known = {step: (m["score"], -step) for step, m in metrics.items() if m}
         if not known:
-            raise TrainError(f"{self.directory} has no checkpoint with a validation loss")
-        return min(known, key=lambda step: known[step])
+            raise TrainError(f"{self.directory} has no checkpoint with a score")
+        step = max(known, key=lambda step: known[step])
+        return step, known[step][0]
 
     def set_aside(self, step: int) -> Path:
         """Moves a checkpoint out of the way, and says where to; nothing is deleted."""
@@ -62,8 +67,11 @@ class Checkpoints:
         self._manager.reload()
         return target
 
-    def save(self, state: TrainState, iterator_state: dict, valid_loss: float | None) -> None:
-        """Begins to write a checkpoint; raises TrainError if the former could not be written."""
+    def save(self, state: TrainState, iterator_state: dict, score: float | None) -> None:
+        """Begins to write a checkpoint; raises TrainError if the former could not be written.
+
+        The higher the score the better; with none the checkpoint is never the best.
+        """
         step = int(state.step)
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
@@ -71,7 +79,7 @@ class Checkpoints:
             data=ocp.args.JsonSave(iterator_state),
             tokenizer=ocp.args.JsonSave({"fingerprint": self.fingerprint}),
         )
-        metrics = None if valid_loss is None else {"valid_loss": valid_loss}
+        metrics = None if score is None else {"score": score, "step": step}
         self._guard(lambda: self._manager.save(step, args=items, metrics=metrics, force=True))
 
     def wait(self) -> None:

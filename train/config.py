@@ -1,5 +1,6 @@
 """How a model is trained: frozen values, checked when they are made. No jax is imported here."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -43,6 +44,14 @@ class OptimizerConfig:
     """Decoupled weight decay, on matrices only: not on biases, norms or embeddings."""
     clip_norm: float | None = 1.0
     """Largest global norm of a gradient; None: no clipping."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that do not train: regular expressions, searched in names such as
+    encoder.blocks.3.self_attention.query.kernel (`heedful inspect` lists them)."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from the head to the top layer, and from each layer to the one
+    below it; embeddings are below all (arXiv:2106.08254)."""
+    head_lr: float = 1.0
+    """Factor of the head's learning rate."""
 
     def __post_init__(self):
         require(self.peak_lr > 0, f"optimizer.peak_lr must be positive, not {self.peak_lr}")
@@ -61,6 +70,13 @@ class OptimizerConfig:
             self.kind == "adamw" or self.weight_decay == 0,
             f"optimizer.weight_decay = {self.weight_decay} needs optimizer.kind adamw",
         )
+        require(
+            0 < self.layer_decay <= 1,
+            f"optimizer.layer_decay must lie in (0, 1], not {self.layer_decay}",
+        )
+        require(self.head_lr > 0, f"optimizer.head_lr must be positive, not {self.head_lr}")
+        for pattern in self.freeze:
+            _require_pattern("optimizer.freeze", pattern)
         require(
             self.clip_norm is None or self.clip_norm > 0,
             f"optimizer.clip_norm must be positive or None, not {self.clip_norm}",
@@ -150,9 +166,18 @@ class DecodeConfig:
         )
 
 
+Metric = Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run."""
+
+    init_from: str | None = None
+    """Fine-tune the parameters of a run (its directory), of a Hugging Face model (hf:DIR) or of a
+    package (package:minilm, package:stories15m); None: pretrain, from random ones."""
+    reinit: tuple[str, ...] = ()
+    """Parameters that begin at random although `init_from` has them: regular expressions."""
 
     steps: int = 10_000
     """Updates of the parameters."""
@@ -169,7 +194,11 @@ class TrainConfig:
     keep: int = 5
     """Newest checkpoints that are kept, besides the one of the lowest validation loss."""
     average: int = 5
-    """Newest checkpoints whose parameters are averaged for evaluation (§6.1); 1: the newest."""
+    """Newest checkpoints whose parameters are averaged for evaluation (§6.1); 1: the best one."""
+    metric: Metric = "loss"
+    """What decides on the validation data which checkpoint is the best."""
+    patience: int | None = None
+    """Stop after so many checkpoints without a better one; None: never."""
     samples: int = 10
     """Translations shown at the end."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -182,14 +211,37 @@ class TrainConfig:
         ):  # fmt: skip
             value = getattr(self, name)
             require(value > 0, f"train.{name} must be positive, not {value}")
+        require(
+            self.patience is None or self.patience > 0,
+            f"train.patience must be positive or None, not {self.patience}",
+        )
+        require(
+            not self.reinit or self.init_from is not None,
+            f"train.reinit = {' '.join(self.reinit)} needs train.init_from",
+        )
+        for pattern in self.reinit:
+            _require_pattern("train.reinit", pattern)
         require(self.seed >= 0, f"train.seed must be at least 0, not {self.seed}")
         require(self.samples >= 0, f"train.samples must be at least 0, not {self.samples}")
         require(
             0 <= self.label_smoothing < 1,
             f"train.label_smoothing must lie in [0, 1), not {self.label_smoothing}",
         )
+        optimizer = self.optimizer
+        require(
+            optimizer.warmup_steps < self.steps or optimizer.schedule not in ("linear", "cosine"),
+            f"train.optimizer.warmup_steps = {optimizer.warmup_steps} leaves nothing of train.steps "
+            f"= {self.steps} for the {optimizer.schedule} decay: shorten the warmup",
+        )
         require(
             self.average <= self.keep,
             f"train.average = {self.average} checkpoints need train.keep of at least as many, "
             f"not {self.keep}",
         )
+
+
+def _require_pattern(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise TrainError(f"{name} has {pattern!r}, no regular expression: {error}") from error

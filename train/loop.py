@@ -1,55 +1,32 @@
 """fit(): from a config to a trained model, resuming where a former call stopped."""
 
-import dataclasses
+import math
 import signal
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data.config import DataConfig
-from data.pipeline import Dataset, TrainIterator, tokenizer_texts
-from data.tokenizer import Tokenizer
+from data.pipeline import Dataset, TrainIterator
 from model.attention import choose
 from model.config import ModelConfig
 from train.checkpoint import Checkpoints, CorruptCheckpoint
 from train.config import Interrupted, TrainConfig, TrainError
-from train.evaluate import mean_loss
+from train.evaluate import measure
+from train.init_from import open_source, take_over
 from train.metrics import MetricsWriter, require_finite
-from train.optimizer import make_optimizer
 from train.run import Run
-from train.sharding import make_mesh, to_devices
-from train.state import TrainState, abstract_state, init_state, parameter_count
+from train.sharding import to_devices
+from train.state import Setup, TrainState, first_state, init_params, parameter_count, set_up
 from train.step import make_eval_step, make_train_step
+from train.trainable import split
 
 AHEAD = 2  # steps that are dispatched before the loss of an earlier one is read
-
-
-def start_run(
-    directory: Path, model: ModelConfig, data: DataConfig, train: TrainConfig, console: Console
-) -> Run:
-    """The run in `directory`: a new one, or the one that stands there if the config is the same."""
-    if (directory / "config.json").exists():
-        tokenizer = Run.open(directory).tokenizer()
-    else:
-        with console.status("training the tokenizer"):
-            tokenizer = Tokenizer.train(tokenizer_texts(data), data.tokenizer)
-    if model.vocab_size is None:
-        model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
-    elif model.vocab_size < tokenizer.vocab_size:
-        raise TrainError(
-            f"model.vocab_size = {model.vocab_size} is less than the {tokenizer.vocab_size} "
-            "entries of the tokenizer: raise it, or leave it out"
-        )
-    run = Run(directory, model, data, train)
-    run.start(tokenizer)
-    return run
 
 
 def fit(run: Run, console: Console, *, fallback: bool = False) -> None:
@@ -66,19 +43,18 @@ def fit(run: Run, console: Console, *, fallback: bool = False) -> None:
     for line in train_data.report + valid_data.report:
         console.print(line)
 
-    mesh = make_mesh(config.mesh)
+    setup = set_up(run.model, config)
+    mesh = setup.mesh
     _require_divisible(config, train_data, valid_data, mesh)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    abstract = abstract_state(run.model, optimizer, mesh)
-    describe(run.model, abstract.params, mesh, console)
+    describe(run.model, setup, console)
 
     with (
         closing(Checkpoints(run.checkpoints, tokenizer.fingerprint, config.keep)) as checkpoints,
         closing(train_data.train_iterator(jax.process_index(), jax.process_count())) as batches,
     ):
-        restored = _restore(checkpoints, abstract, fallback, console)
+        restored = _restore(checkpoints, setup.abstract, fallback, console)
         if restored is None:
-            state = init_state(run.model, optimizer, mesh, config.seed)
+            state = first_state(setup, _first_params(run, setup, console))
         else:
             state, position = restored
             if position["data_fingerprint"] != train_data.data_fingerprint:
@@ -87,21 +63,37 @@ def fit(run: Run, console: Console, *, fallback: bool = False) -> None:
                     "put it back, or give another --run-dir"
                 )
             batches.set_state(position["iterator"])
-        step = make_train_step(run.model, config, optimizer, abstract)
-        eval_step = make_eval_step(run.model)
+        step = make_train_step(run.model, config, setup)
+        eval_step = make_eval_step(run.model, mesh)
 
-        def save(state: TrainState) -> float:
-            loss = mean_loss(eval_step, state.params, valid_data, mesh)
+        def save(state: TrainState) -> dict[str, float]:
+            measured = measure(eval_step, state.params, valid_data, mesh)
             position = {
                 "iterator": batches.get_state(),
                 "data_fingerprint": train_data.data_fingerprint,
             }
-            checkpoints.save(state, position, loss)
-            return loss
+            checkpoints.save(state, position, _score(measured, config.metric))
+            return measured
 
+        patience = _Patience(config, checkpoints.best_score() if checkpoints.steps else None)
         with jax.set_mesh(mesh):
-            _loop(run, state, step, batches, save, mesh, console)
+            _loop(run, state, step, batches, save, patience, mesh, console)
         checkpoints.wait()
+
+
+def _first_params(run: Run, setup: Setup, console: Console) -> Any:
+    """Random parameters, or where the run fine-tunes those that it begins from; says which."""
+    params = init_params(run.model, setup.mesh, run.train.seed)
+    if run.train.init_from is None:
+        console.print("pretraining: the parameters begin at random")
+        return params
+    source = open_source(run.train.init_from, console)
+    return take_over(params, source, run.model, run.train.reinit, console)
+
+
+def _score(measured: dict[str, float], metric: str) -> float:
+    """The higher the better."""
+    return -measured["loss"] if metric == "loss" else measured[metric]
 
 
 def _loop(
@@ -109,7 +101,8 @@ def _loop(
     state: TrainState,
     train_step: Callable,
     batches: TrainIterator,
-    save: Callable[[TrainState], float],
+    save: Callable[[TrainState], dict[str, float]],
+    patience: "_Patience",
     mesh: jax.sharding.Mesh,
     console: Console,
 ) -> None:
@@ -131,6 +124,9 @@ def _loop(
             lambda step, text: bar.update(task, completed=step, description=text),
         )
         for step in range(first + 1, config.steps + 1):
+            if patience.is_over(step - 1):
+                console.print(f"no better checkpoint since step {patience.best_step:,}: stopped")
+                return
             waited = time.perf_counter()
             batch = to_devices(next(batches), mesh)
             waited = time.perf_counter() - waited
@@ -139,21 +135,27 @@ def _loop(
             is_last = step == config.steps
             if step % config.checkpoint_every == 0 or is_last or stop.asked:
                 meter.drain()
-                loss = save(state)
-                writer.write(step, {"valid_loss": loss})
-                console.print(f"step {step:,}: validation loss {loss:.4f}, checkpoint saved")
+                measured = save(state)
+                patience.add(step, _score(measured, config.metric))
+                writer.write(step, {f"valid_{name}": value for name, value in measured.items()})
+                listed = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
+                console.print(f"step {step:,}: validation {listed}, checkpoint saved")
                 meter.restart()
             if stop.asked and not is_last:
                 raise Interrupted(f"stopped at step {step:,}, saved")
 
 
-def describe(model: ModelConfig, params: Any, mesh: jax.sharding.Mesh, console: Console) -> None:
+def describe(model: ModelConfig, setup: Setup, console: Console) -> None:
     """Says what runs, and where."""
-    devices = mesh.devices.ravel()
+    devices, params = setup.mesh.devices.ravel(), setup.abstract.params
     core, reason = choose(model.attention.core, devices[0].platform)
-    sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    sizes = ", ".join(f"{name} {size}" for name, size in setup.mesh.shape.items())
     console.print(f"attention core: {core} ({reason})")
-    console.print(f"parameters: {parameter_count(params):,} ({model.architecture})")
+    count = f"{parameter_count(params):,}"
+    training = parameter_count(split(params, setup.factors)[0])
+    if training < parameter_count(params):
+        count += f", of which {training:,} train"
+    console.print(f"parameters: {count} ({model.architecture})")
     console.print(f"devices: {devices.size} x {devices[0].device_kind} (mesh: {sizes})")
 
 
@@ -178,14 +180,29 @@ def _require_divisible(
     config: TrainConfig, train_data: Dataset, valid_data: Dataset, mesh: jax.sharding.Mesh
 ) -> None:
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    for data, split in ((train_data, config.accumulate), (valid_data, 1)):
+    for data, accumulate in ((train_data, config.accumulate), (valid_data, 1)):
         for rows, length in data.train_plan.shapes:
-            if rows % (parts * split) or length % mesh.shape["seq"]:
+            if rows % (parts * accumulate) or length % mesh.shape["seq"]:
                 raise TrainError(
                     f"batches of {rows} x {length} do not divide into {parts} devices x "
                     f"train.accumulate = {split}, or the length into train.mesh.seq = "
                     f"{mesh.shape['seq']}: set data.batch_multiple to {parts * config.accumulate}"
                 )
+
+
+class _Patience:
+    """When the best checkpoint has become too old."""
+
+    def __init__(self, config: TrainConfig, best: tuple[int, float] | None):
+        self._limit = config.patience and config.patience * config.checkpoint_every
+        self.best_step, self._best = best or (0, -math.inf)
+
+    def add(self, step: int, score: float) -> None:
+        if score > self._best:
+            self.best_step, self._best = step, score
+
+    def is_over(self, step: int) -> bool:
+        return self._limit is not None and step - self.best_step >= self._limit
 
 
 class _Meter:

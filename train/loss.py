@@ -1,4 +1,4 @@
-"""Cross-entropy as a sum and a weight, so that parts can be added and divided once."""
+"""Losses as a sum and a weight, so that parts can be added and divided once."""
 
 from functools import partial
 
@@ -8,9 +8,9 @@ from jaxtyping import Array, Float, Int
 
 
 def cross_entropy(
-    logits: Float[Array, "B T V"],
-    targets: Int[Array, "B T"],
-    weights: Float[Array, "B T"],
+    logits: Float[Array, "*b V"],
+    targets: Int[Array, "*b"],
+    weights: Float[Array, "*b"],
     label_smoothing: float = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(sum of weighted losses in nats, sum of weights), in float32.
@@ -22,10 +22,18 @@ def cross_entropy(
     return jnp.sum(losses * weights), jnp.sum(weights)
 
 
+def squared_error(
+    outputs: Float[Array, "B 1"], targets: Float[Array, " B"], weights: Float[Array, " B"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(sum of weighted squared errors, sum of weights), in float32."""
+    errors = jnp.square(outputs[:, 0].astype(jnp.float32) - targets)
+    return jnp.sum(errors * weights), jnp.sum(weights)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def token_losses(
-    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], label_smoothing: float
-) -> Float[Array, "B T"]:
+    logits: Float[Array, "*b V"], targets: Int[Array, "*b"], label_smoothing: float
+) -> Float[Array, "*b"]:
     """Cross-entropy of each token, in nats."""
     return _forward(logits, targets, label_smoothing)[0]
 

@@ -1,10 +1,12 @@
 """Schedules with warmup, and the optimizers that follow them."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
-from train.config import OptimizerConfig, TrainError
+from train.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -14,11 +16,6 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     (width * warmup)^-0.5. linear and cosine reach `final_lr` at `steps`.
     """
     warmup = config.warmup_steps
-    if warmup >= steps and config.schedule in ("linear", "cosine"):
-        raise TrainError(
-            f"optimizer.warmup_steps = {warmup} leaves nothing of train.steps = {steps} for the "
-            f"{config.schedule} decay: shorten the warmup"
-        )
     if config.schedule == "inverse_sqrt":
         origin = max(warmup, 1)
         # During the warmup it is called with a negative step, and the result is dropped.
@@ -34,13 +31,31 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([ramp, after], [warmup]) if warmup else after
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Adam or AdamW; clipping belongs to the step, which knows the norm of the gradient."""
+def make_optimizer(
+    config: OptimizerConfig, steps: int, factors: Any = None
+) -> optax.GradientTransformation:
+    """Adam or AdamW for the parameters that train; clipping belongs to the step.
+
+    `factors` multiply the rate by parameter (`trainable.rate_factors`); those of 0 are frozen.
+    """
     schedule = learning_rate(config, steps)
     b1, b2, epsilon = config.b1, config.b2, config.epsilon
     if config.kind == "adam":
-        return optax.adam(schedule, b1, b2, epsilon)
-    return optax.adamw(schedule, b1, b2, epsilon, weight_decay=config.weight_decay, mask=_decayed)
+        optimizer = optax.adam(schedule, b1, b2, epsilon)
+    else:
+        decay = config.weight_decay
+        optimizer = optax.adamw(schedule, b1, b2, epsilon, weight_decay=decay, mask=_decayed)
+    if factors is None or all(
+        isinstance(f, float) and f in (0, 1) for f in jax.tree.leaves(factors)
+    ):
+        return optimizer
+    # An update, the decay included, is proportional to the rate.
+    scale = optax.stateless(
+        lambda updates, _: jax.tree.map(
+            lambda u, f: None if u is None else u * f, updates, factors, is_leaf=lambda x: x is None
+        )
+    )
+    return optax.chain(optimizer, scale)
 
 
 def _decayed(params):

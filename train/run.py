@@ -6,6 +6,7 @@ import platform
 import sys
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +19,10 @@ from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from train.config import TrainConfig, TrainError
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
+PACKAGES = (
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers",
+    "safetensors",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,9 @@ class Run:
             write_json(self.directory / "environment.json", environment())
             write_json(self.directory / "config.json", self._values())
             return
-        differences = list(_differences(self._values(), Run.open(self.directory)._values()))
-        if differences:
-            listed = "; ".join(differences[:3]) + ("; ..." if len(differences) > 3 else "")
+        others = list(differences(self._values(), Run.open(self.directory)._values()))
+        if others:
+            listed = "; ".join(others[:3]) + ("; ..." if len(others) > 3 else "")
             raise TrainError(
                 f"{self.directory} holds a run of another config ({listed}): "
                 "give another --run-dir, or the same config to resume it"
@@ -116,10 +120,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _differences(ours: Any, theirs: Any, name: str = ""):
+def differences(ours: Any, theirs: Any, name: str = "") -> Iterator[str]:
+    """What differs between two configs as JSON values, field by field."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key in ours.keys() | theirs.keys():
-            yield from _differences(ours.get(key), theirs.get(key), f"{name}.{key}".lstrip("."))
+            yield from differences(ours.get(key), theirs.get(key), f"{name}.{key}".lstrip("."))
     elif ours != theirs:
         yield f"{name} is {theirs!r} there and {ours!r} here"
 

@@ -103,15 +103,14 @@ def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=is_box)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """How the arrays [B, T] of a batch are split."""
-    return NamedSharding(mesh, PartitionSpec(RULES["act_batch"], RULES["act_length"]))
+def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
+    """How the arrays [B, T] or [B] of a batch are split."""
+    return NamedSharding(mesh, PartitionSpec(*[RULES["act_batch"], RULES["act_length"]][:rank]))
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """The global batch, of which each process gives its own rows."""
-    sharding = batch_sharding(mesh)
     return {
-        name: jax.make_array_from_process_local_data(sharding, array)
+        name: jax.make_array_from_process_local_data(batch_sharding(mesh, array.ndim), array)
         for name, array in batch.items()
     }

@@ -7,15 +7,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model.config import ModelConfig
 from model.transformer import build
 from train.config import TrainConfig
-from train.loss import cross_entropy
+from train.loss import cross_entropy, squared_error
 from train.optimizer import learning_rate
 from train.sharding import flax_rules
-from train.state import TrainState
+from train.state import Setup, TrainState
+from train.trainable import join, split
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, Any]
@@ -24,62 +25,86 @@ Metrics = dict[str, Any]
 def make_train_step(
     model_config: ModelConfig,
     config: TrainConfig,
-    optimizer: optax.GradientTransformation,
-    abstract: TrainState,
+    setup: Setup,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """(state, batch) -> (state, metrics), jitted; the given state is used up.
 
     The gradient is that of sum of losses / sum of weights over the whole batch, however it is split
-    into micro-batches or over devices. Metrics: `loss` (sum, nats), `weight`, `lr`, `grad_norm`
-    (before clipping), and `grad_norms`, `param_norms` by parameter and layer.
+    into micro-batches or over devices, for the parameters whose `factors` are not 0. Metrics:
+    `loss` (sum), `weight`, `lr`, `grad_norm` (before clipping), and `grad_norms`, `param_norms` by
+    parameter and layer.
     """
-    model = build(model_config)
+    model, factors = build(model_config), setup.factors
     schedule = learning_rate(config.optimizer, config.steps)
 
-    def loss_sum(params: Any, batch: Batch, key: jax.Array):
-        logits = _forward(model, params, batch, deterministic=False, rngs={"dropout": key})
-        return cross_entropy(logits, batch["targets"], batch["weights"], config.label_smoothing)
-
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        trainable, frozen = split(state.params, factors)
+
+        def loss_sum(trainable: Any, batch: Batch, key: jax.Array):
+            params = join(trainable, frozen)
+            outputs = _forward(model, params, batch, deterministic=False, rngs={"dropout": key})
+            return _loss(outputs, batch, config.label_smoothing)
+
         # The rules are not part of jit's cache key: enter them inside the traced function.
         with nn.logical_axis_rules(flax_rules()):
             key = jax.random.fold_in(jax.random.key(config.seed), state.step)
             loss, weight, grads = summed_gradients(
-                loss_sum, state.params, batch, key, config.accumulate
+                loss_sum, trainable, batch, key, config.accumulate
             )
+        # A layer that is frozen within a stacked array has no part in the norm.
+        grads = jax.tree.map(
+            lambda g, f: g if g is None or isinstance(f, float) else g * (f != 0),
+            grads,
+            factors,
+            is_leaf=lambda x: x is None,
+        )
         scale = 1.0 / jnp.maximum(weight, 1.0)
         grad_norms = jax.tree_util.tree_map_with_path(_norms, grads)
         grad_norm = optax.tree.norm(grad_norms) * scale
         if config.optimizer.clip_norm is not None:
             scale *= jnp.minimum(1.0, config.optimizer.clip_norm / jnp.maximum(grad_norm, 1e-30))
         grads = jax.tree.map(lambda g: g * scale, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = setup.optimizer.update(grads, state.opt_state, trainable)
+        params = join(optax.apply_updates(trainable, updates), frozen)
         metrics = {
             "loss": loss,
             "weight": weight,
             "lr": schedule(state.step),
             "grad_norm": grad_norm,
             "grad_norms": jax.tree.map(lambda x: x / jnp.maximum(weight, 1.0), grad_norms),
-            "param_norms": jax.tree_util.tree_map_with_path(_norms, state.params),
+            "param_norms": jax.tree_util.tree_map_with_path(_norms, trainable),
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    shardings = jax.tree.map(lambda x: x.sharding, setup.abstract)
     whole = NamedSharding(shardings.step.mesh, PartitionSpec())
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))
 
 
-def make_eval_step(model_config: ModelConfig) -> Callable[[Any, Batch], tuple]:
-    """(params, batch) -> (sum of losses in nats, sum of weights), jitted, without smoothing."""
+def make_eval_step(model_config: ModelConfig, mesh: Mesh) -> Callable[[Any, Batch], tuple]:
+    """(params, batch) -> (sum of losses, sum of weights, predicted), jitted, without smoothing.
+
+    `predicted` is None for a language model; for a classifier its outputs [B, C] beside the
+    targets [B] and weights [B], whole on every process.
+    """
     model = build(model_config)
+    is_classifier = model_config.head.kind == "classifier"
 
-    def step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def step(params: Any, batch: Batch) -> tuple:
         with nn.logical_axis_rules(flax_rules()):
-            logits = _forward(model, params, batch, deterministic=True)
-        return cross_entropy(logits, batch["targets"], batch["weights"])
+            outputs = _forward(model, params, batch, deterministic=True)
+        predicted = (outputs, batch["targets"], batch["weights"]) if is_classifier else None
+        return *_loss(outputs, batch), predicted
 
-    return jax.jit(step)
+    return jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def _loss(outputs: jax.Array, batch: Batch, label_smoothing: float = 0.0):
+    """Cross-entropy where the targets are numbers of classes, squared error where they are real."""
+    targets, weights = batch["targets"], batch["weights"]
+    if jnp.issubdtype(targets.dtype, jnp.floating):
+        return squared_error(outputs, targets, weights)
+    return cross_entropy(outputs, targets, weights, label_smoothing)
 
 
 def summed_gradients(loss_sum: Callable, params: Any, batch: Batch, key: jax.Array, parts: int):

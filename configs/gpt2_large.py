@@ -1,0 +1,14 @@
+"""GPT-2 of 774 million parameters (Radford et al. 2019, table 2).
+
+heedful train gpt2_large --train.mesh.fsdp 8
+
+The recipe of gpt2_small, with a peak learning rate between those of arXiv:2005.14165 table 2.1. Not
+yet run here.
+"""
+
+from configs import gpt2_small
+from configs.base import Experiment
+
+
+def get_config() -> Experiment:
+    return gpt2_small.get_config(layers=36, width=1280, heads=20, peak_lr=2.5e-4)

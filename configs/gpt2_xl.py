@@ -1,0 +1,14 @@
+"""GPT-2 of 1,558 million parameters (Radford et al. 2019, table 2).
+
+heedful train gpt2_xl --train.mesh.fsdp 8
+
+The recipe of gpt2_small, with a peak learning rate between those of arXiv:2005.14165 table 2.1. Not
+yet run here.
+"""
+
+from configs import gpt2_small
+from configs.base import Experiment
+
+
+def get_config() -> Experiment:
+    return gpt2_small.get_config(layers=48, width=1600, heads=25, peak_lr=2e-4)

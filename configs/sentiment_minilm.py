@@ -1,0 +1,39 @@
+"""Is a sentence positive or negative? MiniLM, which has read a billion pairs, fine-tuned.
+
+heedful train sentiment_minilm
+"""
+
+from configs.base import Experiment
+from data.config import DataConfig
+from model.config import HeadConfig, ModelConfig
+from train.config import OptimizerConfig, TrainConfig
+
+
+def get_config() -> Experiment:
+    return Experiment(
+        # Its body, and the vocabulary, are those of the model that it begins from.
+        model=ModelConfig(
+            architecture="encoder_only",
+            head=HeadConfig(kind="classifier", pooling="mean", pooler=False),
+        ),
+        data=DataConfig(
+            source="sentiment", objective="classification", max_length=128, batch_tokens=1024
+        ),
+        train=TrainConfig(
+            init_from="package:minilm",
+            steps=900,
+            label_smoothing=0.0,
+            checkpoint_every=100,
+            average=1,
+            metric="accuracy",
+            patience=3,
+            optimizer=OptimizerConfig(
+                peak_lr=1e-4,
+                warmup_steps=50,
+                schedule="linear",
+                weight_decay=0.01,
+                layer_decay=0.9,
+                head_lr=10.0,
+            ),
+        ),
+    )

@@ -1,0 +1,126 @@
+"""What all sources share: examples, the columns that hold their fields, and what is held out."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from data.config import TEXT_OBJECTIVES, DataConfig, DataError
+
+Example = dict[str, str]
+SPLITS = ("train", "valid", "test")
+
+# The names that public tables and datasets use. Pairs first: one of a pair may look like a single.
+_PAIRS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("question1", "question2"),
+    ("text", "pair"),
+)
+_SINGLES = (("text",), ("sentence",))
+
+
+# Columns ----------------------------------------------------------------------------------------
+
+
+def fields_of(objective: str, n_columns: int) -> tuple[str, ...]:
+    """Returns the names that this many columns of text have in an example."""
+    return ("source", "target") if objective == "translation" else ("text", "pair")[:n_columns]
+
+
+def text_columns(config: DataConfig, known: Sequence[str], has: str) -> tuple[str, ...]:
+    """Returns the columns, among the known ones, that hold the text: data.columns or usual names.
+
+    `has` starts like "FILE has the columns"; it is part of the errors. Raises DataError.
+    """
+    has = f"{has} {', '.join(known)}"
+    if config.objective == "translation":
+        usual, counts = [config.languages, ("source", "target")], (2,)
+        expected = f"{' and '.join(config.languages)} (data.languages)"
+    elif config.objective in TEXT_OBJECTIVES:
+        usual, counts, expected = [*_SINGLES], (1,), "text or sentence"
+    else:
+        usual, counts = [*_PAIRS, *_SINGLES], (1, 2)
+        expected = "text, sentence or a pair like sentence1 and sentence2"
+    if config.columns:
+        for column in config.columns:
+            if column not in known:
+                raise DataError(f"data.columns has {column!r}, but {has}: choose from these")
+        if len(config.columns) not in counts:
+            raise DataError(
+                f"data.columns is {' '.join(config.columns)!r}: {config.objective} reads "
+                f"{' or '.join(map(str, counts))}"
+            )
+        return config.columns
+    for columns in usual:
+        if set(columns) <= set(known):
+            return columns
+    raise DataError(f"{has}, not {expected}: name those with the text in data.columns")
+
+
+def label_column(config: DataConfig, known: Sequence[str], has: str) -> str | None:
+    """Returns the column of the label, or None for an objective without labels."""
+    if config.objective not in ("classification", "regression"):
+        return None
+    for column in (config.label, "score") if config.label == "label" else (config.label,):
+        if column in known:
+            return column
+    raise DataError(f"data.label is {config.label!r}, but {has} {', '.join(known)}: choose one")
+
+
+# Splits -----------------------------------------------------------------------------------------
+
+
+def share(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone: the same on every machine."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def shares(texts: Iterable[str]) -> np.ndarray:
+    """Returns the share of every text, float64 [E]."""
+    return np.fromiter(map(share, texts), np.float64)
+
+
+def select(parts: np.ndarray, split: str, held: Sequence[str], holdout: float) -> np.ndarray:
+    """Returns the numbers of the examples of `split`, when the splits `held` are taken from train.
+
+    parts [E] are the shares of the training examples. By the text alone: a text, however often and
+    however labelled or translated, is in one split only.
+    """
+    first = holdout * (held.index(split) if split in held else len(held))
+    last = first + holdout if split in held else 1
+    return np.flatnonzero((first <= parts) & (parts < last))
+
+
+class Subset(Sequence[Example]):
+    """The chosen examples of a sequence, by their numbers."""
+
+    def __init__(
+        self, examples: Sequence[Example], chosen: np.ndarray, identity: str | None = None
+    ):
+        self.examples = examples
+        self.chosen = chosen
+        self.identity = identity
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[int(self.chosen[index])]
+
+
+class Joined(Sequence[Example]):
+    """Several sequences, one after the other."""
+
+    def __init__(self, sequences: Sequence[Sequence[Example]]):
+        self.sequences = sequences
+        self.stops = np.cumsum([len(sequence) for sequence in sequences])
+
+    def __len__(self) -> int:
+        return int(self.stops[-1])
+
+    def __getitem__(self, index: int) -> Example:
+        index = range(len(self))[index]
+        which = int(np.searchsorted(self.stops, index, side="right"))
+        return self.sequences[which][index - int(self.stops[which])]  # From the end: negative.

@@ -1,0 +1,69 @@
+"""The source `files`: parallel texts, tables and documents of the user's own."""
+
+from collections.abc import Sequence
+
+from data.config import TEXT_OBJECTIVES, DataConfig, DataError
+from data.examples import (
+    Example,
+    Joined,
+    Subset,
+    fields_of,
+    label_column,
+    select,
+    shares,
+    text_columns,
+)
+from data.tables import SUFFIXES, Table, header, is_table
+from data.text_files import Parallel, documents
+
+
+def fields(config: DataConfig) -> tuple[str, ...]:
+    """Returns the text fields; for a pair of texts or one, the training table says which."""
+    if config.objective in ("classification", "regression"):
+        return tuple(name for name in _columns(config, config.train[0]) if name != "label")
+    return fields_of(config.objective, 1)
+
+
+def load(config: DataConfig, split: str) -> Sequence[Example]:
+    """Returns the examples of data.SPLIT, or those of data.train that are held out for it."""
+    paths = getattr(config, split) or config.train
+    held = [name for name in ("valid", "test") if not getattr(config, name)]
+    if split != "train" and split not in held:
+        held = []  # These files are the split itself.
+    if config.objective in TEXT_OBJECTIVES and not config.columns:
+        return documents(paths, split, held, config.holdout)
+    if config.objective == "translation" and len(paths) == 2:
+        if config.columns or any(map(is_table, paths)):
+            raise DataError(
+                f"data.{split} is {' '.join(paths)}: give one table, or a source file and a target "
+                "file of plain lines, and data.columns only with a table"
+            )
+        examples = Parallel(paths)
+    else:
+        # Where the training text is no table, translations have other columns, but no other fields.
+        named = config.train[0] if is_table(config.train[0]) else paths[0]
+        columns, numbers = _columns(config, named), config.objective == "regression"
+        examples = Joined([Table(_table(path), columns, numbers=numbers) for path in paths])
+    if not held:
+        return examples
+    first = fields(config)[0]
+    parts = shares(example[first] for example in examples)
+    return Subset(examples, select(parts, split, held, config.holdout))
+
+
+def _columns(config: DataConfig, path: str) -> dict[str, str]:
+    """Returns field -> column, as the header of this table has them."""
+    known, has = header(_table(path)), f"{path} has the columns"
+    texts = text_columns(config, known, has)
+    label = label_column(config, known, has)
+    columns = dict(zip(fields_of(config.objective, len(texts)), texts, strict=True))
+    return columns | ({"label": label} if label else {})
+
+
+def _table(path: str) -> str:
+    if not is_table(path):
+        raise DataError(
+            f"{path} is no table ({SUFFIXES}): translation takes one or two files of plain lines, "
+            "classification and regression take tables, and so do texts with data.columns"
+        )
+    return path

@@ -1,0 +1,73 @@
+"""The source `homeassistant`: translated texts of a user interface, from PyPI (Apache-2.0)."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from data import packages
+from data.config import DataConfig, DataError
+from data.examples import Example, share
+
+_PLACEHOLDER = re.compile(r"\{.*?\}|\[%.*?%\]")
+_MARKUP = re.compile(r"<[^>]+>|\[[^\]]*\]\(|`|\*\*|__|\n|^#|^[-*] ")
+_URL = re.compile(r"://|\bwww\.")
+# Chinese and Japanese do not separate words: there every character counts as one.
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+")
+
+
+def load(config: DataConfig, split: str) -> list[Example]:
+    """Returns the sentence pairs of a split, each pair once."""
+    source, target = (_translations(language) for language in config.languages)
+    owners: dict[tuple[str, str], str] = {}
+    for component in sorted(source):
+        for key, text in source[component].items():
+            translation = target.get(component, {}).get(key)
+            if translation is not None:
+                # The first component keeps a pair, so that no pair is in two splits.
+                owners.setdefault((text, translation), component)
+    return [
+        {"source": text, "target": translation}
+        for (text, translation), component in owners.items()
+        if split_of(component) == split and _is_sentence_pair(text, translation)
+    ]
+
+
+def split_of(component: str) -> str:
+    """Whole components, because the texts of one resemble each other: 5 % valid, 5 % test."""
+    part = share(component)
+    return "valid" if part < 0.05 else "test" if part < 0.1 else "train"
+
+
+def _is_sentence_pair(source: str, target: str) -> bool:
+    for unwanted in (_PLACEHOLDER, _MARKUP, _URL):
+        if unwanted.search(source) or unwanted.search(target):
+            return False
+    short, long = sorted(len(_WORD.findall(text)) for text in (source, target))
+    # The longer side decides: a German compound is one word where English has three.
+    return source != target and 3 <= long <= 50 and long <= 2.2 * short
+
+
+def _translations(language: str) -> dict[str, dict[str, str]]:
+    """Returns component -> key -> text, for every component that has this language."""
+    file = re.compile(rf"homeassistant/components/\w+/translations/{re.escape(language)}\.json")
+    try:
+        folder = packages.extract("homeassistant", language, file.fullmatch)
+    except LookupError as error:
+        members = " ".join(packages.members("homeassistant"))
+        known = sorted(set(re.findall(r"/translations/([\w-]+)\.json", members)))
+        raise DataError(
+            f"data.languages has {language!r}, but homeassistant has {', '.join(known)}"
+        ) from error
+    return {
+        path.parts[-3]: dict(_flatten(json.loads(path.read_text("utf-8"))))
+        for path in sorted(folder.glob("homeassistant/components/*/translations/*.json"))
+    }
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value.strip()

@@ -1,0 +1,61 @@
+"""The source `sentiment`: sentences and how positive people found them, from PyPI (MIT).
+
+The human ratings that VADER was tested with (C. J. Hutto and E. Gilbert, ICWSM 2014): tweets, and
+sentences of film reviews, product reviews and editorials, each rated by 20 people from -4 to 4.
+"""
+
+import html
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from data import packages
+from data.config import DataConfig
+from data.examples import Example, share
+
+_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
+_ENDING = "_GroundTruth.txt"
+# A mean rating nearer to 0 is neither positive nor negative: it would be a class by chance.
+NEUTRAL = 0.5
+
+
+def load(config: DataConfig, split: str) -> list[Example]:
+    """Returns the sentences of a split, each text once.
+
+    The label of regression is the mean rating; that of classification is positive or negative, and
+    sentences with a mean rating nearer to 0 than 0.5 are left out. Sentences of one review or
+    article are in one split: 10 % of these are valid, 10 % test.
+    """
+    examples = []
+    for group, rating, text in _ratings():
+        example = {"text": text}
+        if config.objective == "regression":
+            example["label"] = rating
+        elif config.objective == "classification":
+            if abs(float(rating)) < NEUTRAL:
+                continue
+            example["label"] = "positive" if float(rating) > 0 else "negative"
+        part = share(group)
+        if split == ("valid" if part < 0.1 else "test" if part < 0.2 else "train"):
+            examples.append(example)
+    return examples
+
+
+def _ratings() -> Iterator[tuple[str, str, str]]:
+    """Yields group, mean rating and text of every sentence; the group is a review or an article."""
+    folder = packages.extract("sentiment", "ratings", lambda path: path.endswith(_ARCHIVE))
+    (path,) = folder.rglob(Path(_ARCHIVE).name)
+    seen = set()
+    with tarfile.open(path) as archive:
+        for member in sorted(archive.getnames()):
+            file = archive.extractfile(member) if member.endswith(_ENDING) else None
+            if file is None:
+                continue
+            collection = Path(member).name.removesuffix(_ENDING)
+            for line in file.read().decode("utf-8").splitlines():
+                identifier, rating, text = line.split("\t")
+                text = html.unescape(text).strip()  # The tweets have &amp; where people saw &.
+                if text not in seen:
+                    seen.add(text)
+                    # 12_3 is sentence 3 of review 12; tweets and film reviews have one each.
+                    yield f"{collection} {identifier.partition('_')[0]}", rating, text

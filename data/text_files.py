@@ -1,0 +1,179 @@
+"""Text on disk: lines by number, two parallel files, and files that are a document each."""
+
+import hashlib
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from data.config import DataError
+from data.examples import Example, select
+
+# A longer file is several documents: a tokenizer needs a hundred times the memory of its text.
+DOCUMENT_BYTES = 1 << 24
+# So many files are held out as a whole; of fewer, a share would be none or far from its size.
+MANY_FILES = 500
+_BOM = "\ufeff"  # Some editors mark UTF-8 with a byte order mark; it is no part of the text.
+
+
+def checked_lines(path: str) -> Iterator[bytes]:
+    """Yields the lines of a file, ends included; raises DataError unless they are UTF-8."""
+    line = 0
+    try:
+        with open(path, "rb") as file:
+            for text in file:
+                line += 1
+                text.decode("utf-8")
+                yield text
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}, line {line}: byte {error.start + 1} of the line "
+            f"({error.object[error.start]:#04x}) is not valid UTF-8; convert the file to UTF-8"
+        ) from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; check the path") from error
+
+
+class TextFile(Sequence[str]):
+    """The lines of a UTF-8 file by number, read from disk when asked for (any size fits)."""
+
+    def __init__(self, path: str):
+        self.starts = array("q", [0])
+        for line in checked_lines(path):
+            self.starts.append(self.starts[-1] + len(line))
+        with open(path, "rb") as file:
+            # An empty file cannot be mapped into memory.
+            self.bytes = mmap(file.fileno(), 0, access=ACCESS_READ) if self.starts[-1] else b""
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> str:
+        index = range(len(self))[index]
+        return self.span(index, index + 1).rstrip("\r\n")
+
+    def span(self, start: int, stop: int) -> str:
+        """Returns the lines from `start` to before `stop`, with their line ends."""
+        text = self.bytes[self.starts[start] : self.starts[stop]].decode("utf-8")
+        return text.removeprefix(_BOM if start == 0 else "")
+
+
+class Parallel(Sequence[Example]):
+    """Line i of one file with line i of the other."""
+
+    def __init__(self, paths: Sequence[str]):
+        self.source, self.target = map(TextFile, paths)
+        if len(self.source) != len(self.target):
+            raise DataError(
+                f"{paths[0]} has {len(self.source)} lines but {paths[1]} has {len(self.target)}: "
+                "line i of one must translate line i of the other"
+            )
+        if not len(self.source):
+            raise DataError(f"{paths[0]} and {paths[1]} are empty: give files with text")
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        return {"source": self.source[index], "target": self.target[index]}
+
+
+# Documents --------------------------------------------------------------------------------------
+
+
+class Documents(Sequence[Example]):
+    """Pieces (path, first byte, last byte + 1) of files, each read when asked for."""
+
+    def __init__(self, pieces: Sequence[tuple[str, int, int]]):
+        self.pieces = pieces
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def __getitem__(self, index: int) -> Example:
+        path, start, stop = self.pieces[index]
+        with open(path, "rb") as file:
+            file.seek(start)
+            text = file.read(stop - start)
+        try:
+            decoded = text.decode("utf-8")
+        except UnicodeDecodeError:
+            for _ in checked_lines(path):  # Finds the line, and raises.
+                pass
+            raise
+        return {"text": decoded.removeprefix(_BOM if start == 0 else "").replace("\r\n", "\n")}
+
+
+def documents(paths: Sequence[str], split: str, held: Sequence[str], holdout: float) -> Documents:
+    """Returns the text files, and those in the folders, of `split`; one document each.
+
+    Folders are read to their depths in the order of the names, without names that begin with a dot
+    and without following links to folders. Windows line ends become \\n. A file of more than 16 MiB
+    is several documents, cut at line ends.
+
+    The splits `held` are taken from these files: of 500 or more, whole files, by a hash of their
+    text; of fewer, the end of each one, cut at a line end. The last share is valid's and the one
+    before it test's, so that valid is the same with a test file and without.
+    """
+    files = [file for path in paths for file in _files_under(Path(path))]
+    pieces = []
+    try:
+        if held and len(files) >= MANY_FILES:
+            parts = np.array([_share_of_file(file) for file in files])
+            files = [files[i] for i in select(parts, split, held, holdout)]
+            held = ()
+        n_after = held.index(split) if split in held else len(held)
+        first = 1 - holdout * (n_after + 1) if split in held else 0
+        last = 1 - holdout * n_after
+        for path in files:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                start, stop = _cut(file, int(size * first)), _cut(file, int(size * last))
+                while start < stop:
+                    middle = min(_cut(file, start + DOCUMENT_BYTES), stop)
+                    pieces.append((path, start, middle))
+                    start = middle
+    except OSError as error:
+        raise DataError(
+            f"cannot read {error.filename}: {error.strerror}; check the path"
+        ) from error
+    return Documents(pieces)
+
+
+def _files_under(path: Path) -> list[str]:
+    if not path.is_dir():
+        return [str(path)]
+    files = [
+        str(file)
+        for file in sorted(path.rglob("*"), key=Path.as_posix)
+        if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)
+    ]
+    if not files:
+        raise DataError(f"{path} has no files: give a folder with text files")
+    return files
+
+
+def _share_of_file(path: str) -> float:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _cut(file: BinaryIO, at: int) -> int:
+    """Returns where the first line starts at byte `at` or after it, or at least the first word.
+
+    Looks 64 KiB ahead and then gives up: there are corpora of one line, and texts without spaces.
+    """
+    if at <= 0:
+        return 0
+    file.seek(at - 1)
+    ahead = file.read(1 << 16)
+    for mark in (b"\n", b" "):
+        if (found := ahead.find(mark)) >= 0:
+            return at + found
+    # No end of the file and no character's second to fourth byte.
+    return at + next((i for i, byte in enumerate(ahead[1:]) if byte & 0xC0 != 0x80), len(ahead) - 1)

@@ -1,0 +1,195 @@
+"""The source `tfds:NAME/CONFIG`: texts, pairs and labels of TensorFlow Datasets."""
+
+import hashlib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data import packages
+from data.config import DataConfig, DataError
+from data.examples import Example, Subset, fields_of, label_column, select, shares, text_columns
+
+_CHUNK = 1000  # Records read at a time.
+
+
+class Records(Sequence[Example]):
+    """The records of a prepared split; `read` maps each field to a feature and its reading."""
+
+    def __init__(
+        self, records: Any, read: Mapping[str, tuple[str, Callable[[Any], str]]], identity: str
+    ):
+        self.records = records
+        self.read = read
+        # A prepared version never changes: its name stands for texts that take minutes to read.
+        features = [(field, feature) for field, (feature, _) in read.items()]
+        self.identity = f"{identity} {features} {len(records)}"
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self.records[range(len(self))[index]]  # Raises IndexError, which tfds does not.
+        return {field: read(record[feature]) for field, (feature, read) in self.read.items()}
+
+
+def fields(config: DataConfig) -> tuple[str, ...]:
+    return fields_of(config.objective, len(_texts(config, _builder(config))))
+
+
+def load(config: DataConfig, split: str) -> Sequence[Example]:
+    """Returns the examples of a split; prepares the dataset in TFDS_DATA_DIR if needed.
+
+    Where a dataset has no test split, or hides its labels (GLUE), test is its validation split;
+    where it has no validation split then, valid is a share (data.holdout) of train, by a hash of
+    the text. Both are said on stderr. MNLI's validation and test are the matched ones.
+    Raises DataError for an unknown name, features that do not fit, and a failing preparation.
+    """
+    builder = _builder(config)
+    texts = _texts(config, builder)
+    read: dict[str, tuple[str, Callable[[Any], str]]] = {
+        field: (feature, bytes.decode)
+        for field, feature in zip(fields_of(config.objective, len(texts)), texts, strict=True)
+    }
+    label = label_column(config, list(builder.info.features), f"{config.source!r} has")
+    if label:
+        read["label"] = (label, _label_reader(config, label, builder.info.features[label]))
+    try:
+        builder.download_and_prepare()
+    except Exception as error:
+        raise DataError(
+            f"{config.source!r} cannot be prepared in {builder.data_dir} ({_first_line(error)}): "
+            "prepare it where there is a network and set TFDS_DATA_DIR to that data folder"
+        ) from error
+    names = _split_names(config, builder, label)
+    held = [name for name in ("valid", "test") if names[name] is None]
+    name = names[split] or "train"
+    records = builder.as_data_source(split=name)
+    examples = Records(records, read, f"tfds:{builder.info.full_name} {name}")
+    if split in held:
+        _say(f"{config.source}: {split} is {config.holdout:.1%} of its train (data.holdout)")
+    elif split == "test" and not name.startswith("test"):
+        _say(f"{config.source}: test is its {name}, because it has no test split with labels")
+    if split in held or (held and split == "train"):
+        chosen = select(_shares(builder, records, texts[0]), split, held, config.holdout)
+        part = f"{examples.identity} {split} without {held} of {config.holdout}"
+        return Subset(examples, chosen, part)
+    return examples
+
+
+def _builder(config: DataConfig) -> Any:
+    import tensorflow_datasets  # Slow to import and needed by this source only.
+
+    try:
+        # tfds imports its older builders (GLUE, WMT) by itself, but only up to the first one that
+        # needs a package which is not installed (h5py).
+        for topic in ("text", "translate"):
+            importlib.import_module(f"tensorflow_datasets.{topic}")
+        # array_record is the format that is read by index, and without TensorFlow.
+        return tensorflow_datasets.builder(
+            config.source.removeprefix("tfds:"),
+            data_dir=os.environ.get("TFDS_DATA_DIR"),
+            file_format="array_record",
+        )
+    except Exception as error:  # tfds raises many kinds; whichever it is, the name was not usable.
+        raise DataError(
+            f"data.source {config.source!r} cannot be opened ({_first_line(error)}): "
+            "see https://www.tensorflow.org/datasets/catalog for names"
+        ) from error
+
+
+def _texts(config: DataConfig, builder: Any) -> tuple[str, ...]:
+    import tensorflow_datasets
+
+    known = [
+        name
+        for name, feature in builder.info.features.items()
+        if isinstance(feature, tensorflow_datasets.features.Text)
+    ]
+    return text_columns(config, known, f"{config.source!r} has the texts")
+
+
+def _label_reader(config: DataConfig, label: str, feature: Any) -> Callable[[Any], str]:
+    """Returns what turns a value of the feature into a class's name, or a number as text."""
+    if feature.shape != ():
+        raise DataError(f"data.label {label!r} of {config.source!r} is no single value: choose one")
+    number = np.dtype(feature.np_dtype).kind
+    is_class = hasattr(feature, "int2str")
+    if config.objective == "regression" and (is_class or number not in "fiu"):
+        raise DataError(
+            f"data.label {label!r} of {config.source!r} is no number: "
+            "set data.objective to classification, or choose another data.label"
+        )
+    if config.objective == "classification" and number == "f":
+        raise DataError(
+            f"data.label {label!r} of {config.source!r} is a number: "
+            "set data.objective to regression, or choose another data.label"
+        )
+
+    def read(value: Any) -> str:
+        known = (
+            0 <= value < feature.num_classes if is_class else number != "f" or np.isfinite(value)
+        )
+        if not known:
+            raise DataError(
+                f"{config.source!r} has an example without a label ({label!r} is {value}): "
+                "choose another dataset"
+            )
+        if is_class:
+            return feature.int2str(int(value))
+        if isinstance(value, bytes):
+            return value.decode()
+        return str(feature.np_dtype(value))  # As short as float32 allows: 3.8, not 3.7999999523.
+
+    return read
+
+
+def _split_names(config: DataConfig, builder: Any, label: str | None) -> dict[str, str | None]:
+    """Returns our splits -> theirs, None for one that is to be held out of train."""
+    known = list(builder.info.splits)
+    if "train" not in known:
+        raise DataError(
+            f"{config.source!r} has no split 'train', only {', '.join(known)}: choose another"
+        )
+    valid, test = (
+        next((name for name in (prefix, f"{prefix}_matched") if name in known), None)
+        for prefix in ("validation", "test")
+    )
+    if test and label:
+        records = builder.as_data_source(split=test)
+        if all(records[i][label] == -1 for i in range(min(100, len(records)))):
+            test = None
+    if test is None:
+        valid, test = None, valid
+    return {"train": "train", "valid": valid, "test": test}
+
+
+def _shares(builder: Any, records: Any, feature: str) -> np.ndarray:
+    """Returns the shares of all texts, float64 [E]; reads them once and keeps the shares."""
+    name = f"{builder.info.full_name} {feature}"
+
+    def write(folder: Path) -> None:
+        _say(f"reading {name} once to hold out a share")
+        chunks = (range(i, min(i + _CHUNK, len(records))) for i in range(0, len(records), _CHUNK))
+        texts = (
+            record[feature].decode()
+            for chunk in chunks
+            for record in records.__getitems__(list(chunk))
+        )
+        np.save(folder / "shares.npy", shares(texts))
+
+    key = hashlib.sha256(f"{name} {len(records)}".encode()).hexdigest()
+    folder = packages.build_once(packages.cache() / "shares" / key, write)
+    return np.load(folder / "shares.npy")
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]

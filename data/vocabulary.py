@@ -1,0 +1,170 @@
+"""Learning a vocabulary from texts, with the trainers of the `tokenizers` library."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from data.config import DataError, TokenizerConfig
+
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
+UNKNOWN = SPECIAL[3]
+MASK = "<mask>"
+SENTINELS = [f"<extra_id_{i}>" for i in range(100)]  # As many as T5 has.
+ALPHABET = 1000  # Most characters that a WordPiece vocabulary knows.
+
+
+def learn(texts: Iterable[str], config: TokenizerConfig, objective: str) -> str:
+    """Returns the tokenizer.json learned from the texts: special tokens first, then the others.
+
+    The same texts give the same tokenizer, in whatever order they come.
+    """
+    special = list(SPECIAL)
+    if objective == "masked_lm":
+        special.append(MASK)
+    if objective == "span_corruption":
+        special += SENTINELS
+    tokenizer = KINDS[config.kind](texts, config, special)
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise DataError(
+            f"data.tokenizer.vocab_size is {config.vocab_size}, but the {len(special)} special "
+            f"tokens and the alphabet of kind {config.kind} are {tokenizer.get_vocab_size():,} "
+            "entries: give at least as many, or another data.tokenizer.kind"
+        )
+    tokenizer.add_special_tokens(special)
+    contents = json.loads(tokenizer.to_str())
+    contents["added_tokens"] = [t for t in contents["added_tokens"] if t["content"] in special]
+    return json.dumps(contents, ensure_ascii=False, indent=1)
+
+
+def read_wordpiece(text: str) -> str:
+    """Returns the tokenizer.json of a vocab.txt, which has one entry a line, line i being id i.
+
+    The file does not say whether case is folded. It is where no entry has a capital letter: there,
+    every capitalised word would be unknown otherwise. Raises DataError, to be completed by a path.
+    """
+    entries = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+    vocabulary = {entry: i for i, entry in enumerate(entries)}
+    if len(vocabulary) < len(entries):
+        twice = next(entry for i, entry in enumerate(entries) if vocabulary[entry] != i)
+        raise DataError(f"has {twice!r} on two lines: each entry has one number")
+    unknown = next((entry for entry in ("[UNK]", UNKNOWN) if entry in vocabulary), None)
+    if unknown is None:
+        raise DataError("has no [UNK], so it is not the vocab.txt of a WordPiece tokenizer")
+    special = [entry for entry in entries if entry[:1] + entry[-1:] in ("[]", "<>") and entry[2:]]
+    cased = any(c != c.lower() for entry in vocabulary.keys() - set(special) for c in entry)
+    tokenizer = _bert(models.WordPiece(vocabulary, unk_token=unknown), lowercase=not cased)
+    named = {"[PAD]", "[CLS]", "[SEP]", "[MASK]", unknown, *SPECIAL, MASK, *SENTINELS}
+    tokenizer.add_special_tokens([entry for entry in special if entry in named])
+    return tokenizer.to_str()
+
+
+def _bpe(texts: Iterable[str], config: TokenizerConfig, special: list[str]):
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _wordpiece(texts: Iterable[str], config: TokenizerConfig, special: list[str]):
+    if iter(texts) is texts:  # They are read twice, which an iterator cannot.
+        texts = list(texts)
+    tokenizer = _bert(models.WordPiece(unk_token=UNKNOWN), config.lowercase)
+    # The trainer numbers the pieces inside of words in a random order and breaks ties by number. As
+    # special tokens they have fixed numbers, and the same texts give the same vocabulary.
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    alphabet: Counter[str] = Counter()
+    for raw, count in counts.items():
+        for character in tokenizer.normalizer.normalize_str(raw).replace(" ", ""):
+            alphabet[character] += count
+    kept = sorted(sorted(alphabet, key=lambda c: (-alphabet[c], c))[:ALPHABET])
+    split = tokenizer.pre_tokenizer.pre_tokenize_str
+    inside = ["##" + c for c in kept if len(split("a" + c)) == 1]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=special + kept + inside,
+        limit_alphabet=0,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _bert(model: models.WordPiece, lowercase: bool):
+    """A WordPiece tokenizer with BERT's rules for what a word is (arXiv:1810.04805)."""
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def _chars(texts: Iterable[str], config: TokenizerConfig, special: list[str]):
+    characters: set[str] = set()
+    for text in texts:
+        characters.update(text)
+    tokenizer = tokenizers.Tokenizer(_alphabet_only(special + sorted(characters), UNKNOWN))
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def _bytes(texts: Iterable[str], config: TokenizerConfig, special: list[str]):
+    names = sorted(BYTES, key=BYTES.__getitem__)
+    tokenizer = tokenizers.Tokenizer(_alphabet_only(special + names))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _alphabet_only(entries: list[str], unknown: str | None = None) -> models.BPE:
+    """BPE without merges: each character is a token."""
+    vocabulary = {entry: i for i, entry in enumerate(entries)}
+    return models.BPE(vocab=vocabulary, merges=[], unk_token=unknown)
+
+
+def _words(texts: Iterable[str], config: TokenizerConfig, special: list[str]):
+    counter = tokenizers.Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+    counter.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.WordLevelTrainer(vocab_size=config.vocab_size, show_progress=False)
+    counter.train_from_iterator(texts, trainer)
+    numbers = counter.get_vocab()
+    # A word of the texts that is spelled like a special token would take over its name.
+    frequent = [word for word in sorted(numbers, key=numbers.__getitem__) if word not in special]
+    entries = (special + frequent)[: max(config.vocab_size, len(special))]
+    vocabulary = {entry: i for i, entry in enumerate(entries)}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+KINDS = {
+    "bpe": _bpe,
+    "wordpiece": _wordpiece,
+    "chars": _chars,
+    "bytes": _bytes,
+    "words": _words,
+}
+
+
+def _byte_names() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary, as in GPT-2's.
+
+    Bytes that print in Latin-1 stand for themselves, the others for the characters from 256 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+BYTES = _byte_names()

@@ -1,0 +1,148 @@
+"""What is known of an architecture of Hugging Face's transformers."""
+
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from model.config import Architecture, ModelConfig, ModelError, require
+
+T = TypeVar("T", int, float, bool, str)
+
+ACTIVATIONS = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+}
+"""Their names to ours."""
+ACTIVATION_NAMES = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new", "silu": "silu"}
+"""Ours to theirs."""
+
+
+class Keys:
+    """The values of a config.json, each checked when it is asked for.
+
+    What is asked raises ModelError with the key, its value and what is supported.
+    """
+
+    def __init__(self, values: Mapping[str, Any], name: str = "config.json"):
+        self.values, self.name = values, name
+
+    def get(self, key: str, default: T) -> T:
+        """A value of the type of its default, which is transformers' own."""
+        value: Any = self.values.get(key, default)
+        kinds = (int, float) if isinstance(default, float) else (type(default),)
+        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
+            raise self.unsupported(key, value, f"a value of type {type(default).__name__}")
+        return type(default)(value)
+
+    def optional(self, key: str, kind: type[T]) -> T | None:
+        """The same where null, or no such key, means that the value follows from others."""
+        return None if self.values.get(key) is None else self.get(key, kind())
+
+    def required(self, key: str, kind: type[T]) -> T:
+        """The same where there is no default."""
+        if key not in self.values:
+            raise ModelError(f'{self.name} has no "{key}"')
+        return self.get(key, kind())
+
+    def only(self, key: str, *supported: Any) -> None:
+        """Refuses all but these values; the first is the default."""
+        value = self.values.get(key, supported[0])
+        if value not in supported:
+            raise self.unsupported(key, value, " or ".join(map(repr, supported)))
+
+    def activation(self, key: str, default: str) -> Any:
+        value = self.get(key, default)
+        if value not in ACTIVATIONS:
+            raise self.unsupported(key, value, ", ".join(ACTIVATIONS))
+        return ACTIVATIONS[value]
+
+    def unsupported(self, key: str, value: Any, supported: str) -> ModelError:
+        return ModelError(f'{self.name} has "{key}": {value!r}, but supported is only {supported}')
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFace:
+    """One architecture: its config.json in and out, and where its tensors go."""
+
+    model_type: str
+    architecture: Architecture
+    """Which of ours it is."""
+    classes: tuple[str, ...]
+    """Class names in config.json that can be read."""
+    from_hf: Callable[[Keys, str, Set[str]], ModelConfig]
+    """Config of these values, for this class and a file with tensors of these names."""
+    to_hf: Callable[[ModelConfig], dict[str, Any]]
+    """Values for a config; what they cannot say comes back different from `from_hf`."""
+    table: Callable[[ModelConfig], dict[str, str]]
+    """Path of a module (or of a parameter) in our tree to that of theirs; {} is the layer.
+
+    Modules of one name there share a tensor, one after the other in the order of the table.
+    """
+    body: str = ""
+    """Prefix of all but the head, which files of the bare body lack."""
+    body_modules: tuple[str, ...] = ()
+    """What may follow that prefix."""
+    bare: tuple[str, ...] = ()
+    """Classes that are written without the prefix."""
+    conv1d: bool = False
+    """Whether the matrices of blocks are [in, out], as ours; torch's Linear has [out, in]."""
+    tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Tensors that files may have under further names."""
+    ties_output: bool = True
+    """Whether the output projection is the embedding where config.json does not say."""
+    buffers: str = r"(?!)"
+    """Regular expression of what files may hold that is no parameter."""
+    special: tuple[str, ...] = ()
+    """Ids of special tokens that its config.json has, null where there is none."""
+    required: tuple[str, ...] = ()
+    """Those that it cannot do without."""
+
+    def canonical(self, name: str) -> str:
+        """Name of a tensor as the table has it: with the prefix, and as torch calls norms."""
+        if self.body and name.split(".")[0] in self.body_modules:
+            name = self.body + name
+        return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
+            "LayerNorm.beta", "LayerNorm.bias"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """A model that was trained before.
+
+    `params` is the tree of `config`, float32. Where the file holds no more than a body (BertModel,
+    LlamaModel), `config.head` is a classifier with `outputs` None, and `params` lack its classes.
+    """
+
+    config: ModelConfig
+    params: dict[str, Any]
+    architecture: str
+    """Name of its class in transformers."""
+    unused: list[str] = field(default_factory=list)
+    """Tensors of the file that this model has no place for, such as those of another head."""
+    special: dict[str, int | list[int]] = field(default_factory=dict)
+    """Ids of special tokens, named as in config.json: eos_token_id, ..."""
+    labels: list[str] = field(default_factory=list)
+    """Names of the classes, if they have any."""
+
+
+def vocab_size(config: ModelConfig) -> int:
+    require(config.vocab_size is not None, "model.vocab_size is not set: give the tokenizer's")
+    return config.vocab_size or 0
+
+
+def made_up_labels(outputs: int) -> list[str]:
+    """Names of classes that have none."""
+    return [f"LABEL_{i}" for i in range(outputs)]
+
+
+def label_values(labels: Sequence[str]) -> dict[str, Any]:
+    """The values of a config.json that name the classes, and say how many there are."""
+    return {
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }

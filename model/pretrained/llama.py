@@ -1,0 +1,148 @@
+"""LLaMA (arXiv:2302.13971), up to its third generation."""
+
+from collections.abc import Set
+from typing import Any
+
+from model.config import (
+    AttentionConfig,
+    FeedForwardConfig,
+    HeadConfig,
+    ModelConfig,
+    NormConfig,
+    PositionConfig,
+    RotaryConfig,
+    require,
+)
+from model.pretrained.architecture import ACTIVATION_NAMES, HuggingFace, Keys, vocab_size
+
+TABLE = {
+    "embedding": "model.embed_tokens",
+    "decoder/blocks/self_attention_norm": "model.layers.{}.input_layernorm",
+    "decoder/blocks/self_attention/query": "model.layers.{}.self_attn.q_proj",
+    "decoder/blocks/self_attention/key": "model.layers.{}.self_attn.k_proj",
+    "decoder/blocks/self_attention/value": "model.layers.{}.self_attn.v_proj",
+    "decoder/blocks/self_attention/out": "model.layers.{}.self_attn.o_proj",
+    "decoder/blocks/feed_forward_norm": "model.layers.{}.post_attention_layernorm",
+    "decoder/blocks/feed_forward/gate": "model.layers.{}.mlp.gate_proj",
+    "decoder/blocks/feed_forward/up": "model.layers.{}.mlp.up_proj",
+    "decoder/blocks/feed_forward/down": "model.layers.{}.mlp.down_proj",
+    "decoder/norm": "model.norm",
+    "head/kernel": "lm_head.weight",
+}
+
+
+def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
+    heads, width = keys.get("num_attention_heads", 32), keys.get("hidden_size", 4096)
+    kv_heads, head_dim = (keys.optional(k, int) for k in ("num_key_value_heads", "head_dim"))
+    # The bare body of an untied model is that of a classifier whose classes are yet to come.
+    is_bare = name == "LlamaModel"
+    body = HeadConfig(kind="classifier", pooling="last", pooler=False)
+    is_tied = keys.get("tie_word_embeddings", False) and "lm_head.weight" not in names
+    return ModelConfig(
+        architecture="decoder_only",
+        vocab_size=keys.get("vocab_size", 32000),
+        width=width,
+        layers=keys.get("num_hidden_layers", 32),
+        attention=AttentionConfig(
+            heads=heads,
+            kv_heads=None if kv_heads == heads else kv_heads,
+            head_dim=None if (head_dim or 0) * heads == width else head_dim,
+            bias=keys.get("attention_bias", False),
+            dropout=keys.get("attention_dropout", 0.0),
+        ),
+        feed_forward=FeedForwardConfig(
+            width=keys.get("intermediate_size", 11008),
+            activation=keys.activation("hidden_act", "silu"),
+            gated=True,
+            bias=keys.get("mlp_bias", False),
+        ),
+        norm=NormConfig(kind="rmsnorm", position="pre", epsilon=keys.get("rms_norm_eps", 1e-6)),
+        positions=PositionConfig(
+            kind="rotary",
+            max_length=keys.get("max_position_embeddings", 2048),
+            rotary=_rotary(keys),
+        ),
+        head=body if is_bare else HeadConfig(),
+        dropout=0.0,
+        tie_embeddings=is_bare or is_tied,
+        scale_embeddings=False,
+        init="normal",
+    )
+
+
+def _rotary(keys: Keys) -> RotaryConfig:
+    """From `rope_parameters`, or from `rope_theta` and `rope_scaling` as before transformers 5."""
+    key = "rope_parameters" if keys.values.get("rope_parameters") else "rope_scaling"
+    values = keys.values.get(key) or {}
+    if not isinstance(values, dict):
+        raise keys.unsupported(key, values, "an object")
+    rope = Keys(values, f"{key} in {keys.name}")
+    base = rope.get("rope_theta", keys.get("rope_theta", 10_000.0))
+    rope.only("partial_rotary_factor", 1.0)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return RotaryConfig(base=base)
+    if kind == "linear":
+        return RotaryConfig(base=base, scaling="linear", factor=rope.required("factor", float))
+    if kind != "llama3":
+        raise rope.unsupported("rope_type", kind, "default, linear or llama3")
+    return RotaryConfig(
+        base=base,
+        scaling="llama3",
+        factor=rope.required("factor", float),
+        low_frequency_factor=rope.required("low_freq_factor", float),
+        high_frequency_factor=rope.required("high_freq_factor", float),
+        original_length=rope.required("original_max_position_embeddings", int),
+    )
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    heads, rotary = config.attention.heads, config.positions.rotary
+    require(
+        config.width % heads == 0,
+        f"model.attention.heads = {heads} cannot be exported: in transformers' LLaMA they divide "
+        f"the width, here {config.width}",
+    )
+    scaling: dict[str, Any] = {"rope_type": rotary.scaling, "factor": rotary.factor}
+    if rotary.scaling == "llama3":
+        scaling["low_freq_factor"] = rotary.low_frequency_factor
+        scaling["high_freq_factor"] = rotary.high_frequency_factor
+        scaling["original_max_position_embeddings"] = rotary.original_length
+    is_body = config.head.kind == "classifier" and config.head.outputs is None
+    return {
+        "architectures": ["LlamaModel" if is_body else "LlamaForCausalLM"],
+        "vocab_size": vocab_size(config),
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.feed_forward.width,
+        "hidden_act": ACTIVATION_NAMES[config.feed_forward.activation],
+        "attention_bias": config.attention.bias,
+        "mlp_bias": config.feed_forward.bias,
+        "rms_norm_eps": config.norm.epsilon,
+        "max_position_embeddings": config.positions.max_length,
+        # Read by transformers before 5, and after.
+        "rope_theta": rotary.base,
+        "rope_scaling": None if rotary.scaling == "none" else scaling,
+        "attention_dropout": config.attention.dropout,
+        "tie_word_embeddings": config.tie_embeddings and not is_body,
+    }
+
+
+LLAMA = HuggingFace(
+    model_type="llama",
+    architecture="decoder_only",
+    classes=("LlamaForCausalLM", "LlamaModel"),
+    from_hf=from_hf,
+    to_hf=to_hf,
+    table=lambda config: TABLE,
+    body="model.",
+    body_modules=("embed_tokens", "layers", "norm"),
+    bare=("LlamaModel",),
+    tied={"model.embed_tokens.weight": ("lm_head.weight",)},
+    ties_output=False,
+    buffers=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+    special=("bos_token_id", "eos_token_id", "pad_token_id"),
+)

@@ -1,0 +1,119 @@
+"""Checkpoints of llama2.c (github.com/karpathy/llama2.c), in the format of its first version.
+
+Seven int32 (dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len), then float32,
+little-endian: the tensors in the order of `_tensors`. A negative vocab_size means that the output
+has a matrix of its own.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from model.config import (
+    AttentionConfig,
+    FeedForwardConfig,
+    ModelConfig,
+    ModelError,
+    NormConfig,
+    PositionConfig,
+    require,
+)
+from model.pretrained.architecture import Pretrained
+
+HEADER = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len")
+BLOCKS = "decoder/blocks"
+
+
+def read_llama2c(path: Path, *, following: int = 0) -> Pretrained:
+    """The LLaMA in a llama2.c checkpoint, after which the file goes on for `following` bytes.
+
+    Raises ModelError where the size of the file is not that of its header.
+    """
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist")
+    size = path.stat().st_size
+    header = np.fromfile(path, "<i4", len(HEADER)).tolist()
+    is_tied = header[5:6] > [0]
+    sizes: dict[str, int] = dict(zip(HEADER, map(abs, header), strict=False))
+    is_sane = len(sizes) == len(HEADER) and all(0 < value < 1 << 24 for value in sizes.values())
+    is_sane = is_sane and min(header[:5] + header[6:]) > 0 and sizes["dim"] % sizes["n_heads"] == 0
+    require(is_sane, f"{path} is no llama2.c checkpoint: it begins with {header}")
+    config = _config(sizes, is_tied)
+    tensors = _tensors(config)
+    expected = 4 * (len(HEADER) + sum(map(math.prod, tensors.values())))
+    require(
+        size == expected + following,
+        f"{path} has {size - following:,} bytes, but its header ({header}) asks for {expected:,}",
+    )
+    params, offset = {}, 4 * len(HEADER)
+    for name, shape in tensors.items():
+        values = np.fromfile(path, "<f4", math.prod(shape), offset=offset).reshape(shape)
+        offset += values.nbytes
+        params[name] = _ours(name, values, config)
+    params = {name: values for name, values in params.items() if "/" in name}
+    return Pretrained(
+        config=config,
+        params=unflatten_dict(params, sep="/"),
+        architecture="LlamaForCausalLM",
+        special={"bos_token_id": 1, "eos_token_id": 2},
+    )
+
+
+def _config(sizes: dict[str, int], is_tied: bool) -> ModelConfig:
+    heads, kv_heads = sizes["n_heads"], sizes["n_kv_heads"]
+    return ModelConfig(
+        architecture="decoder_only",
+        vocab_size=sizes["vocab_size"],
+        width=sizes["dim"],
+        layers=sizes["n_layers"],
+        attention=AttentionConfig(
+            heads=heads, kv_heads=None if kv_heads == heads else kv_heads, bias=False
+        ),
+        feed_forward=FeedForwardConfig(
+            width=sizes["hidden_dim"], activation="silu", gated=True, bias=False
+        ),
+        norm=NormConfig(kind="rmsnorm", position="pre", epsilon=1e-5),
+        positions=PositionConfig(kind="rotary", max_length=sizes["seq_len"]),
+        dropout=0.0,
+        tie_embeddings=is_tied,
+        scale_embeddings=False,
+        init="normal",
+    )
+
+
+def _tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes in the file, in its order, by our path; without a slash what we compute."""
+    D, F, L, V = config.width, config.feed_forward.width, config.layers, config.vocab_size or 0
+    N, K, H = config.attention.heads, config.kv_heads, config.head_dim
+    angles = (config.positions.max_length, H // 2)
+    tensors = {
+        "embedding/table": (V, D),
+        f"{BLOCKS}/self_attention_norm/scale": (L, D),
+        f"{BLOCKS}/self_attention/query/kernel": (L, N, H, D),
+        f"{BLOCKS}/self_attention/key/kernel": (L, K, H, D),
+        f"{BLOCKS}/self_attention/value/kernel": (L, K, H, D),
+        f"{BLOCKS}/self_attention/out/kernel": (L, D, N, H),
+        f"{BLOCKS}/feed_forward_norm/scale": (L, D),
+        f"{BLOCKS}/feed_forward/gate/kernel": (L, F, D),
+        f"{BLOCKS}/feed_forward/down/kernel": (L, D, F),
+        f"{BLOCKS}/feed_forward/up/kernel": (L, F, D),
+        "decoder/norm/scale": (D,),
+        "cosines": angles,
+        "sines": angles,
+    }
+    return tensors if config.tie_embeddings else tensors | {"head/kernel": (V, D)}
+
+
+def _ours(name: str, values: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """Matrices [out, in] to [in, out], and rotary neighbours (2i, 2i+1) to halves (i, i + H/2)."""
+    if name.endswith(("query/kernel", "key/kernel")):
+        L, heads, H, D = values.shape
+        halves = values.reshape(L, heads, H // 2, 2, D).swapaxes(2, 3)
+        values = halves.reshape(L, heads, H, D)
+    if name.endswith("out/kernel"):
+        values = np.moveaxis(values, 1, -1)
+    elif name.endswith("kernel"):
+        values = np.moveaxis(values, -1, 1 if name.startswith(BLOCKS) else 0)
+    return np.ascontiguousarray(values, np.float32)

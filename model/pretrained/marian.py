@@ -1,0 +1,127 @@
+"""Marian (arXiv:1804.00344), as transformers has it: the paper's Transformer, for translation."""
+
+from collections.abc import Set
+from typing import Any
+
+from model.config import (
+    AttentionConfig,
+    FeedForwardConfig,
+    HeadConfig,
+    ModelConfig,
+    NormConfig,
+    PositionConfig,
+)
+from model.pretrained.architecture import ACTIVATION_NAMES, HuggingFace, Keys, vocab_size
+
+ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
+
+
+def _table() -> dict[str, str]:
+    places = {"embedding": "model.shared", "head/bias": "final_logits_bias"}
+    for stack in ("encoder", "decoder"):
+        block, layer = f"{stack}/blocks", f"model.{stack}.layers.{{}}"
+        sublayers = {"self_attention": "self_attn"}
+        if stack == "decoder":
+            sublayers["cross_attention"] = "encoder_attn"
+        for ours, theirs in sublayers.items():
+            for name, projection in ATTENTION.items():
+                places[f"{block}/{ours}/{name}"] = f"{layer}.{theirs}.{projection}"
+            places[f"{block}/{ours}_norm"] = f"{layer}.{theirs}_layer_norm"
+        places[f"{block}/feed_forward/up"] = f"{layer}.fc1"
+        places[f"{block}/feed_forward/down"] = f"{layer}.fc2"
+        places[f"{block}/feed_forward_norm"] = f"{layer}.final_layer_norm"
+    return places
+
+
+TABLE = _table()
+
+
+def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
+    for key in ("normalize_before", "normalize_embedding", "add_final_layer_norm", "is_decoder"):
+        keys.only(key, False)
+    for key in ("static_position_embeddings", "share_encoder_decoder_embeddings"):
+        keys.only(key, True)
+    keys.only("tie_word_embeddings", True)
+    for key in ("encoder_layerdrop", "decoder_layerdrop"):
+        keys.only(key, 0.0)
+    vocabulary, heads = keys.get("vocab_size", 58101), keys.get("decoder_attention_heads", 16)
+    inner = keys.get("decoder_ffn_dim", 4096)
+    # One decoder and one encoder of equal blocks.
+    keys.only("decoder_vocab_size", vocabulary, None)
+    keys.only("encoder_attention_heads", heads)
+    keys.only("encoder_ffn_dim", inner)
+    layers, encoder_layers = keys.get("decoder_layers", 12), keys.get("encoder_layers", 12)
+    return ModelConfig(
+        architecture="encoder_decoder",
+        vocab_size=vocabulary,
+        width=keys.get("d_model", 1024),
+        layers=layers,
+        encoder_layers=None if encoder_layers == layers else encoder_layers,
+        attention=AttentionConfig(heads=heads, dropout=keys.get("attention_dropout", 0.0)),
+        feed_forward=FeedForwardConfig(
+            width=inner,
+            activation=keys.activation("activation_function", "gelu"),
+            dropout=keys.get("activation_dropout", 0.0),
+        ),
+        norm=NormConfig(epsilon=1e-5),  # torch's default, which no key changes
+        positions=PositionConfig(
+            kind="sinusoidal", max_length=keys.get("max_position_embeddings", 1024)
+        ),
+        head=HeadConfig(bias="final_logits_bias" in names),
+        dropout=keys.get("dropout", 0.1),
+        scale_embeddings=keys.get("scale_embedding", False),
+    )
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    heads, inner = config.attention.heads, config.feed_forward.width
+    return {
+        "architectures": ["MarianMTModel"],
+        "is_encoder_decoder": True,
+        "vocab_size": vocab_size(config),
+        "decoder_vocab_size": vocab_size(config),
+        "d_model": config.width,
+        "encoder_layers": config.encoder_layers or config.layers,
+        "decoder_layers": config.layers,
+        "encoder_attention_heads": heads,
+        "decoder_attention_heads": heads,
+        "encoder_ffn_dim": inner,
+        "decoder_ffn_dim": inner,
+        "activation_function": ACTIVATION_NAMES[config.feed_forward.activation],
+        "max_position_embeddings": config.positions.max_length,
+        "scale_embedding": config.scale_embeddings,
+        "static_position_embeddings": True,
+        "share_encoder_decoder_embeddings": True,
+        "tie_word_embeddings": True,
+        "dropout": config.dropout,
+        "attention_dropout": config.attention.dropout,
+        "activation_dropout": config.feed_forward.dropout,
+    }
+
+
+MARIAN = HuggingFace(
+    model_type="marian",
+    architecture="encoder_decoder",
+    classes=("MarianMTModel", "MarianModel"),
+    from_hf=from_hf,
+    to_hf=to_hf,
+    table=lambda config: TABLE,
+    body="model.",
+    body_modules=("shared", "encoder", "decoder"),
+    tied={
+        "model.shared.weight": (
+            "model.encoder.embed_tokens.weight",
+            "model.decoder.embed_tokens.weight",
+            "lm_head.weight",
+        )
+    },
+    buffers=r"model\.(en|de)coder\.embed_positions\.weight",
+    special=(
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "decoder_start_token_id",
+        "forced_eos_token_id",
+    ),
+    required=("decoder_start_token_id",),
+)

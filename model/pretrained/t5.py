@@ -1,0 +1,141 @@
+"""T5 (arXiv:1910.10683): the original, and 1.1 with a gated feed-forward and its own output."""
+
+from collections.abc import Set
+from typing import Any
+
+from model.config import (
+    AttentionConfig,
+    FeedForwardConfig,
+    HeadConfig,
+    ModelConfig,
+    NormConfig,
+    PositionConfig,
+)
+from model.pretrained.architecture import (
+    ACTIVATION_NAMES,
+    ACTIVATIONS,
+    HuggingFace,
+    Keys,
+    vocab_size,
+)
+
+
+def table(config: ModelConfig) -> dict[str, str]:
+    places = {"embedding": "shared", "head/kernel": "lm_head.weight"}
+    for stack in ("encoder", "decoder"):
+        bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias"
+        places[f"{stack}/relative_bias"] = bias
+        sublayers = {"self_attention": "SelfAttention"}
+        if stack == "decoder":
+            sublayers["cross_attention"] = "EncDecAttention"
+        for i, (ours, theirs) in enumerate(sublayers.items()):
+            layer = f"{stack}.block.{{}}.layer.{i}"
+            places[f"{stack}/blocks/{ours}_norm"] = f"{layer}.layer_norm"
+            for name in ("query", "key", "value", "out"):
+                places[f"{stack}/blocks/{ours}/{name}"] = f"{layer}.{theirs}.{name[0]}"
+        layer, block = f"{stack}.block.{{}}.layer.{len(sublayers)}", f"{stack}/blocks/feed_forward"
+        up = "wi_1" if config.feed_forward.gated else "wi"
+        places[f"{block}_norm"] = f"{layer}.layer_norm"
+        places[f"{block}/gate"] = f"{layer}.DenseReluDense.wi_0"
+        places[f"{block}/up"] = f"{layer}.DenseReluDense.{up}"
+        places[f"{block}/down"] = f"{layer}.DenseReluDense.wo"
+        places[f"{stack}/norm"] = f"{stack}.final_layer_norm"
+    return places
+
+
+def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
+    keys.only("is_encoder_decoder", True)
+    keys.only("is_decoder", False)
+    encoder_layers = keys.get("num_layers", 6)
+    layers = keys.optional("num_decoder_layers", int) or encoder_layers
+    heads, width = keys.get("num_heads", 8), keys.get("d_model", 512)
+    head_dim, dropout = keys.get("d_kv", 64), keys.get("dropout_rate", 0.1)
+    projection = keys.get("feed_forward_proj", "relu")
+    gated = projection.startswith("gated-")
+    activation = projection.removeprefix("gated-")
+    if activation not in ACTIVATIONS:
+        choices = f"{', '.join(ACTIVATIONS)}, each with or without gated-"
+        raise keys.unsupported("feed_forward_proj", projection, choices)
+    if projection == "gated-gelu":  # that of T5 1.1 is the approximation
+        activation = "gelu_new"
+    return ModelConfig(
+        architecture="encoder_decoder",
+        vocab_size=keys.get("vocab_size", 32128),
+        width=width,
+        layers=layers,
+        encoder_layers=None if encoder_layers == layers else encoder_layers,
+        attention=AttentionConfig(
+            heads=heads,
+            head_dim=None if head_dim * heads == width else head_dim,
+            bias=False,
+            scaled=False,
+            dropout=dropout,
+        ),
+        feed_forward=FeedForwardConfig(
+            width=keys.get("d_ff", 2048),
+            activation=ACTIVATIONS[activation],  # type: ignore[arg-type]
+            gated=gated,
+            bias=False,
+            dropout=dropout,
+        ),
+        norm=NormConfig(
+            kind="rmsnorm", position="pre", epsilon=keys.get("layer_norm_epsilon", 1e-6)
+        ),
+        positions=PositionConfig(
+            kind="relative",
+            buckets=keys.get("relative_attention_num_buckets", 32),
+            max_distance=keys.get("relative_attention_max_distance", 128),
+        ),
+        # The original scales, 1.1 does not, and config.json says so by this key.
+        head=HeadConfig(
+            scale=keys.get("scale_decoder_outputs", keys.get("tie_word_embeddings", True))
+        ),
+        dropout=dropout,
+        tie_embeddings="lm_head.weight" not in names,
+        scale_embeddings=False,
+    )
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    projection = ACTIVATION_NAMES[config.feed_forward.activation]
+    if config.feed_forward.gated:
+        projection = "gated-" + projection.removesuffix("_new")
+    return {
+        "architectures": ["T5ForConditionalGeneration"],
+        "is_encoder_decoder": True,
+        "vocab_size": vocab_size(config),
+        "d_model": config.width,
+        "d_kv": config.head_dim,
+        "d_ff": config.feed_forward.width,
+        "num_layers": config.encoder_layers or config.layers,
+        "num_decoder_layers": config.layers,
+        "num_heads": config.attention.heads,
+        "feed_forward_proj": projection,
+        "relative_attention_num_buckets": config.positions.buckets,
+        "relative_attention_max_distance": config.positions.max_distance,
+        "layer_norm_epsilon": config.norm.epsilon,
+        "dropout_rate": config.dropout,
+        # transformers before 5 reads the first, which ties too, and later ones the second.
+        "tie_word_embeddings": config.head.scale,
+        "scale_decoder_outputs": config.head.scale,
+    }
+
+
+T5 = HuggingFace(
+    model_type="t5",
+    architecture="encoder_decoder",
+    classes=("T5ForConditionalGeneration",),
+    from_hf=from_hf,
+    to_hf=to_hf,
+    table=table,
+    tied={
+        "shared.weight": (
+            "encoder.embed_tokens.weight",
+            "decoder.embed_tokens.weight",
+            "lm_head.weight",
+        )
+    },
+    # A table that the first release carries and no version of the model has read.
+    buffers=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+    special=("pad_token_id", "eos_token_id", "decoder_start_token_id"),
+)

@@ -1,0 +1,185 @@
+"""Files of tensors: safetensors, whole or in shards."""
+
+import filecmp
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from model.config import ModelError
+
+WHOLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+FLOATS = ("F32", "F16", "BF16")
+PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
+SIGNATURES = {
+    b"PK\x03\x04": "a zip archive, as torch.save makes: convert it with safetensors",
+    b"\x80": "a pickle: convert it with safetensors",
+    b"version https://git-lfs": "a pointer of Git LFS: run git lfs pull",
+    b"GGUF": "a GGUF file: take the safetensors of the same model",
+    b"<": "a web page: download the file itself",
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises ModelError when there is none."""
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist")
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} is JSON, but no object")
+    return values
+
+
+class Tensors:
+    """The tensors in a directory, read one by one as float32; never from a pickle."""
+
+    def __init__(self, directory: Path):
+        self._files: dict[Path, Any] = {}
+        self._where: dict[str, Path] = {}
+        if (directory / WHOLE).is_file():
+            self.source = directory / WHOLE
+            self._where = dict.fromkeys(self._names(self.source), self.source)
+        elif (directory / INDEX).is_file():
+            self.source = directory / INDEX
+            self._read_index()
+        else:
+            pickled = [path.name for pattern in PICKLES for path in directory.glob(pattern)]
+            if pickled:
+                raise ModelError(
+                    f"{directory} has its weights in {pickled[0]}, a pickle, which can run code "
+                    "when it is read: convert it (in transformers: "
+                    "from_pretrained(...).save_pretrained(...))"
+                )
+            raise ModelError(f"{directory} has neither {WHOLE} nor {INDEX}")
+
+    def _read_index(self) -> None:
+        weight_map = read_json(self.source).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ModelError(f'{self.source} has no "weight_map" of tensor names to file names')
+        for name, file in weight_map.items():
+            path = self.source.parent / str(file)
+            if path.parent != self.source.parent or not path.is_file():
+                raise ModelError(f"{self.source} names {file}, which is not beside it: fetch it")
+            if name not in self._names(path):
+                raise ModelError(f"{path} has no tensor {name}, but {self.source.name} says so")
+            self._where[name] = path
+
+    def _open(self, path: Path) -> Any:
+        if path not in self._files:
+            try:
+                self._files[path] = safe_open(path, "np")
+            except (SafetensorError, OSError) as error:
+                raise ModelError(
+                    f"{path} is no safetensors file: {_reason(path, error)}"
+                ) from error
+        return self._files[path]
+
+    def _names(self, path: Path) -> list[str]:
+        return list(self._open(path).keys())
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._where)
+
+    def read(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """A tensor, half precision widened to float32; raises ModelError for another `shape`."""
+        path = self._where[name]
+        view = self._open(path).get_slice(name)
+        found, dtype = tuple(view.get_shape()), view.get_dtype()
+        if shape is not None and found != shape:
+            raise ModelError(
+                f"{path}: {name} has shape {found}, but {CONFIG} asks for {tuple(shape)}"
+            )
+        if dtype not in FLOATS:
+            raise ModelError(f"{path}: {name} is of type {dtype}, supported: {', '.join(FLOATS)}")
+        return self._open(path).get_tensor(name).astype(np.float32, copy=False)
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """What is wrong with a file that safetensors does not read."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    has_header = start[8:9] == b"{"  # after its length
+    for magic, what in SIGNATURES.items():
+        if start.startswith(magic) and not has_header:
+            return f"it is {what}"
+    return f"it is truncated or damaged ({error}): fetch it again"
+
+
+def shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Names in order, each shard with at most `limit` bytes, or with one tensor."""
+    result: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if result[-1] and used + size > limit:
+            result.append([])
+            used = 0
+        result[-1].append(name)
+        used += size
+    return result
+
+
+def save(
+    directory: Path,
+    config: dict[str, Any],
+    sizes: dict[str, int],
+    make: Callable[[str], np.ndarray],
+    max_shard_bytes: int,
+) -> None:
+    """Writes tensors `make(name)` of `sizes` bytes, and config.json, which appears last.
+
+    A directory that holds the very same export stays as it is; raises ModelError when it holds
+    another, or cannot be written.
+    """
+    parts = shards(sizes, max_shard_bytes)
+    files = [WHOLE]
+    if len(parts) > 1:
+        files = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
+    try:
+        home = directory if directory.is_dir() else directory.parent
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home, prefix=".tmp-") as scratch:
+            draft = Path(scratch)
+            for file, names in zip(files, parts, strict=True):
+                tensors = {name: make(name) for name in names}
+                save_file(tensors, draft / file, metadata={"format": "pt"})
+            if len(parts) > 1:
+                where = {n: f for f, names in zip(files, parts, strict=True) for n in names}
+                index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+                _write_json(draft / INDEX, index)
+                files.append(INDEX)
+            _write_json(draft / CONFIG, config)
+            _publish(draft, directory, [*files, CONFIG])
+    except OSError as error:
+        raise ModelError(f"cannot write {directory}: {error.strerror or error}") from error
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+
+
+def _publish(draft: Path, directory: Path, files: Iterable[str]) -> None:
+    """Moves the files to their place, if that holds nothing that they would replace or join."""
+    files = list(files)
+    if directory.is_dir():
+        weights = {path.name for path in directory.glob("*.safetensors*")} | {CONFIG}
+        for name in sorted(weights | set(files)):
+            there = directory / name
+            if there.exists() and not (
+                name in files and filecmp.cmp(draft / name, there, shallow=False)
+            ):
+                raise ModelError(
+                    f"{there} belongs to another export: give another directory, or delete it"
+                )
+    directory.mkdir(exist_ok=True)
+    for name in files:
+        shutil.move(draft / name, directory / name)

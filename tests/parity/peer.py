@@ -1,0 +1,139 @@
+"""What the comparisons with transformers share."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch: Any = pytest.importorskip("torch")
+transformers: Any = pytest.importorskip("transformers")
+
+from model.config import ModelConfig  # noqa: E402
+from model.pretrained import Pretrained, read, write  # noqa: E402
+from model.transformer import build, empty_cache  # noqa: E402
+
+B, S, T, V = 3, 7, 5, 23
+SOURCE_LENGTHS, LENGTHS = [7, 4, 1], [3, 5, 2]
+RNG = np.random.default_rng(0)
+TOKENS, SOURCE, TYPES = (RNG.integers(1, n, (B, k)) for n, k in ((V, T), (V, S), (3, T)))
+REAL, SOURCE_REAL = (
+    (np.arange(n) < np.array(lengths)[:, None]).astype(int)
+    for n, lengths in ((T, LENGTHS), (S, SOURCE_LENGTHS))
+)
+
+
+def randomised(model: Any) -> Any:
+    """The torch model with every weight random: no bias is 0, no scale is 1."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "embed_positions" not in name:  # Marian's sinusoids
+                weight.normal_(0.0, 0.3, generator=generator)
+                if "norm" in name.lower() and name.endswith("weight"):
+                    weight += 1.0
+    return model.eval()
+
+
+def ours(model: Any, directory: Path) -> Pretrained:
+    """The model as transformers saves it and we read it."""
+    model.save_pretrained(directory)
+    found = read(directory)
+    assert found.unused == []
+    return found
+
+
+def back(cls: Any, directory: Path) -> Any:
+    """What transformers loads of our export; nothing is missing and nothing is left."""
+    model, info = cls.from_pretrained(directory, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def export(found: Pretrained, directory: Path) -> Path:
+    write(directory, found.config, found.params, special=found.special, labels=found.labels)
+    return directory
+
+
+def run(found: Pretrained, *args: Any, **kwargs: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Scores, and the hidden states [L, B, T, D] by stack."""
+    apply = jax.jit(partial(build(found.config).apply, mutable=["intermediates"]))
+    args, kwargs = jax.tree.map(jnp.asarray, (args, kwargs))
+    scores, state = apply({"params": found.params}, *args, **kwargs)
+    stacks: Any = state["intermediates"]
+    return np.asarray(scores), {k: np.asarray(s["blocks"]["hidden"][0]) for k, s in stacks.items()}
+
+
+def run_with_cache(found: Pretrained, tokens: np.ndarray, *encoded: Any) -> np.ndarray:
+    """Scores of the same model, given one token after the other.
+
+    `encoded` are the hidden states of the source and its segments.
+    """
+    apply = jax.jit(partial(build(found.config).apply, method="decode"))
+    cache, scores = empty_cache(found.config, len(tokens), tokens.shape[1] + 2), []
+    for t in range(tokens.shape[1]):
+        step = jnp.asarray(tokens[:, t : t + 1])
+        logits, cache = apply(
+            {"params": found.params}, step, *encoded, cache=cache, offset=jnp.int32(t)
+        )
+        encoded = (None, *encoded[1:])
+        scores.append(np.asarray(logits))
+    return np.concatenate(scores, axis=1)
+
+
+def hidden(blocks: Sequence[Any], forward: Callable[[], Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Their scores, and what each block gives [L, B, T, D], before any last norm."""
+    outputs = []
+
+    def record(module: Any, args: Any, output: Any) -> None:
+        outputs.append(array(output[0] if isinstance(output, tuple) else output))
+
+    handles = [block.register_forward_hook(record) for block in blocks]
+    with torch.no_grad():
+        scores = array(forward().logits)
+    for handle in handles:
+        handle.remove()
+    return scores, np.stack(outputs)
+
+
+def with_cache(
+    model: Any, tokens: np.ndarray, name: str = "input_ids", **kwargs: Any
+) -> np.ndarray:
+    """Their scores, given one token after the other."""
+    scores, cache = [], None
+    with torch.no_grad():
+        for t in range(tokens.shape[1]):
+            step = {name: torch.tensor(tokens[:, t : t + 1])}
+            out = model(**step, **kwargs, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            scores.append(array(out.logits))
+    return np.concatenate(scores, axis=1)
+
+
+def array(tensor: Any) -> np.ndarray:
+    return tensor.detach().numpy()
+
+
+def tensors(**arrays: np.ndarray) -> dict[str, Any]:
+    return {name: torch.tensor(x) for name, x in arrays.items()}
+
+
+def assert_close(
+    what: str, found: np.ndarray, expected: np.ndarray, real: Any = None, most: float = 1e-5
+) -> None:
+    """Largest absolute difference, where `real` [B, T]; printed."""
+    assert found.shape == expected.shape
+    difference = np.abs(found - expected)
+    if real is not None:
+        difference = difference[..., np.asarray(real, bool), :]
+    print(f"{what}: {difference.max():.2g} of {np.abs(expected).max():.2g}")
+    assert difference.max() <= most
+
+
+def compact(config: ModelConfig, params: Any) -> Pretrained:
+    """A model of ours, ready to be compared."""
+    return Pretrained(config=config, params=jax.tree.map(np.asarray, params), architecture="")

@@ -1,0 +1,160 @@
+"""Initial values of whole models, and the number of them in published ones."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny
+
+from model.config import (
+    AttentionConfig,
+    FeedForwardConfig,
+    HeadConfig,
+    ModelConfig,
+    NormConfig,
+    PositionConfig,
+)
+from model.transformer import build
+
+TOKENS = jnp.zeros((1, 3), jnp.int32)
+
+# Standard deviations by parameter. What is not named here starts as 0 (biases, lora_b) or as 1
+# (scales). D = 60, F = 128, N = 6, K = 3, H = 10, 3 layers.
+EMBEDDINGS = ("embedding.table", "positions.table")
+KINDS: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
+    "glorot": (
+        {
+            "architecture": "decoder_only",
+            "positions_kind": "relative",
+            "attention_scaled": False,
+            "head_scale": True,
+            "lora_rank": 7,
+        },
+        {
+            "query": math.sqrt(2 / 120) / math.sqrt(10),  # as if its scores were scaled
+            "key": math.sqrt(2 / 90),  # Glorot and Bengio 2010, eq. 12
+            "value": math.sqrt(2 / 90),
+            "out": math.sqrt(2 / 120),
+            "up": math.sqrt(2 / 188),
+            "down": math.sqrt(2 / 188),
+            "embedding.table": 1.0,
+            "relative_bias.table": 60**-0.5,
+            "lora_a": 60**-0.5,
+        },
+    ),
+    "normal": (
+        {
+            "architecture": "encoder_only",
+            "positions_kind": "learned",
+            "types": 29,
+            "head_transform": True,
+            "head_bias": True,
+        },
+        dict.fromkeys(("query", "key", "value", "out", "up", "down", *EMBEDDINGS), 0.02)
+        | {"transform": 0.02, "inputs.types": 0.02},
+    ),
+    "scaled_normal": (
+        {"architecture": "decoder_only", "positions_kind": "learned", "tie_embeddings": False},
+        dict.fromkeys(("query", "key", "value", "up", "head", *EMBEDDINGS), 0.02)
+        | dict.fromkeys(("out", "down"), 0.02 / math.sqrt(2 * 3)),  # GPT-2 §2.3
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_initial_values(kind: str):
+    changes, deviations = KINDS[kind]
+    sizes = {"width": 60, "feed_forward_width": 128, "layers": 3, "vocab_size": 101}
+    model = build(tiny(init=kind, **sizes, **changes))
+    key = jax.random.key(0, impl="rbg")  # the default one compiles for seconds
+    params = nn.unbox(jax.jit(model.init)(key, TOKENS))["params"]
+    seen = set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        *_, parent, name = (str(key.key) for key in path)
+        if name in ("bias", "lora_b", "scale"):
+            assert (np.asarray(leaf) == (name == "scale")).all(), path
+            continue
+        part = {"kernel": parent, "lora_a": name}.get(name, f"{parent}.{name}")
+        seen.add(part)
+        noise = 5 / math.sqrt(2 * leaf.size)
+        assert np.std(leaf) == pytest.approx(deviations[part], rel=noise), path
+        if "blocks" in str(path):
+            assert (leaf[0] != leaf[1]).mean() > 0.99, path  # each layer draws its own
+    assert seen == deviations.keys()
+
+
+PUBLISHED = {
+    "vaswani base, arXiv:1706.03762 table 3": (
+        65e6,
+        {"vocab_size": 37_000},
+    ),
+    "bert-base-uncased, masked LM": (
+        109_514_298,
+        {
+            "architecture": "encoder_only",
+            "vocab_size": 30_522,
+            "width": 768,
+            "layers": 12,
+            "attention": AttentionConfig(heads=12),
+            "feed_forward": FeedForwardConfig(width=3072, activation="gelu"),
+            "norm": NormConfig(embeddings=True),
+            "positions": PositionConfig(kind="learned"),
+            "head": HeadConfig(transform=True, bias=True),
+            "types": 2,
+        },
+    ),
+    "gpt2": (
+        124_439_808,
+        {
+            "architecture": "decoder_only",
+            "vocab_size": 50_257,
+            "width": 768,
+            "layers": 12,
+            "attention": AttentionConfig(heads=12),
+            "feed_forward": FeedForwardConfig(width=3072, activation="gelu_tanh"),
+            "norm": NormConfig(position="pre"),
+            "positions": PositionConfig(kind="learned", max_length=1024),
+        },
+    ),
+    "t5-small": (
+        60_506_624,
+        {
+            "vocab_size": 32_128,
+            "attention": AttentionConfig(heads=8, bias=False, scaled=False),
+            "feed_forward": FeedForwardConfig(bias=False),
+            "norm": NormConfig(kind="rmsnorm", position="pre"),
+            "positions": PositionConfig(kind="relative"),
+        },
+    ),
+    "Llama-3-8B": (
+        8_030_261_248,
+        {
+            "architecture": "decoder_only",
+            "vocab_size": 128_256,
+            "width": 4096,
+            "layers": 32,
+            "attention": AttentionConfig(heads=32, kv_heads=8, bias=False),
+            "feed_forward": FeedForwardConfig(
+                width=14_336, activation="silu", gated=True, bias=False
+            ),
+            "norm": NormConfig(kind="rmsnorm", position="pre"),
+            "positions": PositionConfig(kind="rotary"),
+            "tie_embeddings": False,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_number_of_parameters_of_published_models(name: str):
+    expected, values = PUBLISHED[name]
+    config = ModelConfig(**values)
+    arrays = [TOKENS] * (2 if config.architecture == "encoder_decoder" else 1)
+    params = jax.eval_shape(build(config).init, jax.random.key(0), *arrays)
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    # The paper rounds its 63 million.
+    assert count == (pytest.approx(expected, rel=0.04) if expected == 65e6 else expected)

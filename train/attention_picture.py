@@ -1,0 +1,250 @@
+"""`heedful attention`: who looks at whom, as the attention weights of a model, drawn."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+from rich.console import Console
+
+from data.objectives import OBJECTIVES
+from train.attention_weights import attention_kinds, attention_masks, attention_weights
+from train.commands import LoadArguments
+from train.config import require
+from train.load import Trained
+from train.rows import batches
+from train.token_labels import drawable, pieces
+from train.translate import Translator
+
+if TYPE_CHECKING:  # it takes long to import, and pictures are rare
+    from matplotlib.figure import Figure
+
+LONGEST = 64  # tokens on an axis that can still be read
+CELL, FONT = 0.17, 8  # inches of a pair, points of a label
+SOFTWARE = "heedful"  # what a PNG says it was made with
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionArguments(LoadArguments):
+    """Draw the attention weights of a layer, of each head or of their mean."""
+
+    target: str | None = None
+    """A second text: what the decoder reads, by default the model's own output; for prefix_lm what
+    follows the prefix; for classification and regression the second text of a pair."""
+    which: Literal["self", "cross", "encoder"] | None = None
+    """self: of the decoder, or of the only stack, to itself; cross: of the decoder to the source;
+    encoder: of the encoder to itself. None: cross where the model has it, else self."""
+    layer: int | None = None
+    """Layer, from 1; None: the last."""
+    mean: bool = False
+    """Draw the mean over the heads instead of each head."""
+    output: Path | None = None
+    """PNG to write; None: one in the run directory, named after attention and layer."""
+
+
+def attention_picture(
+    trained: Trained,
+    text: str,
+    console: Console,
+    *,
+    target: str | None = None,
+    which: str | None = None,
+    layer: int | None = None,
+    mean: bool = False,
+    output: Path | None = None,
+) -> Path:
+    """Writes the picture of a text and returns where it lies; see AttentionArguments.
+
+    Raises TrainError for a text that is empty or too long to be read, a layer or an attention that
+    the model lacks, and an output that is there and is no former picture.
+    """
+    directory, model = trained.run.directory, trained.run.model
+    kinds = attention_kinds(model)
+    which = list(kinds)[-1] if which is None else which
+    require(
+        which in kinds,
+        f"--which {which}: the {model.architecture} of {directory} has {', '.join(kinds)}",
+    )
+    layers = (model.encoder_layers or model.layers) if which == "encoder" else model.layers
+    layer = layers if layer is None else layer
+    require(1 <= layer <= layers, f"--layer {layer}: there are layers 1 to {layers}")
+    name = f"attention.{which}.layer{layer}{'.mean' if mean else ''}.png"
+    output = directory / name if output is None else output
+    _require_ours(output)
+
+    inputs = model_inputs(trained, text, target, needs_target=which != "encoder")
+    with jax.set_mesh(trained.mesh):
+        weights = np.asarray(attention_weights(model, trained.params, inputs)[which])[layer - 1, 0]
+    heads, rows, columns = weights.shape
+    allowed = np.asarray(attention_masks(model, inputs)[which].to_bool(rows, columns))[0]
+    sides = {"encoder": ("encoder_inputs",) * 2, "cross": ("inputs", "encoder_inputs")}
+    queries, keys = (
+        pieces(trained.tokenizer, np.asarray(inputs[side])[0])
+        for side in sides.get(which, ("inputs",) * 2)
+    )
+    what = f"{kinds[which]}, layer {layer} of {layers}"
+    names = [f"head {head} of {heads}" for head in range(1, heads + 1)]
+    if mean:
+        weights, names = weights.mean(0, keepdims=True), [f"mean of {heads} heads"]
+    title = f"{directory.resolve().name}: {what}\n{_origin(trained.steps)}\nqueries down, keys across"
+    figure, notes = draw(weights, allowed, queries, keys, title, names)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, format="png", metadata={"Software": SOFTWARE, "Title": title})
+    for note in notes:
+        console.print(note, style="yellow", markup=False)
+    console.print(f"{what}, {rows} queries x {columns} keys: {output}", markup=False)
+    return output
+
+
+# Inputs -----------------------------------------------------------------------------------------
+
+
+def model_inputs(
+    trained: Trained, text: str, target: str | None, *, needs_target: bool = True
+) -> dict[str, jax.Array]:
+    """The arrays [1, T] that the model reads for a text, framed as in training; nothing is masked.
+
+    The target of an encoder-decoder is its own output where it is not given but needed. Raises TrainError for texts that are empty, too long for a picture, or one too many.
+    """
+    model, objective, tokenizer = trained.run.model, trained.run.data.objective, trained.tokenizer
+    tokens = _encode(trained, "text", text)
+    second = None if target is None else _encode(trained, "--target", target)
+    if model.architecture == "encoder_decoder":
+        if second is None:
+            second = _own_output(trained, tokens) if needs_target else tokens[:0]
+        row = _row(trained, "translation", source=tokens, target=second)
+    elif model.head.kind == "classifier":
+        pair = {} if second is None else {"pair": second}
+        row = _row(trained, objective, text=tokens, label=np.array(0, np.int32), **pair)
+    else:
+        require(
+            second is None or objective == "prefix_lm",
+            f"--target: {trained.run.directory} has learned {objective}, which reads one text",
+        )
+        # Those that predict the next token never read the end.
+        last = tokenizer.eos if objective == "masked_lm" else None
+        begin, end = ([] if i is None else [i] for i in (tokenizer.bos, last))
+        row = {"inputs": np.concatenate([begin, tokens, [] if second is None else second, end])}
+        if objective == "prefix_lm":
+            row["prefix_len"] = np.array(len(begin) + len(tokens))
+    left_out = ("targets", "weights") if model.types else ("targets", "weights", "type_ids")
+    read = {name: array for name, array in row.items() if name not in left_out}
+    for side, name in {"encoder_inputs": "source", "inputs": "text that is read"}.items():
+        if side in read:
+            _require_readable(name, len(read[side]))
+    return {name: jnp.asarray(array, jnp.int32)[None] for name, array in read.items()}
+
+
+def _encode(trained: Trained, name: str, text: str) -> np.ndarray:
+    require(bool(text.strip()), f"the {name} is empty: give some words")
+    (tokens,) = trained.tokenizer.encode_batch([text])
+    _require_readable(name, len(tokens))
+    return tokens
+
+
+def _row(trained: Trained, objective: str, **example: np.ndarray) -> dict[str, np.ndarray]:
+    rng, run = np.random.default_rng(0), trained.run
+    return OBJECTIVES[objective].row(example, rng, run.data, trained.tokenizer)
+
+
+def _own_output(trained: Trained, source: np.ndarray) -> np.ndarray:
+    """The tokens that the model writes for a source, as `heedful translate` does; no end."""
+    run, eos = trained.run, trained.tokenizer.eos
+    translator = Translator(
+        run.model, run.train.decode, trained.tokenizer, trained.params, trained.mesh
+    )
+    sources = {0: np.append(source, eos)}
+    ((_, rows),) = batches(sources, 1, trained.mesh, translator._longest())
+    with jax.set_mesh(trained.mesh):
+        tokens, lengths, _ = jax.device_get(translator._run(trained.params, rows))
+    tokens = tokens[0, : lengths[0]]
+    return tokens[tokens != eos]
+
+
+# Drawing ----------------------------------------------------------------------------------------
+
+
+def draw(
+    weights: Float[np.ndarray, "N T S"],
+    allowed: Bool[np.ndarray, "T S"],
+    queries: Sequence[str],
+    keys: Sequence[str],
+    title: str,
+    heads: Sequence[str],
+) -> tuple["Figure", list[str]]:
+    """A figure with a panel for each head, queries down, keys across; and what there is to say.
+
+    One colour scale from 0 to 1 for all; hatched where the query may not look.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    labels, families, notes = drawable([title, *queries, *keys])
+    title, queries, keys = labels[0], labels[1 : len(queries) + 1], labels[len(queries) + 1 :]
+    columns = math.ceil(math.sqrt(len(weights)))
+    rows = math.ceil(len(weights) / columns)
+    letter = 0.65 * FONT / 72  # inches
+    left, top = (letter * max(map(len, texts)) for texts in (queries, keys))
+    width = columns * (max(CELL * len(keys), 0.9) + left + 0.3) + 1.2
+    height = rows * (max(CELL * len(queries), 0.9) + top + 0.4) + 1.2
+    width = max(width, 0.1 * max(map(len, title.splitlines())))
+    figure = Figure(figsize=(width, height), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    hidden = {"facecolor": "0.92", "hatch": "/////", "edgecolor": "0.7", "linewidth": 0}
+    image: Any = None
+    for i, panel in enumerate(panels.flat):
+        if i >= len(weights):
+            panel.remove()
+            continue
+        panel.patch.set(**hidden)
+        shown = np.ma.masked_where(~allowed, weights[i])
+        image = panel.imshow(shown, cmap=colormaps["viridis"], vmin=0.0, vmax=1.0)
+        panel.set_title(heads[i], fontsize=FONT + 1)
+        panel.xaxis.tick_top()
+        panel.tick_params(length=2)
+        text = {"fontsize": FONT, "fontfamily": families, "parse_math": False}
+        panel.set_xticks(range(len(keys)), keys, rotation=90, **text)
+        panel.set_yticks(range(len(queries)), queries, **text)
+    bar = figure.colorbar(image, ax=figure.axes, shrink=0.8, aspect=30)
+    bar.set_label("attention weight", fontsize=FONT + 1)
+    figure.suptitle(title, fontsize=FONT + 3, fontfamily=families, parse_math=False)
+    if not allowed.all():
+        patch = Patch(**hidden, label="masked: the query may not look at the key")
+        figure.legend(handles=[patch], loc="outside lower center", fontsize=FONT, frameon=False)
+    return figure, notes
+
+
+def _origin(steps: Sequence[int]) -> str:
+    """Which checkpoints the parameters come from."""
+    if len(steps) == 1:
+        return f"checkpoint of step {steps[0]:,}"
+    return f"mean of {len(steps)} checkpoints, steps {min(steps):,} to {max(steps):,}"
+
+
+def _require_readable(name: str, length: int) -> None:
+    require(
+        length <= LONGEST,
+        f"the {name} has {length} tokens, and more than {LONGEST} cannot be read in a picture: "
+        "shorten it",
+    )
+
+
+def _require_ours(path: Path) -> None:
+    """Raises TrainError where writing to `path` would lose something else than a former picture."""
+    from PIL import Image, UnidentifiedImageError
+
+    require(path.suffix == ".png", f"--output {path} must end with .png")
+    if not path.exists():
+        return
+    try:
+        with Image.open(path) as image:
+            ours = image.info.get("Software") == SOFTWARE
+    except (OSError, UnidentifiedImageError):
+        ours = False
+    require(ours, f"{path} is there, and no picture of heedful attention: give another --output")

@@ -1,0 +1,242 @@
+"""What each command of the command line does with a run."""
+
+import dataclasses
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.config import DataConfig, DataError
+from model.config import ModelConfig
+from train.config import DecodeConfig, TrainConfig, TrainError
+from train.flags import early, parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments:
+    """Train an experiment; the same command again resumes it."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    run_dir: Path
+    """Directory of the run."""
+    init_from: str | None = None
+    """Fine-tune: begin with the parameters of a run (its directory), of a Hugging Face model
+    (hf:DIR), or of a package (package:minilm). The model is then that one's, with a new head."""
+    fallback: bool = False
+    """Resume from the checkpoint before when the newest is corrupt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadArguments:
+    """Which parameters of a run are used."""
+
+    checkpoint: str | None = None
+    """average (of the newest train.average), last, best, or a step; None: the average where the run
+    averages, else the best."""
+    fallback: bool = False
+    """Leave corrupt checkpoints out, and say so, instead of stopping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeArguments(LoadArguments):
+    """Measure a run, or write with it."""
+
+    seed: int = 0
+    """Of the sampling, with decode.temperature."""
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateArguments(DecodeArguments):
+    """Measure a run."""
+
+    stride: int | None = None
+    """For causal_lm: read long documents in windows of data.max_length that move by so many tokens,
+    so that each token is predicted from as many before it; None: pieces side by side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportArguments:
+    """Make a run of a Hugging Face model, to be used and fine-tuned like any other."""
+
+    run_dir: Path
+    """Directory of the new run."""
+    data: DataConfig
+    decode: DecodeConfig = field(default_factory=lambda: DecodeConfig(beam=1))
+
+
+def train(name: str, experiment: Any, description: str, arguments: list[str]) -> None:
+    """heedful train CONFIG"""
+    config: TrainConfig = experiment.train
+    model: ModelConfig = experiment.model
+    init_from = early(arguments, "--init-from") or config.init_from
+    helps = any(argument in ("--help", "-h") for argument in arguments)
+    if init_from is not None and not helps:
+        from train.init_from import adopt, open_source
+
+        model = adopt(model, open_source(init_from, console()).model)
+    default = TrainArguments(
+        model=model,
+        data=experiment.data,
+        train=config,
+        run_dir=Path("runs") / name,
+        init_from=config.init_from,
+    )
+    chosen = parse(default, arguments, f"heedful train {name}", description)
+    config = dataclasses.replace(chosen.train, init_from=chosen.init_from)
+
+    keep_compiled()
+    from train.evaluate import report
+    from train.load import load
+    from train.loop import fit
+    from train.start import start_run
+
+    run = start_run(chosen.run_dir, chosen.model, chosen.data, config, console())
+    fit(run, console(), fallback=chosen.fallback)
+    report(load(run.directory, console()), run.train.decode, console())
+
+
+def evaluate(directory: str, arguments: list[str]) -> None:
+    """heedful evaluate RUN"""
+    chosen = _parse_for_run(EvaluateArguments, directory, arguments, "evaluate")
+    from train.evaluate import report
+
+    trained = _load(directory, chosen)
+    report(trained, chosen.decode, console(), seed=chosen.seed, stride=chosen.stride)
+
+
+def translate(directory: str, arguments: list[str]) -> None:
+    """heedful translate RUN: a line out for each line of standard input"""
+    chosen = _parse_for_run(DecodeArguments, directory, arguments, "translate")
+    from train.translate import Translator
+
+    lines = read_lines()
+    trained = _load(directory, chosen, stderr=True)
+    _print(Translator(*_parts(trained, chosen))(lines))
+
+
+def generate(directory: str, arguments: list[str]) -> None:
+    """heedful generate RUN ["text"]: goes on with a text, or with each line of standard input"""
+    text, arguments = _text(arguments)
+    chosen = _parse_for_run(DecodeArguments, directory, arguments, "generate")
+    from train.generate import Generator
+
+    lines = read_lines() if text is None else []
+    trained = _load(directory, chosen, stderr=True)
+    generator = Generator(*_parts(trained, chosen))
+    if text is None:
+        whole = [line + rest for line, rest in zip(lines, generator(lines), strict=True)]
+        _print(text.replace("\n", " ") for text in whole)
+        return
+    print(text, end="", flush=True)
+    for piece in generator.stream(text):
+        print(piece, end="", flush=True)
+    print()
+
+
+def classify(directory: str, arguments: list[str]) -> None:
+    """heedful classify RUN ["text"]: the class of a text, or of each line of standard input"""
+    text, arguments = _text(arguments)
+    chosen = _parse_for_run(LoadArguments, directory, arguments, "classify")
+    from train.classify import Classifier
+
+    lines = read_lines() if text is None else [text]
+    trained = _load(directory, chosen, stderr=True)
+    _print(Classifier(trained)(lines))
+
+
+def attention(directory: str, arguments: list[str]) -> None:
+    """heedful attention RUN "text": a picture of who looks at whom"""
+    raise NotImplementedError
+
+
+def import_(source: str, arguments: list[str]) -> None:
+    """heedful import hf:DIR --run-dir RUN"""
+    keep_compiled()
+    from train.exchange import default_data, import_run
+    from train.init_from import open_source
+
+    opened = open_source(source, console())
+    default = ImportArguments(run_dir=Path("runs") / opened.label, data=default_data(opened.model))
+    chosen = parse(default, arguments, f"heedful import {source}")
+    import_run(opened, chosen.run_dir, chosen.data, chosen.decode, console())
+
+
+def export(directory: str, arguments: list[str]) -> None:
+    """heedful export RUN DIR: safetensors, config.json and tokenizer for transformers"""
+    target, arguments = _text(arguments)
+    if target is None:
+        raise TrainError("heedful export needs a run directory and the directory to write")
+    chosen = _parse_for_run(LoadArguments, directory, arguments, "export")
+    from train.exchange import export_run
+
+    export_run(_load(directory, chosen), Path(target), console())
+
+
+def _parse_for_run(kind: Any, directory: str, arguments: list[str], command: str) -> Any:
+    """The flags of a command whose defaults are those of the run."""
+    keep_compiled()
+    from train.run import Run
+
+    has_decode = any(entry.name == "decode" for entry in dataclasses.fields(kind))
+    run = Run.open(directory)
+    default = kind(decode=run.train.decode) if has_decode else kind()
+    return parse(default, arguments, f"heedful {command} {directory}")
+
+
+def _load(directory: str, chosen: LoadArguments, stderr: bool = False) -> Any:
+    from train.load import load
+
+    return load(
+        Path(directory), console(stderr), checkpoint=chosen.checkpoint, fallback=chosen.fallback
+    )
+
+
+def _parts(trained: Any, chosen: DecodeArguments) -> tuple[Any, ...]:
+    """What writes texts: model, how, tokenizer, parameters, mesh and seed."""
+    model, tokenizer = trained.run.model, trained.tokenizer
+    return model, chosen.decode, tokenizer, trained.params, trained.mesh, chosen.seed
+
+
+def _text(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The text that may stand before the flags, and the flags."""
+    if arguments and not arguments[0].startswith("--"):
+        return arguments[0], arguments[1:]
+    return None, arguments
+
+
+def _print(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
+
+
+def read_lines() -> list[str]:
+    """The lines of standard input, in UTF-8."""
+    lines = sys.stdin.buffer.read().split(b"\n")
+    lines = lines[:-1] if lines and not lines[-1] else lines
+    decoded = []
+    for number, line in enumerate(lines, 1):
+        try:
+            decoded.append(line.decode("utf-8").rstrip("\r"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"standard input is not UTF-8 in line {number}: convert it") from error
+    return decoded
+
+
+def console(stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+def keep_compiled() -> None:
+    """What XLA compiles is kept for the next process."""
+    import jax
+
+    from data.packages import cache
+
+    jax.config.update("jax_compilation_cache_dir", str(cache() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,0 +1,172 @@
+"""What a model costs, from shapes alone: parameters, memory and arithmetic."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from data.config import DataConfig
+from model.config import ModelConfig
+from model.stack import BlockCache
+from model.transformer import build, empty_cache
+from train.config import TrainConfig
+from train.sharding import resolve
+from train.state import Setup
+from train.trainable import named, split
+
+BACKWARD = 2  # forward passes that the arithmetic of a backward pass is worth
+
+STACKS = {"encoder": "encoder", "decoder": "decoder", "head": "output"}
+PARTS = {
+    "embedding": "embeddings",
+    "types": "embeddings",
+    "positions": "positions",
+    "relative_bias": "positions",
+    "self_attention": "self-attention",
+    "cross_attention": "cross-attention",
+    "feed_forward": "feed-forward",
+    "head": "head",
+}
+ORDER = (
+    "embeddings", "positions", "self-attention", "self-attention scores", "cross-attention",
+    "cross-attention scores", "feed-forward", "low-rank updates", "norms", "head", "other",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One kind of layer in one stack."""
+
+    stack: str
+    """input, encoder, decoder or output."""
+    name: str
+    parameters: int
+    flops: float
+    """Of one forward pass, per token."""
+
+
+def parts(config: ModelConfig, params: Any, length: int) -> list[Part]:
+    """Parameters and FLOPs by part, in the order in which a token passes them.
+
+    FLOPs are two for each multiply-add of a matrix product, per token of a row of `length` tokens
+    (arXiv:2001.08361 §2.1); lookups, norms, softmax and activations are left out. Every query is
+    multiplied with all `length` keys, those that a mask hides included, as the dense core does. In
+    an encoder-decoder a token is one of the target together with one of the source.
+    """
+    counts: dict[tuple[str, str], list[float]] = {}
+
+    def add(stack: str, part: str, parameters: int, flops: float) -> None:
+        total = counts.setdefault((stack, part), [0, 0.0])
+        total[0] += parameters
+        total[1] += flops
+
+    for name, leaf in named(params):
+        stack, part = _place(name)
+        is_matrix = name.rpartition(".")[2] in ("kernel", "lora_a", "lora_b")
+        flops = 2.0 * leaf.size if is_matrix else 0.0
+        if part == "head" and config.head.kind == "classifier":
+            flops /= length  # it works on one vector per row
+        add(stack, part, leaf.size, flops)
+        if name.endswith("_attention.query.kernel"):
+            features = leaf.size // config.width  # L N H
+            add(stack, f"{part} scores", 0, 2 * 2.0 * length * features)
+        if name == "embedding.table" and _is_tied(config):
+            add("output", "head", 0, 2.0 * leaf.size)
+    stacks = ("input", *STACKS.values())
+    ordered = sorted(counts, key=lambda key: (stacks.index(key[0]), ORDER.index(key[1])))
+    return [
+        Part(stack=stack, name=name, parameters=int(counts[stack, name][0]),
+             flops=counts[stack, name][1])
+        for stack, name in ordered
+    ]  # fmt: skip
+
+
+def _place(name: str) -> tuple[str, str]:
+    """(stack, part) of the parameter with this dotted name."""
+    keys = name.split(".")
+    stack = STACKS.get(keys[0], "input")
+    if stack != "output" and keys[-1].startswith("lora_"):
+        return stack, "low-rank updates"
+    if stack != "output" and any(key == "norm" or key.endswith("_norm") for key in keys):
+        return stack, "norms"
+    return stack, next((PARTS[key] for key in keys if key in PARTS), "other")
+
+
+def _is_tied(config: ModelConfig) -> bool:
+    return config.head.kind == "language_model" and config.tie_embeddings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on each device of the mesh."""
+
+    parameters: int
+    gradients: int
+    moments: int
+    """Of the optimizer, with its counters."""
+    outputs: int
+    """Scores of one batch, in float32: [B, T, V], or [B, C] of a classifier."""
+    cache: int
+    """Keys and values of one token of one text while decoding; 0: nothing is decoded."""
+    source_cache: int
+    """The same for one token of the source of an encoder-decoder."""
+
+
+def memory(config: ModelConfig, data: DataConfig, train: TrainConfig, setup: Setup) -> Memory:
+    """Memory of a training step and of decoding; activations in between come on top.
+
+    Raises TrainError, naming the array, where the mesh does not divide it.
+    """
+    state = setup.abstract
+    trainable, _ = split(state.params, setup.factors)
+    positions = data.batch_tokens // train.accumulate
+    if config.head.kind == "classifier":
+        outputs = math.ceil(positions / data.max_length) * (config.head.outputs or 1)
+    else:
+        outputs = positions * (config.vocab_size or 1)
+    cache = _cache(config, state.params)
+
+    def cached(rows: Any) -> int:
+        axes = ("layers", None, None, "kv_heads", "head_dim")
+        return sum(
+            math.prod(resolve("the cache", axes, x.shape, setup.mesh).shard_shape(x.shape))
+            * x.dtype.itemsize
+            for x in jax.tree.leaves(rows)
+        )
+
+    return Memory(
+        parameters=_bytes(state.params),
+        gradients=_bytes(trainable),
+        moments=_bytes(state.opt_state),
+        # Rows are split over data and fsdp, the length over seq, the vocabulary over tensor.
+        outputs=math.ceil(outputs / setup.mesh.size) * 4,
+        cache=cached(cache and cache.self_attention),
+        source_cache=cached(cache and cache.cross_attention),
+    )
+
+
+def _bytes(tree: Any) -> int:
+    """Of the part of each array that one device holds."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def _cache(config: ModelConfig, params: Any) -> BlockCache | None:
+    """Shapes of the cache after one token of the target, and of the source if there is one."""
+    if config.architecture == "encoder_only":
+        return None
+    encoded = ()
+    if config.architecture == "encoder_decoder":
+        encoded = (jax.ShapeDtypeStruct((1, 1, config.width), config.dtype),)
+
+    def decode(params: Any, *encoded: jax.Array) -> Any:
+        tokens, cache = jnp.zeros((1, 1), jnp.int32), empty_cache(config, 1, 1)
+        return build(config).apply(
+            {"params": params}, tokens, *encoded, cache=cache, offset=0, method="decode"
+        )
+
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    return jax.eval_shape(decode, plain, *encoded)[1]

@@ -1,0 +1,49 @@
+"""The flags of a command, from the fields of a dataclass."""
+
+import contextlib
+import io
+import re
+from typing import TypeVar
+
+from train.config import TrainError
+
+T = TypeVar("T")
+
+
+def parse(default: T, arguments: list[str], program: str, description: str = "") -> T:
+    """The command line over the defaults; a mistake is a TrainError of one line."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                type(default),
+                default=default,
+                args=arguments,
+                prog=program,
+                description=description or None,
+            )
+    except SystemExit as exit:
+        if not exit.code:
+            raise
+        raise TrainError(_one_line(said.getvalue())) from None
+
+
+def early(arguments: list[str], flag: str) -> str | None:
+    """The value of a flag that decides about the defaults of others; None: it is not given."""
+    value = None
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        name, found, inline = argument.partition("=")
+        if name.replace("_", "-") == flag:
+            value = inline if found else following
+    return value
+
+
+def _one_line(box: str) -> str:
+    """What tyro says in a box of several lines: what is wrong, and what was perhaps meant."""
+    lines = [re.sub(r"[─│╭╮╰╯]", " ", line).strip() for line in box.splitlines()]
+    text = " ".join(" ".join(line for line in lines[1:] if line).split())
+    text = re.sub(r"^Error parsing [\w.-]+: (?=[a-z_]+\.)", "", text)
+    text = text.replace("Argument helptext:", "; it is")
+    return re.sub(r"For full helptext, (see|run) (.*--help)$", r"(\2 lists all flags)", text)

@@ -1,0 +1,160 @@
+"""Fine-tuning: the parameters of a model that was trained before, in a new run."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from data import packages
+from data.tokenizer import Tokenizer
+from model import pretrained
+from model.config import ModelConfig
+from train.config import TrainError
+from train.load import load
+from train.run import Run, differences, to_json
+from train.trainable import named
+
+TOKENIZERS = ("tokenizer.json", "vocab.txt")
+
+
+class Source(NamedTuple):
+    """A model that was trained before; its parameters are read when they are asked for."""
+
+    name: str
+    model: ModelConfig
+    tokenizer: Tokenizer
+    params: Callable[[], Any]
+
+    @property
+    def label(self) -> str:
+        """A short name: the last part of a path."""
+        return Path(self.name.partition(":")[2] or self.name).name
+
+
+def open_source(init_from: str, console: Console) -> Source:
+    """What `train.init_from` names; raises TrainError, DataError or ModelError."""
+    kind, _, rest = init_from.partition(":")
+    if kind == "hf":
+        return _open_directory(init_from, Path(rest))
+    if kind == "package":
+        if rest not in PACKAGES:
+            raise TrainError(f"unknown {init_from}: choose among {', '.join(PACKAGES)}")
+        return PACKAGES[rest](init_from)
+    run = Run.open(init_from)
+    return Source(
+        init_from, run.model, run.tokenizer(), lambda: load(Path(init_from), console).params
+    )
+
+
+def _open_directory(name: str, directory: Path) -> Source:
+    found = [directory / file for file in TOKENIZERS if (directory / file).is_file()]
+    if not found:
+        raise TrainError(
+            f"{directory} has neither {' nor '.join(TOKENIZERS)}: save its tokenizer there "
+            "(in transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+        )
+    tokenizer = Tokenizer.load(found[0])
+    model = pretrained.read_config(directory)
+    if tokenizer.vocab_size > (model.vocab_size or 0):
+        raise TrainError(
+            f"{found[0]} has {tokenizer.vocab_size} entries, but the model in {directory} was "
+            f"trained with {model.vocab_size}: put its own tokenizer there"
+        )
+    return Source(name, model, tokenizer, lambda: pretrained.read(directory).params)
+
+
+def _open_minilm(name: str) -> Source:
+    return _open_directory(name, packages.model_folder("minilm"))
+
+
+PACKAGES: dict[str, Callable[[str], Source]] = {"minilm": _open_minilm}
+
+
+def adopt(model: ModelConfig, source: ModelConfig) -> ModelConfig:
+    """The body of `source`, with what `model` says of the head and of how it is trained."""
+    same_head = model.head.kind == source.head.kind
+    head = dataclasses.replace(source.head, dropout=model.head.dropout) if same_head else model.head
+    return dataclasses.replace(
+        source,
+        attention=dataclasses.replace(
+            source.attention, core=model.attention.core, dropout=model.attention.dropout
+        ),
+        feed_forward=dataclasses.replace(source.feed_forward, dropout=model.feed_forward.dropout),
+        head=head,
+        lora=model.lora,
+        dropout=model.dropout,
+        init=model.init,
+        dtype=model.dtype,
+        remat=model.remat,
+        unroll=model.unroll,
+    )
+
+
+def take_over(
+    fresh: Any, source: Source, model: ModelConfig, reinit: Sequence[str], console: Console
+) -> Any:
+    """`fresh` parameters with those of the source in their place, and a table that says which.
+
+    Only the head, low-rank updates and what `reinit` names may stay fresh. Raises TrainError for
+    another body, for a shape that does not fit, and for a pattern that fits nothing.
+    """
+    wanted = to_json(adopt(model, source.model))
+    wanted["head"] = to_json(model.head)
+    others = list(differences(to_json(model), wanted, "model"))
+    if others:
+        raise TrainError(
+            f"{source.name} has another model ({'; '.join(others[:3])}): leave these flags out, "
+            "or init from another"
+        )
+    given = dict(named(source.params()))
+    unused = set(reinit)
+    rows: dict[str, list[tuple[str, int]]] = {"loaded": [], "new, random": [], "left out": []}
+    leaves = []
+    for name, leaf in named(fresh):
+        fitting = [pattern for pattern in reinit if re.search(pattern, name)]
+        unused.difference_update(fitting)
+        if name in given and not fitting:
+            value = given.pop(name)
+            if value.shape != leaf.shape:
+                raise TrainError(
+                    f"{name} has shape {value.shape} in {source.name} and {leaf.shape} here: "
+                    f"give --train.reinit '{re.escape(name)}' to begin it at random"
+                )
+            leaves.append(_place(value, leaf))
+            rows["loaded"].append((name, leaf.size))
+        elif fitting or name.startswith("head.") or "lora_" in name:
+            given.pop(name, None)
+            leaves.append(leaf)
+            rows["new, random"].append((name, leaf.size))
+        else:
+            raise TrainError(f"{source.name} has no {name}: init from a model of the same kind")
+    if unused:
+        raise TrainError(f"train.reinit has {sorted(unused)[0]!r}, which fits no parameter")
+    rows["left out"] = [(name, leaf.size) for name, leaf in given.items()]
+    _print(source.name, rows, console)
+    return jax.tree.unflatten(jax.tree.structure(fresh), leaves)
+
+
+def _place(value: Any, like: jax.Array) -> jax.Array:
+    host = np.asarray(value, like.dtype)
+    return jax.make_array_from_callback(host.shape, like.sharding, lambda index: host[index])
+
+
+def _print(name: str, rows: dict[str, list[tuple[str, int]]], console: Console) -> None:
+    table = Table("", "parameters", "names", title=f"fine-tuning {name}", title_justify="left")
+    for what, entries in rows.items():
+        parts: dict[str, int] = {}
+        for entry, size in entries:
+            # The body by its parts, the head and what is left out by name.
+            is_body = what == "loaded" and not entry.startswith("head.")
+            part = entry.split(".")[0] if is_body else entry
+            parts[part] = parts.get(part, 0) + size
+        names = ", ".join(parts) or "nothing"
+        table.add_row(what, f"{sum(parts.values()):,}", names)
+    console.print(table)

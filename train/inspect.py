@@ -1,0 +1,271 @@
+"""`heedful inspect`: what an experiment consists of and costs, before anything is trained."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh
+from rich.columns import Columns
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from data.config import DataConfig
+from data.tokenizer import Tokenizer
+from model.config import ModelConfig, require
+from train.attention_weights import attention_kinds, attention_masks
+from train.config import MeshConfig, TrainConfig
+from train.costs import BACKWARD, Memory, Part, memory, parts
+from train.sharding import MESH_AXES
+from train.state import Setup, parameter_count, set_up
+from train.trainable import named
+
+ROW = 16  # tokens of the example whose masks are drawn
+MAY, MAY_NOT = "██", "··"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectArguments:
+    """Parameters, memory, arithmetic and masks of an experiment or of a run."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    length: int | None = None
+    """Tokens per row for the arithmetic of attention; None: data.max_length."""
+    names: bool = False
+    """List every parameter with its shape, and whether it trains."""
+
+
+def inspect(
+    title: str,
+    model: ModelConfig,
+    data: DataConfig,
+    train: TrainConfig,
+    console: Console,
+    *,
+    length: int | None = None,
+    names: bool = False,
+) -> None:
+    """Prints the tables and the masks; allocates nothing, whatever the size of the model.
+
+    Raises TrainError where the mesh does not divide a parameter or a pattern fits none.
+    """
+    length = data.max_length if length is None else length
+    require(length > 0, f"length must be positive, not {length}")
+    model, notes = complete(model, data)
+    setup = set_up(model, train, layout(train.mesh))
+    params = setup.abstract.params
+    console.print(f"{title}: {describe(model)}", markup=False)
+    for note in notes:
+        console.print(note, markup=False)
+    if names:
+        console.print(_names_table(setup))
+    found = parts(model, params, length)
+    console.print(_parts_table(found, parameter_count(params)))
+    console.print(_flops_text(found, model, data, train, length), markup=False)
+    console.print(_memory_table(memory(model, data, train, setup), model, data, train, setup))
+    console.print(masks_drawn(model, data))
+
+
+def complete(model: ModelConfig, data: DataConfig) -> tuple[ModelConfig, list[str]]:
+    """The model with the sizes that it will take from the data, and what was assumed about them."""
+    notes = []
+    if model.vocab_size is None:
+        path, size = data.tokenizer.path, data.tokenizer.vocab_size
+        if path is not None:
+            size = Tokenizer.load(path).vocab_size
+        else:
+            notes.append(
+                f"vocabulary: about {size:,} (data.tokenizer.vocab_size), and with it all totals: "
+                "the tokenizer decides, and is not learned yet"
+            )
+        model = dataclasses.replace(model, vocab_size=size)
+    if model.head.kind == "classifier" and model.head.outputs is None:
+        outputs = 1 if data.objective == "regression" else len(data.classes) or 2
+        if data.objective != "regression" and not data.classes:
+            notes.append("classes: about 2: the data decides, and data.classes is not given")
+        head = dataclasses.replace(model.head, outputs=outputs)
+        model = dataclasses.replace(model, head=head)
+    return model, notes
+
+
+def layout(config: MeshConfig) -> Mesh:
+    """The mesh of a config without its devices, which need not exist; data = -1 counts as 1."""
+    sizes = tuple(max(getattr(config, axis), 1) for axis in MESH_AXES)
+    mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return cast(Mesh, mesh)  # all that is asked of it is to divide shapes
+
+
+def describe(model: ModelConfig) -> str:
+    """The sizes of a model in a line."""
+    layers = f"{model.layers} layers"
+    if model.architecture == "encoder_decoder":
+        layers = f"{model.encoder_layers or model.layers} + {model.layers} layers"
+    return (
+        f"{model.architecture}, {layers}, width {model.width}, "
+        f"{model.attention.heads} heads of {model.head_dim} "
+        f"({model.kv_heads} for keys and values), feed-forward {model.feed_forward.width}"
+        f"{' gated' if model.feed_forward.gated else ''}, vocabulary {model.vocab_size:,}"
+    )
+
+
+# Tables -----------------------------------------------------------------------------------------
+
+
+def _parts_table(found: list[Part], parameters: int) -> Table:
+    flops = sum(part.flops for part in found)
+    table = Table(title="parameters, and FLOPs of one forward pass per token", title_justify="left")
+    for name in ("stack", "part"):
+        table.add_column(name)
+    for name in ("parameters", "share", "FLOPs", "share"):
+        table.add_column(name, justify="right")
+
+    def add(stack: str, name: str, some: list[Part], **style: Any) -> None:
+        count, cost = sum(part.parameters for part in some), sum(part.flops for part in some)
+        shares = f"{count / parameters:.1%}", f"{cost / flops:.1%}"
+        table.add_row(stack, name, f"{count:,}", shares[0], number(cost), shares[1], **style)
+
+    stacks = list(dict.fromkeys(part.stack for part in found))
+    for stack in stacks:
+        inside = [part for part in found if part.stack == stack]
+        for i, part in enumerate(inside):
+            add("" if i else stack, part.name, [part])
+        if len(inside) > 1:
+            add("", "together", inside, style="bold")
+        table.add_section()
+    both = dict.fromkeys(part.name for part in found if part.stack == "decoder")
+    if "encoder" in stacks and "decoder" in stacks:
+        for i, name in enumerate(both):
+            same = [part for part in found if part.name == name and part.stack in STACKED]
+            add("" if i else "both stacks", name, same)
+        table.add_section()
+    add("total", "", found, style="bold")
+    return table
+
+
+STACKED = ("encoder", "decoder")
+
+
+def _flops_text(
+    found: list[Part], model: ModelConfig, data: DataConfig, train: TrainConfig, length: int
+) -> str:
+    forward = sum(part.flops for part in found)
+    again = sum(part.flops for part in found if part.stack in STACKED) if model.remat else 0.0
+    step = (forward * (1 + BACKWARD) + again) * data.batch_tokens
+    token = "token"
+    if model.architecture == "encoder_decoder":
+        token = "token of the target, with one of the source"
+    lines = [
+        f"FLOPs per {token}, in rows of {length:,}: {number(forward)} forward, "
+        f"{number(forward * (1 + BACKWARD))} in training (3 x forward).",
+        "Two per multiply-add of a matrix product (arXiv:2001.08361 §2.1); attention over all "
+        "pairs of a row, masked ones too.",
+        f"A batch of {data.batch_tokens:,} positions: {number(step)}; "
+        f"{train.steps:,} steps: {number(step * train.steps)}.",
+    ]
+    if model.remat:
+        lines[-1] += f" Of a batch, {number(again * data.batch_tokens)} recompute blocks (remat)."
+    return "\n".join(lines)
+
+
+def _memory_table(
+    sizes: Memory, model: ModelConfig, data: DataConfig, train: TrainConfig, setup: Setup
+) -> Table:
+    shape = ", ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
+    table = Table(title=f"memory per device (mesh: {shape})", title_justify="left")
+    table.add_column("what")
+    table.add_column("bytes", justify="right")
+    rows = [
+        ("parameters, float32", sizes.parameters),
+        ("gradients, float32", sizes.gradients),
+        (f"moments of {train.optimizer.kind}, float32", sizes.moments),
+    ]
+    for what, size in [*rows, ("together", sum(size for _, size in rows))]:
+        table.add_row(what, number(size, 1024) + "B")
+    table.add_section()
+    batch = data.batch_tokens // train.accumulate
+    what = f"{batch:,} positions x {model.vocab_size:,} scores"
+    if model.head.kind == "classifier":
+        what = f"{batch:,} positions in rows, x {model.head.outputs} scores"
+    table.add_row(f"outputs of a batch: {what}, float32", number(sizes.outputs, 1024) + "B")
+    if sizes.cache:
+        of = " of the target" if sizes.source_cache else ""
+        table.add_row(
+            f"cache per token{of}: {model.kv_heads} key and value heads of {model.head_dim} in "
+            f"{model.layers} layers, {model.dtype}",
+            number(sizes.cache, 1024) + "B",
+        )
+    if sizes.source_cache:
+        table.add_row("cache per token of the source", number(sizes.source_cache, 1024) + "B")
+    if train.mesh.data == -1:
+        table.caption = "train.mesh.data = -1 is counted as 1: more devices divide the batch only"
+        table.caption_justify = "left"
+    return table
+
+
+def _names_table(setup: Setup) -> Table:
+    table = Table(title="parameters by name; those of blocks lead with the layers")
+    table.title_justify = "left"
+    for name in ("name", "shape", "count", "rate x"):
+        table.add_column(name, justify="left" if name == "name" else "right", overflow="fold")
+    factors = dict(named(setup.factors))
+    for name, leaf in named(setup.abstract.params):
+        rates = dict.fromkeys(f"{rate:.3g}" for rate in np.unique(factors[name]))
+        rates = "frozen" if list(rates) == ["0"] else " ... ".join([*rates][:: len(rates) - 1 or 1])
+        table.add_row(name, " x ".join(map(str, leaf.shape)), f"{leaf.size:,}", rates)
+    return table
+
+
+def number(value: float, base: int = 1000) -> str:
+    """Three digits and a unit: 1.23 G; in powers of 1024: 1.15 Gi."""
+    power = 0
+    while power < 6 and abs(value) >= base * (1 - 0.5e-3):
+        value, power = value / base, power + 1
+    unit = "kMGTPE"[power - 1] if power else ""
+    unit += "i" if unit and base == 1024 else ""
+    digits = 0 if not power else max(0, 2 - len(str(int(value))) + 1)
+    return f"{value:,.{digits}f} {unit.replace('ki', 'Ki')}"
+
+
+# Masks ------------------------------------------------------------------------------------------
+
+
+def masks_drawn(model: ModelConfig, data: DataConfig) -> Group:
+    """The masks of a row of 16 tokens with block characters, side by side where there is room."""
+    batch, meaning = example(model, data)
+    pictures = []
+    for name, mask in attention_masks(model, batch).items():
+        allowed = np.asarray(mask.to_bool(ROW, ROW))[0]
+        lines = "\n".join("".join(MAY if may else MAY_NOT for may in row) for row in allowed)
+        pictures.append(Text(f"{name}\n{lines}\n", no_wrap=True))
+    legend = (
+        f"masks of a row of {ROW}: {meaning}\n"
+        f"{MAY} the token of this row may look at the token of this column   {MAY_NOT} it may not\n"
+    )
+    return Group(Text(legend), Columns(pictures, padding=(0, 3)))
+
+
+def example(model: ModelConfig, data: DataConfig) -> tuple[Mapping[str, jax.Array], str]:
+    """A row of 16 tokens, as the objective makes them, and what is in it."""
+
+    def row(*lengths: int) -> jax.Array:
+        ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+        return jax.numpy.asarray(np.pad(ids, (0, ROW - len(ids)))[None], np.int32)
+
+    def batch(segments: jax.Array, **others: jax.Array) -> Mapping[str, jax.Array]:
+        return {"inputs": segments, "segment_ids": segments, **others}
+
+    if model.architecture == "encoder_decoder":
+        source, target = row(13), row(11)
+        others = {"encoder_inputs": source, "encoder_segment_ids": source}
+        return batch(target, **others), "a source of 13 tokens, a target of 11, padding"
+    if data.is_packed:
+        return batch(row(8, 5)), "documents of 8 and 5 tokens, packed, and 3 of padding"
+    if data.objective == "prefix_lm":
+        prefix = jax.numpy.asarray([6])
+        return batch(row(13), prefix_len=prefix), "a prefix of 6 tokens, 7 more, 3 of padding"
+    return batch(row(13)), "13 tokens and 3 of padding"

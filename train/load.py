@@ -1,0 +1,95 @@
+"""A trained model: the parameters of a run, with what is needed to use them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from rich.console import Console
+
+from data.tokenizer import Tokenizer
+from train.checkpoint import Checkpoints, CorruptCheckpoint
+from train.config import TrainError
+from train.run import Run
+from train.sharding import make_mesh
+from train.state import abstract_params
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run and the parameters that were chosen from it."""
+
+    run: Run
+    tokenizer: Tokenizer
+    mesh: Mesh
+    params: Any
+    steps: list[int]
+    """Of the checkpoints that the parameters come from."""
+
+
+def load(
+    directory: Path, console: Console, *, checkpoint: str | None = None, fallback: bool = False
+) -> Trained:
+    """The parameters of `checkpoint`: average (of the newest), last, best, or a step.
+
+    None: the average where the run averages, the best where it does not. `fallback` leaves corrupt
+    checkpoints out, and says so. Raises TrainError, and CorruptCheckpoint.
+    """
+    run = Run.open(directory)
+    tokenizer, mesh = run.tokenizer(), make_mesh(run.train.mesh)
+    checkpoints = Checkpoints(run.checkpoints, tokenizer.fingerprint)
+    which = checkpoint or ("average" if run.train.average > 1 else "best")
+    candidates, count = _candidates(checkpoints, which, run.train.average)
+    abstract = abstract_params(run.model, mesh)
+    params, steps = _average(checkpoints, candidates, count, abstract, fallback, console)
+    listed = ", ".join(f"{step:,}" for step in steps)
+    console.print(f"parameters of step {listed}" + (" averaged" if len(steps) > 1 else ""))
+    return Trained(run, tokenizer, mesh, params, steps)
+
+
+def _candidates(checkpoints: Checkpoints, which: str, average: int) -> tuple[list[int], int]:
+    """(steps in order of preference, how many of them to average)."""
+    newest = checkpoints.steps[::-1]
+    if not newest:
+        raise TrainError(f"{checkpoints.directory} holds no checkpoint yet")
+    if which in ("average", "last"):
+        return newest, min(average, len(newest)) if which == "average" else 1
+    if which == "best":
+        best = checkpoints.best()
+        return [best, *(step for step in newest if step != best)], 1
+    if not which.isdigit() or int(which) not in newest:
+        raise TrainError(
+            f"no checkpoint '{which}': choose average, last, best, or a step of "
+            f"{', '.join(map(str, newest[::-1]))}"
+        )
+    return [step for step in newest if step <= int(which)], 1
+
+
+def _average(
+    checkpoints: Checkpoints,
+    candidates: Sequence[int],
+    count: int,
+    abstract: Any,
+    fallback: bool,
+    console: Console,
+) -> tuple[Any, list[int]]:
+    """Mean parameters (arXiv:1706.03762 §6.1) of the first `count` candidates, and their steps."""
+    total, used = None, []
+    for step in candidates:
+        try:
+            params = checkpoints.restore_params(step, abstract)
+        except CorruptCheckpoint as error:
+            if not fallback:
+                raise
+            console.print(f"{error}\nleft out", style="yellow")
+            continue
+        total = params if total is None else jax.tree.map(jnp.add, total, params)
+        used.append(step)
+        if len(used) == count:
+            break
+    if not used:
+        raise TrainError(f"no checkpoint in {checkpoints.directory} can be read")
+    return jax.tree.map(lambda x: x / len(used), total), sorted(used)

@@ -1,0 +1,53 @@
+"""Token sequences of different lengths, put together into few shapes of arrays."""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int, UInt32
+
+from train.sharding import RULES
+
+SHORTEST = 16  # lengths are 16, 32, 64, ...: one compilation each
+
+
+class Rows(NamedTuple):
+    """Sequences from position 0 on, padded with 0 on the right; rows of length 0 fill the array."""
+
+    inputs: Int[Array, "B T"]
+    lengths: Int[Array, " B"]
+    lines: UInt32[Array, " B"]
+    """Number of each sequence, for its random key: that must not depend on its neighbours."""
+
+
+def batches(
+    sequences: Mapping[int, np.ndarray], positions: int, mesh: Mesh, longest: int | None = None
+) -> Iterator[tuple[list[int], Rows]]:
+    """Yields (numbers of sequences, their rows on the devices), sorted by length.
+
+    A batch holds at most `positions` positions, but at least one row per device, and is no wider
+    than `longest`.
+    """
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    sharding = NamedSharding(mesh, PartitionSpec(RULES["act_batch"]))
+    buckets: dict[int, list[int]] = {}
+    for i in sorted(sequences, key=lambda i: len(sequences[i])):
+        bucket = max(SHORTEST, 1 << (len(sequences[i]) - 1).bit_length())
+        buckets.setdefault(min(bucket, longest or bucket), []).append(i)
+    for length, numbers in buckets.items():
+        count = max(positions // length, 1)
+        count = min(count, 1 << (len(numbers) - 1).bit_length())
+        count = -(-count // devices) * devices
+        for start in range(0, len(numbers), count):
+            chosen = numbers[start : start + count]
+            rows = Rows(
+                np.zeros((count, length), np.int32),
+                np.zeros(count, np.int32),
+                np.zeros(count, np.uint32),
+            )
+            for row, i in enumerate(chosen):
+                rows.inputs[row, : len(sequences[i])] = sequences[i]
+                rows.lengths[row], rows.lines[row] = len(sequences[i]), i
+            yield chosen, jax.device_put(rows, sharding)

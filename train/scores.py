@@ -1,0 +1,74 @@
+"""Scores of predictions against references, by the libraries that papers use."""
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import sklearn.metrics
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
+from scipy import stats
+
+# What is reported of each task of GLUE (arXiv:1804.07461 table 1), and decides between models.
+GLUE = {
+    "cola": ("matthews",),
+    "sst2": ("accuracy",),
+    "mrpc": ("f1", "accuracy"),
+    "stsb": ("pearson", "spearman"),
+    "qqp": ("f1", "accuracy"),
+    "mnli": ("accuracy",),
+    "qnli": ("accuracy",),
+    "rte": ("accuracy",),
+    "wnli": ("accuracy",),
+}
+
+
+def classification(outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """Accuracy, F1 and Matthews correlation, of outputs [E, C] and classes [E].
+
+    F1 is that of class 1 where there are two (GLUE), and the mean over classes where there are more.
+    """
+    predicted = outputs.argmax(-1)
+    average = "binary" if outputs.shape[-1] == 2 else "macro"
+    return {
+        "accuracy": float(np.mean(predicted == targets)),
+        "f1": float(
+            sklearn.metrics.f1_score(targets, predicted, average=average, zero_division=0.0)  # type: ignore[arg-type]
+        ),
+        "matthews": float(sklearn.metrics.matthews_corrcoef(targets, predicted)),
+    }
+
+
+def regression(outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """Pearson and Spearman correlation of outputs [E, 1] and numbers [E]; 0 where one is constant."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.ConstantInputWarning)
+        pearson = stats.pearsonr(outputs[:, 0], targets).statistic if len(targets) > 1 else 0.0
+        spearman = stats.spearmanr(outputs[:, 0], targets).statistic if len(targets) > 1 else 0.0
+    known = lambda value: 0.0 if math.isnan(value) else float(value)  # noqa: E731
+    return {"pearson": known(pearson), "spearman": known(spearman)}
+
+
+def translation(
+    hypotheses: Sequence[str], references: Sequence[str], *, pretokenized: bool = False
+) -> dict[str, tuple[float, str]]:
+    """Corpus BLEU and chrF with sacreBLEU's signatures (arXiv:1804.08771).
+
+    Text that is tokenised already is compared as it is.
+    """
+    # `force` only silences the warning about text that is tokenised: here it is meant to be.
+    bleu = BLEU(tokenize="none" if pretokenized else "13a", force=pretokenized)
+    scores = {}
+    for name, metric in (("BLEU", bleu), ("chrF", CHRF())):
+        score = metric.corpus_score(list(hypotheses), [list(references)]).score
+        scores[name] = (score, str(metric.get_signature()))
+    return scores
+
+
+def main_scores(source: str, scores: dict[str, float]) -> list[str]:
+    """Names of the scores that the task of `source` is judged by; all, where nobody has said so."""
+    if source.startswith("tfds:glue/"):
+        task = source.removeprefix("tfds:glue/").split(":")[0].split("_")[0]
+        return [name for name in GLUE.get(task, scores) if name in scores]
+    return list(scores)

@@ -1,0 +1,104 @@
+"""How a run begins: its tokenizer, what the data decides about the model, and whether they fit."""
+
+import dataclasses
+from pathlib import Path
+
+from rich.console import Console
+
+from data import pipeline
+from data.config import DataConfig
+from data.tokenizer import Tokenizer
+from model.config import ModelConfig
+from train.config import TrainConfig, TrainError
+from train.init_from import open_source
+from train.run import Run
+
+# The architectures and the head that learn an objective.
+FITTING = {
+    "causal_lm": (("decoder_only",), "language_model"),
+    "prefix_lm": (("decoder_only",), "language_model"),
+    "masked_lm": (("encoder_only",), "language_model"),
+    "span_corruption": (("encoder_decoder",), "language_model"),
+    "translation": (("encoder_decoder",), "language_model"),
+    "classification": (("encoder_only", "decoder_only"), "classifier"),
+    "regression": (("encoder_only", "decoder_only"), "classifier"),
+}
+METRICS = {
+    "classification": ("loss", "accuracy", "f1", "matthews"),
+    "regression": ("loss", "pearson", "spearman"),
+}
+
+
+def start_run(
+    directory: Path, model: ModelConfig, data: DataConfig, train: TrainConfig, console: Console
+) -> Run:
+    """The run in `directory`: a new one, or the one that stands there if the config is the same.
+
+    Raises TrainError, DataError or ModelError where the three configs do not fit together.
+    """
+    _require_fit(model, data, train)
+    if (directory / "config.json").exists():
+        tokenizer = Run.open(directory).tokenizer()
+    elif train.init_from is not None:
+        tokenizer = _tokenizer_of_source(train.init_from, data, console)
+    else:
+        with console.status("learning the vocabulary"):
+            texts = pipeline.tokenizer_texts(data)
+            tokenizer = Tokenizer.prepare(texts, data.tokenizer, data.objective)
+    if data.objective == "classification" and not data.classes:
+        data = dataclasses.replace(data, classes=pipeline.classes(data))
+    run = Run(directory, _sized(model, data, tokenizer), data, train)
+    run.start(tokenizer)
+    return run
+
+
+def _require_fit(model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:
+    architectures, head = FITTING[data.objective]
+    if model.architecture not in architectures or model.head.kind != head:
+        raise TrainError(
+            f"data.objective {data.objective} needs model.architecture "
+            f"{' or '.join(architectures)} and model.head.kind {head}, not {model.architecture} "
+            f"and {model.head.kind}"
+        )
+    metrics = METRICS.get(data.objective, ("loss",))
+    if train.metric not in metrics:
+        raise TrainError(
+            f"train.metric {train.metric} does not exist for data.objective {data.objective}: "
+            f"choose {' or '.join(metrics)}"
+        )
+    if data.objective == "regression" and train.label_smoothing:
+        raise TrainError(
+            f"train.label_smoothing = {train.label_smoothing} means nothing for a regression: "
+            "set it to 0"
+        )
+
+
+def _tokenizer_of_source(init_from: str, data: DataConfig, console: Console) -> Tokenizer:
+    tokenizer = open_source(init_from, console).tokenizer
+    path = data.tokenizer.path
+    if path is not None and Tokenizer.load(path).fingerprint != tokenizer.fingerprint:
+        raise TrainError(
+            f"data.tokenizer.path {path} is another tokenizer than that of {init_from}: "
+            "leave it out, parameters and vocabulary belong together"
+        )
+    return tokenizer
+
+
+def _sized(model: ModelConfig, data: DataConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The model with the numbers that it takes from the tokenizer and the data."""
+    if model.vocab_size is None:
+        model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+    elif model.vocab_size < tokenizer.vocab_size:
+        raise TrainError(
+            f"model.vocab_size = {model.vocab_size} is less than the {tokenizer.vocab_size} "
+            "entries of the tokenizer: raise it, or leave it out"
+        )
+    if model.head.kind != "classifier":
+        return model
+    outputs = len(data.classes) if data.objective == "classification" else 1
+    if model.head.outputs not in (None, outputs):
+        raise TrainError(
+            f"model.head.outputs = {model.head.outputs}, but the data needs {outputs}: leave it out"
+        )
+    head = dataclasses.replace(model.head, outputs=outputs)
+    return dataclasses.replace(model, head=head)

@@ -1,0 +1,72 @@
+"""Token ids as people read them, in characters that the fonts at hand can draw."""
+
+import json
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from data.tokenizer import Tokenizer
+from data.vocabulary import BYTES
+
+VISIBLE = {" ": "␣", "\n": "↵", "\t": "⇥"}
+PLAIN = "DejaVu Sans"  # comes with matplotlib
+
+
+def pieces(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> list[str]:
+    """The text of each token: spaces visible, special tokens by name, a part of a character as hex.
+
+    Pieces of words keep the marks of their tokenizer, ## or @@. An id beyond the vocabulary, of a
+    model that has more outputs, is #id.
+    """
+    inner = tokenizer._tokenizer
+    decoder = json.dumps(json.loads(inner.to_str())["decoder"])
+
+    def piece(i: int) -> str:
+        name = inner.id_to_token(i)
+        if name is None:
+            return f"#{i}"
+        if tokenizer.is_special[i]:
+            return name
+        if '"ByteLevel"' in decoder:
+            raw = [bytes([BYTES[c]]) if c in BYTES else c.encode() for c in name]
+            name = b"".join(raw).decode("utf-8", "backslashreplace")
+        elif byte := re.fullmatch("<0x([0-9A-F]{2})>", name):  # SentencePiece's name of a byte
+            name = bytes.fromhex(byte[1]).decode("utf-8", "backslashreplace")
+        elif "▁" in decoder:  # SentencePiece's space
+            name = name.replace("▁", " ")
+        return "".join(VISIBLE.get(c, c) if c == " " or c.isprintable() else _code(c) for c in name)
+
+    return [piece(int(i)) for i in ids]
+
+
+def drawable(labels: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """The labels, the font families to draw them with, and what there is to say about them.
+
+    Characters that no installed font has are written as code points, and that is said.
+    """
+    from matplotlib import font_manager
+
+    families, missing = [], {c for label in labels for c in label if not c.isspace()}
+    fonts = [font for font in font_manager.fontManager.ttflist if font.style == "normal"]
+    # Fonts of last resort have a box for everything.
+    fonts = [font for font in fonts if "Last Resort" not in font.name and font.weight == 400]
+    for font in sorted(fonts, key=lambda font: (font.name != PLAIN, font.name, font.fname)):
+        if families and not missing:
+            break
+        known = font_manager.get_font(font.fname).get_charmap()
+        found = {c for c in missing if ord(c) in known}
+        if found or not families:
+            families.append(font.name)
+            missing -= found
+    if not missing:
+        return list(labels), families, []
+    written = ["".join(_code(c) if c in missing else c for c in label) for label in labels]
+    listed = " ".join(sorted(missing)[:12]) + (" ..." if len(missing) > 12 else "")
+    note = f"no installed font has {listed}: written as code points; install one for this script"
+    return written, families, [note]
+
+
+def _code(character: str) -> str:
+    """U+4E2D, and the names of the most frequent control characters."""
+    return VISIBLE.get(character) or f"[{ord(character):04X}]"

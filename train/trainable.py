@@ -1,0 +1,93 @@
+"""Which parameters train, and how fast: freezing, low-rank adaptation, rates by layer and head."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from model.config import ModelConfig
+from train.config import OptimizerConfig, TrainError
+
+STACKED = "blocks"  # below this name, arrays lead with the layers
+
+
+def named(params: Any) -> list[tuple[str, Any]]:
+    """(dotted name, leaf) of every parameter, in the order of the tree's leaves."""
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ]
+
+
+def layer_names(name: str, shape: tuple[int, ...]) -> list[str]:
+    """The name of each layer's part of a stacked array, `encoder.blocks.3. ...`; else the name."""
+    stack, found, rest = name.partition(f".{STACKED}.")
+    if not found:
+        return [name]
+    return [f"{stack}{found}{layer}.{rest}" for layer in range(shape[0])]
+
+
+def rate_factors(params: Any, model: ModelConfig, config: OptimizerConfig) -> Any:
+    """Factor of the learning rate, float or [L, 1, ...], for each parameter; 0: it is frozen.
+
+    Raises TrainError for a pattern of `config.freeze` that fits nothing, and when nothing is left.
+    """
+    unused = set(config.freeze)
+    factors = []
+    for name, leaf in named(params):
+        names = layer_names(name, leaf.shape)
+        values = [
+            _factor(part, len(names), layer, model, config) for layer, part in enumerate(names)
+        ]
+        for layer, part in enumerate(names):
+            fitting = [pattern for pattern in config.freeze if re.search(pattern, part)]
+            unused.difference_update(fitting)
+            if fitting:
+                values[layer] = 0.0
+        same = len(set(values)) == 1
+        shape = (-1, *[1] * (len(leaf.shape) - 1))
+        factors.append(values[0] if same else np.array(values, np.float32).reshape(shape))
+    _require_fit("optimizer.freeze", unused, params)
+    if not any(np.any(factor) for factor in factors):
+        raise TrainError("optimizer.freeze leaves nothing to train: freeze less")
+    return jax.tree.unflatten(jax.tree.structure(params), factors)
+
+
+def _factor(  # as arXiv:2106.08254 §3.1 counts layers: the top block is one below the head
+    name: str, layers: int, layer: int, model: ModelConfig, config: OptimizerConfig
+) -> float:
+    if name.startswith("head."):
+        return config.head_lr
+    if model.lora.rank and "lora_" not in name:
+        return 0.0
+    if f".{STACKED}." in name:
+        return config.layer_decay ** (layers - layer)
+    is_last_norm = re.fullmatch(r"(encoder|decoder)\.norm\.\w+", name)
+    return 1.0 if is_last_norm else config.layer_decay ** (model.layers + 1)
+
+
+def split(params: Any, factors: Any) -> tuple[Any, Any]:
+    """(trainable, frozen): two trees that have None where the other has the parameter."""
+    trains = jax.tree.map(lambda factor: bool(np.any(factor)), factors)
+    return (
+        jax.tree.map(lambda p, t: p if t else None, params, trains),
+        jax.tree.map(lambda p, t: None if t else p, params, trains),
+    )
+
+
+def join(trainable: Any, frozen: Any) -> Any:
+    """The inverse of `split`."""
+    return jax.tree.map(
+        lambda t, f: f if t is None else t, trainable, frozen, is_leaf=lambda x: x is None
+    )
+
+
+def _require_fit(field: str, unused: set[str], params: Any) -> None:
+    if unused:
+        names: Sequence[str] = [name for name, _ in named(params)]
+        raise TrainError(
+            f"{field} has {sorted(unused)[0]!r}, which fits no parameter: names are "
+            f"{', '.join(names[:3])}, ... (heedful inspect lists them)"
+        )
