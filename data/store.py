@@ -86,9 +86,9 @@ def fingerprint(examples: Sequence[Example]) -> str:
         return hashlib.sha256(identity.encode()).hexdigest()
     digest = hashlib.sha256()
     for example in examples:
-        for text in (str(len(example)), *example.values()):
+        for field, text in example.items():
             encoded = text.encode()
-            digest.update(f"{len(encoded)} ".encode() + encoded)
+            digest.update(f"{field} {len(encoded)} ".encode() + encoded)
     return digest.hexdigest()
 
 

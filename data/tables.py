@@ -132,7 +132,9 @@ class Table(Sequence[Example]):
             elif not isinstance(value, str):
                 raise self._error(line, f"has {json.dumps(value)} as {column!r}: give a text")
             if _HALF.search(value):
-                raise self._error(line, f"has half a character (\\ud800-\\udfff) in {column!r}")
+                raise self._error(
+                    line, f"has half a character (\\ud800-\\udfff) in {column!r}: repair it"
+                )
             example[field] = value
         return example
 

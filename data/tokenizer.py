@@ -151,6 +151,10 @@ class Tokenizer:
         assert self.bos is not None and self.eos is not None
         return self.bos, self.eos
 
+    def name(self, token: int) -> str:
+        """How the vocabulary spells a token."""
+        return self._tokenizer.id_to_token(token)
+
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self._json, "utf-8")
 

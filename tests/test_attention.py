@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
 from model import masks
 from model.attention import ATTENTION, choose
-from model.attention.dense import dense
+from model.attention.dense import attention_weights, dense
 from model.dropout import dropout, keep
+from model.positions import PositionBias
 
 B, T, S, N, K, H = 2, 5, 7, 6, 3, 11
 
@@ -28,15 +30,22 @@ MASKS = {
 }
 
 
-def naive(q, k, v, allowed, bias) -> np.ndarray:
+@struct.dataclass
+class Given(PositionBias):
+    """A bias of any values [b, N, T, S], of which tiles are cut out."""
+
+    def tile(self, q_index, kv_index):
+        return self.values[:, :, q_index][..., kv_index]
+
+
+def naive(q, k, v, allowed, bias, scale: float | None = None) -> np.ndarray:
     """One query, one head, one key at a time."""
-    out = np.zeros(q.shape)
+    scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
+    out = np.zeros((*q.shape[:3], v.shape[3]))
     for b, t, n in np.ndindex(*q.shape[:3]):
         head = n // (q.shape[2] // k.shape[2])
         seen = [s for s in range(k.shape[1]) if allowed[b, t, s]]
-        scores = [
-            sum(q[b, t, n] * k[b, s, head]) / math.sqrt(q.shape[3]) + bias[b, n, t, s] for s in seen
-        ]
+        scores = [scale * sum(q[b, t, n] * k[b, s, head]) + bias[b, n, t, s] for s in seen]
         total = sum(math.exp(score) for score in scores)
         for s, score in zip(seen, scores, strict=True):
             out[b, t, n] += math.exp(score) / total * v[b, s, head]
@@ -56,11 +65,13 @@ def as_array(mask: masks.AttentionMask) -> np.ndarray:
 @pytest.mark.parametrize("name", MASKS)
 def test_values_and_gradients(name: str):
     mask, allowed = MASKS[name], as_array(MASKS[name])
+    scale = {"causal": 1.0, "prefix and window": 0.7}.get(name)
     arrays = inputs()
     out, pull = jax.vjp(
-        lambda q, k, v, bias: dense(q, k, v, mask, bias=bias), *map(jnp.float32, arrays)
+        lambda q, k, v, bias: dense(q, k, v, mask, bias=Given(bias), scale=scale),
+        *map(jnp.float32, arrays),
     )
-    np.testing.assert_allclose(out, naive(*arrays[:3], allowed, arrays[3]), atol=2e-6)
+    np.testing.assert_allclose(out, naive(*arrays[:3], allowed, arrays[3], scale), atol=4e-6)
 
     # Gradients of <g, out> along random directions, by central differences in float64.
     g = np.random.default_rng(1).normal(size=out.shape)
@@ -71,9 +82,21 @@ def test_values_and_gradients(name: str):
         for sign in (1, -1):
             moved = list(arrays)
             moved[i] = arrays[i] + sign * 1e-5 * direction
-            ends.append(np.sum(g * naive(*moved[:3], allowed, moved[3])))
+            ends.append(np.sum(g * naive(*moved[:3], allowed, moved[3], scale)))
         expected = (ends[0] - ends[1]) / 2e-5
         np.testing.assert_allclose(np.sum(gradient * direction), expected, atol=1e-4)
+
+
+def test_weights_are_what_the_values_are_mixed_with():
+    q, k, _, bias = inputs()
+    mask = MASKS["segments with empty rows"]
+    given = Given(jnp.float32(bias[:1]))  # one for all rows
+    weights = attention_weights(jnp.float32(q), jnp.float32(k), mask, bias=given, scale=0.3)
+    assert weights.shape == (B, K, N // K, T, S)
+    # Values that each name one key: what they are mixed to are the weights.
+    names = np.broadcast_to(np.eye(S)[:, None], (B, S, K, S))
+    mixed = naive(q, k, names, as_array(mask), bias[:1].repeat(B, 0), 0.3)
+    np.testing.assert_allclose(weights.reshape(B, N, T, S), np.swapaxes(mixed, 1, 2), atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -104,15 +127,15 @@ def test_a_masked_key_cannot_be_learned_around():
     q, k, v, bias = map(jnp.float32, inputs())
     mask = masks.causal() & masks.cross(jnp.ones((B, T), jnp.int32), SEGMENTS[1])
     allowed = as_array(mask)
-    out = dense(q, k, v, mask, bias=bias)
+    out = dense(q, k, v, mask, bias=Given(bias))
     tempting = jnp.where(allowed[:, None], bias, 1e30)
-    np.testing.assert_array_equal(dense(q, k, v, mask, bias=tempting), out)
+    np.testing.assert_array_equal(dense(q, k, v, mask, bias=Given(tempting)), out)
     unseen = jnp.array(~allowed.any(1))[:, :, None, None]
     k, v = jnp.where(unseen, 1e15 * k, k), jnp.where(unseen, 1e15, v)
-    np.testing.assert_array_equal(dense(q, k, v, mask, bias=bias), out)
+    np.testing.assert_array_equal(dense(q, k, v, mask, bias=Given(bias)), out)
     # Neither by a penalty on everything that is allowed.
     sunk = jnp.where(allowed[:, None], bias - 1e6, 0)
-    np.testing.assert_allclose(dense(q, k, v, mask, bias=sunk), out, atol=0.3)
+    np.testing.assert_allclose(dense(q, k, v, mask, bias=Given(sunk)), out, atol=0.3)
 
 
 @pytest.mark.parametrize("name", ["full", "causal"])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import TOKENS, WIDTH, B, T, V, init, random_params, tiny
+from tiny import TOKENS, WIDTH, B, T, V, init, tiny
 
 from model.heads import Classifier, pool
 from model.layers import Embedding
@@ -53,9 +53,8 @@ def test_a_mean_of_bfloat16_is_summed_up_in_float32():
 )
 def test_scores_of_classes(outputs: int, pooler: bool, pooling: str):
     config = classifier(outputs=outputs, head_pooler=pooler, head_pooling=pooling, head_dropout=0.5)
-    module = Classifier(config)
+    module, params = Classifier(config), init(config)[1]["head"]
     arrays = jnp.float32(X), Embedding(config), jnp.array(SEGMENTS)
-    params = random_params(module, *arrays)
     assert params.keys() == ({"pooler", "classes"} if pooler else {"classes"})
     expected = POOLED[pooling]
     for name in ("pooler", "classes") if pooler else ("classes",):

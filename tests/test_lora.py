@@ -34,9 +34,9 @@ def test_an_update_equals_a_changed_matrix():
         update = np.stack([np.tensordot(a[i], b[i], 1) for i in range(LAYERS)])
         assert update.shape == linear["kernel"].shape, name
         linear["kernel"] += jnp.float32(ALPHA / RANK * update)
-    plain = build(tiny("decoder_only", **GATED))
-    expected = jax.jit(plain.apply)({"params": merged}, TOKENS)
-    logits = jax.jit(model.apply)({"params": params}, TOKENS)
+    adapt = jax.jit(model.apply)
+    run = jax.jit(build(tiny("decoder_only", **GATED)).apply)
+    logits, expected = adapt({"params": params}, TOKENS), run({"params": merged}, TOKENS)
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
     # As it starts, b being 0, it changes nothing.
@@ -45,8 +45,7 @@ def test_an_update_equals_a_changed_matrix():
     before = copy.deepcopy(params)
     for linear in linears(before).values():
         del linear["lora_a"], linear["lora_b"]
-    expected = jax.jit(plain.apply)({"params": before}, TOKENS)
-    logits = jax.jit(model.apply)({"params": params}, TOKENS)
+    logits, expected = adapt({"params": params}, TOKENS), run({"params": before}, TOKENS)
     np.testing.assert_allclose(logits, expected, rtol=1e-6, atol=1e-6)
 
 

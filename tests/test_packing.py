@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig, DataError
-from data.packing import BatchPlan, choose_buckets
+from data.packing import BatchPlan, PackedPlan, Pieces, choose_buckets, pack
 
 
 def random_lengths(seed, n, longest):
@@ -94,6 +94,16 @@ def test_evaluation_order_is_fixed_and_by_bucket():
     assert orders(plan, 0) == orders(BatchPlan(lengths, config, 13, shuffle=False), 0)
 
 
+def test_the_plan_in_order_is_the_plan_for_evaluation():
+    lengths, config = random_lengths(1, 101, 37), DataConfig(batch_tokens=307, batch_multiple=1)
+    plan = BatchPlan(lengths, config, 11)
+    first = orders(plan, 0)
+    in_order = plan.in_order()
+    assert orders(in_order, 0) == orders(BatchPlan(lengths, config, 11, shuffle=False), 0)
+    assert orders(in_order, 1) == orders(in_order, 0)
+    assert orders(plan, 0) == first != orders(in_order, 0)
+
+
 def test_batch_tokens_too_small_names_fields_and_fix():
     config = DataConfig(batch_tokens=255, batch_multiple=8, max_length=32)
     with pytest.raises(DataError, match=r"batch_tokens 255 .*batch_multiple 8 .*256 or more"):
@@ -109,3 +119,120 @@ def test_a_million_examples_are_planned_in_seconds():
     plan.rows(0)
     plan.rows(plan.batches_per_epoch)
     assert time.perf_counter() - start < 10
+
+
+# Packed rows -------------------------------------------------------------------------------------
+
+SIZES = [0, 3, 17, 1, 0, 0, 5, 41, 2, 0]  # Positions of documents; some are empty.
+
+
+def packed(sizes=SIZES, seed=7, shuffle=True, **changes):
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    how = {"max_length": 11, "batch_tokens": 37, "batch_multiple": 1} | changes
+    return PackedPlan(starts, DataConfig(**how), seed, shuffle=shuffle)
+
+
+def all_rows(plan, epoch):
+    """The row numbers of an epoch in their order."""
+    n = plan.batches_per_epoch
+    batches = [plan.rows(epoch * n + i) for i in range(n)]
+    assert {(length, rows) for length, rows, _ in batches} == {plan.shapes[0][::-1]}
+    return np.concatenate([numbers for *_, numbers in batches]).tolist()
+
+
+def positions_of(plan, epoch, row):
+    spans = plan.spans(epoch, row)
+    assert all(start < stop for _, start, stop in spans)
+    return [(d, i) for d, start, stop in spans for i in range(start, stop)]
+
+
+def joined(lists):
+    return list(itertools.chain.from_iterable(lists))
+
+
+EVERY = [(d, i) for d, size in enumerate(SIZES) for i in range(size)]
+
+
+def test_every_position_exactly_once_per_epoch():
+    plan = packed()
+    shifts = set()
+    for epoch in range(29):
+        rows = all_rows(plan, epoch)
+        assert sorted(rows) == list(range(7))
+        held = [positions_of(plan, epoch, row) for row in range(7)]
+        assert sorted(joined(held)) == EVERY
+        assert list(map(len, held)) == [11] * 6 + [len(EVERY) - 66]
+        # The same stream, from another place on.
+        first = EVERY.index(held[0][0])
+        assert joined(held) == EVERY[first:] + EVERY[:first]
+        shifts.add(first)
+    assert len(shifts) > 17
+
+
+def test_evaluation_of_the_stream_is_in_order():
+    for plan in (packed(shuffle=False), packed().in_order()):
+        for epoch in (0, 1):
+            assert all_rows(plan, epoch) == list(range(7))
+            assert joined(positions_of(plan, epoch, row) for row in range(7)) == EVERY
+
+
+def test_order_of_packed_rows_depends_on_seed_and_epoch_alone():
+    def epochs(plan, *which):
+        return {e: (all_rows(plan, e), [plan.spans(e, r) for r in range(7)]) for e in which}
+
+    plan = packed()
+    found = epochs(plan, 0, 1, 2)
+    assert epochs(packed(), 2, 0, 1) == found
+    assert found[0] != found[1] != found[2]
+    assert epochs(packed(seed=11), 0) != {0: found[0]}
+    assert any(rows != sorted(rows) for rows, _ in found.values())
+
+
+def test_batches_of_packed_rows():
+    plan = packed()
+    assert plan.shapes == [(3, 11)]
+    assert plan.batches_per_epoch == 3
+    assert [len(plan.rows(i)[2]) for i in range(3)] == [3, 3, 1]
+    assert plan.padding_share == pytest.approx(1 - 69 / (3 * 3 * 11))
+    with pytest.raises(DataError, match=r"batch_tokens 7 .* 11 tokens"):
+        packed(batch_tokens=7)
+
+
+@pytest.mark.parametrize("sizes", [[3], [0, 2, 1, 0], [11], [22, 0], [12]])
+def test_short_streams(sizes):
+    plan = packed(sizes)
+    every = [(d, i) for d, size in enumerate(sizes) for i in range(size)]
+    for epoch in range(5):
+        rows = sorted(all_rows(plan, epoch))
+        assert sorted(joined(positions_of(plan, epoch, row) for row in rows)) == every
+
+
+@pytest.mark.parametrize("longest", [1, 3, 17, 50])
+def test_pieces_are_the_documents(longest):
+    pieces = Pieces(np.concatenate([[0], np.cumsum(SIZES)]), longest)
+    lengths = pieces.lengths()
+    spans = [pieces[u] for u in range(len(lengths))]
+    assert [(d, i) for d, start, stop in spans for i in range(start, stop)] == EVERY
+    assert [stop - start for _, start, stop in spans] == lengths.tolist()
+    assert lengths.max() <= longest
+    for (document, _, stop), (after, start, _) in itertools.pairwise(spans):
+        assert start == (stop if document == after else 0)
+        assert document == after or stop == SIZES[document]
+
+
+def test_pack_numbers_the_rows():
+    rows = [{"inputs": np.full(n, n), "segment_ids": np.ones(n, np.int32)} for n in (3, 1, 2)]
+    packed = pack(rows)
+    assert packed["inputs"].tolist() == [3, 3, 3, 1, 2, 2]
+    assert packed["segment_ids"].tolist() == [1, 1, 1, 2, 3, 3]
+    assert packed["segment_ids"].dtype == np.int32
+
+
+def test_millions_of_documents_are_packed_in_seconds():
+    starts = np.concatenate([[0], np.cumsum(np.random.default_rng(0).geometric(0.03, 3_000_000))])
+    start = time.perf_counter()
+    plan = PackedPlan(starts, DataConfig(max_length=128, batch_tokens=65_536), 0)
+    for epoch in (0, 1):
+        _, _, rows = plan.rows(epoch * plan.batches_per_epoch)
+        assert sum(stop - start for row in rows for _, start, stop in plan.spans(epoch, row)) > 65e3
+    assert time.perf_counter() - start < 5

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import pipeline
-from data.batch import FIELDS, check
-from data.config import DataConfig, DataError, TokenizerConfig
-from data.pipeline import Dataset, TokenStore, tokenizer_texts
-from data.tokenizer import BOS, Tokenizer
+from data import sources
+from data.batch import check
+from data.config import TEXT_OBJECTIVES, DataConfig, DataError, TokenizerConfig
+from data.pipeline import Dataset, classes, tokenizer_texts
+from data.tokenizer import BOS, EOS, Tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
 N = 211
@@ -52,7 +52,7 @@ def config(folder):
 
 @pytest.fixture(scope="module")
 def tokenizer(config):
-    return Tokenizer.train(tokenizer_texts(config), config.tokenizer)
+    return Tokenizer.prepare(tokenizer_texts(config), config.tokenizer, config.objective)
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +126,6 @@ def test_evaluation_holds_every_example_exactly_once(dataset, tokenizer, folder)
 
 def test_batches_keep_the_contract(dataset):
     for batch in dataset.eval_batches():
-        assert batch.keys() == FIELDS.keys()
         check(batch)
         assert batch["inputs"].shape in dataset.train_plan.shapes
 
@@ -198,43 +197,6 @@ def test_worker_processes_give_the_same_batches(config, tokenizer, dataset):
     same(take(alone, 1), [dataset.batch(dataset.train_plan, 0, 1, n + 2)])
 
 
-def test_tokens_are_stored_once(config, tokenizer, monkeypatch):
-    examples = [{"source": "en3 5", "target": "de3"}, {"source": "", "target": "de5 7 11"}]
-    key = pipeline.fingerprint(examples)
-    store = TokenStore.build(examples, tokenizer, key)
-    assert [len(store[1][side]) for side in ("source", "target")] == [0, 3]
-    assert store.lengths()["source"].tolist() == [2, 0]
-    assert store.blank.tolist() == [False, True]
-
-    def fail(*_):
-        raise AssertionError("tokenised again")
-
-    monkeypatch.setattr(pipeline, "_write_tokens", fail)
-    again = TokenStore.build(examples, tokenizer, key)
-    np.testing.assert_array_equal(again[0]["source"], store[0]["source"])
-    with pytest.raises(AssertionError):
-        TokenStore.build(examples, tokenizer, pipeline.fingerprint(examples[:1]))
-
-
-def test_tokens_are_written_chunk_by_chunk(tokenizer, monkeypatch):
-    examples = [{"source": f"en{i} {i}", "target": f"de{i}"} for i in range(23, 34)]
-    monkeypatch.setattr(pipeline, "CHUNK", 3)
-    store = TokenStore.build(examples, tokenizer, "chunks of three")
-    for i, example in enumerate(examples):
-        assert tokenizer.decode(store[i]["source"]) == example["source"]
-        assert tokenizer.decode(store[i]["target"]) == example["target"]
-
-
-def test_fingerprint_sees_text_order_and_border():
-    def of(*pairs):
-        return pipeline.fingerprint([{"source": s, "target": t} for s, t in pairs])
-
-    different = [of(("a", "b")), of(("b", "a")), of(("ab", "")), of(("a", "b"), ("", ""))]
-    different += [of(("a", "b"), ("c", "d")), of(("c", "d"), ("a", "b"))]
-    assert len(set(different)) == len(different)
-    assert of(("a", "b")) == of(("a", "b"))
-
-
 def test_nothing_left_says_why(config, tokenizer, tmp_path):
     with pytest.raises(DataError, match=r"2 are blank and 20\d have more than .*max_length 2 "):
         Dataset.prepare(replace(config, max_length=2), tokenizer, "train")
@@ -244,9 +206,267 @@ def test_nothing_left_says_why(config, tokenizer, tmp_path):
         Dataset.prepare(replace(config, train=paths), tokenizer, "train")
 
 
-def test_unknown_objective(config, tokenizer):
-    with pytest.raises(DataError, match=r"data.objective is 'x': give one of translation"):
-        Dataset.prepare(replace(config, objective="x"), tokenizer, "train")
+# Running text ------------------------------------------------------------------------------------
+
+DOCUMENTS = ["abcd " * n for n in (1, 7, 0, 3)] + ["\n \n", "éa", "bad cab. " * 23, "d"]
+
+
+@pytest.fixture
+def prepare(monkeypatch):
+    """prepare(objective, examples, **config) -> Dataset, of whatever split."""
+
+    def prepare(objective, examples=None, split="train", seed=3, **changes):
+        if examples is None:
+            examples = [{"text": text} for text in DOCUMENTS]
+        fields = tuple(field for field in examples[0] if field != "label")
+        monkeypatch.setattr(sources, "load", lambda config, split: examples)
+        monkeypatch.setattr(sources, "fields", lambda config: fields)
+        how = {"max_length": 17, "batch_tokens": 103, "batch_multiple": 6, "buckets": 3} | changes
+        kind = TokenizerConfig(kind="chars", vocab_size=211)
+        config = DataConfig(source="tfds:x", objective=objective, tokenizer=kind, **how)
+        tokenizer = Tokenizer.prepare(tokenizer_texts(config), kind, objective)
+        return Dataset.prepare(config, tokenizer, split, seed=seed)
+
+    return prepare
+
+
+def segments(batches, *names):
+    """The arrays of every segment of every row, padding left out, as tuples of lists."""
+    for batch in batches:
+        for row, ids in enumerate(batch["segment_ids"]):
+            for number in range(1, ids.max() + 1):
+                yield tuple(batch[name][row][ids == number].tolist() for name in names)
+
+
+def spelled(tokenizer, texts=DOCUMENTS):
+    """The tokens of every document that is not blank, begin and end included."""
+    rows = tokenizer.encode_batch([text for text in texts if text.strip()])
+    return [[BOS, *row.tolist(), EOS] for row in rows]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_an_evaluation_predicts_every_token_exactly_once(prepare, packing):
+    dataset = prepare("causal_lm", packing=packing)
+    expected = [token for document in spelled(dataset.tokenizer) for token in document[1:]]
+    found = list(segments(dataset.eval_batches(), "targets", "weights", "inputs", "positions"))
+    targets = [token for segment in found for token in segment[0]]
+    if packing:
+        assert targets == expected  # In order, too.
+    assert sorted(targets) == sorted(expected)
+    assert dataset.target_count == len(expected) == sum(sum(weights) for _, weights, *_ in found)
+    for target, _, inputs, positions in found:
+        assert inputs[1:] == target[:-1]
+        assert positions == list(range(len(inputs)))
+    same(list(dataset.eval_batches()), list(dataset.eval_batches()))
+
+
+@pytest.mark.parametrize("objective", TEXT_OBJECTIVES)
+@pytest.mark.parametrize("packing", [True, False])
+def test_documents_can_be_put_together_again(prepare, objective, packing):
+    dataset = prepare(objective, packing=packing)
+    found = []
+    for _ in range(2):
+        for batch in take(dataset.train_iterator(), dataset.batches_per_epoch):
+            check(batch)
+            assert batch["inputs"].shape in dataset.train_plan.shapes
+    for batch in dataset.eval_batches():
+        for row in range(len(batch["inputs"])):
+            found += pieces_of(objective, {k: v[row] for k, v in batch.items()}, dataset)
+    documents = spelled(dataset.tokenizer)
+    if objective == "span_corruption":
+        documents = [document[1:-1] for document in documents]
+    overlap = objective in ("causal_lm", "prefix_lm")
+    for document in sorted(documents, key=len, reverse=True):
+        while document:
+            # The pieces of a document begin in it, one after the other.
+            piece = max((p for p in found if document[: len(p)] == p), key=len)
+            found.remove(piece)
+            document = document[len(piece) - overlap :] if len(piece) < len(document) else []
+    assert not found
+
+
+def pieces_of(objective, row, dataset):
+    """The tokens of the document pieces in a row."""
+    pieces = []
+    for number in range(1, row["segment_ids"].max() + 1):
+        here = row["segment_ids"] == number
+        inputs, targets = row["inputs"][here].tolist(), row["targets"][here].tolist()
+        if objective == "masked_lm":
+            pieces.append(targets)
+        elif objective == "span_corruption":
+            source = row["encoder_inputs"][row["encoder_segment_ids"] > 0].tolist()[:-1]
+            spans = iter(np.split(targets[:-1], np.flatnonzero(np.isin(targets, SENTINELS)))[1:])
+            parts = [next(spans)[1:] if t in SENTINELS else [t] for t in source]
+            pieces.append([int(token) for part in parts for token in part])
+        else:
+            pieces.append([inputs[0], *targets])
+    return pieces
+
+
+SENTINELS = range(4, 104)
+
+
+def test_packed_rows_are_full(prepare):
+    dataset = prepare("causal_lm")
+    for _ in range(3):
+        batches = take(dataset.train_iterator(), dataset.batches_per_epoch)
+        rows = np.concatenate([batch["segment_ids"] for batch in batches])
+        rows = rows[rows.any(1)]
+        assert sorted((rows == 0).sum(1))[:-1] == [0] * (len(rows) - 1)
+        assert rows.max() > 2
+        places = len(batches) * 6 * 17
+        assert dataset.train_plan.padding_share == pytest.approx(1 - (rows > 0).sum() / places)
+
+
+def test_masks_are_new_in_every_epoch_and_fixed_in_evaluation(prepare):
+    for packing in (True, False):
+        dataset = prepare("masked_lm", packing=packing, noise=0.3)
+        iterator = dataset.train_iterator()
+        epochs = [take(iterator, dataset.batches_per_epoch) for _ in range(2)]
+        masks = [sorted(segments(epoch, "targets", "weights")) for epoch in epochs]
+        assert masks[0] != masks[1]
+        if not packing:
+            assert [t for t, _ in masks[0]] == [t for t, _ in masks[1]]
+        same(list(dataset.eval_batches()), list(dataset.eval_batches()))
+        for _, weights in segments(dataset.eval_batches(), "targets", "weights"):
+            assert sum(weights) > 0
+
+
+def test_a_row_does_not_depend_on_its_batch(prepare):
+    small, large = (prepare("masked_lm", packing=False, batch_tokens=n) for n in (103, 409))
+    rows = [
+        sorted(segments(d.eval_batches(), "inputs", "targets", "weights")) for d in (small, large)
+    ]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("objective", ["masked_lm", "span_corruption"])
+def test_text_does_not_depend_on_processes(prepare, objective):
+    dataset = prepare(objective)
+    n = dataset.batches_per_epoch + 2
+    expected = take(dataset.train_iterator(), n)
+    parts = [take(dataset.train_iterator(process, 3), n) for process in range(3)]
+    joined = [
+        {name: np.concatenate([part[name] for part in step]) for name in step[0]}
+        for step in zip(*parts, strict=True)
+    ]
+    same(joined, expected)
+    resumed = dataset.train_iterator()
+    resumed.set_state({"next_batch": n - 1})
+    same(take(resumed, 1), expected[-1:])
+
+
+def test_text_does_not_depend_on_workers(prepare):
+    n = 5
+    iterator = prepare("masked_lm", workers=1, whole_words=True).train_iterator()
+    same(take(iterator, n), take(prepare("masked_lm", whole_words=True).train_iterator(), n))
+    iterator.close()
+
+
+def test_report_of_documents(prepare):
+    for packing in (True, False):
+        dataset = prepare("causal_lm", packing=packing)
+        kept = [text for text in DOCUMENTS if text.strip()]
+        assert dataset.characters == sum(map(len, kept))
+        assert dataset.bytes == dataset.characters + 1
+        tokens = dataset.characters + len(kept)
+        text = "\n".join(dataset.report)
+        expected = f"6 documents, {tokens:,} tokens, {dataset.characters:,} characters"
+        assert f"train: {expected}" in text
+        assert "train: 2 documents left out, blank\n" in text
+        assert ("packed" in text) == packing
+    with pytest.raises(DataError, match="all 2 documents of split 'valid' are blank"):
+        prepare("masked_lm", [{"text": ""}, {"text": " \n"}], "valid")
+
+
+def test_tokenizer_that_does_not_fit_the_objective(config, tokenizer):
+    with pytest.raises(DataError, match=r"the tokenizer lacks a mask.*masked_lm needs"):
+        Dataset.prepare(replace(config, objective="masked_lm"), tokenizer, "train")
+
+
+def test_long_texts_come_to_the_tokenizer_in_parts(prepare, monkeypatch):
+    monkeypatch.setattr("data.tokenizer.PART", 29)
+    dataset = prepare("causal_lm")
+    parts = list(tokenizer_texts(dataset.config))
+    assert "".join(parts) == "".join(DOCUMENTS)
+    assert max(map(len, parts)) < 29 + 10
+    texts = tokenizer_texts(dataset.config)
+    assert list(texts) == list(texts)
+
+
+# Labels ------------------------------------------------------------------------------------------
+
+REVIEWS = [
+    {"text": "a fine cast", "label": "good"},
+    {"text": "", "label": "bad"},
+    {"text": "dull", "label": "bad"},
+    {"text": "fine", "label": "good"},
+    {"text": "long " * 9, "label": "bad"},
+    {"text": "not as bad as the other", "label": "good"},
+    {"text": "sad", "label": "so so"},
+]
+PAIRS = [
+    {"text": "a cat", "pair": "cats", "label": "4.5"},
+    {"text": "a cat", "pair": "", "label": "1"},
+    {"text": "a hat", "pair": "no", "label": "-0.25"},
+]
+
+
+def test_classification(prepare):
+    dataset = prepare("classification", REVIEWS, max_length=29, batch_tokens=199)
+    assert dataset.classes == classes(dataset.config) == ("bad", "good", "so so")
+    assert dataset.kept.tolist() == [0, 2, 3, 5, 6]
+    found = []
+    for batch in dataset.eval_batches():
+        check(batch)
+        for inputs, target, weight in zip(
+            *(batch[n] for n in ("inputs", "targets", "weights")), strict=True
+        ):
+            assert weight == (inputs[0] == BOS)
+            if weight:
+                found.append((dataset.tokenizer.decode(inputs), dataset.classes[target]))
+    expected = [(e["text"], e["label"]) for i, e in enumerate(REVIEWS) if i not in (1, 4)]
+    assert sorted(found) == sorted(expected)
+    assert dataset.target_count == 5
+    text = "\n".join(dataset.report)
+    assert "1 examples left out, longer than 29" in text
+    assert "1 examples left out, blank" in text
+    assert "3 classes, the largest 'good' with 60.0%" in text
+    assert dataset.characters == sum(len(text) for text, _ in expected)
+
+
+def test_regression_of_pairs(prepare):
+    dataset = prepare("regression", PAIRS)
+    (batch,) = dataset.eval_batches()
+    check(batch)
+    assert batch["targets"].tolist() == [4.5, -0.25, 0, 0, 0, 0]
+    assert batch["targets"].dtype == np.float32
+    assert batch["type_ids"].sum(1).tolist() == [5, 3, 0, 0, 0, 0]
+    assert dataset.classes == ()
+    alone = list(dataset.eval_batches(2, 3))  # Its rows are all padding.
+    assert [b["weights"].tolist() for b in alone] == [[0, 0]]
+    assert alone[0]["inputs"].shape == (2, batch["inputs"].shape[1])
+
+
+def test_order_of_classes(prepare):
+    dataset = prepare("classification", REVIEWS, classes=("so so", "good", "bad"))
+    assert dataset.classes == ("so so", "good", "bad")
+    assert dataset.labels.tolist() == [1, 2, 2, 1, 2, 1, 0]
+
+
+def test_labels_that_cannot_be(prepare):
+    with pytest.raises(
+        DataError, match=r"split 'valid' has the label 'so so'.* bad, good: .*data\.c"
+    ):
+        prepare("classification", REVIEWS, "valid", classes=("bad", "good"))
+    with pytest.raises(DataError, match=r"'good' is the only class: give data\.classes two"):
+        prepare("classification", REVIEWS[:1])
+    for label in ("many", "nan", "", "inf"):
+        with pytest.raises(DataError, match=rf"example 1 of split 'test' has the label '{label}'"):
+            prepare("regression", [PAIRS[0], {**PAIRS[0], "label": label}], "test")
+
+
+# Processes ---------------------------------------------------------------------------------------
 
 
 def run(code):
@@ -266,7 +486,7 @@ def test_exit_in_the_middle_is_clean(config):
         "from data.pipeline import Dataset, tokenizer_texts\n"
         "from data.tokenizer import Tokenizer\n"
         f"config = {config!r}\n"
-        "tokenizer = Tokenizer.train(tokenizer_texts(config), config.tokenizer)\n"
+        "tokenizer = Tokenizer.train(tokenizer_texts(config), config.tokenizer, 'translation')\n"
         "batches = Dataset.prepare(config, tokenizer, 'train').train_iterator()\n"
         "kept = next(batches)\n"
     )

@@ -67,7 +67,11 @@ def write_table(folder: Path, of=label, rows: int = 499) -> list[str]:
 
 
 def flags(
-    corpus: list[str], run_dir: Path, steps: int = 12, every: int = 4, config: str = "translate_tiny"
+    corpus: list[str],
+    run_dir: Path,
+    steps: int = 12,
+    every: int = 4,
+    config: str = "translate_tiny",
 ) -> list[str]:
     """The command line of a run of a few seconds."""
     return [

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,8 @@ from train.rows import batches
 from train.token_labels import drawable, pieces
 from train.translate import Translator
 
-if TYPE_CHECKING:  # it takes long to import, and pictures are rare
-    from matplotlib.figure import Figure
-
 LONGEST = 64  # tokens on an axis that can still be read
-CELL, FONT = 0.17, 8  # inches of a pair, points of a label
+CELL, PANEL, FONT = 0.17, 1.6, 8  # inches of a pair, least of a panel; points of a label
 SOFTWARE = "heedful"  # what a PNG says it was made with
 
 
@@ -91,7 +88,9 @@ def attention_picture(
     names = [f"head {head} of {heads}" for head in range(1, heads + 1)]
     if mean:
         weights, names = weights.mean(0, keepdims=True), [f"mean of {heads} heads"]
-    title = f"{directory.resolve().name}: {what}\n{_origin(trained.steps)}\nqueries down, keys across"
+    title = (
+        f"{directory.resolve().name}: {what}\n{_origin(trained.steps)}\nqueries down, keys across"
+    )
     figure, notes = draw(weights, allowed, queries, keys, title, names)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, format="png", metadata={"Software": SOFTWARE, "Title": title})
@@ -109,7 +108,8 @@ def model_inputs(
 ) -> dict[str, jax.Array]:
     """The arrays [1, T] that the model reads for a text, framed as in training; nothing is masked.
 
-    The target of an encoder-decoder is its own output where it is not given but needed. Raises TrainError for texts that are empty, too long for a picture, or one too many.
+    The target of an encoder-decoder is its own output where it is not given but needed. Raises
+    TrainError for texts that are empty, too long for a picture, or one too many.
     """
     model, objective, tokenizer = trained.run.model, trained.run.data.objective, trained.tokenizer
     tokens = _encode(trained, "text", text)
@@ -154,16 +154,16 @@ def _row(trained: Trained, objective: str, **example: np.ndarray) -> dict[str, n
 
 def _own_output(trained: Trained, source: np.ndarray) -> np.ndarray:
     """The tokens that the model writes for a source, as `heedful translate` does; no end."""
-    run, eos = trained.run, trained.tokenizer.eos
+    run = trained.run
     translator = Translator(
         run.model, run.train.decode, trained.tokenizer, trained.params, trained.mesh
     )
-    sources = {0: np.append(source, eos)}
+    sources = {0: np.append(source, translator.eos)}
     ((_, rows),) = batches(sources, 1, trained.mesh, translator._longest())
     with jax.set_mesh(trained.mesh):
         tokens, lengths, _ = jax.device_get(translator._run(trained.params, rows))
     tokens = tokens[0, : lengths[0]]
-    return tokens[tokens != eos]
+    return tokens[tokens != translator.eos]
 
 
 # Drawing ----------------------------------------------------------------------------------------
@@ -176,10 +176,11 @@ def draw(
     keys: Sequence[str],
     title: str,
     heads: Sequence[str],
-) -> tuple["Figure", list[str]]:
-    """A figure with a panel for each head, queries down, keys across; and what there is to say.
+) -> tuple[Any, list[str]]:
+    """A matplotlib figure with a panel for each head, and notes about what it cannot show.
 
-    One colour scale from 0 to 1 for all; hatched where the query may not look.
+    Queries go down, keys across. All share one colour scale from 0 to 1; pairs that are not allowed
+    are hatched.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -191,8 +192,8 @@ def draw(
     rows = math.ceil(len(weights) / columns)
     letter = 0.65 * FONT / 72  # inches
     left, top = (letter * max(map(len, texts)) for texts in (queries, keys))
-    width = columns * (max(CELL * len(keys), 0.9) + left + 0.3) + 1.2
-    height = rows * (max(CELL * len(queries), 0.9) + top + 0.4) + 1.2
+    width = columns * (max(CELL * len(keys), PANEL) + left + 0.3) + 1.2
+    height = rows * (max(CELL * len(queries), PANEL) + top + 0.4) + 1.2
     width = max(width, 0.1 * max(map(len, title.splitlines())))
     figure = Figure(figsize=(width, height), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False)

@@ -31,7 +31,7 @@ def attention_weights(
 ) -> dict[str, Float[Array, "_L _B _N _T _S"]]:
     """What share each query takes of each key, by attention, layer and head; nothing is dropped."""
 
-    def run(params: Any, inputs: Inputs) -> Any:
+    def run(params: Any, inputs: dict[str, Any]) -> Any:
         return build(config).apply({"params": params}, **inputs, mutable=["intermediates"])[1]
 
     stacks = jax.jit(run)(params, dict(inputs))["intermediates"]

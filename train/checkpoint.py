@@ -23,7 +23,10 @@ class Checkpoints:
     def __init__(self, directory: Path, tokenizer_fingerprint: str, keep: int | None = None):
         self.directory = directory.absolute()
         self.fingerprint = tokenizer_fingerprint
-        score: Any = lambda metrics: (metrics["score"], -metrics["step"])  # the first of equals
+
+        def score(metrics: Any) -> Any:
+            return metrics["score"], -metrics["step"]  # the first of equals
+
         options = ocp.CheckpointManagerOptions(
             best_fn=score,  # what makes orbax store the metrics; the policy decides
             best_mode="max",
@@ -81,6 +84,15 @@ class Checkpoints:
         )
         metrics = None if score is None else {"score": score, "step": step}
         self._guard(lambda: self._manager.save(step, args=items, metrics=metrics, force=True))
+
+    def save_params(self, params: Any) -> None:
+        """Begins to write parameters that nothing here has trained, as step 0."""
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            tokenizer=ocp.args.JsonSave({"fingerprint": self.fingerprint}),
+        )
+        metrics = {"score": 0.0, "step": 0}
+        self._guard(lambda: self._manager.save(0, args=items, metrics=metrics, force=True))
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises TrainError if it could not be written."""

@@ -11,6 +11,7 @@ from model.transformer import build
 from train.config import TrainError
 from train.load import Trained
 from train.sharding import to_devices
+from train.step import model_inputs
 
 SHORTEST = 16  # row lengths are 16, 32, 64, ...: one compilation each
 
@@ -75,7 +76,7 @@ class Classifier:
                 f"line {number} has {length} tokens, more than data.max_length = "
                 f"{self.config.max_length} of the training: shorten it"
             )
-        return {name: x for name, x in row.items() if name not in ("targets", "weights")}
+        return model_inputs(self.trained.run.model, row)
 
     def _batches(self, rows: Sequence[Arrays]) -> Iterator[tuple[list[int], int, int]]:
         """Yields (indices of rows, length, number of rows), few distinct shapes."""

@@ -40,6 +40,9 @@ class LoadArguments:
     """Leave corrupt checkpoints out, and say so, instead of stopping."""
 
 
+LOAD_FIELDS = {entry.name for entry in dataclasses.fields(LoadArguments)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecodeArguments(LoadArguments):
     """Measure a run, or write with it."""
@@ -73,8 +76,7 @@ def train(name: str, experiment: Any, description: str, arguments: list[str]) ->
     config: TrainConfig = experiment.train
     model: ModelConfig = experiment.model
     init_from = early(arguments, "--init-from") or config.init_from
-    helps = any(argument in ("--help", "-h") for argument in arguments)
-    if init_from is not None and not helps:
+    if init_from is not None and not helps(arguments):
         from train.init_from import adopt, open_source
 
         model = adopt(model, open_source(init_from, console()).model)
@@ -150,7 +152,26 @@ def classify(directory: str, arguments: list[str]) -> None:
 
 def attention(directory: str, arguments: list[str]) -> None:
     """heedful attention RUN "text": a picture of who looks at whom"""
-    raise NotImplementedError
+    text, arguments = _text(arguments)
+    if text is None and not helps(arguments):
+        raise TrainError("heedful attention needs a run directory and a text")
+    from train.attention_picture import AttentionArguments, attention_picture
+
+    chosen = _parse_for_run(AttentionArguments, directory, arguments, "attention")
+    entries = dataclasses.fields(AttentionArguments)
+    own = {e.name: getattr(chosen, e.name) for e in entries if e.name not in LOAD_FIELDS}
+    attention_picture(_load(directory, chosen), text or "", console(), **own)
+
+
+def inspect(name: str, experiment: Any, arguments: list[str]) -> None:
+    """heedful inspect CONFIG|RUN"""
+    from train import inspect as inspection
+    from train.run import Run
+
+    whole = experiment or Run.open(name)
+    default = inspection.InspectArguments(model=whole.model, data=whole.data, train=whole.train)
+    chosen = parse(default, arguments, f"heedful inspect {name}")
+    inspection.inspect(name, console=console(), **vars(chosen))
 
 
 def import_(source: str, arguments: list[str]) -> None:
@@ -199,6 +220,10 @@ def _parts(trained: Any, chosen: DecodeArguments) -> tuple[Any, ...]:
     """What writes texts: model, how, tokenizer, parameters, mesh and seed."""
     model, tokenizer = trained.run.model, trained.tokenizer
     return model, chosen.decode, tokenizer, trained.params, trained.mesh, chosen.seed
+
+
+def helps(arguments: list[str]) -> bool:
+    return "--help" in arguments or "-h" in arguments
 
 
 def _text(arguments: list[str]) -> tuple[str | None, list[str]]:

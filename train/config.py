@@ -230,8 +230,8 @@ class TrainConfig:
         optimizer = self.optimizer
         require(
             optimizer.warmup_steps < self.steps or optimizer.schedule not in ("linear", "cosine"),
-            f"train.optimizer.warmup_steps = {optimizer.warmup_steps} leaves nothing of train.steps "
-            f"= {self.steps} for the {optimizer.schedule} decay: shorten the warmup",
+            f"train.optimizer.warmup_steps = {optimizer.warmup_steps} leaves nothing of "
+            f"train.steps = {self.steps} for the {optimizer.schedule} decay: shorten the warmup",
         )
         require(
             self.average <= self.keep,

@@ -15,6 +15,7 @@ from data.pipeline import Dataset
 from train import scores
 from train.config import DecodeConfig
 from train.load import Trained
+from train.perplexity import strided_loss
 from train.run import write_json
 from train.sharding import to_devices
 from train.step import make_eval_step
@@ -45,11 +46,17 @@ def measure(eval_step: Callable, params: Any, dataset: Dataset, mesh: Mesh) -> d
 
 
 def report(
-    trained: Trained, decode: DecodeConfig, console: Console, *, seed: int = 0
+    trained: Trained,
+    decode: DecodeConfig,
+    console: Console,
+    *,
+    seed: int = 0,
+    stride: int | None = None,
 ) -> dict[str, float]:
     """Prints what the model scores on validation and test data, writes it to result.json.
 
-    For a translation samples are shown, and all translations written beside the run.
+    For a translation samples are shown, and all translations written beside the run. With a
+    `stride` long documents are read in windows that overlap (`strided_loss`).
     """
     run, tokenizer = trained.run, trained.tokenizer
     eval_step = make_eval_step(run.model, trained.mesh)
@@ -57,7 +64,11 @@ def report(
     for split in ("valid", "test"):
         dataset = Dataset.prepare(run.data, tokenizer, split, seed=run.train.seed)
         with jax.set_mesh(trained.mesh):
-            measured = measure(eval_step, trained.params, dataset, trained.mesh)
+            if stride is None:
+                measured = measure(eval_step, trained.params, dataset, trained.mesh)
+            else:
+                loss = strided_loss(eval_step, trained.params, dataset, trained.mesh, stride)
+                measured = {"loss": loss}
         name = "validation" if split == "valid" else "test"
         for line in describe(measured, dataset):
             console.print(f"{name} {line}")

@@ -1,22 +1,20 @@
 """Runs from the models of other libraries, and models for them from runs."""
 
-import json
-import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
 
 from data.config import DataConfig, Objective
-from data.tokenizer import Tokenizer
 from model import pretrained
 from model.config import ModelConfig
 from train.checkpoint import Checkpoints
 from train.config import DecodeConfig, MeshConfig, TrainConfig, TrainError
 from train.init_from import Source
 from train.load import Trained
-from train.run import Run
+from train.run import Run, write_json
 from train.sharding import make_mesh
 from train.state import abstract_params, parameter_count
 
@@ -40,6 +38,11 @@ def import_run(
     """A run in `directory` whose only checkpoint holds the parameters of `source`."""
     if (directory / "config.json").exists():
         raise TrainError(f"{directory} holds a run already: give another --run-dir")
+    if source.model.head.kind == "classifier" and source.model.head.outputs is None:
+        raise TrainError(
+            f"{source.name} is a body without a head: give it one by fine-tuning, with "
+            f"heedful train CONFIG --init-from {source.name}"
+        )
     train = TrainConfig(steps=1, keep=1, average=1, init_from=source.name, decode=decode)
     run = Run(directory, source.model, data, train)
     mesh = make_mesh(MeshConfig())
@@ -62,13 +65,18 @@ def export_run(trained: Trained, directory: Path, console: Console) -> None:
     """Writes safetensors, config.json and the tokenizer, as transformers reads them."""
     model, params = pretrained.merge_lora(trained.run.model, jax.device_get(trained.params))
     tokenizer = trained.tokenizer
-    special = {
-        "bos_token_id": tokenizer.bos,
-        "eos_token_id": tokenizer.eos,
-        "pad_token_id": tokenizer.pad,
-    }
-    pretrained.write(directory, model, params, special=special)
-    _write_tokenizer(tokenizer, directory)
+    roles = {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
+    special = {f"{role}_token_id": i for role, i in roles.items() if i is not None}
+    if model.architecture == "encoder_decoder" and tokenizer.bos is not None:
+        special["decoder_start_token_id"] = tokenizer.bos
+    labels = trained.run.data.classes
+    pretrained.write(directory, model, params, special=special, labels=labels)
+    tokenizer.save(directory / "tokenizer.json")
+    # What transformers calls a tokenizer that is all in its tokenizer.json.
+    values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    named = roles | {"unk": tokenizer.unk, "mask": tokenizer.mask}
+    values |= {f"{role}_token": tokenizer.name(i) for role, i in named.items() if i is not None}
+    write_json(directory / "tokenizer_config.json", values)
     console.print(
         f"exported to {directory}: {', '.join(sorted(p.name for p in directory.iterdir()))}"
     )

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data import packages
+from data.llama2c import read_llama2c
 from data.tokenizer import Tokenizer
 from model import pretrained
 from model.config import ModelConfig
@@ -70,16 +71,30 @@ def _open_directory(name: str, directory: Path) -> Source:
 
 
 def _open_minilm(name: str) -> Source:
-    return _open_directory(name, packages.model_folder("minilm"))
+    return _open_directory(name, packages.minilm())
 
 
-PACKAGES: dict[str, Callable[[str], Source]] = {"minilm": _open_minilm}
+def _open_stories(name: str) -> Source:
+    path = packages.stories15m()
+    found = pretrained.read_llama2c(path, following=packages.STORIES_TOKENIZER_BYTES)
+    text = read_llama2c(
+        path.read_bytes()[-packages.STORIES_TOKENIZER_BYTES :], found.config.vocab_size or 0
+    )
+    return Source(name, found.config, Tokenizer(text), lambda: found.params)
+
+
+PACKAGES: dict[str, Callable[[str], Source]] = {
+    "minilm": _open_minilm,
+    "stories15m": _open_stories,
+}
 
 
 def adopt(model: ModelConfig, source: ModelConfig) -> ModelConfig:
     """The body of `source`, with what `model` says of the head and of how it is trained."""
-    same_head = model.head.kind == source.head.kind
-    head = dataclasses.replace(source.head, dropout=model.head.dropout) if same_head else model.head
+    head = model.head
+    # A classifier without outputs stands for a body without a head.
+    if head.kind == source.head.kind and (head.kind != "classifier" or source.head.outputs):
+        head = dataclasses.replace(source.head, dropout=head.dropout)
     return dataclasses.replace(
         source,
         attention=dataclasses.replace(

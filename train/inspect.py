@@ -23,6 +23,7 @@ from train.sharding import MESH_AXES
 from train.state import Setup, parameter_count, set_up
 from train.trainable import named
 
+STACKED = ("encoder", "decoder")
 ROW = 16  # tokens of the example whose masks are drawn
 MAY, MAY_NOT = "██", "··"
 
@@ -65,8 +66,8 @@ def inspect(
     if names:
         console.print(_names_table(setup))
     found = parts(model, params, length)
-    console.print(_parts_table(found, parameter_count(params)))
-    console.print(_flops_text(found, model, data, train, length), markup=False)
+    console.print(_parts_table(found, model, parameter_count(params), length))
+    console.print(_flops_text(found, model, data, train, setup) + "\n", markup=False)
     console.print(_memory_table(memory(model, data, train, setup), model, data, train, setup))
     console.print(masks_drawn(model, data))
 
@@ -75,19 +76,20 @@ def complete(model: ModelConfig, data: DataConfig) -> tuple[ModelConfig, list[st
     """The model with the sizes that it will take from the data, and what was assumed about them."""
     notes = []
     if model.vocab_size is None:
-        path, size = data.tokenizer.path, data.tokenizer.vocab_size
-        if path is not None:
-            size = Tokenizer.load(path).vocab_size
+        if data.tokenizer.path is not None:
+            size = Tokenizer.load(data.tokenizer.path).vocab_size
         else:
+            size = data.tokenizer.vocab_size
             notes.append(
-                f"vocabulary: about {size:,} (data.tokenizer.vocab_size), and with it all totals: "
-                "the tokenizer decides, and is not learned yet"
+                f"about: the vocabulary is not learned yet and taken to have {size:,} entries "
+                "(data.tokenizer.vocab_size), the most that it may have"
             )
         model = dataclasses.replace(model, vocab_size=size)
     if model.head.kind == "classifier" and model.head.outputs is None:
-        outputs = 1 if data.objective == "regression" else len(data.classes) or 2
-        if data.objective != "regression" and not data.classes:
-            notes.append("classes: about 2: the data decides, and data.classes is not given")
+        outputs = 1 if data.objective == "regression" else len(data.classes)
+        if not outputs:
+            outputs = 2
+            notes.append("about: data.classes is not given, and taken to be 2")
         head = dataclasses.replace(model.head, outputs=outputs)
         model = dataclasses.replace(model, head=head)
     return model, notes
@@ -116,9 +118,16 @@ def describe(model: ModelConfig) -> str:
 # Tables -----------------------------------------------------------------------------------------
 
 
-def _parts_table(found: list[Part], parameters: int) -> Table:
+def _parts_table(found: list[Part], model: ModelConfig, parameters: int, length: int) -> Table:
     flops = sum(part.flops for part in found)
-    table = Table(title="parameters, and FLOPs of one forward pass per token", title_justify="left")
+    pair = model.architecture == "encoder_decoder"
+    token = "token of the target and one of the source" if pair else "token"
+    table = Table(title=f"parameters, and FLOPs of the forward pass per {token}")
+    table.caption = (
+        f"FLOPs: 2 per multiply-add of a matrix product (arXiv:2001.08361 §2.1); scores of all "
+        f"pairs in rows of {length:,} tokens, masked ones too"
+    )
+    table.title_justify = table.caption_justify = "left"
     for name in ("stack", "part"):
         table.add_column(name)
     for name in ("parameters", "share", "FLOPs", "share"):
@@ -147,28 +156,21 @@ def _parts_table(found: list[Part], parameters: int) -> Table:
     return table
 
 
-STACKED = ("encoder", "decoder")
-
-
 def _flops_text(
-    found: list[Part], model: ModelConfig, data: DataConfig, train: TrainConfig, length: int
+    found: list[Part], model: ModelConfig, data: DataConfig, train: TrainConfig, setup: Setup
 ) -> str:
     forward = sum(part.flops for part in found)
-    again = sum(part.flops for part in found if part.stack in STACKED) if model.remat else 0.0
-    step = (forward * (1 + BACKWARD) + again) * data.batch_tokens
-    token = "token"
-    if model.architecture == "encoder_decoder":
-        token = "token of the target, with one of the source"
+    training = forward * (1 + BACKWARD)
     lines = [
-        f"FLOPs per {token}, in rows of {length:,}: {number(forward)} forward, "
-        f"{number(forward * (1 + BACKWARD))} in training (3 x forward).",
-        "Two per multiply-add of a matrix product (arXiv:2001.08361 §2.1); attention over all "
-        "pairs of a row, masked ones too.",
-        f"A batch of {data.batch_tokens:,} positions: {number(step)}; "
-        f"{train.steps:,} steps: {number(step * train.steps)}.",
+        f"training: {number(training)}FLOPs per token, 3 x forward; a batch of "
+        f"{data.batch_tokens:,} positions {number(training * data.batch_tokens)}, "
+        f"{train.steps:,} steps {number(training * data.batch_tokens * train.steps)}",
     ]
     if model.remat:
-        lines[-1] += f" Of a batch, {number(again * data.batch_tokens)} recompute blocks (remat)."
+        again = sum(part.flops for part in found if part.stack in STACKED)
+        lines.append(f"model.remat computes blocks twice: {number(again)}FLOPs per token more")
+    if not all(np.any(factor) for factor in jax.tree.leaves(setup.factors)):
+        lines.append("frozen parameters need no gradient: training costs less than that")
     return "\n".join(lines)
 
 
@@ -176,7 +178,8 @@ def _memory_table(
     sizes: Memory, model: ModelConfig, data: DataConfig, train: TrainConfig, setup: Setup
 ) -> Table:
     shape = ", ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
-    table = Table(title=f"memory per device (mesh: {shape})", title_justify="left")
+    table = Table(title=f"memory per device (mesh: {shape})")
+    table.title_justify = table.caption_justify = "left"
     table.add_column("what")
     table.add_column("bytes", justify="right")
     rows = [
@@ -201,9 +204,9 @@ def _memory_table(
         )
     if sizes.source_cache:
         table.add_row("cache per token of the source", number(sizes.source_cache, 1024) + "B")
+    table.caption = "activations, kept for the backward pass, come on top"
     if train.mesh.data == -1:
-        table.caption = "train.mesh.data = -1 is counted as 1: more devices divide the batch only"
-        table.caption_justify = "left"
+        table.caption += "; train.mesh.data = -1 counts as 1: more devices divide the batch only"
     return table
 
 
@@ -221,14 +224,13 @@ def _names_table(setup: Setup) -> Table:
 
 
 def number(value: float, base: int = 1000) -> str:
-    """Three digits and a unit: 1.23 G; in powers of 1024: 1.15 Gi."""
+    """Three digits and the prefix of a unit: "1.23 G"; with base 1024 "1.15 Gi"."""
+    prefixes = ["", *"kMGTPEZY"] if base == 1000 else ["", "Ki", "Mi", "Gi", "Ti", "Pi"]
     power = 0
-    while power < 6 and abs(value) >= base * (1 - 0.5e-3):
+    while value >= 999.5 and power < len(prefixes) - 1:
         value, power = value / base, power + 1
-    unit = "kMGTPE"[power - 1] if power else ""
-    unit += "i" if unit and base == 1024 else ""
-    digits = 0 if not power else max(0, 2 - len(str(int(value))) + 1)
-    return f"{value:,.{digits}f} {unit.replace('ki', 'Ki')}"
+    digits = 0 if not power else 2 - (value >= 9.995) - (value >= 99.95)
+    return f"{value:,.{digits}f} {prefixes[power]}"
 
 
 # Masks ------------------------------------------------------------------------------------------
@@ -238,13 +240,14 @@ def masks_drawn(model: ModelConfig, data: DataConfig) -> Group:
     """The masks of a row of 16 tokens with block characters, side by side where there is room."""
     batch, meaning = example(model, data)
     pictures = []
-    for name, mask in attention_masks(model, batch).items():
+    names = attention_kinds(model)
+    for kind, mask in attention_masks(model, batch).items():
         allowed = np.asarray(mask.to_bool(ROW, ROW))[0]
         lines = "\n".join("".join(MAY if may else MAY_NOT for may in row) for row in allowed)
-        pictures.append(Text(f"{name}\n{lines}\n", no_wrap=True))
+        pictures.append(Text(f"{names[kind]}\n{lines}\n", no_wrap=True))
     legend = (
         f"masks of a row of {ROW}: {meaning}\n"
-        f"{MAY} the token of this row may look at the token of this column   {MAY_NOT} it may not\n"
+        f"{MAY} the query (down) may look at the key (across)   {MAY_NOT} it may not\n"
     )
     return Group(Text(legend), Columns(pictures, padding=(0, 3)))
 

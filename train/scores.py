@@ -27,7 +27,7 @@ GLUE = {
 def classification(outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     """Accuracy, F1 and Matthews correlation, of outputs [E, C] and classes [E].
 
-    F1 is that of class 1 where there are two (GLUE), and the mean over classes where there are more.
+    F1 is that of class 1 where there are two (GLUE), else the mean over classes.
     """
     predicted = outputs.argmax(-1)
     average = "binary" if outputs.shape[-1] == 2 else "macro"
@@ -41,13 +41,14 @@ def classification(outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]
 
 
 def regression(outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """Pearson and Spearman correlation of outputs [E, 1] and numbers [E]; 0 where one is constant."""
+    """Pearson and Spearman correlation of outputs [E, 1] with numbers [E]; 0 if one is constant."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.ConstantInputWarning)
-        pearson = stats.pearsonr(outputs[:, 0], targets).statistic if len(targets) > 1 else 0.0
-        spearman = stats.spearmanr(outputs[:, 0], targets).statistic if len(targets) > 1 else 0.0
-    known = lambda value: 0.0 if math.isnan(value) else float(value)  # noqa: E731
-    return {"pearson": known(pearson), "spearman": known(spearman)}
+        results = {
+            name: correlation(outputs[:, 0], targets)[0] if len(targets) > 1 else math.nan
+            for name, correlation in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr))
+        }
+    return {name: 0.0 if math.isnan(value) else float(value) for name, value in results.items()}
 
 
 def translation(

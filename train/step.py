@@ -1,6 +1,6 @@
 """One update, and one measurement, as compiled functions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -127,8 +127,13 @@ def summed_gradients(loss_sum: Callable, params: Any, batch: Batch, key: jax.Arr
 
 
 def _forward(model: nn.Module, params: Any, batch: Batch, **how: Any) -> jax.Array:
-    inputs = {name: x for name, x in batch.items() if name not in ("targets", "weights")}
-    return model.apply({"params": params}, **inputs, **how)  # type: ignore[return-value]
+    return model.apply({"params": params}, **model_inputs(model.config, batch), **how)  # type: ignore
+
+
+def model_inputs(config: ModelConfig, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of a batch that the model reads. A pair needs no types: an end divides it."""
+    unread = ("targets", "weights") if config.types else ("targets", "weights", "type_ids")
+    return {name: x for name, x in batch.items() if name not in unread}
 
 
 def _norms(path: Any, x: jax.Array) -> jax.Array:

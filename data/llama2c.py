@@ -1,0 +1,59 @@
+"""The tokenizer of llama2.c (github.com/karpathy/llama2.c): SentencePiece's BPE of LLaMA."""
+
+import json
+import struct
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers
+
+from data.config import DataError
+
+SPACE = "\u2581"  # how SentencePiece writes one
+SPECIAL = ("<unk>", "<s>", "</s>")  # the first ids, which the file spells in other ways
+
+
+def read_llama2c(data: bytes, vocab_size: int) -> str:
+    """Returns the tokenizer.json of a tokenizer.bin with that many entries.
+
+    int32: the longest entry; then for each its score (float32), length (int32) and text in UTF-8.
+    Raises DataError where the data ends too early, or goes on.
+    """
+    entries, scores, at = [], [], 4
+    try:
+        for _ in range(vocab_size):
+            score, length = struct.unpack_from("<fi", data, at)
+            entries.append(data[at + 8 : at + 8 + length].decode("utf-8").replace(" ", SPACE))
+            scores.append(score)
+            at += 8 + length
+    except (struct.error, UnicodeDecodeError) as error:
+        raise DataError(
+            f"no tokenizer.bin of llama2.c with {vocab_size} entries: {error}"
+        ) from error
+    if at != len(data):
+        raise DataError(f"tokenizer.bin has {len(data) - at} bytes after {vocab_size} entries")
+    entries[: len(SPECIAL)] = SPECIAL
+    vocabulary = {entry: i for i, entry in enumerate(entries)}
+    merges = []
+    # An entry is put together from any two others; the higher its score the sooner.
+    for i in sorted(range(len(entries)), key=lambda i: (-scores[i], i)):
+        entry = entries[i]
+        if i >= len(SPECIAL) + 256:  # behind the bytes
+            pairs = [(entry[:k], entry[k:]) for k in range(1, len(entry))]
+            known = [pair for pair in pairs if all(part in vocabulary for part in pair)]
+            merges += sorted(known, key=lambda pair: tuple(vocabulary[part] for part in pair))
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in SPECIAL])
+    return json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False)

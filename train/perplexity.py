@@ -1,0 +1,59 @@
+"""The loss of a language model on long documents, where every token has a long past."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from data.batch import pad_and_stack
+from data.objectives import OBJECTIVES, Arrays
+from data.pipeline import Dataset
+from train.config import TrainError
+from train.sharding import to_devices
+
+
+def strided_loss(
+    eval_step: Callable, params: Any, dataset: Dataset, mesh: Mesh, stride: int
+) -> float:
+    """Mean loss in nats per token, each predicted once, in windows that move by `stride`.
+
+    A window has data.max_length positions, of which all but the last `stride` are past that is only
+    read; the first window of a document counts whole. Raises TrainError for another objective, and
+    for a stride longer than a window.
+    """
+    config = dataset.config
+    if config.objective != "causal_lm":
+        raise TrainError(f"--stride is for data.objective causal_lm, not {config.objective}")
+    if not 1 <= stride <= config.max_length:
+        raise TrainError(
+            f"--stride {stride} must lie between 1 and data.max_length = {config.max_length}"
+        )
+    n_rows = max(config.batch_tokens // config.max_length, 1)
+    n_rows = -(-n_rows // config.batch_multiple) * config.batch_multiple
+    total, weight = 0.0, 0.0
+    with jax.set_mesh(mesh):
+        windows = _windows(dataset, stride)
+        while rows := list(islice(windows, n_rows)):
+            batch = to_devices(pad_and_stack(rows, n_rows, config.max_length), mesh)
+            losses, weights, _ = eval_step(params, batch)
+            total, weight = total + float(losses), weight + float(weights)
+    return total / weight
+
+
+def _windows(dataset: Dataset, stride: int) -> Iterator[Arrays]:
+    config, tokenizer = dataset.config, dataset.tokenizer
+    objective, rng = OBJECTIVES[config.objective], np.random.default_rng(0)
+    counts = dataset.store.counts()["text"]
+    for document in dataset.kept:
+        positions, done = int(counts[document]) + 1, 0
+        while done < positions:
+            stop = min(done + (stride if done else config.max_length), positions)
+            start = max(stop - config.max_length, 0)
+            text = dataset.store.text(int(document), start, stop + 1, tokenizer.frame)
+            row = objective.row({"text": text}, rng, config, tokenizer)
+            row["weights"][: done - start] = 0
+            yield row
+            done = stop
