@@ -48,8 +48,8 @@ def get_config() -> Experiment:
             checkpoint_every=250,
             average=1,
             optimizer=OptimizerConfig(
-                peak_lr=1e-3,
-                final_lr=1e-4,
+                peak_lr=3e-3,
+                final_lr=3e-4,
                 warmup_steps=100,
                 schedule="cosine",
                 b2=0.99,

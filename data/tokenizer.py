@@ -153,7 +153,7 @@ class Tokenizer:
 
     def name(self, token: int) -> str:
         """How the vocabulary spells a token."""
-        return self._tokenizer.id_to_token(token)
+        return self._tokenizer.id_to_token(token) or ""
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self._json, "utf-8")

@@ -1,10 +1,12 @@
 """Axis names: unknown ones and wrong counts are errors, and parameters carry the right ones."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from tiny import HEAD_DIM, HEADS, INNER, KV_HEADS, LAYERS, WIDTH, B, S, T, V, tiny
+from tiny import HEAD_DIM, HEADS, INNER, KV_HEADS, POSITIONS, TOKENS, WIDTH, V, tiny
 
 from model.axes import AXES, constrain, partitioned
 from model.transformer import build
@@ -24,6 +26,26 @@ def test_one_name_per_dimension():
     assert constrain(x, "act_batch", "act_length", "act_embed").shape == x.shape
 
 
+MODELS: list[dict[str, Any]] = [
+    {"tie_embeddings": False, "feed_forward_gated": True, "head_bias": True},
+    {
+        "architecture": "decoder_only",
+        **POSITIONS["relative"],
+        "lora_rank": 5,
+        "lora_targets": ("query", "key", "value", "out", "up", "down"),
+    },
+    {
+        "architecture": "encoder_only",
+        "positions_kind": "learned",
+        "positions_max_length": 17,
+        "types": 17,  # as many as positions: both have rows of that name
+        "norm_embeddings": True,
+        "head_transform": True,
+    },
+    {"architecture": "encoder_only", "head_kind": "classifier", "head_outputs": 19},
+]
+
+
 def test_each_parameter_axis_has_the_size_that_its_name_says():
     sizes = {
         "embed": WIDTH,
@@ -33,22 +55,22 @@ def test_each_parameter_axis_has_the_size_that_its_name_says():
         "mlp": INNER,
         "vocab": V,
         "position": 17,
+        "buckets": 8,
+        "features": WIDTH,
+        "classes": 19,
+        "rank": 5,
         "norm": WIDTH,
-        "layers": LAYERS,
+        "layers": 7,
     }
     assert sizes.keys() == {name for name in AXES if not name.startswith("act_")}
-    config = tiny(
-        tie_embeddings=False,
-        positions_kind="learned",
-        positions_max_length=17,
-        feed_forward_activation="silu",
-    )
-    arrays = (jnp.zeros((B, T), jnp.int32), jnp.zeros((B, S), jnp.int32))
-    params = jax.eval_shape(build(config).init, jax.random.key(0), *arrays)["params"]
-    boxes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nn.Partitioned))
     seen = set()
-    for box in boxes:
-        assert isinstance(box, nn.Partitioned)
-        assert box.value.shape == tuple(sizes[str(name)] for name in box.names)
-        seen.update(box.names)
+    for changes in MODELS:
+        config = tiny(**changes, layers=7)
+        arrays = [TOKENS] * (2 if config.architecture == "encoder_decoder" else 1)
+        params = jax.eval_shape(build(config).init, jax.random.key(0), *arrays)["params"]
+        boxes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+        for box in boxes:
+            assert isinstance(box, nn.Partitioned)
+            assert box.value.shape == tuple(sizes[str(name)] for name in box.names)
+            seen.update(box.names)
     assert seen == sizes.keys()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny
+from tiny import jit, tiny
 
 from model.config import (
     AttentionConfig,
@@ -71,7 +71,7 @@ def test_initial_values(kind: str):
     sizes = {"width": 60, "feed_forward_width": 128, "layers": 3, "vocab_size": 101}
     model = build(tiny(init=kind, **sizes, **changes))
     key = jax.random.key(0, impl="rbg")  # the default one compiles for seconds
-    params = nn.unbox(jax.jit(model.init)(key, TOKENS))["params"]
+    params = nn.unbox(jit(model.init)(key, TOKENS))["params"]
     seen = set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         *_, parent, name = (str(key.key) for key in path)

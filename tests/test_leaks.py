@@ -4,14 +4,13 @@ Each position of each row holds a token of its own, so the gradient for a row of
 is the gradient for one position; the head has its own matrix.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import random_params, tiny
+from tiny import POSITIONS, jit, random_params, tiny
 
 from model.transformer import build
 
@@ -21,9 +20,10 @@ TARGETS = np.arange(B * T).reshape(B, T)
 SOURCES = B * T + np.arange(B * S).reshape(B, S)
 SEGMENTS = np.array([[1, 1, 2, 2, 0], [3, 3, 3, 0, 0]])
 SOURCE_SEGMENTS = np.array([[1, 1, 1, 2, 2, 0, 0], [3, 3, 3, 3, 3, 3, 0]])
+PREFIX = np.array([4, 2])
 
 
-def reachable(architecture: str, segments: np.ndarray) -> np.ndarray:
+def reachable(architecture: str, segments: np.ndarray, prefix: np.ndarray) -> np.ndarray:
     """[b, t, token]: whether the scores at row b, position t may depend on it."""
     allowed = np.zeros((B, T, V), bool)
     for b, t in np.ndindex(B, T):
@@ -32,7 +32,7 @@ def reachable(architecture: str, segments: np.ndarray) -> np.ndarray:
         if own == 0:
             continue
         for j in range(T):
-            visible = j <= t or architecture == "encoder_only"
+            visible = j <= t or j < prefix[b] or architecture == "encoder_only"
             if visible and segments[b, j] == own:
                 allowed[b, t, TARGETS[b, j]] = True
         for j in range(S):
@@ -48,20 +48,27 @@ def reachable(architecture: str, segments: np.ndarray) -> np.ndarray:
         ("encoder_decoder", {"norm_position": "pre", "remat": True}, True),
         ("decoder_only", {}, True),
         ("decoder_only", {"norm_position": "pre"}, False),
-        ("encoder_only", {}, True),
+        ("prefix", POSITIONS["rotary"], False),
+        ("prefix", POSITIONS["relative"], True),
+        ("encoder_only", POSITIONS["alibi"], True),
     ],
 )
 def test_gradients_are_zero_exactly_where_nothing_may_be_seen(architecture, changes, has_segments):
+    has_prefix = architecture == "prefix"
+    architecture = "decoder_only" if has_prefix else architecture
     model = build(tiny(architecture, vocab_size=V, tie_embeddings=False, **changes))
     arrays: list[Any] = [jnp.array(TARGETS)]
     segments: dict[str, Any] = {"segment_ids": jnp.array(SEGMENTS)} if has_segments else {}
     if architecture == "encoder_decoder":
         arrays.append(jnp.array(SOURCES))
         segments["encoder_segment_ids"] = jnp.array(SOURCE_SEGMENTS)
+    prefix = PREFIX if has_prefix else np.zeros(B)
+    if has_prefix:
+        segments["prefix_len"] = jnp.array(PREFIX)
     params = random_params(model, *arrays)
     direction = jnp.array(np.random.default_rng(0).normal(size=V))
 
-    @jax.jit
+    @jit
     @jax.jacrev
     def jacobian(table):
         changed = params | {"embedding": {"table": table}}
@@ -69,7 +76,7 @@ def test_gradients_are_zero_exactly_where_nothing_may_be_seen(architecture, chan
 
     gradient = np.asarray(jacobian(params["embedding"]["table"]))  # [b, t, token, feature]
     own = SEGMENTS if has_segments else np.ones_like(SEGMENTS)
-    np.testing.assert_array_equal((gradient != 0).any(-1), reachable(architecture, own))
+    np.testing.assert_array_equal((gradient != 0).any(-1), reachable(architecture, own, prefix))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -104,32 +111,42 @@ def test_padding_and_the_future_change_no_bit(dtype: str):
     assert (np.asarray(run(TARGETS, sources)) != logits).any(-1)[real].all()
 
 
-@pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder_only"])
-def test_packed_documents_give_what_they_give_alone(architecture: str):
-    # Three documents, alone in a row with padding, and packed into one row.
-    lengths, source_lengths = [3, 1, 2], [2, 4, 3]
+@pytest.mark.parametrize("kind", POSITIONS)
+@pytest.mark.parametrize("architecture", ["encoder_only", "decoder_only", "encoder_decoder"])
+def test_packed_documents_give_what_they_give_alone(architecture: str, kind: str):
+    """Three documents packed into one row, and each by itself: in its place, and from the start.
+
+    In its place, with padding where the others were, the arithmetic is the same and so is each bit.
+    From the start sums run over other columns, which rounds differently.
+    """
+    names = ("encoder_", "") if architecture == "encoder_decoder" else ("",)
+    lengths = {"": [3, 1, 2], "encoder_": [2, 4, 3]}
     rng = np.random.default_rng(0)
-    alone = [rng.integers(0, V, (3, n)) for n in (max(lengths), max(source_lengths))]
-    real = [np.arange(max(n)) < np.array(n)[:, None] for n in (lengths, source_lengths)]
-    packed = [tokens[mask][None] for tokens, mask in zip(alone, real, strict=True)]
-    places = [np.concatenate([np.arange(n) for n in ns])[None] for ns in (lengths, source_lengths)]
-    ids = [np.repeat([1, 2, 3], ns)[None] for ns in (lengths, source_lengths)]
-
-    model = build(tiny(architecture, vocab_size=V))
-    prefixes = ("", "encoder_") if architecture == "encoder_decoder" else ("",)
-
-    @partial(jax.jit, static_argnums=0)
-    def apply(size, params, tokens, segments, positions):
-        named: dict[str, Any] = {}
-        for i, prefix in enumerate(prefixes):
-            named[f"{prefix}segment_ids"] = segments[i]
-            named[f"{prefix}positions"] = positions[i]
-        return model.apply({"params": params}, *tokens[:size], **named)
-
-    size = len(prefixes)
-    params = random_params(model, *(jnp.array(x) for x in alone[:size]))
-    together = apply(size, params, packed, ids, places)
-    counts = [np.arange(x.shape[1])[None].repeat(3, 0) for x in alone]
-    apart = apply(size, params, alone, [mask.astype(int) for mask in real], counts)
+    packed: dict[str, Any] = {}
+    for name in names:
+        packed[f"{name}inputs"] = rng.integers(0, V, sum(lengths[name]))[None]
+        packed[f"{name}segment_ids"] = np.repeat([5, 2, 3], lengths[name])[None]
+        packed[f"{name}positions"] = np.concatenate([np.arange(n) for n in lengths[name]])[None]
+    model = build(tiny(architecture, vocab_size=V, **POSITIONS[kind]))
+    params = random_params(model, *(jnp.array(packed[f"{name}inputs"]) for name in names[::-1]))
+    run = jit(lambda params, batch: model.apply({"params": params}, **batch))
+    together = np.asarray(run(params, packed))
     scale = np.abs(together).max()
-    np.testing.assert_allclose(together[0] / scale, apart[real[0]] / scale, atol=1e-6)
+
+    for document, segment in enumerate((5, 2, 3)):
+        own = packed["segment_ids"] == segment
+        in_place, from_start = {}, {}
+        for name in names:
+            tokens, ids = packed[f"{name}inputs"], packed[f"{name}segment_ids"]
+            here, length = ids == segment, lengths[name][document]
+            columns = np.arange(tokens.shape[1])[None]
+            in_place[f"{name}inputs"] = np.where(here, tokens, (tokens + 3) % V)
+            in_place[f"{name}segment_ids"] = np.where(here, ids, 0)
+            in_place[f"{name}positions"] = packed[f"{name}positions"]
+            from_start[f"{name}inputs"] = np.zeros_like(tokens)
+            from_start[f"{name}inputs"][:, :length] = tokens[here]
+            from_start[f"{name}segment_ids"] = (columns < length).astype(int)
+            from_start[f"{name}positions"] = columns
+        np.testing.assert_array_equal(run(params, in_place)[own], together[own])
+        alone = run(params, from_start)[:, : lengths[""][document]]
+        np.testing.assert_allclose(alone[0] / scale, together[own] / scale, atol=1e-5)

@@ -3,10 +3,17 @@
 from collections.abc import Callable
 
 import pytest
-from tiny import tiny
+from tiny import POSITIONS, tiny
 
 from model.attention import choose
-from model.config import AttentionConfig, FeedForwardConfig, ModelConfig, ModelError, NormConfig
+from model.config import (
+    AttentionConfig,
+    FeedForwardConfig,
+    ModelConfig,
+    ModelError,
+    NormConfig,
+    RotaryConfig,
+)
 from model.transformer import build
 
 NAN = float("nan")
@@ -23,12 +30,39 @@ NAN = float("nan")
         (lambda: tiny(attention_dropout=1.0), "attention.dropout", "1.0"),
         (lambda: tiny(feed_forward_width=-1), "feed_forward.width", "-1"),
         (lambda: tiny(feed_forward_dropout=-0.1), "feed_forward.dropout", "-0.1"),
-        (lambda: tiny(feed_forward_activation="tanh"), "feed_forward.activation", "tanh"),
+        (lambda: tiny(feed_forward_activation="swiglu"), "feed_forward.activation", "swiglu"),
         (lambda: tiny(norm_epsilon=0.0), "norm.epsilon", "0.0"),
         (lambda: tiny(norm_kind="batchnorm"), "norm.kind", "batchnorm"),
         (lambda: tiny(norm_position="sandwich"), "norm.position", "sandwich"),
-        (lambda: tiny(positions_kind="rotary"), "positions.kind", "rotary"),
+        (lambda: tiny(positions_kind="rope"), "positions.kind", "rope"),
         (lambda: tiny(positions_max_length=0), "positions.max_length", "0"),
+        (lambda: tiny(positions_buckets=0), "positions.buckets", "0"),
+        (lambda: tiny(positions_buckets=6), "positions.buckets = 6", "multiple of 4"),
+        (lambda: tiny(positions_max_distance=-1), "positions.max_distance", "-1"),
+        (lambda: tiny(positions_max_distance=16), "positions.max_distance = 16", "half"),
+        (lambda: tiny(positions_rotary=RotaryConfig(base=7)), "positions.rotary", "sinusoidal"),
+        (lambda: tiny(width=18, positions_kind="rotary"), "head size 3", "even"),
+        (lambda: RotaryConfig(base=0), "rotary.base", "0"),
+        (lambda: RotaryConfig(scaling="yarn"), "rotary.scaling", "yarn"),  # type: ignore
+        (lambda: RotaryConfig(scaling="linear", factor=-2), "rotary.factor", "-2"),
+        (lambda: RotaryConfig(factor=2), "rotary.factor = 2", "rotary.scaling"),
+        (lambda: RotaryConfig(low_frequency_factor=0), "rotary.low_frequency_factor", "0"),
+        (lambda: RotaryConfig(original_length=0), "rotary.original_length", "0"),
+        (lambda: RotaryConfig(high_frequency_factor=1), "high_frequency_factor = 1", "= 1.0"),
+        (lambda: tiny(head_kind="span"), "head.kind", "span"),
+        (lambda: tiny(head_pooling="max"), "head.pooling", "max"),
+        (lambda: tiny(head_outputs=0), "head.outputs", "0"),
+        (lambda: tiny(head_dropout=1.0), "head.dropout", "1.0"),
+        (lambda: tiny(head_kind="classifier"), "model.head.kind", "encoder_only"),
+        (lambda: tiny("decoder_only", head_kind="classifier"), "model.head.pooling", "first"),
+        (lambda: tiny(lora_rank=-1), "lora.rank", "-1"),
+        (lambda: tiny(lora_alpha=0), "lora.alpha", "0"),
+        (lambda: tiny(lora_targets=("query", "querry")), "lora.targets", "'querry'"),
+        (lambda: tiny(lora_targets=()), "lora.targets", "empty"),
+        (lambda: tiny(lora_targets=("gate",)), "lora.targets", "feed_forward.gated is False"),
+        (lambda: tiny("encoder_only", types=-1), "model.types", "-1"),
+        (lambda: tiny(types=2), "model.types = 2", "encoder_only"),
+        (lambda: tiny(init="xavier"), "model.init", "xavier"),
         (lambda: tiny("encoder"), "model.architecture", "not encoder"),
         (lambda: tiny(dtype="float16"), "model.dtype", "float16"),
         (lambda: tiny(width=0), "model.width", "0"),
@@ -50,6 +84,13 @@ def test_refused(make: Callable, field: str, value: str):
     assert field in message
     assert value in message
     assert "\n" not in message
+
+
+def test_accepted_at_the_bounds():
+    tiny("decoder_only", head_kind="classifier", head_pooling="last")
+    tiny(positions_buckets=4, positions_max_distance=3)
+    tiny(lora_targets=("gate",), feed_forward_gated=True)
+    tiny(**POSITIONS["rotary"])
 
 
 def test_sizes_that_follow_from_others():

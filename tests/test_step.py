@@ -1,54 +1,66 @@
 """One update: what it must not depend on, and what it must report."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from test_sharding import MODEL, TRAIN, batch
+from test_sharding import CLASSIFIER, MODEL, PACKED, TRAIN, Trained, batch, train
 
-from model.config import ModelConfig
+from model.config import HeadConfig, ModelConfig
 from train.config import MeshConfig, OptimizerConfig, TrainConfig
 from train.metrics import NonFiniteLoss, require_finite
-from train.optimizer import make_optimizer
-from train.sharding import make_mesh
-from train.state import abstract_state, init_state, parameter_count
-from train.step import make_train_step
+from train.sharding import make_mesh, to_devices
+from train.state import init_params, parameter_count
+from train.step import make_eval_step
+
+ONE = MeshConfig()
 
 
-def run(model: ModelConfig, config: TrainConfig, seeds=(1, 2)):
-    """Metrics and state after one step for each seed of a batch."""
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    step = make_train_step(model, config, optimizer, abstract_state(model, optimizer, mesh))
-    state, metrics = init_state(model, optimizer, mesh, seed=0), []
-    for seed in seeds:
-        state, values = step(state, batch(np.random.default_rng(seed)))
-        metrics.append(jax.device_get(values))
-    return metrics, state
+@functools.cache
+def initial(model: ModelConfig) -> Any:
+    mesh = make_mesh(ONE, jax.devices()[:1])
+    return jax.device_get(init_params(model, mesh, seed=0))
 
 
-def test_accumulation_equals_the_large_batch():
+def run(model: ModelConfig, config: TrainConfig = TRAIN, steps: int = 1) -> Trained:
+    return train(model, config, steps=steps, params=initial(model))
+
+
+REGRESSION = dataclasses.replace(CLASSIFIER, head=HeadConfig(kind="classifier", outputs=1))
+
+
+@pytest.mark.parametrize(
+    "model", [MODEL, PACKED, CLASSIFIER, REGRESSION], ids=["pairs", "packed", "classes", "numbers"]
+)
+def test_accumulation_equals_the_large_batch(model: ModelConfig):
     # With a large epsilon Adam is linear in the gradient, and rounding stays rounding.
     linear = OptimizerConfig(peak_lr=0.1, warmup_steps=0, epsilon=1.0)
-    config = TrainConfig(accumulate=4, label_smoothing=0.1, optimizer=linear)
-    model = dataclasses.replace(MODEL, dropout=0.0)  # each part would draw its own masks
-    parts, ours = run(model, config)
-    whole, theirs = run(model, dataclasses.replace(config, accumulate=1))
+    smoothing = 0.0 if model is REGRESSION else 0.1
+    config = TrainConfig(accumulate=4, label_smoothing=smoothing, optimizer=linear)
+    # Each part would draw its own dropout masks.
+    head = dataclasses.replace(model.head, dropout=0.0)
+    model = dataclasses.replace(model, dropout=0.0, head=head)
+    parts = run(model, config, steps=2)
+    whole = run(model, dataclasses.replace(config, accumulate=1), steps=2)
     for name in ("loss", "weight", "grad_norm"):
-        np.testing.assert_allclose(parts[1][name], whole[1][name], rtol=2e-6)
+        np.testing.assert_allclose(parts.metrics[1][name], whole.metrics[1][name], rtol=2e-6)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), ours.params, theirs.params
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7),
+        parts.state.params,
+        whole.state.params,
     )
 
 
 def test_the_gradient_is_clipped_and_its_norm_reported_before():
     def update(clip: float | None) -> tuple[float, float]:
         optimizer = OptimizerConfig(peak_lr=1.0, warmup_steps=0, epsilon=1e3, clip_norm=clip)
-        metrics, state = run(MODEL, TrainConfig(optimizer=optimizer), seeds=(1,))
-        mean = state.opt_state[0].mu  # after one step a tenth of the gradient that was applied
+        trained = run(MODEL, TrainConfig(optimizer=optimizer))
+        mean = trained.state.opt_state[0].mu  # after one step a tenth of the applied gradient
         norm = np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(mean))) * 10
-        return metrics[0]["grad_norm"], norm
+        return trained.metrics[0]["grad_norm"], norm
 
     free, applied = update(None)
     np.testing.assert_allclose(applied, free, rtol=1e-5)
@@ -58,33 +70,57 @@ def test_the_gradient_is_clipped_and_its_norm_reported_before():
 
 
 def test_bfloat16_computes_the_same_within_its_precision():
-    exact, _ = run(MODEL, TRAIN)
-    coarse, state = run(dataclasses.replace(MODEL, dtype="bfloat16"), TRAIN)
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float32")}
-    for a, b in zip(coarse, exact, strict=True):
+    exact = run(MODEL, steps=2)
+    coarse = run(dataclasses.replace(MODEL, dtype="bfloat16"), steps=2)
+    leaves = jax.tree.leaves(coarse.state.params)
+    assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
+    for a, b in zip(coarse.metrics, exact.metrics, strict=True):
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=0.02)  # 8 bits of mantissa
         np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=0.05)
 
 
 def test_norms_are_told_by_parameter_and_layer():
-    metrics, state = run(MODEL, TRAIN, seeds=(1,))
-    norms = metrics[0]["grad_norms"]
+    trained = run(MODEL)
+    metrics = trained.metrics[0]
+    norms = metrics["grad_norms"]
     assert norms["encoder"]["blocks"]["feed_forward"]["up"]["kernel"].shape == (MODEL.layers,)
     assert norms["embedding"]["table"].shape == ()
     total = np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(norms)))
-    np.testing.assert_allclose(total, metrics[0]["grad_norm"], rtol=1e-5)
-    require_finite(1, metrics[0])
-    metrics[0]["loss"] = np.float32("nan")
+    np.testing.assert_allclose(total, metrics["grad_norm"], rtol=1e-5)
+    require_finite(1, metrics)
+    metrics["loss"] = np.float32("nan")
     with pytest.raises(NonFiniteLoss) as error:
-        require_finite(7, metrics[0])
+        require_finite(7, metrics)
     assert "at step 7 the loss is nan" in str(error.value)
     assert "encoder.blocks.feed_forward.up.kernel[1]: gradient" in str(error.value)
-    assert parameter_count(state.params) == sum(x.size for x in jax.tree.leaves(state.params))
+    params = trained.state.params
+    assert parameter_count(params) == sum(x.size for x in jax.tree.leaves(params))
 
 
 def test_dropout_follows_seed_and_step():
     losses = [
-        run(MODEL, dataclasses.replace(TRAIN, seed=seed), seeds=(1,))[0][0]["loss"]
+        [float(m["loss"]) for m in run(MODEL, dataclasses.replace(TRAIN, seed=seed)).metrics]
         for seed in (0, 0, 1)
     ]
     assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("model", [CLASSIFIER, REGRESSION], ids=["classes", "numbers"])
+def test_the_measurement_of_a_classifier_gives_its_outputs(model: ModelConfig):
+    """The loss follows from what is predicted, in float64 and without the padding rows."""
+    mesh = make_mesh(ONE, jax.devices()[:1])
+    params = jax.device_put(initial(model))
+    with jax.set_mesh(mesh):
+        placed = to_devices(batch(np.random.default_rng(3), model), mesh)
+        total, weight, predicted = jax.device_get(make_eval_step(model, mesh)(params, placed))
+    outputs, targets, weights = predicted
+    assert outputs.shape == (16, model.head.outputs) and outputs.dtype == np.float32
+    real = weights > 0
+    assert 0 < real.sum() == weight < 16
+    outputs, targets = outputs[real].astype(np.float64), targets[real]
+    if model is REGRESSION:
+        expected = ((outputs[:, 0] - targets) ** 2).sum()
+    else:
+        chances = np.exp(outputs) / np.exp(outputs).sum(1, keepdims=True)
+        expected = -np.log(chances[np.arange(len(targets)), targets]).sum()
+    np.testing.assert_allclose(total, expected, rtol=1e-5)

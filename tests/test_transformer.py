@@ -23,6 +23,7 @@ from tiny import (
     B,
     T,
     init,
+    jit,
     tiny,
 )
 
@@ -110,7 +111,7 @@ def test_logits_are_those_of_a_plain_implementation(name: str):
         extra["type_ids"], plain["types"] = jnp.array(TYPES), TYPES
     if name == "bloom":
         extra["prefix_len"], plain["prefix"] = jnp.array(PREFIX), PREFIX
-    logits = jax.jit(model.apply)({"params": params}, *arrays, **extra)
+    logits = jit(model.apply)({"params": params}, *arrays, **extra)
     assert logits.dtype == jnp.float32
     expected = Plain(config, params)(np.asarray(TOKENS), SEGMENTS, PLACES, **plain)
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
@@ -122,7 +123,7 @@ def test_bfloat16_computes_with_float32_parameters_to_float32_logits(tied: bool)
     for dtype in ("float32", "bfloat16"):
         model, params = init(tiny("decoder_only", tie_embeddings=tied, dtype=dtype))
         assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-        logits[dtype] = jax.jit(model.apply)({"params": params}, TOKENS)
+        logits[dtype] = jit(model.apply)({"params": params}, TOKENS)
     low = logits["bfloat16"]
     assert low.dtype == jnp.float32
     error = np.abs(low - logits["float32"]).max() / np.abs(logits["float32"]).max()

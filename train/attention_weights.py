@@ -1,6 +1,7 @@
 """Who looks at whom in a model: its attention weights, and the masks that it applies."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,11 +31,7 @@ def attention_weights(
     config: ModelConfig, params: Any, inputs: Inputs
 ) -> dict[str, Float[Array, "_L _B _N _T _S"]]:
     """What share each query takes of each key, by attention, layer and head; nothing is dropped."""
-
-    def run(params: Any, inputs: dict[str, Any]) -> Any:
-        return build(config).apply({"params": params}, **inputs, mutable=["intermediates"])[1]
-
-    stacks = jax.jit(run)(params, dict(inputs))["intermediates"]
+    stacks = _sown(config, params, dict(inputs))
     only = "encoder" if config.architecture == "encoder_only" else "decoder"
     places = {
         "encoder": ("encoder", "self_attention"),
@@ -46,6 +43,12 @@ def attention_weights(
         stack, attention = places[kind]
         (weights[kind],) = stacks[stack]["blocks"][attention]["weights"]
     return weights
+
+
+@partial(jax.jit, static_argnums=0)
+def _sown(config: ModelConfig, params: Any, inputs: dict[str, Any]) -> Any:
+    _, sown = build(config).apply({"params": params}, **inputs, mutable=["intermediates"])
+    return sown["intermediates"]
 
 
 def attention_masks(config: ModelConfig, inputs: Inputs) -> dict[str, AttentionMask]:

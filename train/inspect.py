@@ -211,7 +211,7 @@ def _memory_table(
 
 
 def _names_table(setup: Setup) -> Table:
-    table = Table(title="parameters by name; those of blocks lead with the layers")
+    table = Table(title="parameters by name; * is the layer, from 0, and the first dimension")
     table.title_justify = "left"
     for name in ("name", "shape", "count", "rate x"):
         table.add_column(name, justify="left" if name == "name" else "right", overflow="fold")
@@ -219,6 +219,7 @@ def _names_table(setup: Setup) -> Table:
     for name, leaf in named(setup.abstract.params):
         rates = dict.fromkeys(f"{rate:.3g}" for rate in np.unique(factors[name]))
         rates = "frozen" if list(rates) == ["0"] else " ... ".join([*rates][:: len(rates) - 1 or 1])
+        name = name.replace(".blocks.", ".blocks.*.")
         table.add_row(name, " x ".join(map(str, leaf.shape)), f"{leaf.size:,}", rates)
     return table
 

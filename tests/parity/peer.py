@@ -116,6 +116,37 @@ def with_cache(
     return np.concatenate(scores, axis=1)
 
 
+PAIRS = [(SOURCE[i, :s], TOKENS[i, :t]) for i, (s, t) in enumerate([(4, 2), (2, 5), (7, 3)])]
+
+
+def run_packed(found: Pretrained) -> np.ndarray:
+    """Scores of an encoder-decoder for PAIRS in one row."""
+    packed = {}
+    for name, parts in zip(("encoder_", ""), zip(*PAIRS, strict=True), strict=True):
+        lengths = [len(part) for part in parts]
+        packed[f"{name}inputs"] = np.concatenate(parts)[None]
+        packed[f"{name}segment_ids"] = np.repeat([1, 2, 3], lengths)[None]
+        packed[f"{name}positions"] = np.concatenate([np.arange(n) for n in lengths])[None]
+    return run(found, packed.pop("inputs"), packed.pop("encoder_inputs"), **packed)[0]
+
+
+def one_by_one(model: Any) -> np.ndarray:
+    """Their scores for each of PAIRS alone, end to end."""
+    with torch.no_grad():
+        scores = [
+            array(model(**tensors(input_ids=s[None], decoder_input_ids=t[None])).logits)
+            for s, t in PAIRS
+        ]
+    return np.concatenate(scores, axis=1)
+
+
+def encode(found: Pretrained, source: np.ndarray, segments: np.ndarray) -> Any:
+    """Hidden states of the source, as the decoder wants them."""
+    apply = build(found.config).apply
+    arrays = jnp.asarray(source), jnp.asarray(segments)
+    return apply({"params": found.params}, *arrays, method="encode")
+
+
 def array(tensor: Any) -> np.ndarray:
     return tensor.detach().numpy()
 

@@ -1,44 +1,63 @@
-"""The encoder-decoder equals `transformers`' Marian, given the same random weights."""
+"""The encoder-decoder equals transformers' Marian, given the same random weights."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from peer import (
+    REAL,
+    SOURCE,
+    SOURCE_REAL,
+    TOKENS,
+    B,
+    T,
+    V,
+    array,
+    assert_close,
+    back,
+    compact,
+    encode,
+    export,
+    hidden,
+    one_by_one,
+    ours,
+    randomised,
+    run,
+    run_packed,
+    run_with_cache,
+    tensors,
+    torch,
+    transformers,
+    with_cache,
+)
+from tiny import random_params
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+from model.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig
+from model.pretrained import write
+from model.transformer import build
+from train.loss import cross_entropy
 
-from model.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig  # noqa: E402
-from model.transformer import build  # noqa: E402
-from train.loss import cross_entropy  # noqa: E402
-
-B, S, T, V = 3, 7, 5, 23
-WIDTH, HEADS, INNER, ENCODER_LAYERS, LAYERS = 20, 5, 31, 3, 2
-SOURCE_LENGTHS, LENGTHS = np.array([7, 4, 1]), np.array([3, 5, 2])
-
-CONFIG = ModelConfig(
-    vocab_size=V,
-    width=WIDTH,
-    layers=LAYERS,
-    encoder_layers=ENCODER_LAYERS,
-    attention=AttentionConfig(heads=HEADS),
-    feed_forward=FeedForwardConfig(width=INNER),
-    norm=NormConfig(position="post", epsilon=1e-5),  # torch's default, which Marian keeps
+PADDED = tensors(
+    input_ids=SOURCE,
+    attention_mask=SOURCE_REAL,
+    decoder_input_ids=TOKENS,
+    decoder_attention_mask=REAL,
 )
 
 
-def marian():
-    """A Marian model whose every weight is random: no bias is 0, no scale is 1."""
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Theirs, and ours out of its file."""
     config = transformers.MarianConfig(
         vocab_size=V,
-        d_model=WIDTH,
-        encoder_layers=ENCODER_LAYERS,
-        decoder_layers=LAYERS,
-        encoder_attention_heads=HEADS,
-        decoder_attention_heads=HEADS,
-        encoder_ffn_dim=INNER,
-        decoder_ffn_dim=INNER,
-        activation_function="relu",
+        d_model=20,
+        encoder_layers=3,
+        decoder_layers=2,
+        encoder_attention_heads=5,
+        decoder_attention_heads=5,
+        encoder_ffn_dim=31,
+        decoder_ffn_dim=31,
+        activation_function="swish",
         scale_embedding=True,
         max_position_embeddings=17,
         pad_token_id=0,
@@ -48,111 +67,88 @@ def marian():
         dropout=0.0,
         attn_implementation="eager",
     )
-    model = transformers.MarianMTModel(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "embed_positions" not in name:
-                weight.normal_(0.0, 0.3, generator=generator)
-                if "layer_norm.weight" in name:
-                    weight += 1.0
-    return model
+    theirs = randomised(transformers.MarianMTModel(config))
+    theirs.final_logits_bias.normal_(generator=torch.Generator().manual_seed(1))
+    return theirs, ours(theirs, tmp_path_factory.mktemp("marian"))
 
 
-def stacked(layers, convert) -> dict:
-    """Layers in a list to arrays that lead with the layers."""
-    return jax.tree.map(lambda *x: jnp.stack(x), *[convert(layer) for layer in layers])
+def test_padded(models):
+    theirs, found = models
+    logits, states = run(found, TOKENS, SOURCE, segment_ids=REAL, encoder_segment_ids=SOURCE_REAL)
+    for stack, real in (("encoder", SOURCE_REAL), ("decoder", REAL)):
+        layers = getattr(theirs.model, stack).layers
+        expected, blocks = hidden(layers, lambda: theirs(**PADDED))
+        assert_close(f"hidden states of the {stack}", states[stack], blocks, real)
+    assert_close("logits", logits, expected, REAL)
 
 
-def dense(linear, inputs=(), outputs=()) -> dict:
-    """torch keeps [out, in], here it is [*in, *out]."""
-    kernel = linear.weight.detach().numpy().T
-    kernel = kernel.reshape(*(inputs or kernel.shape[:1]), *(outputs or kernel.shape[1:]))
-    bias = linear.bias.detach().numpy()
-    return {"kernel": kernel, "bias": bias.reshape(outputs or bias.shape)}
+def test_packed(models):
+    theirs, found = models
+    assert_close("logits", run_packed(found), one_by_one(theirs))
 
 
-def norm(layer) -> dict:
-    return {"scale": layer.weight.detach().numpy(), "bias": layer.bias.detach().numpy()}
+def test_with_cache(models):
+    theirs, found = models
+    source = tensors(input_ids=SOURCE, attention_mask=SOURCE_REAL)
+    expected = with_cache(theirs, TOKENS, "decoder_input_ids", **source)
+    encoded = encode(found, SOURCE, SOURCE_REAL)
+    logits = run_with_cache(found, TOKENS, encoded, jnp.asarray(SOURCE_REAL))
+    assert_close("logits", logits, expected)
 
 
-def attention(layer) -> dict:
-    heads = (HEADS, WIDTH // HEADS)
-    return {
-        "query": dense(layer.q_proj, outputs=heads),
-        "key": dense(layer.k_proj, outputs=heads),
-        "value": dense(layer.v_proj, outputs=heads),
-        "out": dense(layer.out_proj, inputs=heads),
-    }
-
-
-def block(layer) -> dict:
-    result = {
-        "self_attention": attention(layer.self_attn),
-        "self_attention_norm": norm(layer.self_attn_layer_norm),
-        "feed_forward": {"up": dense(layer.fc1), "down": dense(layer.fc2)},
-        "feed_forward_norm": norm(layer.final_layer_norm),
-    }
-    if hasattr(layer, "encoder_attn"):
-        result["cross_attention"] = attention(layer.encoder_attn)
-        result["cross_attention_norm"] = norm(layer.encoder_attn_layer_norm)
-    return result
-
-
-def test_logits_and_loss_gradient():
-    theirs = marian()
-    body = theirs.model
-    params = {
-        "embedding": {"table": body.shared.weight.detach().numpy()},
-        "encoder": {"blocks": stacked(body.encoder.layers, block)},
-        "decoder": {"blocks": stacked(body.decoder.layers, block)},
-    }
-    rng = np.random.default_rng(0)
-    source, tokens, targets = (rng.integers(1, V, (B, n)) for n in (S, T, T))
-    source_real = np.arange(S) < SOURCE_LENGTHS[:, None]
-    real = np.arange(T) < LENGTHS[:, None]
-    source, tokens = source * source_real, tokens * real  # padding has id 0
-
-    expected = theirs(
-        input_ids=torch.tensor(source),
-        attention_mask=torch.tensor(source_real.astype(int)),
-        decoder_input_ids=torch.tensor(tokens),
-        decoder_attention_mask=torch.tensor(real.astype(int)),
-    ).logits
+def test_loss_and_its_gradient(models):
+    theirs, found = models
+    targets = np.random.default_rng(1).integers(1, V, (B, T))
+    real = torch.tensor(REAL, dtype=torch.bool)
+    theirs.zero_grad()
+    scores = theirs(**PADDED).logits
     loss = torch.nn.functional.cross_entropy(
-        expected[torch.tensor(real)], torch.tensor(targets[real]), label_smoothing=0.1
+        scores[real], torch.tensor(targets)[real], label_smoothing=0.1
     )
     loss.backward()
 
-    model = build(CONFIG)
-    tree = jax.eval_shape(model.init, jax.random.key(0), jnp.array(tokens), jnp.array(source))
-    assert sum(x.size for x in jax.tree.leaves(tree)) == sum(
-        x.size for x in jax.tree.leaves(params)
-    )
-
     @jax.jit
-    def loss_and_logits(params):
-        logits = model.apply(
+    @jax.value_and_grad
+    def our_loss(params):
+        logits = build(found.config).apply(
             {"params": params},
-            jnp.array(tokens),
-            jnp.array(source),
-            segment_ids=jnp.array(real.astype(int)),
-            encoder_segment_ids=jnp.array(source_real.astype(int)),
+            jnp.asarray(TOKENS),
+            jnp.asarray(SOURCE),
+            segment_ids=jnp.asarray(REAL),
+            encoder_segment_ids=jnp.asarray(SOURCE_REAL),
         )
-        weights = jnp.array(real, jnp.float32)
-        total, weight = cross_entropy(logits, jnp.array(targets), weights, 0.1)
-        return total / weight, logits
+        weights = jnp.asarray(REAL, jnp.float32)
+        total, weight = cross_entropy(logits, jnp.asarray(targets), weights, 0.1)
+        return total / weight
 
-    grad = jax.value_and_grad(loss_and_logits, has_aux=True)
-    (our_loss, logits), gradient = grad(jax.tree.map(jnp.asarray, params))
-    difference = np.abs(np.asarray(logits) - expected.detach().numpy())[real].max()
-    print(f"largest difference of logits: {difference:.2g}")
-    assert difference < 1e-5
-    assert float(our_loss) == pytest.approx(loss.item(), abs=1e-5)
-
+    value, gradient = our_loss(found.params)
+    assert float(value) == pytest.approx(loss.item(), abs=1e-5)
     # The embedding's gradient has come through every layer, and the padding's row is not trained.
-    wanted = body.shared.weight.grad.numpy()
-    ours = np.asarray(gradient["embedding"]["table"])
-    difference = np.abs(ours - wanted)[1:].max()
-    print(f"largest difference of gradients: {difference:.2g}, of {np.abs(wanted).max():.2g}")
-    assert difference < 1e-5
+    wanted = theirs.model.shared.weight.grad.numpy()
+    assert_close("gradient", np.asarray(gradient["embedding"]["table"])[1:], wanted[1:])
+
+
+def test_the_way_back(models, tmp_path):
+    theirs, found = models
+    again = back(type(theirs), export(found, tmp_path / "export"))
+    with torch.no_grad():
+        np.testing.assert_array_equal(array(again(**PADDED).logits), array(theirs(**PADDED).logits))
+
+
+def test_our_model_exported(tmp_path):
+    config = ModelConfig(
+        vocab_size=V,
+        width=14,
+        layers=3,
+        encoder_layers=2,
+        attention=AttentionConfig(heads=7),
+        feed_forward=FeedForwardConfig(width=13),
+        norm=NormConfig(epsilon=1e-5),
+    )
+    params = random_params(build(config), TOKENS, SOURCE, scale=0.2)
+    write(tmp_path / "export", config, params, special={"decoder_start_token_id": 2})
+    theirs = back(transformers.MarianMTModel, tmp_path / "export")
+    logits, _ = run(compact(config, params), TOKENS, SOURCE)
+    with torch.no_grad():
+        inputs = tensors(input_ids=SOURCE, decoder_input_ids=TOKENS)
+        assert_close("logits", logits, array(theirs(**inputs).logits))

@@ -1,0 +1,306 @@
+"""What is written after a prompt, against a plain loop that runs the whole model for each token."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import POSITIONS, random_params, tiny
+
+from data.config import TokenizerConfig
+from data.tokenizer import Tokenizer
+from model.config import ModelConfig
+from model.decoding import length_penalty
+from model.transformer import build
+from train import generate
+from train.config import DecodeConfig, MeshConfig, TrainError
+from train.generate import Generator, Text
+from train.rows import batches
+from train.sharding import make_mesh
+
+MESH = make_mesh(MeshConfig(), jax.devices()[:1])
+LETTERS = "abcdefghijklm"
+CHARS = Tokenizer.train([LETTERS], TokenizerConfig(kind="chars", vocab_size=99), "causal_lm")
+BYTES = Tokenizer.train(["x"], TokenizerConfig(kind="bytes", vocab_size=260), "causal_lm")
+PROMPTS = ["", "ab", "lmabcabgkd", "c", "kkkkkkk"]
+LONGEST = 23  # positions of a prompt and what is written after it
+
+
+def small(tokenizer: Tokenizer = CHARS, **changes: Any) -> ModelConfig:
+    options = {"norm_position": "pre", "tie_embeddings": False, "vocab_size": tokenizer.vocab_size}
+    return tiny("decoder_only", **options | POSITIONS[changes.pop("positions", "rotary")] | changes)
+
+
+def make(config: ModelConfig, tokenizer: Tokenizer = CHARS, mesh: Any = MESH, **options: Any):
+    own = {name: options.pop(name) for name in ("seed", "prefix") if name in options}
+    params = random_params(build(config), jnp.zeros((1, 3), jnp.int32), scale=0.4)
+    decode = DecodeConfig(**{"beam": 1, "max_tokens": 11} | options)
+    return Generator(config, decode, tokenizer, params, mesh, **own)
+
+
+class Plain:
+    """Generates alone and without a cache: each token from a forward pass over all before it."""
+
+    def __init__(self, generator: Generator, longest: int = LONGEST):
+        self.generator, self.model, self.longest = generator, build(generator.model), longest
+        self.forward = jax.jit(self._forward)
+
+    def _forward(self, tokens: jax.Array, prefix: jax.Array) -> jax.Array:
+        options = {"prefix_len": prefix} if self.generator.prefix else {}
+        return self.model.apply({"params": self.generator.params}, tokens, **options)[0]
+
+    def prompt(self, text: str) -> list[int]:
+        tokenizer = self.generator.tokenizer
+        return [tokenizer.bos, *tokenizer.encode_batch([text])[0].tolist()]
+
+    def logits(self, prompt: list[int], written: list[int]) -> np.ndarray:
+        tokens = np.zeros((1, self.longest), np.int32)
+        tokens[0, : len(prompt + written)] = prompt + written
+        row = self.forward(tokens, jnp.array([len(prompt)]))[len(prompt + written) - 1]
+        row, penalty = np.array(row), self.generator.decode.repetition_penalty
+        for token in {*prompt, *written}:
+            row[token] = row[token] / penalty if row[token] > 0 else row[token] * penalty
+        return row
+
+    def tokens(self, text: str, line: int) -> list[int]:
+        generator, written = self.generator, []
+        key = jax.random.fold_in(jax.random.key(generator.seed), line)
+        while len(written) < generator.decode.max_tokens:
+            row = self.logits(self.prompt(text), written)
+            if temperature := generator.decode.temperature:
+                noise = jax.random.gumbel(jax.random.fold_in(key, len(written)), row.shape)
+                row = row / temperature + noise
+            written.append(int(np.argmax(row)))
+            if written[-1] == generator.tokenizer.eos:
+                break
+        return written
+
+    def __call__(self, prompts: list[str]) -> list[str]:
+        rows = [self.tokens(prompt, line) for line, prompt in enumerate(prompts)]
+        assert len({len(row) for row in rows}) > 1  # Some end before others, or it is no test.
+        return [self.generator.tokenizer.decode(row) for row in rows]
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_a_batch_is_what_each_prompt_alone_gives_without_a_cache(kind: str, monkeypatch):
+    monkeypatch.setattr(generate, "CHUNK", 5)  # So that prompts are read in several pieces.
+    config = small(positions=kind, positions_max_length=LONGEST)
+    generator = make(config, temperature=1.5, repetition_penalty=1.3, seed=3)
+    written = generator(PROMPTS)
+    assert written == Plain(generator)(PROMPTS)
+    assert len(set(written)) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 1.5, "prefix": True}])
+def test_so_are_the_likeliest_tokens_and_those_after_a_prefix(options: dict, monkeypatch):
+    monkeypatch.setattr(generate, "CHUNK", 5)
+    generator = make(small(), **options)
+    assert generator(PROMPTS) == Plain(generator)(PROMPTS)
+
+
+def test_reading_a_prompt_in_pieces_fills_the_same_cache(monkeypatch):
+    generator = make(small(positions="alibi"))
+    inputs = np.random.default_rng(0).integers(4, 17, (3, 16))
+    inputs, lengths = jnp.array(inputs), jnp.array([16, 2, 13])
+    whole = generator._prefill(generator.params, inputs, lengths).self_attention
+    for chunk in (1, 5, 8):
+        monkeypatch.setattr(generate, "CHUNK", chunk)
+        pieces = generator._prefill(generator.params, inputs, lengths).self_attention
+        for row, length in enumerate(lengths):
+            for a, b in zip(jax.tree.leaves(pieces), jax.tree.leaves(whole), strict=True):
+                assert np.abs(b[:, row, : length - 1]).min() > 0
+                np.testing.assert_allclose(a[:, row, : length - 1], b[:, row, : length - 1], 1e-4)
+
+
+def test_prompts_of_all_lengths_keep_their_order():
+    generator = make(small(), batch_tokens=64, max_tokens=3)
+    rng = np.random.default_rng(0)
+    prompts = ["".join(rng.choice(list(LETTERS), n)) for n in (20, 1, 17, 2, 5, 16, 15, 3, 0, 7)]
+    plain = Plain(generator, 24)
+    assert generator(prompts) == [CHARS.decode(plain.tokens(prompt, 0)) for prompt in prompts]
+    assert generator([]) == []
+
+
+def test_many_devices_write_the_same():
+    config = small(positions="relative")
+    written = make(config)(PROMPTS)
+    many = make(config, mesh=make_mesh(MeshConfig(data=4, fsdp=2)))
+    assert many(PROMPTS) == written
+    assert "".join(many.stream(PROMPTS[1])) == written[1] != ""
+
+
+def test_what_streams_is_what_a_batch_gives():
+    generator = make(small(BYTES), BYTES, temperature=1.0, max_tokens=60)
+    for prompt in ("", "Grüße"):
+        generator.decode = dataclasses.replace(generator.decode, stop=())
+        text = generator([prompt])[0]
+        assert "".join(generator.stream(prompt)) == text
+        assert len(text) > 10
+        for stop in (text[7:9], text[4:5], "nowhere"):
+            generator.decode = dataclasses.replace(generator.decode, stop=("#!", stop))
+            expected = text.split(stop)[0].split("#!")[0]
+            assert generator([prompt]) == [expected]
+            assert "".join(generator.stream(prompt)) == expected
+
+
+def test_a_text_comes_token_by_token_until_its_end(monkeypatch):
+    generator = make(small(), temperature=1.5, max_tokens=17)
+    assert {len(text) < 10 for text in generator(PROMPTS * 2)} == {True, False}
+    until = []
+    advance = generator._advance
+    monkeypatch.setattr(generator, "_advance", lambda *x: until.append(x[-1]) or advance(*x))
+    pieces = generator.stream("abc")
+    assert len(next(pieces)) == 1
+    assert until == [1, 2]  # The devices are one token ahead.
+    assert {len(piece) for piece in pieces} == {1}
+    assert len(until) < 17
+
+
+def test_without_an_end_token_it_ends_at_max_tokens():
+    endless = Tokenizer(CHARS._json)
+    endless.eos = None
+    generator = make(small(), endless, temperature=1.5, max_tokens=17)
+    tokens = Plain(generator).tokens("", 0)
+    assert len(tokens) == 17
+    assert generator([""]) == [CHARS.decode(tokens)]
+
+
+def test_a_wide_beam_finds_the_best_of_all_texts():
+    tokenizer = Tokenizer.train(["ab"], TokenizerConfig(kind="chars", vocab_size=9), "causal_lm")
+    V, steps = tokenizer.vocab_size, 3
+    options = {"beam": (V - 1) ** 2, "max_tokens": steps, "repetition_penalty": 1.7}
+    generator = make(small(tokenizer), tokenizer, **options)
+    plain, prompts = Plain(generator), ["", "abba", "b"]
+    others = [token for token in range(V) if token != tokenizer.eos]
+    best = []
+    for prompt in prompts:
+        known = plain.prompt(prompt)
+        log_probs = {
+            before: np.asarray(jax.nn.log_softmax(plain.logits(known, list(before))))
+            for n in range(steps)
+            for before in itertools.product(others, repeat=n)
+        }
+        ended = [
+            (*before, tokenizer.eos)
+            for n in range(steps)
+            for before in itertools.product(others, repeat=n)
+        ]
+        scores = {
+            text: sum(log_probs[text[:i]][token] for i, token in enumerate(text))
+            / length_penalty(len(text), generator.decode.length_penalty)
+            for text in ended
+        }
+        best.append(max(scores, key=scores.__getitem__))
+    (numbers, rows), *_ = generator._batches(generator._encode(prompts))
+    found = generator._search(generator.params, rows)
+    for row, number in enumerate(numbers):
+        assert tuple(found.tokens[row, : found.lengths[row]].tolist()) == best[number]
+    assert generator(prompts) == [tokenizer.decode(text) for text in best]
+
+
+def test_learned_positions_have_an_end():
+    config = small(positions="learned", positions_max_length=LONGEST)
+    generator = make(config, max_tokens=4)
+    fits = "abcdefghabcdefghab"  # and the begin token: 19 = 23 - 4
+    assert generator([fits]) == [CHARS.decode(Plain(generator).tokens(fits, 0))]
+    with pytest.raises(TrainError, match=r"prompt 2 has 20 tokens.*max_tokens = 4 .*= 23"):
+        generator(["a", fits + "a"])
+    with pytest.raises(TrainError, match="prompt 1 has 20 tokens"):
+        generator.stream(fits + "a")
+    generator = make(config, max_tokens=23)
+    with pytest.raises(TrainError, match=r"prompt 1 has 1 tokens.*max_tokens = 23 .*= 23"):
+        generator([""])
+
+
+def test_who_cannot_write_says_so():
+    for architecture, needed in (
+        ("encoder_decoder", "heedful translate"),
+        ("encoder_only", "encoder_only .* does not write"),
+    ):
+        with pytest.raises(TrainError, match=needed):
+            Generator(tiny(architecture), DecodeConfig(beam=1), CHARS, None, MESH)
+    config = small(head_kind="classifier", head_pooling="last", head_outputs=3)
+    with pytest.raises(TrainError, match="classifier does not write"):
+        Generator(config, DecodeConfig(beam=1), CHARS, None, MESH)
+    with pytest.raises(TrainError, match=r"set decode\.beam = 1"):
+        Generator(small(), DecodeConfig(beam=2), CHARS, None, MESH).stream("ab")
+    nowhere = Tokenizer(CHARS._json)
+    nowhere.bos = None
+    with pytest.raises(TrainError, match="prompt 2 is empty"):
+        Generator(small(), DecodeConfig(beam=1), nowhere, None, MESH)(["ab", ""])
+
+
+# Text -------------------------------------------------------------------------------------------
+
+
+def read(text: str, stop: tuple[str, ...], tokenizer: Tokenizer = BYTES) -> list[str]:
+    """The pieces of a text that arrives token by token, the held one last."""
+    tokens = tokenizer.encode_batch([text])[0]
+    growing = Text(tokenizer, np.array([tokenizer.bos]), stop)
+    pieces = [growing.read(tokens[: n + 1]) for n in range(len(tokens))]
+    pieces.append(growing.rest())
+    whole = Text(tokenizer, np.array([tokenizer.bos]), stop)
+    assert whole.read(tokens) + whole.rest() == "".join(pieces)
+    assert whole.ended == growing.ended == any(s in text for s in stop)
+    return pieces
+
+
+def test_a_character_comes_when_its_last_byte_does():
+    assert read("a€ß", ()) == ["a", "", "", "€", "", "ß", ""]
+    growing = Text(BYTES, np.array([BYTES.bos]), ())
+    euro = BYTES.encode_batch(["€"])[0]
+    assert growing.read(euro[:2]) + growing.rest() == ""  # It was cut: nothing is made up for it.
+    broken = Text(BYTES, np.array([BYTES.bos]), ())
+    assert broken.read(np.array([*euro[:2], *BYTES.encode_batch(["a"])[0]])) == "\ufffda"
+
+
+def test_what_may_begin_a_stop_string_waits():
+    assert read("abcabd.", ("abd",)) == ["", "", "abc", "", "", "", "", ""]
+    assert read("abcab", ("abd",)) == ["", "", "abc", "", "", "ab"]
+    assert read("aaab", ("aab",)) == ["", "", "a", "", ""]
+    assert "".join(read("x€y", ("€",))) == "x"
+    assert "".join(read("one. two; three", (";", ". t"))) == "one"
+
+
+def test_no_stop_string_is_ever_shown():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        text = "".join(rng.choice(list("aé€"), 12))
+        stop = tuple("".join(rng.choice(list("aé€"), rng.integers(1, 4))) for _ in range(2))
+        shown = "".join(read(text, stop))
+        assert text.startswith(shown)
+        assert not any(s in shown for s in stop)
+        assert len(shown) == min(text.find(s) if s in text else 12 for s in stop)
+
+
+def test_a_word_after_a_prompt_keeps_its_space():
+    config = TokenizerConfig(kind="words", vocab_size=99)
+    words = Tokenizer.train(["one two th@@ ree"], config, "causal_lm")
+    prompt, tokens = words.encode_batch(["one two", "two th@@ ree one"])
+    growing = Text(words, np.append(words.bos, prompt), ())
+    assert [growing.read(tokens[: n + 1]) for n in range(4)] == [" two", " th", "ree", " one"]
+    growing = Text(words, np.array([words.bos]), ("e o",))
+    special = np.array([tokens[0], words.bos, words.pad, *tokens[1:]])
+    assert growing.read(special) == "two thre"
+    assert growing.ended
+
+
+def test_batches_are_few_shapes_with_all_rows():
+    rng = np.random.default_rng(0)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=4))
+    sequences = {i: rng.integers(1, 9, n) for i, n in enumerate([3, 70, 16, 17, 1, 5, 40, 4, 33])}
+    seen, shapes = {}, set()
+    for numbers, rows in batches(sequences, 64, mesh, longest=72):
+        shapes.add(rows.inputs.shape)
+        assert rows.lengths[len(numbers) :].sum() == 0
+        for row, i in enumerate(numbers):
+            assert rows.lines[row] == i
+            seen[i] = rows.inputs[row, : rows.lengths[row]]
+            assert not rows.inputs[row, rows.lengths[row] :].any()
+    assert shapes == {(4, 16), (2, 32), (2, 64), (2, 72)}
+    assert seen.keys() == sequences.keys()
+    for i, sequence in sequences.items():
+        np.testing.assert_array_equal(seen[i], sequence)
