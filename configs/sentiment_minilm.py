@@ -14,14 +14,14 @@ def get_config() -> Experiment:
         # Its body, and the vocabulary, are those of the model that it begins from.
         model=ModelConfig(
             architecture="encoder_only",
-            head=HeadConfig(kind="classifier", pooling="mean", pooler=False),
+            head=HeadConfig(kind="classifier"),
         ),
         data=DataConfig(
             source="sentiment", objective="classification", max_length=128, batch_tokens=1024
         ),
         train=TrainConfig(
             init_from="package:minilm",
-            steps=900,
+            steps=600,
             label_smoothing=0.0,
             checkpoint_every=100,
             average=1,

@@ -63,8 +63,8 @@ def figures(monkeypatch) -> list:
     return kept
 
 
-def quiet() -> Console:
-    return Console(file=io.StringIO())
+def picture(run: Trained, text: str, **options) -> Path:
+    return attention_picture(run, text, Console(file=io.StringIO()), **options)
 
 
 # Numbers ----------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def test_the_drawn_numbers_are_the_softmax_of_the_scores(tmp_path, figures, whic
     if which == "cross":
         query = after_attention(p, x, wanted, "self_attention")
         wanted = by_hand(p["cross_attention"], query, hidden["encoder"][-1], full)
-    attention_picture(run, text, quiet(), target=target, which=which)
+    picture(run, text, target=target, which=which)
     ((figure, _),) = figures
     numbers = drawn_numbers(figure)
     assert len(numbers) == HEADS
@@ -127,7 +127,7 @@ def test_the_drawn_numbers_are_the_softmax_of_the_scores(tmp_path, figures, whic
 
 def test_what_may_not_be_looked_at_is_masked_and_not_small(tmp_path, figures):
     run = trained(tmp_path, "decoder_only", "causal_lm")
-    attention_picture(run, "red cat dog bird", quiet())
+    picture(run, "red cat dog bird")
     ((figure, _),) = figures
     hidden = ~np.tri(5, dtype=bool)
     assert all((np.ma.getmaskarray(array) == hidden).all() for array in drawn_numbers(figure))
@@ -138,8 +138,8 @@ def test_what_may_not_be_looked_at_is_masked_and_not_small(tmp_path, figures):
 
 def test_the_mean_is_over_the_heads(tmp_path, figures):
     run = trained(tmp_path, "encoder_only", "masked_lm")
-    attention_picture(run, "red cat dog", quiet(), mean=True, layer=1)
-    attention_picture(run, "red cat dog", quiet(), layer=1)
+    picture(run, "red cat dog", mean=True, layer=1)
+    picture(run, "red cat dog", layer=1)
     (mean, _), (each, _) = figures
     (array,), arrays = drawn_numbers(mean), drawn_numbers(each)
     np.testing.assert_allclose(array, np.mean(arrays, 0), atol=1e-6)
@@ -161,7 +161,7 @@ def test_layers_are_told_apart(tmp_path):
 def test_a_png_has_a_panel_for_each_head(tmp_path, figures, heads: int, mean: bool):
     sizes = {"width": 120, "attention_heads": heads, "attention_kv_heads": heads}
     run = trained(tmp_path, "decoder_only", "causal_lm", **sizes)
-    path = attention_picture(run, "red cat", quiet(), mean=mean)
+    path = picture(run, "red cat", mean=mean)
     ((figure, notes),) = figures
     panels = [panel for panel in figure.axes if panel.get_title()]
     assert len(panels) == (1 if mean else heads) and len(figure.axes) == len(panels) + 1
@@ -173,7 +173,7 @@ def test_a_png_has_a_panel_for_each_head(tmp_path, figures, heads: int, mean: bo
 
 def test_axes_and_title_say_what_is_shown(tmp_path, figures):
     run = trained(tmp_path / "mine", "encoder_decoder", "translation", steps=(1000, 1500))
-    path = attention_picture(run, "red cat", quiet(), target="dog bird blue", layer=1)
+    path = picture(run, "red cat", target="dog bird blue", layer=1)
     assert path == tmp_path / "mine" / "attention.cross.layer1.png" and path.exists()
     ((figure, _),) = figures
     for panel in figure.axes[:HEADS]:
@@ -265,16 +265,16 @@ def test_mistakes_are_named(tmp_path, options: dict, message: str):
     run = trained(tmp_path, "decoder_only", "causal_lm")
     options = {"text": "red cat", **options}
     with pytest.raises(TrainError, match=message):
-        attention_picture(run, options.pop("text"), quiet(), **options)
+        picture(run, options.pop("text"), **options)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_empty_target_is_named(tmp_path):
     run = trained(tmp_path, "encoder_decoder", "translation")
     with pytest.raises(TrainError, match="the --target is empty"):
-        attention_picture(run, "red", quiet(), target="")
+        picture(run, "red", target="")
     with pytest.raises(TrainError, match=f"the --target has {LONGEST + 1} tokens"):
-        attention_picture(run, "red", quiet(), target="red " * (LONGEST + 1))
+        picture(run, "red", target="red " * (LONGEST + 1))
 
 
 def test_a_file_of_the_user_is_kept_and_a_former_picture_replaced(tmp_path):
@@ -285,11 +285,11 @@ def test_a_file_of_the_user_is_kept_and_a_former_picture_replaced(tmp_path):
     for path in (photo, notes):
         before = path.read_bytes()
         with pytest.raises(TrainError, match="no picture of heedful attention"):
-            attention_picture(run, "red", quiet(), mean=True, output=path)
+            picture(run, "red", mean=True, output=path)
         assert path.read_bytes() == before
-    path = attention_picture(run, "red", quiet(), mean=True, output=tmp_path / "new" / "a.png")
+    path = picture(run, "red", mean=True, output=tmp_path / "new" / "a.png")
     before = path.read_bytes()
-    attention_picture(run, "red cat dog", quiet(), mean=True, output=path)
+    picture(run, "red cat dog", mean=True, output=path)
     assert path.read_bytes() != before
 
 
@@ -347,4 +347,4 @@ def test_a_picture_needs_no_display(tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "TkAgg")
     monkeypatch.delenv("DISPLAY", raising=False)
     run = trained(tmp_path, "encoder_only", "masked_lm")
-    assert attention_picture(run, "red", quiet(), mean=True).exists()
+    assert picture(run, "red", mean=True).exists()

@@ -11,7 +11,7 @@ from train.checkpoint import Checkpoints
 from train.config import TrainError
 from train.state import TrainState
 
-LOSSES = {1: 3.0, 2: 0.5, 3: 2.0, 4: 1.0, 5: 2.5}
+SCORES = {1: -3.0, 2: -0.5, 3: -0.5, 4: -1.0, 5: -2.5}  # the best one twice
 
 
 def state(step: int) -> TrainState:
@@ -19,28 +19,70 @@ def state(step: int) -> TrainState:
     return TrainState(jnp.int32(step), {"kernel": values}, ({"mu": values * 2}, jnp.int32(step)))
 
 
+def abstract(state: TrainState) -> TrainState:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
     checkpoints = Checkpoints(folder, "abc", keep=2)
-    for step, loss in LOSSES.items():
-        checkpoints.save(state(step), {"next_batch": step}, loss)
+    for step, score in SCORES.items():
+        checkpoints.save(state(step), {"next_batch": step}, score)
     checkpoints.wait()
     checkpoints.close()
     return folder
 
 
-def test_the_newest_and_the_best_are_kept(folder):
+def test_the_newest_and_the_first_of_the_best_are_kept(folder):
     checkpoints = Checkpoints(folder, "abc")
     assert checkpoints.steps == [2, 4, 5]
     assert checkpoints.best() == 2
+    assert checkpoints.best_score() == (2, -0.5)
+
+
+def test_one_without_a_score_is_never_the_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", "abc", keep=2)
+    checkpoints.save(state(1), {}, None)
+    checkpoints.wait()
+    with pytest.raises(TrainError, match="no checkpoint with a score"):
+        checkpoints.best()
+    for step, score in ((2, -9.0), (3, None)):
+        checkpoints.save(state(step), {}, score)
+    checkpoints.wait()
+    assert checkpoints.best_score() == (2, -9.0)
+    checkpoints.close()
+
+
+def test_frozen_parameters_have_no_moments_to_come_back(tmp_path):
+    """Where the optimizer has None, so does what is restored."""
+    step, params = jnp.int32(7), {"a": jnp.ones(3), "b": jnp.zeros(2)}
+    saved = TrainState(step, params, ({"a": jnp.full(3, 2.0), "b": None}, step))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", "abc", keep=1)
+    checkpoints.save(saved, {"next_batch": 3}, 0.0)
+    checkpoints.wait()
+    restored, iterator = checkpoints.restore(7, abstract(saved))
+    checkpoints.close()
+    assert iterator == {"next_batch": 3}
+    assert jax.tree.structure(restored) == jax.tree.structure(saved)
+    jax.tree.map(np.testing.assert_array_equal, restored, saved)
+
+
+def test_parameters_alone_are_a_checkpoint_to_use(tmp_path):
+    params = state(3).params
+    checkpoints = Checkpoints(tmp_path / "checkpoints", "abc", keep=1)
+    checkpoints.save_params(params)
+    checkpoints.close()
+    opened = Checkpoints(tmp_path / "checkpoints", "abc")
+    assert opened.steps == [opened.best()] == [0]
+    restored = opened.restore_params(0, abstract(state(3)).params)
+    jax.tree.map(np.testing.assert_array_equal, restored, params)
 
 
 def test_it_comes_back_to_the_bit(folder):
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0)
-    )
-    restored, iterator = Checkpoints(folder, "abc").restore(4, abstract)
+    restored, iterator = Checkpoints(folder, "abc").restore(4, abstract(state(0)))
     assert iterator == {"next_batch": 4}
     assert jax.tree.structure(restored) == jax.tree.structure(state(4))
     jax.tree.map(np.testing.assert_array_equal, restored, state(4))

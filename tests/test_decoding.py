@@ -258,7 +258,7 @@ def test_samples_end_as_they_must_and_are_scored_untempered():
 
 
 def test_a_sample_depends_on_its_key_and_not_on_its_neighbours():
-    options = {"sampling": Sampling(temperature=1.0, top_k=4, top_p=0.95)}
+    options: dict[str, Any] = {"sampling": Sampling(temperature=1.0, top_k=4, top_p=0.95)}
     many = decode(sample, TABLE[[4, 1, 1, 2]], [4, 4, 4, 4], **options)
     few = decode(sample, TABLE[[4, 2, 1]], [4, 1, 4], **options)  # keys go by row
     np.testing.assert_array_equal(few.tokens[[0, 2]], many.tokens[[0, 2]])

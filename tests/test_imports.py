@@ -47,6 +47,14 @@ def test_imports_flow_one_way(path: Path):
             assert prefixes & allowed, f"{path.relative_to(ROOT)} imports {name}"
 
 
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.parent.name == "data"], ids=lambda path: path.name
+)
+def test_data_never_names_jax(path: Path):
+    """Its worker processes must not touch a device."""
+    assert not {name for name in imported(path) if name.split(".")[0] in ("jax", "jaxlib", "flax")}
+
+
 @pytest.mark.parametrize("module", ["data.pipeline", "configs.base", "train.cli", "model.config"])
 def test_importing_it_does_not_import_jax(module: str):
     code = f"import {module}, sys; sys.exit('jax' in sys.modules)"

@@ -13,7 +13,7 @@ from rich.console import Console
 from tiny import HEAD_DIM, HEADS, INNER, KV_HEADS, LAYERS, WIDTH, V, random_params, tiny
 
 from data.config import DataConfig, DataError, TokenizerConfig
-from model.config import ModelConfig, ModelError
+from model.config import ModelConfig
 from model.transformer import build
 from train.attention_weights import attention_masks, attention_weights
 from train.config import MeshConfig, OptimizerConfig, TrainConfig, TrainError
@@ -207,11 +207,17 @@ def test_what_is_not_known_yet_is_assumed_and_said(tmp_path):
     data = DataConfig(objective="classification", tokenizer=TokenizerConfig(vocab_size=499))
     made, notes = complete(config, data)
     assert (made.vocab_size, made.head.outputs) == (499, 2)
-    assert "499 entries" in notes[0] and "data.classes" in notes[1] and len(notes) == 2
+    assert "about 499 entries" in notes[0] and "data.classes" in notes[1] and len(notes) == 2
     known = dataclasses.replace(data, classes=("a", "b", "c"))
     assert complete(dataclasses.replace(config, vocab_size=7), known)[0].head.outputs == 3
     assert complete(made, known) == (made, [])
     assert complete(config, DataConfig(objective="regression"))[0].head.outputs == 1
+
+
+def test_a_model_that_another_run_will_replace_is_not_shown_without_a_word():
+    train = TrainConfig(init_from="package:minilm")
+    assert "package:minilm" in printed(tiny("decoder_only", vocab_size=None), LM, train)
+    assert "package:minilm" not in printed(tiny("decoder_only"), LM, train)
 
 
 def test_a_vocabulary_that_exists_is_counted(tmp_path):
@@ -274,7 +280,7 @@ def test_a_huge_model_is_inspected_without_allocating_it():
 
 def test_the_length_can_be_chosen_and_must_be_one():
     assert "rows of 29 tokens" in printed(MODELS["decoder_only"], LM, length=29)
-    with pytest.raises(ModelError, match="length must be positive, not 0"):
+    with pytest.raises(TrainError, match="--length must be positive, not 0"):
         printed(MODELS["decoder_only"], LM, length=0)
 
 

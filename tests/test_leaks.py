@@ -44,10 +44,8 @@ def reachable(architecture: str, segments: np.ndarray, prefix: np.ndarray) -> np
 @pytest.mark.parametrize(
     ("architecture", "changes", "has_segments"),
     [
-        ("encoder_decoder", {}, True),
         ("encoder_decoder", {"norm_position": "pre", "remat": True}, True),
         ("decoder_only", {}, True),
-        ("decoder_only", {"norm_position": "pre"}, False),
         ("prefix", POSITIONS["rotary"], False),
         ("prefix", POSITIONS["relative"], True),
         ("encoder_only", POSITIONS["alibi"], True),
@@ -111,8 +109,12 @@ def test_padding_and_the_future_change_no_bit(dtype: str):
     assert (np.asarray(run(TARGETS, sources)) != logits).any(-1)[real].all()
 
 
-@pytest.mark.parametrize("kind", POSITIONS)
-@pytest.mark.parametrize("architecture", ["encoder_only", "decoder_only", "encoder_decoder"])
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [(name, kind) for name in ("encoder_only", "decoder_only") for kind in POSITIONS]
+    # Its stacks are of those two kinds, its inputs are its own.
+    + [("encoder_decoder", kind) for kind in ("sinusoidal", "rotary", "relative")],
+)
 def test_packed_documents_give_what_they_give_alone(architecture: str, kind: str):
     """Three documents packed into one row, and each by itself: in its place, and from the start.
 

@@ -5,20 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.loss import cross_entropy
+from train.loss import cross_entropy, squared_error
 
 B, T, V = 3, 5, 7
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_sum_weight_and_gradient(smoothing: float):
+@pytest.mark.parametrize("shape", [(B, T), (B,)], ids=["tokens", "classes"])
+def test_sum_weight_and_gradient(smoothing: float, shape: tuple[int, ...]):
     rng = np.random.default_rng(0)
-    logits = rng.normal(size=(B, T, V)) * 3
-    targets = rng.integers(0, V, (B, T))
-    weights = rng.integers(0, 2, (B, T)) * rng.random((B, T))
+    logits = rng.normal(size=(*shape, V)) * 3
+    targets = rng.integers(0, V, shape)
+    weights = (1 + rng.integers(-1, 1, shape)) * rng.random(shape)
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    wanted = np.full((B, T, V), smoothing / V)
-    wanted[np.arange(B)[:, None], np.arange(T), targets] += 1 - smoothing
+    wanted = np.full((*shape, V), smoothing / V)
+    np.put_along_axis(wanted, targets[..., None], 1 - smoothing + smoothing / V, -1)
     expected = -(wanted * np.log(probabilities)).sum(-1)
 
     def loss(logits):
@@ -36,3 +37,16 @@ def test_huge_logits_and_bfloat16():
     loss, _ = cross_entropy(logits, jnp.array([[1]]), jnp.ones((1, 1)))
     assert loss.dtype == jnp.float32
     assert float(loss) == pytest.approx(float(logits[0, 0, 0]) - float(logits[0, 0, 1]))
+
+
+def test_squared_error():
+    rng = np.random.default_rng(0)
+    outputs, targets = rng.normal(size=(T, 1)), rng.normal(size=T)
+    weights = np.array([1.0, 0.0, 0.5, 1.0, 0.0])
+    error, weight = squared_error(
+        jnp.asarray(outputs, jnp.float32),
+        jnp.asarray(targets, jnp.float32),
+        jnp.asarray(weights, jnp.float32),
+    )
+    np.testing.assert_allclose(error, (weights * (outputs[:, 0] - targets) ** 2).sum(), rtol=1e-6)
+    assert weight == 2.5 and error.dtype == jnp.float32

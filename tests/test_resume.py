@@ -15,10 +15,9 @@ import pytest
 import toy
 
 from train.checkpoint import Checkpoints
-from train.optimizer import make_optimizer
 from train.run import Run
 from train.sharding import make_mesh
-from train.state import abstract_state
+from train.state import set_up
 
 ROOT = Path(__file__).parent.parent
 STEPS, EVERY = 60, 7
@@ -53,7 +52,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
 def final_state(directory: Path) -> list[np.ndarray]:
     run = Run.open(directory)
     mesh = make_mesh(run.train.mesh, jax.devices()[:1])
-    abstract = abstract_state(run.model, make_optimizer(run.train.optimizer, STEPS), mesh)
+    abstract = set_up(run.model, run.train, mesh).abstract
     checkpoints = Checkpoints(run.checkpoints, run.tokenizer().fingerprint)
     state, _ = checkpoints.restore(STEPS, abstract)
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]

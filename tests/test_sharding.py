@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -97,6 +98,13 @@ class Trained(NamedTuple):
     setup: Setup
 
 
+@functools.cache
+def prepare(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> tuple[Setup, Callable]:
+    """The setup and the step, which compiles once."""
+    setup = set_up(model, config, mesh)
+    return setup, make_train_step(model, config, setup)
+
+
 def train(
     model: ModelConfig,
     config: TrainConfig = TRAIN,
@@ -105,8 +113,8 @@ def train(
     params: Any = None,
 ) -> Trained:
     """Some steps from `params` or those of seed 7, on one device unless there is a mesh."""
-    mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
-    setup = set_up(model, config, mesh)
+    setup, step = prepare(model, config, mesh or make_mesh(MeshConfig(), jax.devices()[:1]))
+    mesh = setup.mesh
     if params is None:
         params = init_params(model, mesh, seed=7)
     else:
@@ -115,8 +123,7 @@ def train(
         )
     initial = jax.device_get(params)
     state = first_state(setup, params)
-    step, metrics = make_train_step(model, config, setup), []
-    rng = np.random.default_rng(0)
+    metrics, rng = [], np.random.default_rng(0)
     with jax.set_mesh(mesh):
         for _ in range(steps):
             state, values = step(state, to_devices(batch(rng, model), mesh))

@@ -16,6 +16,10 @@ from train.config import DecodeConfig, MeshConfig, OptimizerConfig, TrainConfig,
         (OptimizerConfig, {"final_lr": -1.0}, ["optimizer.final_lr"]),
         (OptimizerConfig, {"clip_norm": 0.0}, ["optimizer.clip_norm", "None"]),
         (OptimizerConfig, {"kind": "adam", "weight_decay": 0.1}, ["weight_decay", "adamw"]),
+        (OptimizerConfig, {"layer_decay": 0.0}, ["optimizer.layer_decay", "(0, 1]", "0.0"]),
+        (OptimizerConfig, {"layer_decay": 1.5}, ["optimizer.layer_decay", "1.5"]),
+        (OptimizerConfig, {"head_lr": 0.0}, ["optimizer.head_lr", "positive"]),
+        (OptimizerConfig, {"freeze": ("ok", "a(")}, ["optimizer.freeze", "'a('", "no regular"]),
         (MeshConfig, {"tensor": 0}, ["mesh.tensor", "0"]),
         (MeshConfig, {"data": -2}, ["mesh.data", "-2"]),
         (DecodeConfig, {"beam": 0}, ["decode.beam"]),
@@ -27,10 +31,23 @@ from train.config import DecodeConfig, MeshConfig, OptimizerConfig, TrainConfig,
         (DecodeConfig, {"temperature": 1.0}, ["decode.beam = 1"]),
         (DecodeConfig, {"beam": 1, "top_k": 3}, ["decode.temperature above 0"]),
         (DecodeConfig, {"batch_tokens": 0}, ["decode.batch_tokens"]),
+        (DecodeConfig, {"beam": 1, "temperature": 1.0, "min_p": 1.0}, ["decode.min_p", "1.0"]),
+        (DecodeConfig, {"beam": 1, "min_p": 0.1}, ["decode.temperature above 0"]),
+        (DecodeConfig, {"repetition_penalty": 0.5}, ["decode.repetition_penalty", "0.5"]),
+        (DecodeConfig, {"max_tokens": 0}, ["decode.max_tokens"]),
+        (DecodeConfig, {"stop": ("a", "")}, ["decode.stop", "empty"]),
         (TrainConfig, {"steps": 0}, ["train.steps", "0"]),
         (TrainConfig, {"seed": -1}, ["train.seed"]),
         (TrainConfig, {"samples": -1}, ["train.samples"]),
         (TrainConfig, {"label_smoothing": 1.0}, ["train.label_smoothing"]),
+        (TrainConfig, {"patience": 0}, ["train.patience", "None"]),
+        (TrainConfig, {"reinit": ("head",)}, ["train.reinit = head", "train.init_from"]),
+        (TrainConfig, {"init_from": "runs/a", "reinit": ("[",)}, ["train.reinit", "'['"]),
+        (
+            TrainConfig,
+            {"steps": 7, "optimizer": OptimizerConfig(warmup_steps=7, schedule="cosine")},
+            ["warmup_steps = 7", "train.steps = 7", "cosine"],
+        ),
         (TrainConfig, {"average": 7}, ["train.average = 7", "train.keep", "5"]),
     ],
 )
@@ -41,3 +58,9 @@ def test_bad_value_is_named(cls, values, words):
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize("schedule", ["inverse_sqrt", "constant"])
+def test_a_warmup_may_last_for_all_steps_of_a_schedule_without_end(schedule):
+    optimizer = OptimizerConfig(warmup_steps=9, schedule=schedule)
+    assert TrainConfig(steps=7, optimizer=optimizer).optimizer is optimizer

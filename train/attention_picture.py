@@ -62,7 +62,7 @@ def attention_picture(
     """
     directory, model = trained.run.directory, trained.run.model
     kinds = attention_kinds(model)
-    which = list(kinds)[-1] if which is None else which
+    which = which or list(kinds)[-1]
     require(
         which in kinds,
         f"--which {which}: the {model.architecture} of {directory} has {', '.join(kinds)}",
@@ -71,7 +71,7 @@ def attention_picture(
     layer = layers if layer is None else layer
     require(1 <= layer <= layers, f"--layer {layer}: there are layers 1 to {layers}")
     name = f"attention.{which}.layer{layer}{'.mean' if mean else ''}.png"
-    output = directory / name if output is None else output
+    output = output or directory / name
     _require_ours(output)
 
     inputs = model_inputs(trained, text, target, needs_target=which != "encoder")

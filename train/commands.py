@@ -128,7 +128,8 @@ def generate(directory: str, arguments: list[str]) -> None:
 
     lines = read_lines() if text is None else []
     trained = _load(directory, chosen, stderr=True)
-    generator = Generator(*_parts(trained, chosen))
+    is_prefix = trained.run.data.objective == "prefix_lm"
+    generator = Generator(*_parts(trained, chosen), prefix=is_prefix)
     if text is None:
         whole = [line + rest for line, rest in zip(lines, generator(lines), strict=True)]
         _print(text.replace("\n", " ") for text in whole)

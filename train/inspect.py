@@ -15,9 +15,9 @@ from rich.text import Text
 
 from data.config import DataConfig
 from data.tokenizer import Tokenizer
-from model.config import ModelConfig, require
+from model.config import ModelConfig
 from train.attention_weights import attention_kinds, attention_masks
-from train.config import MeshConfig, TrainConfig
+from train.config import MeshConfig, TrainConfig, require
 from train.costs import BACKWARD, Memory, Part, memory, parts
 from train.sharding import MESH_AXES
 from train.state import Setup, parameter_count, set_up
@@ -56,17 +56,18 @@ def inspect(
     Raises TrainError where the mesh does not divide a parameter or a pattern fits none.
     """
     length = data.max_length if length is None else length
-    require(length > 0, f"length must be positive, not {length}")
+    require(length > 0, f"--length must be positive, not {length}")
+    is_open = model.vocab_size is None
     model, notes = complete(model, data)
+    if is_open and train.init_from is not None:
+        notes.append(f"the sizes of {train.init_from} (train.init_from) will replace these")
     setup = set_up(model, train, layout(train.mesh))
-    params = setup.abstract.params
-    console.print(f"{title}: {describe(model)}", markup=False)
-    for note in notes:
-        console.print(note, markup=False)
+    for line in (f"{title}: {describe(model)}", *notes):
+        console.print(line, markup=False)
     if names:
         console.print(_names_table(setup))
-    found = parts(model, params, length)
-    console.print(_parts_table(found, model, parameter_count(params), length))
+    found = parts(model, setup.abstract.params, length)
+    console.print(_parts_table(found, model, parameter_count(setup.abstract.params), length))
     console.print(_flops_text(found, model, data, train, setup) + "\n", markup=False)
     console.print(_memory_table(memory(model, data, train, setup), model, data, train, setup))
     console.print(masks_drawn(model, data))
@@ -81,15 +82,15 @@ def complete(model: ModelConfig, data: DataConfig) -> tuple[ModelConfig, list[st
         else:
             size = data.tokenizer.vocab_size
             notes.append(
-                f"about: the vocabulary is not learned yet and taken to have {size:,} entries "
-                "(data.tokenizer.vocab_size), the most that it may have"
+                f"about {size:,} entries in the vocabulary, which is not learned yet: "
+                "data.tokenizer.vocab_size is the most that it may have"
             )
         model = dataclasses.replace(model, vocab_size=size)
     if model.head.kind == "classifier" and model.head.outputs is None:
         outputs = 1 if data.objective == "regression" else len(data.classes)
         if not outputs:
             outputs = 2
-            notes.append("about: data.classes is not given, and taken to be 2")
+            notes.append("about 2 classes: data.classes is not given, the data decides")
         head = dataclasses.replace(model.head, outputs=outputs)
         model = dataclasses.replace(model, head=head)
     return model, notes

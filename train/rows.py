@@ -42,12 +42,9 @@ def batches(
         count = -(-count // devices) * devices
         for start in range(0, len(numbers), count):
             chosen = numbers[start : start + count]
-            rows = Rows(
-                np.zeros((count, length), np.int32),
-                np.zeros(count, np.int32),
-                np.zeros(count, np.uint32),
-            )
+            inputs = np.zeros((count, length), np.int32)
+            lengths, lines = np.zeros(count, np.int32), np.zeros(count, np.uint32)
             for row, i in enumerate(chosen):
-                rows.inputs[row, : len(sequences[i])] = sequences[i]
-                rows.lengths[row], rows.lines[row] = len(sequences[i]), i
-            yield chosen, jax.device_put(rows, sharding)
+                inputs[row, : len(sequences[i])] = sequences[i]
+                lengths[row], lines[row] = len(sequences[i]), i
+            yield chosen, Rows(*jax.device_put((inputs, lengths, lines), sharding))

@@ -31,21 +31,21 @@ def classification(outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]
     """
     predicted = outputs.argmax(-1)
     average = "binary" if outputs.shape[-1] == 2 else "macro"
-    return {
-        "accuracy": float(np.mean(predicted == targets)),
-        "f1": float(
-            sklearn.metrics.f1_score(targets, predicted, average=average, zero_division=0.0)  # type: ignore[arg-type]
-        ),
-        "matthews": float(sklearn.metrics.matthews_corrcoef(targets, predicted)),
-    }
+    f1 = sklearn.metrics.f1_score(targets, predicted, average=average, zero_division=0.0)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "A single label")  # there is no correlation then: 0
+        matthews = sklearn.metrics.matthews_corrcoef(targets, predicted)
+    accuracy = np.mean(predicted == targets)
+    return {"accuracy": float(accuracy), "f1": float(f1), "matthews": float(matthews)}
 
 
 def regression(outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     """Pearson and Spearman correlation of outputs [E, 1] with numbers [E]; 0 if one is constant."""
+    predicted = outputs[:, 0].astype(np.float64)  # their differences may be tiny
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.ConstantInputWarning)
         results = {
-            name: correlation(outputs[:, 0], targets)[0] if len(targets) > 1 else math.nan
+            name: correlation(predicted, targets)[0] if len(targets) > 1 else math.nan
             for name, correlation in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr))
         }
     return {name: 0.0 if math.isnan(value) else float(value) for name, value in results.items()}

@@ -65,7 +65,8 @@ def _factor(  # as arXiv:2106.08254 §3.1 counts layers: the top block is one be
     if f".{STACKED}." in name:
         return config.layer_decay ** (layers - layer)
     is_last_norm = re.fullmatch(r"(encoder|decoder)\.norm\.\w+", name)
-    return 1.0 if is_last_norm else config.layer_decay ** (model.layers + 1)
+    deepest = max(model.layers, model.encoder_layers or 0)
+    return 1.0 if is_last_norm else config.layer_decay ** (deepest + 1)
 
 
 def split(params: Any, factors: Any) -> tuple[Any, Any]:

@@ -155,10 +155,13 @@ def _special_values(kind: HuggingFace, config: ModelConfig, special: Special) ->
 
 def _labels(keys: Keys, config: ModelConfig) -> list[str]:
     """Names of the classes, unless they are those that transformers makes up."""
-    outputs = _outputs(config)
-    names = keys.values.get("id2label") or {}
-    labels = [str(names.get(str(i))) for i in range(outputs)]
-    return labels if names and labels != made_up_labels(outputs) else []
+    names, ids = keys.values.get("id2label"), [str(i) for i in range(_outputs(config))]
+    if not ids or names is None:
+        return []
+    if not isinstance(names, dict) or set(names) != set(ids):
+        raise keys.unsupported("id2label", names, f"an object with keys 0 to {len(ids) - 1}")
+    labels = [str(names[i]) for i in ids]
+    return labels if labels != made_up_labels(len(ids)) else []
 
 
 def _outputs(config: ModelConfig) -> int:
@@ -170,4 +173,5 @@ def _label_values(config: ModelConfig, labels: Sequence[str]) -> dict[str, Any]:
     require(
         len(labels) in (0, outputs), f"{len(labels)} labels, but the model has {outputs} classes"
     )
+    require(len(set(labels)) == len(labels), f"labels name a class twice: {', '.join(labels)}")
     return label_values(labels) if labels else {}

@@ -158,6 +158,8 @@ def save(
                 _write_json(draft / INDEX, index)
                 files.append(INDEX)
             _write_json(draft / CONFIG, config)
+            for file in files:  # safetensors makes files that only their owner reads
+                (draft / file).chmod((draft / CONFIG).stat().st_mode)
             _publish(draft, directory, [*files, CONFIG])
     except OSError as error:
         raise ModelError(f"cannot write {directory}: {error.strerror or error}") from error

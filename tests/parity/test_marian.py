@@ -1,5 +1,7 @@
 """The encoder-decoder equals transformers' Marian, given the same random weights."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,7 +112,7 @@ def test_loss_and_its_gradient(models):
     @jax.jit
     @jax.value_and_grad
     def our_loss(params):
-        logits = build(found.config).apply(
+        logits: Any = build(found.config).apply(
             {"params": params},
             jnp.asarray(TOKENS),
             jnp.asarray(SOURCE),
