@@ -113,7 +113,9 @@ class Plain:
             return np.moveaxis(table[np.vectorize(bucket)(distances)], -1, 1)
         return 0.0
 
-    def attention(self, p: dict, x, context, allowed, bias=0.0, positions=None) -> np.ndarray:
+    def attention(
+        self, p: dict, x, context, allowed, bias: Any = 0.0, positions=None
+    ) -> np.ndarray:
         q, k, v = (
             self.linear(p[name], z)
             for name, z in (("query", x), ("key", context), ("value", context))
@@ -199,6 +201,7 @@ class Plain:
         if self.config.architecture == "decoder_only":
             x = self.embed("inputs", tokens, positions, types)
             return self.logits(self.stack(p["decoder"], x, allowed & past, positions, False))
+        assert source is not None
         source_tokens, source_segments, places = source
         x = self.embed("encoder_inputs", source_tokens, places)
         encoded = self.stack(p["encoder"], x, meet(source_segments, source_segments), places, True)

@@ -71,7 +71,9 @@ def test_values_and_gradients(name: str):
         lambda q, k, v, bias: dense(q, k, v, mask, bias=Given(bias), scale=scale),
         *map(jnp.float32, arrays),
     )
-    np.testing.assert_allclose(out, naive(*arrays[:3], allowed, arrays[3], scale), atol=4e-6)
+    np.testing.assert_allclose(
+        out, naive(*arrays[:3], allowed=allowed, bias=arrays[3], scale=scale), atol=4e-6
+    )
 
     # Gradients of <g, out> along random directions, by central differences in float64.
     g = np.random.default_rng(1).normal(size=out.shape)
@@ -82,7 +84,7 @@ def test_values_and_gradients(name: str):
         for sign in (1, -1):
             moved = list(arrays)
             moved[i] = arrays[i] + sign * 1e-5 * direction
-            ends.append(np.sum(g * naive(*moved[:3], allowed, moved[3], scale)))
+            ends.append(np.sum(g * naive(*moved[:3], allowed=allowed, bias=moved[3], scale=scale)))
         expected = (ends[0] - ends[1]) / 2e-5
         np.testing.assert_allclose(np.sum(gradient * direction), expected, atol=1e-4)
 
@@ -158,7 +160,9 @@ def test_bfloat16_computes_its_softmax_in_float32():
         out = dense(q, k, v, mask)
         assert out.dtype == jnp.bfloat16
         allowed = np.broadcast_to(mask.to_bool(3, S), (1, 3, S))
-        expected = naive(*(np.float64(x) for x in (q, k, v)), allowed, np.zeros((1, 1, 3, S)))
+        expected = naive(
+            *(np.float64(x) for x in (q, k, v)), allowed=allowed, bias=np.zeros((1, 1, 3, S))
+        )
         np.testing.assert_allclose(np.float64(out), expected, atol=0.03)
 
 

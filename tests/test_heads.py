@@ -60,12 +60,12 @@ def test_scores_of_classes(outputs: int, pooler: bool, pooling: str):
     for name in ("pooler", "classes") if pooler else ("classes",):
         expected = expected @ np.float64(params[name]["kernel"]) + params[name]["bias"]
         expected = np.tanh(expected) if name == "pooler" else expected
-    scores = module.apply({"params": params}, *arrays)
+    scores: Any = module.apply({"params": params}, *arrays)
     assert scores.shape == (B, outputs)
     np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-5)
     # The scores are linear in the pooled features, of which training drops each other one.
     rngs = {"dropout": jax.random.key(0)}
-    loud = module.apply({"params": params}, *arrays, deterministic=False, rngs=rngs)
+    loud: Any = module.apply({"params": params}, *arrays, deterministic=False, rngs=rngs)
     assert (np.abs(loud - scores) > 1e-4).all()
 
 

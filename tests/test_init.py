@@ -25,7 +25,7 @@ TOKENS = jnp.zeros((1, 3), jnp.int32)
 # Standard deviations by parameter. What is not named here starts as 0 (biases, lora_b) or as 1
 # (scales). D = 60, F = 128, N = 6, K = 3, H = 10, 3 layers.
 EMBEDDINGS = ("embedding.table", "positions.table")
-KINDS: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
+KINDS: dict[str, tuple[dict[str, Any], dict[Any, float]]] = {
     "glorot": (
         {
             "architecture": "decoder_only",

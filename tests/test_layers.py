@@ -215,7 +215,7 @@ def test_embedding_and_its_logits(scale: bool):
     tokens = jnp.array([[1, 10, 3]])
     module = Embedding(tiny(scale_embeddings=scale))
     params = params_of(module, tokens)
-    table = np.float64(params["table"])
+    table = np.asarray(params["table"], np.float64)
     assert table.shape == (V, WIDTH)
     factor = math.sqrt(WIDTH) if scale else 1.0
     expected = table[[1, 10, 3]] * factor

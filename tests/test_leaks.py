@@ -70,7 +70,8 @@ def test_gradients_are_zero_exactly_where_nothing_may_be_seen(architecture, chan
     @jax.jacrev
     def jacobian(table):
         changed = params | {"embedding": {"table": table}}
-        return model.apply({"params": changed}, *arrays, **segments) @ direction
+        logits: Any = model.apply({"params": changed}, *arrays, **segments)
+        return logits @ direction
 
     gradient = np.asarray(jacobian(params["embedding"]["table"]))  # [b, t, token, feature]
     own = SEGMENTS if has_segments else np.ones_like(SEGMENTS)

@@ -30,7 +30,7 @@ def test_an_update_equals_a_changed_matrix():
     model, params = init(adapted(lora_targets=TARGETS))
     merged = copy.deepcopy(params)
     for name, linear in linears(merged).items():
-        a, b = np.float64(linear.pop("lora_a")), np.float64(linear.pop("lora_b"))
+        a, b = (np.asarray(linear.pop(part), np.float64) for part in ("lora_a", "lora_b"))
         update = np.stack([np.tensordot(a[i], b[i], 1) for i in range(LAYERS)])
         assert update.shape == linear["kernel"].shape, name
         linear["kernel"] += jnp.float32(ALPHA / RANK * update)
@@ -80,7 +80,7 @@ def test_shapes_and_axes_of_the_updates():
             box = linear[part]
             assert isinstance(box, nn.Partitioned)
             assert box.names == ("layers", *names), (name, part)
-            assert box.value.shape == tuple(dims[axis] for axis in box.names)
+            assert box.value.shape == tuple(dims[str(axis)] for axis in box.names)
 
 
 def test_only_the_targets_are_adapted():

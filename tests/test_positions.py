@@ -171,7 +171,7 @@ def test_tiles_of_a_bias_are_parts_of_the_whole(kind: str, offset: int | list[in
         bias = PositionBias(jnp.float32(table), bidirectional=both, max_distance=7)
         buckets = np.vectorize(lambda d: plain.relative_bucket(int(d), 8, 7, both))(distances)
         expected = np.moveaxis(table[buckets], -1, 1)
-    bias = bias.replace(q_offset=None if offset is None else jnp.array(offset))
+    bias = bias.replace(q_offset=None if offset is None else jnp.array(offset))  # type: ignore
     whole = bias.tile(jnp.arange(5), jnp.arange(13))
     np.testing.assert_allclose(whole, expected, rtol=1e-6)
     rows, columns = np.array([3, 1]), np.array([12, 0, 7])

@@ -1,6 +1,7 @@
 """Stacks of blocks run other ways: with a cache, watched from within, in training."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -134,10 +135,10 @@ def test_intermediates_are_those_of_the_pass():
     (hidden,) = decoder["hidden"]
     assert hidden.shape == (LAYERS, B, T, WIDTH)
     p = plain.params["decoder"]
-    close(plain.logits(plain.norm(p["norm"], np.float64(hidden[-1]))), logits)
+    close(plain.logits(plain.norm(p["norm"], np.asarray(hidden[-1], np.float64))), logits)
     # ... and those of one block what the next block gets.
     block = jax.tree.map(lambda x: x[1], p["blocks"])
-    x = plain.norm(block["self_attention_norm"], np.float64(hidden[0]))
+    x = plain.norm(block["self_attention_norm"], np.asarray(hidden[0], np.float64))
     q, k = (plain.linear(block["self_attention"][name], x) for name in ("query", "key"))
     scores = np.einsum("btnh,bsnh->bnts", q, k.repeat(2, axis=2)) / np.sqrt(q.shape[-1])
     seen = meet(SEGMENTS, SEGMENTS) & np.tri(T, dtype=bool)
@@ -169,7 +170,7 @@ def test_remat_and_unroll_change_no_value_and_no_gradient():
         @jax.value_and_grad
         def loss(params):
             rngs = {"dropout": jax.random.key(3)}
-            logits = model.apply({"params": params}, TOKENS, deterministic=False, rngs=rngs)
+            logits: Any = model.apply({"params": params}, TOKENS, deterministic=False, rngs=rngs)
             return jnp.sum(jnp.sin(logits))
 
         return loss(params)

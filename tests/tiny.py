@@ -29,7 +29,7 @@ WIDTH, HEADS, KV_HEADS, HEAD_DIM, INNER, LAYERS = 12, 6, 3, 2, 13, 2
 # Documents in rows, with positions that begin again in each, and padding.
 RNG = np.random.default_rng(0)
 TOKENS = jnp.array(RNG.integers(0, V, (B, T)))
-SEGMENTS = np.array([[1, 1, 2, 2, 2], [1, 1, 1, 0, 0], [1, 2, 3, 3, 3]])
+SEGMENTS = np.array([[1, 1, 2, 2, 2], [1, 1, 1, 1, 0], [1, 2, 3, 3, 3]])
 PLACES = np.array([[0, 1, 0, 1, 2], [0, 1, 2, 3, 4], [0, 0, 0, 1, 2]])
 SOURCE = jnp.array(RNG.integers(0, V, (B, S)))
 SOURCE_SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 1, 1, 0], [1, 2, 2, 0, 3, 3, 3]])

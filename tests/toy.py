@@ -3,13 +3,31 @@
 Words are those of a language in which each word has one translation, and the order is reversed.
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+
+from data.config import DataConfig
+from model.config import AttentionConfig, FeedForwardConfig, HeadConfig, ModelConfig, NormConfig
+from train.checkpoint import Checkpoints
+from train.config import DecodeConfig, TrainConfig
+from train.run import Run
+from train.sharding import make_mesh
+from train.start import start_run
+from train.state import TrainState, abstract_params
 
 SOURCE = ["red", "green", "blue", "small", "large", "cat", "dog", "bird", "runs", "sleeps", "sings"]
 TARGET = ["rot", "gruen", "blau", "klein", "gross", "katze", "hund", "vogel", "rennt", "schlaeft",
           "singt"]  # fmt: skip
+
+
+# Texts -------------------------------------------------------------------------------------------
 
 
 def translate(line: str) -> str:
@@ -17,8 +35,19 @@ def translate(line: str) -> str:
     return " ".join(table[word] for word in reversed(line.split()))
 
 
-def sentences(count: int, seed: int = 0) -> list[str]:
-    rng = np.random.default_rng(seed)
+def label(sentence: str) -> str:
+    """What is red or green is good."""
+    return "good" if {"red", "green"} & set(sentence.split()) else "bad"
+
+
+def number(sentence: str) -> str:
+    """The share of animals."""
+    words = sentence.split()
+    return f"{sum(word in ('cat', 'dog', 'bird') for word in words) / len(words):.3f}"
+
+
+def sentences(count: int) -> list[str]:
+    rng = np.random.default_rng(0)
     return [" ".join(rng.choice(SOURCE, rng.integers(1, 8))) for _ in range(count)]
 
 
@@ -37,51 +66,111 @@ def write_corpus(folder: Path, sizes: dict[str, int] | None = None) -> list[str]
     return flags
 
 
-def write_text(folder: Path, lines: int = 307) -> list[str]:
-    """Writes running text into one file, and returns the flags that name it."""
+def write_text(folder: Path) -> Path:
+    """Writes running text."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "text.txt"
-    path.write_text("".join(line + ".\n" for line in sentences(lines)))
-    return ["--data.source", "files", "--data.train", str(path), "--data.holdout", "0.1"]
+    path.write_text("".join(line + ".\n" for line in sentences(307)))
+    return path
 
 
-def label(sentence: str) -> str:
-    """What is red is good, unless it is a dog."""
-    words = sentence.split()
-    return "good" if "red" in words and "dog" not in words else "bad"
-
-
-def number(sentence: str) -> str:
-    """The share of animals."""
-    words = sentence.split()
-    return f"{sum(word in ('cat', 'dog', 'bird') for word in words) / len(words):.3f}"
-
-
-def write_table(folder: Path, of=label, rows: int = 499) -> list[str]:
-    """Writes sentences with `of(sentence)` as label, and returns the flags that name them."""
+def write_table(folder: Path, of: Callable[[str], str] = label, rows: int = 499) -> Path:
+    """Writes sentences, with `of(sentence)` as their labels."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "table.tsv"
     lines = [f"{line}\t{of(line)}\n" for line in sentences(rows)]
     path.write_text("text\tlabel\n" + "".join(lines))
+    return path
+
+
+# Runs --------------------------------------------------------------------------------------------
+
+
+def files(path: Path) -> list[str]:
+    """The flags of data in one file: a tenth is for validation, and as much for the test."""
     return ["--data.source", "files", "--data.train", str(path), "--data.holdout", "0.1"]
 
 
 def flags(
-    corpus: list[str],
-    run_dir: Path,
-    steps: int = 12,
-    every: int = 4,
-    config: str = "translate_tiny",
+    data: list[str], run_dir: Path, steps: int = 12, every: int = 4, config: str = "translate_tiny"
 ) -> list[str]:
     """The command line of a run of a few seconds."""
     return [
-        config, "--run-dir", str(run_dir), *corpus,
-        "--data.batch-tokens", "256", "--data.buckets", "1", "--data.max-length", "16",
-        "--data.batch-multiple", "8",
+        config, "--run-dir", str(run_dir), *data,
+        "--data.batch-tokens", "256", "--data.batch-multiple", "8",
+        "--data.buckets", "1", "--data.max-length", "16",
         "--model.width", "16", "--model.layers", "1", "--model.attention.heads", "2",
         "--model.feed-forward.width", "32",
+        *training(steps, every),
+    ]  # fmt: skip
+
+
+def training(steps: int = 12, every: int = 4) -> list[str]:
+    """The part of the command line that is not about the model and the data."""
+    return [
         "--train.steps", str(steps), "--train.checkpoint-every", str(every),
         "--train.log-every", "2", "--train.keep", "3", "--train.average", "2",
         "--train.samples", "2", "--train.decode.extra-length", "5",
         "--train.optimizer.warmup-steps", "5", "--train.optimizer.schedule", "inverse_sqrt",
     ]  # fmt: skip
+
+
+QUIET = Console(quiet=True)
+CLASSIFIER = HeadConfig(kind="classifier", pooling="mean", pooler=False)
+
+
+def model(architecture: str = "encoder_only", **values: Any) -> ModelConfig:
+    """The smallest model of an architecture."""
+    return ModelConfig(
+        architecture=architecture,  # type: ignore[arg-type]
+        width=16,
+        layers=2,
+        attention=AttentionConfig(heads=2),
+        feed_forward=FeedForwardConfig(width=12),
+        norm=NormConfig(position="pre"),
+        **values,
+    )
+
+
+def data(path: Path, objective: str, **values: Any) -> DataConfig:
+    """The data in one file."""
+    return DataConfig(
+        source="files",
+        train=(str(path),),
+        holdout=0.1,
+        objective=objective,  # type: ignore[arg-type]
+        **{"batch_tokens": 256, "max_length": 16, "buckets": 1, **values},
+    )
+
+
+TRAIN = TrainConfig(
+    label_smoothing=0.0, keep=3, average=2, decode=DecodeConfig(beam=1, max_tokens=7)
+)
+
+
+def random_run(
+    directory: Path,
+    model: ModelConfig,
+    data: DataConfig,
+    train: TrainConfig = TRAIN,
+    scores: Mapping[int, float] | None = None,
+) -> Run:
+    """A run with random parameters in checkpoints at the steps that have these scores."""
+    run, scores = start_run(directory, model, data, train, QUIET), scores or {3: 0.0}
+    mesh = make_mesh(run.train.mesh)
+    checkpoints = Checkpoints(run.checkpoints, run.tokenizer().fingerprint, keep=train.keep)
+    for step, score in scores.items():
+        params = random_params(run.model, mesh, seed=step)
+        state = TrainState(jnp.int32(step), params, {"count": jnp.int32(step)})
+        checkpoints.save(state, {}, score)
+    checkpoints.close()
+    return run
+
+
+def random_params(model: ModelConfig, mesh: Mesh, seed: int) -> Any:
+    """Parameters that differ everywhere, biases and scales too; nothing is compiled."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: jax.device_put(rng.normal(0, 0.3, x.shape).astype(x.dtype), x.sharding),
+        abstract_params(model, mesh),
+    )

@@ -1,6 +1,7 @@
 """What each command of the command line does with a run."""
 
 import dataclasses
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,9 +23,6 @@ class TrainArguments:
     train: TrainConfig
     run_dir: Path
     """Directory of the run."""
-    init_from: str | None = None
-    """Fine-tune: begin with the parameters of a run (its directory), of a Hugging Face model
-    (hf:DIR), or of a package (package:minilm). The model is then that one's, with a new head."""
     fallback: bool = False
     """Resume from the checkpoint before when the newest is corrupt."""
 
@@ -73,22 +71,14 @@ class ImportArguments:
 
 def train(name: str, experiment: Any, description: str, arguments: list[str]) -> None:
     """heedful train CONFIG"""
-    config: TrainConfig = experiment.train
-    model: ModelConfig = experiment.model
-    init_from = early(arguments, "--init-from") or config.init_from
-    if init_from is not None and not helps(arguments):
-        from train.init_from import adopt, open_source
-
-        model = adopt(model, open_source(init_from, console()).model)
+    arguments = [re.sub("^--init[-_]from(?=$|=)", "--train.init-from", a) for a in arguments]
     default = TrainArguments(
-        model=model,
+        model=_adopted(experiment.model, experiment.train, arguments),
         data=experiment.data,
-        train=config,
+        train=experiment.train,
         run_dir=Path("runs") / name,
-        init_from=config.init_from,
     )
     chosen = parse(default, arguments, f"heedful train {name}", description)
-    config = dataclasses.replace(chosen.train, init_from=chosen.init_from)
 
     keep_compiled()
     from train.evaluate import report
@@ -96,7 +86,7 @@ def train(name: str, experiment: Any, description: str, arguments: list[str]) ->
     from train.loop import fit
     from train.start import start_run
 
-    run = start_run(chosen.run_dir, chosen.model, chosen.data, config, console())
+    run = start_run(chosen.run_dir, chosen.model, chosen.data, chosen.train, console())
     fit(run, console(), fallback=chosen.fallback)
     report(load(run.directory, console()), run.train.decode, console())
 
@@ -170,7 +160,8 @@ def inspect(name: str, experiment: Any, arguments: list[str]) -> None:
     from train.run import Run
 
     whole = experiment or Run.open(name)
-    default = inspection.InspectArguments(model=whole.model, data=whole.data, train=whole.train)
+    model = _adopted(whole.model, whole.train, arguments) if experiment else whole.model
+    default = inspection.InspectArguments(model=model, data=whole.data, train=whole.train)
     chosen = parse(default, arguments, f"heedful inspect {name}")
     inspection.inspect(name, console=console(), **vars(chosen))
 
@@ -196,6 +187,16 @@ def export(directory: str, arguments: list[str]) -> None:
     from train.exchange import export_run
 
     export_run(_load(directory, chosen), Path(target), console())
+
+
+def _adopted(model: ModelConfig, train: TrainConfig, arguments: list[str]) -> ModelConfig:
+    """The model of an experiment, with the body of what it begins from if it fine-tunes."""
+    init_from = early(arguments, "--train.init-from") or train.init_from
+    if init_from in (None, "None") or helps(arguments):
+        return model
+    from train.init_from import adopt, open_source
+
+    return adopt(model, open_source(init_from, console()).model)
 
 
 def _parse_for_run(kind: Any, directory: str, arguments: list[str], command: str) -> Any:

@@ -33,7 +33,7 @@ def parse(default: T, arguments: list[str], program: str, description: str = "")
 def early(arguments: list[str], flag: str) -> str | None:
     """The value of a flag that decides about the defaults of others; None: it is not given."""
     value = None
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for argument, following in zip(arguments, [*arguments, None][1:], strict=True):
         name, found, inline = argument.partition("=")
         if name.replace("_", "-") == flag:
             value = inline if found else following

@@ -15,7 +15,7 @@ from data import packages
 from data.llama2c import read_llama2c
 from data.tokenizer import Tokenizer
 from model import pretrained
-from model.config import ModelConfig
+from model.config import LoraConfig, ModelConfig
 from train.config import TrainError
 from train.load import load
 from train.run import Run, differences, to_json
@@ -49,7 +49,11 @@ def open_source(init_from: str, console: Console) -> Source:
         return PACKAGES[rest](init_from)
     run = Run.open(init_from)
     return Source(
-        init_from, run.model, run.tokenizer(), lambda: load(Path(init_from), console).params
+        init_from,
+        dataclasses.replace(run.model, lora=LoraConfig()),
+        run.tokenizer(),
+        # What low-rank updates have learned is part of the body.
+        lambda: pretrained.merge_lora(run.model, load(Path(init_from), console).params)[1],
     )
 
 
@@ -94,7 +98,7 @@ def adopt(model: ModelConfig, source: ModelConfig) -> ModelConfig:
     head = model.head
     # A classifier without outputs stands for a body without a head.
     if head.kind == source.head.kind and (head.kind != "classifier" or source.head.outputs):
-        head = dataclasses.replace(source.head, dropout=head.dropout)
+        head = dataclasses.replace(source.head, dropout=head.dropout, outputs=head.outputs)
     return dataclasses.replace(
         source,
         attention=dataclasses.replace(

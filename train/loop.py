@@ -185,7 +185,7 @@ def _require_divisible(
             if rows % (parts * accumulate) or length % mesh.shape["seq"]:
                 raise TrainError(
                     f"batches of {rows} x {length} do not divide into {parts} devices x "
-                    f"train.accumulate = {split}, or the length into train.mesh.seq = "
+                    f"train.accumulate = {accumulate}, or the length into train.mesh.seq = "
                     f"{mesh.shape['seq']}: set data.batch_multiple to {parts * config.accumulate}"
                 )
 

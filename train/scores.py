@@ -1,8 +1,8 @@
 """Scores of predictions against references, by the libraries that papers use."""
 
-import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import sklearn.metrics
@@ -41,14 +41,16 @@ def classification(outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]
 
 def regression(outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     """Pearson and Spearman correlation of outputs [E, 1] with numbers [E]; 0 if one is constant."""
+    if len(targets) < 2:
+        return {"pearson": 0.0, "spearman": 0.0}
     predicted = outputs[:, 0].astype(np.float64)  # their differences may be tiny
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.ConstantInputWarning)
-        results = {
-            name: correlation(predicted, targets)[0] if len(targets) > 1 else math.nan
-            for name, correlation in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr))
+        results: dict[str, Any] = {
+            "pearson": stats.pearsonr(predicted, targets),
+            "spearman": stats.spearmanr(predicted, targets),
         }
-    return {name: 0.0 if math.isnan(value) else float(value) for name, value in results.items()}
+    return {name: float(np.nan_to_num(x.statistic)) for name, x in results.items()}
 
 
 def translation(

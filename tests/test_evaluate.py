@@ -1,0 +1,166 @@
+"""What is measured, against plain loops over the examples in float64."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from data import sources
+from data.config import TokenizerConfig
+from data.pipeline import Dataset
+from model.config import ModelConfig
+from model.transformer import build
+from train.config import TrainError
+from train.evaluate import describe, measure
+from train.load import Trained, load
+from train.perplexity import strided_loss
+from train.step import make_eval_step
+
+WORDS = TokenizerConfig(kind="words")
+
+
+def trained(folder: Path, model: ModelConfig, path: Path, objective: str) -> Trained:
+    data = toy.data(path, objective, tokenizer=WORDS)
+    toy.random_run(folder / "run", model, data, dataclasses.replace(toy.TRAIN, average=1))
+    return load(folder / "run", toy.QUIET)
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory) -> Trained:
+    folder = tmp_path_factory.mktemp("classes")
+    model = toy.model(head=toy.CLASSIFIER)
+    return trained(folder, model, toy.write_table(folder), "classification")
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory) -> Trained:
+    folder = tmp_path_factory.mktemp("numbers")
+    model = toy.model(head=toy.CLASSIFIER)
+    return trained(folder, model, toy.write_table(folder, toy.number), "regression")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Trained:
+    folder = tmp_path_factory.mktemp("text")
+    return trained(folder, toy.model("decoder_only"), toy.write_text(folder), "causal_lm")
+
+
+def prepare(trained: Trained, split: str = "valid") -> Dataset:
+    return Dataset.prepare(trained.run.data, trained.tokenizer, split)
+
+
+def measured(trained: Trained, dataset: Dataset) -> dict[str, float]:
+    step = make_eval_step(trained.run.model, trained.mesh)
+    with jax.set_mesh(trained.mesh):
+        return measure(step, trained.params, dataset, trained.mesh)
+
+
+def outputs(trained: Trained, rows: list[np.ndarray]) -> list[np.ndarray]:
+    """The model's outputs for each row of tokens: one by one, without padding, in float64."""
+    apply: Any = jax.jit(build(trained.run.model).apply)
+    params = jax.device_get(trained.params)
+    return [
+        np.asarray(apply({"params": params}, jnp.asarray(row)[None])[0], np.float64) for row in rows
+    ]
+
+
+def labelled(trained: Trained) -> tuple[np.ndarray, list[str]]:
+    """Outputs [E, C] and labels of the validation examples."""
+    examples = list(sources.load(trained.run.data, "valid"))
+    bos, eos = trained.tokenizer.frame
+    ids = trained.tokenizer.encode_batch([example["text"] for example in examples])
+    rows = [np.array([bos, *row, eos]) for row in ids]
+    return np.stack(outputs(trained, rows)), [example["label"] for example in examples]
+
+
+def test_classes(classes):
+    dataset = prepare(classes)
+    # The last batch is padded, and no mean of means: that would weigh its examples more.
+    assert dataset.batches_per_epoch > 1 and len(dataset.kept) % dataset.eval_plan.shapes[0][0]
+    found, labels = labelled(classes)
+    targets = np.array([classes.run.data.classes.index(label) for label in labels])
+    chances = np.exp(found) / np.exp(found).sum(1, keepdims=True)
+    got = measured(classes, dataset)
+    losses = -np.log(chances[np.arange(len(targets)), targets])
+    assert got["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+    assert got["accuracy"] == pytest.approx((found.argmax(1) == targets).mean())
+    assert set(got) == {"loss", "accuracy", "f1", "matthews"}
+    lines = describe(got, dataset)
+    assert lines[0] == f"loss: {got['loss']:.4f} nats per example"
+    assert f"accuracy: {100 * got['accuracy']:.2f} %" in lines
+
+
+def test_numbers(numbers):
+    found, labels = labelled(numbers)
+    targets = np.array(list(map(float, labels)))
+    dataset = prepare(numbers)
+    got = measured(numbers, dataset)
+    assert got["loss"] == pytest.approx(((found[:, 0] - targets) ** 2).mean(), rel=1e-4)
+    assert got["pearson"] == pytest.approx(np.corrcoef(found[:, 0], targets)[0, 1], rel=1e-3)
+    assert set(got) == {"loss", "pearson", "spearman"}
+    assert describe(got, dataset)[0] == f"mean squared error: {got['loss']:.4f}"
+
+
+def document(trained: Trained) -> tuple[str, np.ndarray]:
+    """The validation text and its tokens, begin and end included."""
+    (example,) = sources.load(trained.run.data, "valid")
+    bos, eos = trained.tokenizer.frame
+    return example["text"], np.array(
+        [bos, *trained.tokenizer.encode_batch([example["text"]])[0], eos]
+    )
+
+
+def nats(trained: Trained, tokens: np.ndarray, windows: list[tuple[int, int, int]]) -> float:
+    """The loss of tokens[known + 1 : stop + 1], summed over (start, known, stop) of windows."""
+    found = outputs(trained, [tokens[start:stop] for start, _, stop in windows])
+    total = 0.0
+    for (start, known, stop), scores in zip(windows, found, strict=True):
+        logs = scores - np.log(np.exp(scores).sum(1, keepdims=True))
+        for i in range(known, stop):
+            total -= logs[i - start, tokens[i + 1]]
+    return total
+
+
+def test_text_in_pieces(text):
+    string, tokens = document(text)
+    count, length = len(tokens) - 1, text.run.data.max_length
+    total = nats(text, tokens, [(i, i, min(i + length, count)) for i in range(0, count, length)])
+    dataset = prepare(text)
+    assert dataset.target_count == count and dataset.characters == len(string)
+    got = measured(text, dataset)
+    assert got == {"loss": pytest.approx(total / count, rel=1e-5)}
+    loss, bits = describe(got, dataset)
+    words = loss.replace("(", "").replace(")", "").split()
+    assert words[::2] == ["loss:", "nats", "token", f"{math.exp(total / count):.2f}"]
+    # All bits of the text, the end included, over its characters.
+    assert bits == f"bits per character: {total / math.log(2) / len(string):.4f}"
+
+
+@pytest.mark.parametrize("stride", [5, 16])
+def test_text_in_windows(text, stride: int):
+    """Every token is predicted once, from as many before it as fit; with stride 16 as in pieces."""
+    _, tokens = document(text)
+    count, length = len(tokens) - 1, text.run.data.max_length
+    stops = [length, *range(length + stride, count, stride), count]
+    windows = [
+        (max(stop - length, 0), known, stop)
+        for known, stop in zip([0, *stops], stops, strict=False)
+    ]
+    step = make_eval_step(text.run.model, text.mesh)
+    got = strided_loss(step, text.params, prepare(text), text.mesh, stride)
+    assert got == pytest.approx(nats(text, tokens, windows) / count, rel=1e-5)
+
+
+def test_strides_that_cannot_be(text, classes):
+    step = make_eval_step(text.run.model, text.mesh)
+    for stride in (0, 17):
+        with pytest.raises(TrainError, match=rf"--stride {stride} .* data.max_length = 16"):
+            strided_loss(step, text.params, prepare(text), text.mesh, stride)
+    with pytest.raises(TrainError, match="not classification"):
+        strided_loss(step, classes.params, prepare(classes), classes.mesh, 5)

@@ -1,0 +1,61 @@
+"""Flags from dataclasses: what decides early is found, and a mistake is one line."""
+
+import re
+from dataclasses import dataclass, field
+
+import pytest
+
+from train.config import OptimizerConfig, TrainConfig, TrainError
+from train.flags import early, parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    train: TrainConfig = field(default_factory=TrainConfig)
+    stride: int | None = None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        ([], None),
+        (["--init-from", "a"], "a"),
+        (["--init-from=a=b"], "a=b"),
+        (["--init_from", "a"], "a"),
+        (["--init-from", "a", "--init-from", "b"], "b"),  # as the parser itself does
+        (["--train.steps", "3", "--init-from", "a", "--run-dir", "b"], "a"),
+        (["--init-from-nowhere", "a"], None),
+        (["--init-from"], None),
+    ],
+)
+def test_a_flag_that_decides_about_others_is_found_early(arguments, value):
+    assert early(arguments, "--init-from") == value
+
+
+def test_flags_change_what_they_name_and_nothing_else():
+    flags = ["--train.optimizer.freeze", "embedding", "blocks.0", "--stride", "7"]
+    expected = TrainConfig(optimizer=OptimizerConfig(freeze=("embedding", "blocks.0")))
+    assert parse(Arguments(), flags, "x") == Arguments(train=expected, stride=7)
+    assert parse(Arguments(), [], "x") == Arguments()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--train.stesp", "3"], ["--train.stesp", "--train.steps"]),
+        (["--train.steps", "many"], ["--train.steps", "'many'"]),
+        (["--train.steps"], ["--train.steps"]),
+        (["--train.steps", "0"], ["train.steps must be positive, not 0"]),
+        (["--train.metric", "rouge"], ["--train.metric", "rouge", "accuracy"]),
+        (["--train.optimizer.freeze", "("], ["optimizer.freeze has '(', no regular expression"]),
+        (["stray"], ["stray"]),
+    ],
+)
+def test_a_mistake_is_one_line(flags, words):
+    with pytest.raises(TrainError) as error:
+        parse(Arguments(), flags, "heedful x")
+    message = str(error.value)
+    assert "\n" not in message and not re.search("[─│╭╮╰╯]", message)
+    assert "heedful x --help" in message
+    for word in words:
+        assert word in message, message

@@ -1,0 +1,280 @@
+"""Fine-tuning: the body keeps the bits of its source, and nothing is replaced without a word."""
+
+import dataclasses
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+from rich.console import Console
+from test_cli import fails
+
+from data.config import DataError, TokenizerConfig
+from model.config import LoraConfig, ModelConfig
+from model.pretrained import merge_lora
+from model.transformer import build
+from train import cli
+from train.checkpoint import Checkpoints
+from train.config import TrainError
+from train.init_from import Source, adopt, open_source, take_over
+from train.load import load
+from train.run import Run
+from train.sharding import make_mesh
+from train.state import set_up
+from train.trainable import named
+
+WORDS = TokenizerConfig(kind="words")
+MASKED = toy.model(
+    tie_embeddings=False,
+    head=dataclasses.replace(toy.model().head, transform=True, bias=True),
+    types=2,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A run of a masked_lm, without training, and data to fine-tune it on."""
+    folder = tmp_path_factory.mktemp("folder")
+    toy.write_table(folder)
+    data = toy.data(toy.write_text(folder), "masked_lm", tokenizer=WORDS)
+    toy.random_run(folder / "source", MASKED, data, scores={3: -2.0, 5: -1.0})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(folder) -> Source:
+    return open_source(str(folder / "source"), toy.QUIET)
+
+
+def bits(params: Any) -> dict[str, bytes]:
+    return {name: np.asarray(leaf).tobytes() for name, leaf in named(params)}
+
+
+def fresh(model: ModelConfig) -> Any:
+    return toy.random_params(model, make_mesh(toy.TRAIN.mesh), seed=1)
+
+
+def classifier(source: Source, **values) -> ModelConfig:
+    """What a run on the data would have: the source's body, and a new head."""
+    head = dataclasses.replace(toy.CLASSIFIER, outputs=2)
+    return dataclasses.replace(adopt(toy.model(head=head), source.model), **values)
+
+
+def test_a_source_has_the_parameters_that_its_run_would_use(folder, source):
+    trained = load(folder / "source", toy.QUIET)
+    assert trained.steps == [3, 5]
+    assert bits(source.params()) == bits(trained.params)
+    assert source.tokenizer.fingerprint == trained.tokenizer.fingerprint
+    assert (source.label, source.model) == ("source", trained.run.model)
+
+
+def test_the_body_is_the_source_s_and_the_head_is_new(source):
+    model = classifier(source)
+    start, out = fresh(model), Console(file=io.StringIO(), width=200)
+    random, given = bits(start), bits(source.params())
+    found = take_over(start, source, model, (), out)
+    for name, ours in bits(found).items():
+        assert ours == (random if name.startswith("head.") else given)[name], name
+    for leaf, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(start), strict=True):
+        assert leaf.sharding == wanted.sharding and leaf.dtype == wanted.dtype
+
+    table = out.file.getvalue()
+    assert "fine-tuning" in table and source.name in table
+    rows = {
+        key: next(line for line in table.splitlines() if key in line)
+        for key in ("loaded", "new, random", "left out")
+    }
+    body = sum(np.size(x) for name, x in named(source.params()) if not name.startswith("head."))
+    assert f"{body:,}" in rows["loaded"] and "embedding, encoder, inputs" in rows["loaded"]
+    assert "head.classes.bias, head.classes.kernel" in rows["new, random"]
+    assert f"{2 * 16 + 2:,}" in rows["new, random"]
+    for name in ("head.transform.kernel", "head.norm.scale", "head.bias", "head.kernel"):
+        assert name in rows["left out"]
+
+
+def test_a_head_of_the_same_kind_is_taken_over_too(source):
+    model = dataclasses.replace(adopt(toy.model(), source.model), dropout=0.3)
+    found = take_over(fresh(model), source, model, (), toy.QUIET)
+    assert bits(found) == bits(source.params())
+
+
+def test_what_is_to_begin_at_random_does(source):
+    model = classifier(source)
+    start = fresh(model)
+    random, given = bits(start), bits(source.params())
+    patterns = ("embedding", r"feed_forward\.down")
+    for name, ours in bits(take_over(start, source, model, patterns, toy.QUIET)).items():
+        is_new = name.startswith(("head.", "embedding.")) or "feed_forward.down" in name
+        assert ours == (random if is_new else given)[name], name
+    with pytest.raises(TrainError, match=r"train.reinit has 'decoder', which fits no parameter"):
+        take_over(start, source, model, ("embedding", "decoder"), toy.QUIET)
+
+
+def test_low_rank_updates_are_new(source):
+    model = classifier(source, lora=LoraConfig(rank=2))
+    start = fresh(model)
+    random, given = bits(start), bits(source.params())
+    for name, ours in bits(take_over(start, source, model, (), toy.QUIET)).items():
+        is_new = name.startswith("head.") or "lora_" in name
+        assert ours == (random if is_new else given)[name], name
+
+
+def test_what_low_rank_updates_have_learned_is_taken_over(folder, tmp_path):
+    """The model begins with the outputs that its source had with its updates."""
+    data = toy.data(folder / "text.txt", "masked_lm", tokenizer=WORDS)
+    adapted = dataclasses.replace(MASKED, lora=LoraConfig(rank=2, targets=("query", "down")))
+    run = toy.random_run(tmp_path / "run", adapted, data)
+    source = open_source(str(run.directory), toy.QUIET)
+    params = load(run.directory, toy.QUIET).params
+    assert source.model.lora == LoraConfig()
+    assert bits(source.params()) == bits(merge_lora(run.model, params)[1])
+    tokens = jnp.arange(4, 12)[None]
+    before = build(run.model).apply({"params": params}, tokens)
+    after = build(source.model).apply({"params": source.params()}, tokens)
+    np.testing.assert_allclose(after, before, atol=1e-5)
+    name = "encoder.blocks.feed_forward.down.kernel"
+    assert bits(source.params())[name] != bits(params)[name]
+
+
+def test_a_shape_that_does_not_fit_names_both(folder, tmp_path):
+    table = toy.data(folder / "table.tsv", "classification", tokenizer=WORDS)
+    model = toy.model(head=toy.CLASSIFIER)
+    run = toy.random_run(tmp_path / "run", model, table)
+    source = open_source(str(run.directory), toy.QUIET)
+    # A head for as many classes as the source has would be the source's: the data decides.
+    assert adopt(model, source.model).head.outputs is None
+    head = dataclasses.replace(toy.CLASSIFIER, outputs=3)
+    model = dataclasses.replace(adopt(model, source.model), head=head)
+    with pytest.raises(TrainError) as error:
+        take_over(fresh(model), source, model, (), toy.QUIET)
+    for word in ("head.classes.bias", "(2,)", "(3,)", "--train.reinit"):
+        assert word in str(error.value)
+    found = take_over(fresh(model), source, model, (r"head\.classes",), toy.QUIET)
+    assert found["head"]["classes"]["kernel"].shape == (16, 3)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (
+            {"feed_forward": {"activation": "gelu"}},
+            ["model.feed_forward.activation is 'relu' there and 'gelu' here"],
+        ),
+        ({"width": 32}, ["model.width is 16 there and 32 here"]),
+        ({"norm": {"epsilon": 1e-5}}, ["model.norm.epsilon"]),
+    ],
+)
+def test_another_body_is_refused(source, values, words):
+    model = classifier(source)
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = dataclasses.replace(getattr(model, name), **value)
+        model = dataclasses.replace(model, **{name: value})
+    with pytest.raises(TrainError) as error:
+        take_over(fresh(model), source, model, (), toy.QUIET)
+    for word in (*words, "has another model"):
+        assert word in str(error.value)
+
+
+def test_sources_that_are_none(tmp_path):
+    with pytest.raises(TrainError, match=r"unknown package:bert: choose among .*minilm"):
+        open_source("package:bert", toy.QUIET)
+    with pytest.raises(TrainError, match="is no run directory"):
+        open_source(str(tmp_path), toy.QUIET)
+    with pytest.raises(TrainError, match=r"neither tokenizer.json nor vocab.txt"):
+        open_source(f"hf:{tmp_path}", toy.QUIET)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match="is not a tokenizer"):
+        open_source(f"hf:{tmp_path}", toy.QUIET)
+
+
+# Through the command line ------------------------------------------------------------------------
+
+
+def command(folder: Path, run: Path) -> list[str]:
+    flags = ["sentiment_tiny", "--run-dir", str(run), *toy.files(folder / "table.tsv")]
+    flags += ["--data.batch-tokens", "256", "--data.buckets", "1", "--data.max-length", "16"]
+    flags += [*toy.training(), "--init-from", str(folder / "source"), "--train.average", "1"]
+    return ["train", *flags, "--train.optimizer.freeze", "^(?!head)"]
+
+
+def final_state(run: Run) -> list[bytes]:
+    abstract = set_up(run.model, run.train).abstract
+    checkpoints = Checkpoints(run.checkpoints, run.tokenizer().fingerprint)
+    state, _ = checkpoints.restore(max(checkpoints.steps), abstract)
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+@pytest.fixture(scope="module")
+def tuned(folder, tmp_path_factory) -> tuple[list[str], Run]:
+    """Only the head has been trained, and the run resumed from its last but one checkpoint."""
+    directory = tmp_path_factory.mktemp("tuned") / "run"
+    assert cli.run(command(folder, directory)) == 0
+    return command(folder, directory), Run.open(directory)
+
+
+def test_a_frozen_body_leaves_with_the_bits_that_it_came_with(folder, source, tuned, capsys):
+    _, run = tuned
+    given, trained = bits(source.params()), load(run.directory, toy.QUIET, checkpoint="last")
+    for name, ours in bits(trained.params).items():
+        assert (given.get(name) == ours) != name.startswith("head."), name
+    assert run.tokenizer().fingerprint == source.tokenizer.fingerprint
+    assert run.model == classifier(
+        source, dropout=0.3, head=dataclasses.replace(toy.CLASSIFIER, outputs=2, dropout=0.3)
+    )
+    assert run.train.init_from == str(folder / "source")
+
+
+def test_fine_tuning_resumes_to_the_bit(tuned, capsys):
+    arguments, run = tuned
+    expected = final_state(run)
+    shutil.rmtree(run.checkpoints / "12")
+    capsys.readouterr()
+    assert cli.run(arguments) == 0
+    out = capsys.readouterr().out
+    assert "resuming from the checkpoint of step 8" in out and "fine-tuning" not in out
+    assert "of which 34 train" in out
+    assert final_state(run) == expected
+
+
+def test_both_spellings_of_the_flag_and_none(folder, tmp_path, capsys):
+    """Neither is lost; None takes back what an experiment says."""
+    arguments = command(folder, tmp_path / "run")
+    place = arguments.index("--init-from")
+    for flag in ("--init-from", "--init_from", "--train.init-from", "--train.init_from"):
+        spelled = [*arguments[:place], flag, str(tmp_path / "nowhere"), *arguments[place + 2 :]]
+        fails(capsys, spelled, "nowhere is no run directory")
+    spelled = [*arguments[:place], f"--init-from={tmp_path / 'nowhere'}", *arguments[place + 2 :]]
+    fails(capsys, spelled, "nowhere is no run directory")
+    minilm = ["train", "sentiment_minilm", "--init-from", "None", "--train.steps", "0"]
+    fails(capsys, minilm, "train.steps must be positive")
+
+
+def test_mistakes_are_one_line(folder, tmp_path, capsys):
+    arguments = command(folder, tmp_path / "run")
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red"]))
+    fails(capsys, [*arguments, "--data.tokenizer.path", str(path)], "vocab.txt", "leave it out")
+    fails(capsys, [*arguments, "--init-from", "package:gpt9"], "unknown package:gpt9", "minilm")
+    fails(capsys, [*arguments, "--init-from", f"hf:{folder}"], "tokenizer.json", "vocab.txt")
+    assert not (tmp_path / "run").exists()
+    activation = ["--model.feed-forward.activation", "gelu"]
+    fails(capsys, [*arguments, *activation], "has another model", "activation", "'relu'", "'gelu'")
+    other = [*arguments, "--run-dir", str(tmp_path / "other"), "--train.reinit", "enocder"]
+    fails(capsys, other, "train.reinit has 'enocder'", "fits no parameter")
+
+
+def test_a_source_that_was_trained_by_another_version(folder, tmp_path, capsys):
+    """Its config has a field that is unknown here."""
+    broken = Path(shutil.copytree(folder / "source", tmp_path / "source"))
+    values = json.loads((broken / "config.json").read_text())
+    values["model"]["experts"] = 8
+    (broken / "config.json").write_text(json.dumps(values))
+    arguments = [*command(folder, tmp_path / "run"), "--init-from", str(broken)]
+    fails(capsys, arguments, "config.json cannot be read", "experts")
