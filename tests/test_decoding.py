@@ -349,6 +349,8 @@ def test_a_nucleus_keeps_ties_and_drops_what_is_impossible():
     kept = np.isfinite(cut_tail(logits, top_p=0.5))
     assert kept.tolist() == [[True] * 4 + [False], [False, False, True, False, False]]
     assert np.isfinite(cut_tail(logits, top_p=0.3)).tolist()[0] == [True] + [False] * 4
+    close = np.isfinite(cut_tail(jnp.array([[0.0, 2e-5, 1e-5]]), top_p=0.6))
+    assert close.tolist() == [[False, True, True]]
     almost = np.isfinite(cut_tail(jnp.zeros((1, 9973)), top_p=0.99999994))  # The sum may be less.
     assert almost.all()
 

@@ -12,6 +12,7 @@ from data.config import TokenizerConfig
 from data.tokenizer import Tokenizer
 from model.transformer import build
 from train.config import DecodeConfig, MeshConfig, TrainError
+from train.rows import batches
 from train.sharding import make_mesh
 from train.translate import Translator
 
@@ -21,7 +22,7 @@ CHARS = Tokenizer.train(["abcdefghijklm"], CONFIG, "translation")
 # Of T5 and Marian: other numbers, and decoders that begin with the padding token.
 OTHERS = Tokenizer(CHARS._json)
 OTHERS.pad, OTHERS.bos, OTHERS.eos = 2, 2, 0
-TEXTS = ["abc", "  ", "lkjihgfedcba", "m"]
+TEXTS = ["abc", "  ", "lkjihgfedcba", "m", *"fgacd"]
 
 
 def make(tokenizer: Tokenizer = CHARS, positions: str = "relative", **options: Any) -> Translator:
@@ -33,7 +34,8 @@ def make(tokenizer: Tokenizer = CHARS, positions: str = "relative", **options: A
     return Translator(model, DecodeConfig(**values), tokenizer, params, MESH)
 
 
-def plain(translator: Translator, texts: list[str]) -> list[str]:
+def plain(translator: Translator, texts: list[str]) -> dict[int, tuple[list[int], float]]:
+    """Tokens of each text that is not blank, and the sum of their log-probabilities."""
     model = build(translator.model)
 
     @jax.jit
@@ -42,14 +44,12 @@ def plain(translator: Translator, texts: list[str]) -> list[str]:
         variables = {"params": translator.params}
         return model.apply(variables, tokens, source, encoder_segment_ids=segments)[0]
 
-    return [
-        plain_one(translator, forward, text, line) if text.strip() else ""
-        for line, text in enumerate(texts)
-    ]
+    todo = {line: text for line, text in enumerate(texts) if text.strip()}
+    return {line: plain_one(translator, forward, text, line) for line, text in todo.items()}
 
 
-def plain_one(translator: Translator, forward: Any, text: str, line: int) -> str:
-    decode = translator.decode
+def plain_one(translator: Translator, forward: Any, text: str, line: int):
+    decode, score = translator.decode, 0.0
     ids = [*translator.tokenizer.encode_batch([text])[0], translator.eos]
     source, longest = np.full((1, 13), 5, np.int32), len(ids) + decode.extra_length
     source[0, : len(ids)] = ids
@@ -61,11 +61,10 @@ def plain_one(translator: Translator, forward: Any, text: str, line: int) -> str
         row = np.array(forward(tokens, source)[len(written) - 1])
         for token in set(written):
             row[token] *= decode.repetition_penalty ** -np.sign(row[token])
-        if decode.temperature:
-            fold = jax.random.fold_in(key, len(written) - 1)
-            row = row / decode.temperature + jax.random.gumbel(fold, row.shape)
-        written.append(int(np.argmax(row)))
-    return translator.tokenizer.decode(written)
+        noise = jax.random.gumbel(jax.random.fold_in(key, len(written) - 1), row.shape)
+        written.append(int(np.argmax(row / decode.temperature + noise)))
+        score += row[written[-1]] - np.log(np.sum(np.exp(row)))
+    return written[1:], score
 
 
 @pytest.mark.parametrize(
@@ -78,9 +77,17 @@ def plain_one(translator: Translator, forward: Any, text: str, line: int) -> str
 )
 def test_a_translation_is_what_each_text_alone_gives(tokenizer, positions: str, options: dict):
     translator = make(tokenizer, positions, **options)
-    found = translator(TEXTS)
-    assert found == plain(translator, TEXTS)
-    assert len(set(found)) > 2
+    expected = plain(translator, TEXTS)
+    ids = tokenizer.encode_batch(TEXTS)
+    ((lines, rows),) = batches({i: np.append(ids[i], tokenizer.eos) for i in expected}, 999, MESH)
+    found = translator._run(translator.params, rows)
+    for row, line in enumerate(lines):
+        tokens, score = expected[line]
+        assert found.tokens[row, : found.lengths[row]].tolist() == tokens
+        assert found.scores[row] == pytest.approx(score, abs=1e-3)
+    texts = [tokenizer.decode(expected[i][0]) if i in expected else "" for i in range(len(TEXTS))]
+    assert translator(TEXTS) == texts
+    assert len(set(texts)) > 2
 
 
 def test_learned_positions_leave_room_for_the_translation():

@@ -1,5 +1,6 @@
 """Runs from the models of other libraries, and models for them from runs."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from train.init_from import Source
 from train.load import Trained
 from train.run import Run, write_json
 from train.sharding import make_mesh
+from train.start import require_fit
 from train.state import abstract_params, parameter_count
 
 
 def default_data(model: ModelConfig) -> DataConfig:
     """What a model of this kind may be measured on, where nothing else is said."""
     if model.head.kind == "classifier":
-        return DataConfig(source="sentiment", objective="classification")
+        objective: Objective = "regression" if model.head.outputs == 1 else "classification"
+        return DataConfig(source="sentiment", objective=objective)
     kinds: dict[str, tuple[str, Objective]] = {
         "encoder_only": ("shakespeare", "masked_lm"),
         "decoder_only": ("shakespeare", "causal_lm"),
@@ -43,7 +46,12 @@ def import_run(
             f"{source.name} is a body without a head: give it one by fine-tuning, with "
             f"heedful train CONFIG --init-from {source.name}"
         )
-    train = TrainConfig(steps=1, keep=1, average=1, init_from=source.name, decode=decode)
+    train = TrainConfig(
+        steps=1, keep=1, average=1, label_smoothing=0.0, init_from=source.name, decode=decode
+    )
+    require_fit(source.model, data, train)
+    if data.objective == "classification":
+        data = dataclasses.replace(data, classes=_classes(source, data))
     run = Run(directory, source.model, data, train)
     mesh = make_mesh(MeshConfig())
     abstract = abstract_params(source.model, mesh)
@@ -61,8 +69,26 @@ def import_run(
     return run
 
 
+def _classes(source: Source, data: DataConfig) -> tuple[str, ...]:
+    """Those of the config, or else those that the model names, or else their numbers."""
+    outputs = source.model.head.outputs or 0
+    classes = data.classes or tuple(source.labels()) or tuple(map(str, range(outputs)))
+    if len(classes) != outputs:
+        raise TrainError(
+            f"data.classes names {len(classes)} classes, but {source.name} has {outputs} outputs: "
+            "name as many"
+        )
+    return classes
+
+
 def export_run(trained: Trained, directory: Path, console: Console) -> None:
-    """Writes safetensors, config.json and the tokenizer, as transformers reads them."""
+    """Writes safetensors, config.json and the tokenizer, as transformers reads them.
+
+    Raises TrainError for a directory that holds something, and ModelError for a model that no
+    known architecture expresses.
+    """
+    if directory.is_dir() and any(directory.iterdir()):
+        raise TrainError(f"{directory} is not empty: give another directory to export to")
     model, params = pretrained.merge_lora(trained.run.model, jax.device_get(trained.params))
     tokenizer = trained.tokenizer
     roles = {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}

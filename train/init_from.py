@@ -31,6 +31,8 @@ class Source(NamedTuple):
     model: ModelConfig
     tokenizer: Tokenizer
     params: Callable[[], Any]
+    labels: Callable[[], Sequence[str]] = tuple
+    """Names of the classes of a classifier, if it has any."""
 
     @property
     def label(self) -> str:
@@ -54,6 +56,7 @@ def open_source(init_from: str, console: Console) -> Source:
         run.tokenizer(),
         # What low-rank updates have learned is part of the body.
         lambda: pretrained.merge_lora(run.model, load(Path(init_from), console).params)[1],
+        lambda: run.data.classes,
     )
 
 
@@ -71,7 +74,8 @@ def _open_directory(name: str, directory: Path) -> Source:
             f"{found[0]} has {tokenizer.vocab_size} entries, but the model in {directory} was "
             f"trained with {model.vocab_size}: put its own tokenizer there"
         )
-    return Source(name, model, tokenizer, lambda: pretrained.read(directory).params)
+    read = lambda: pretrained.read(directory)  # noqa: E731
+    return Source(name, model, tokenizer, lambda: read().params, lambda: read().labels)
 
 
 def _open_minilm(name: str) -> Source:

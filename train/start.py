@@ -36,7 +36,7 @@ def start_run(
 
     Raises TrainError, DataError or ModelError where the three configs do not fit together.
     """
-    _require_fit(model, data, train)
+    require_fit(model, data, train)
     if (directory / "config.json").exists():
         tokenizer = Run.open(directory).tokenizer()
     elif train.init_from is not None:
@@ -52,7 +52,8 @@ def start_run(
     return run
 
 
-def _require_fit(model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:
+def require_fit(model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:
+    """Raises TrainError where the model cannot learn the objective, or be chosen by the metric."""
     architectures, head = FITTING[data.objective]
     if model.architecture not in architectures or model.head.kind != head:
         raise TrainError(

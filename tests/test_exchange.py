@@ -1,0 +1,146 @@
+"""Out to the files of transformers and in again: the same bits, names and tokenizer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import toy
+from test_cli import fails
+
+from data.config import TokenizerConfig
+from model.config import (
+    AttentionConfig,
+    FeedForwardConfig,
+    HeadConfig,
+    LoraConfig,
+    ModelConfig,
+    NormConfig,
+    PositionConfig,
+)
+from model.pretrained import merge_lora
+from train import cli
+from train.load import load
+from train.run import Run
+from train.trainable import named
+
+
+def bert(head: HeadConfig, **values: Any) -> ModelConfig:
+    return ModelConfig(
+        architecture="encoder_only",
+        width=16,
+        layers=2,
+        attention=AttentionConfig(heads=2),
+        feed_forward=FeedForwardConfig(width=12, activation="gelu"),
+        norm=NormConfig(epsilon=1e-12, embeddings=True),
+        positions=PositionConfig(kind="learned", max_length=64),
+        head=head,
+        types=2,
+        scale_embeddings=False,
+        init="normal",
+        **values,
+    )
+
+
+LANGUAGE = HeadConfig(transform=True, bias=True)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Runs of BERT without training: a language model, a classifier and a regression."""
+    folder = tmp_path_factory.mktemp("runs")
+    words = TokenizerConfig(kind="wordpiece", vocab_size=99)
+    text = toy.data(toy.write_text(folder), "masked_lm", tokenizer=words)
+    toy.random_run(folder / "language", bert(LANGUAGE), text)
+    adapted = bert(LANGUAGE, lora=LoraConfig(rank=2))
+    toy.random_run(folder / "adapted", adapted, text)
+    classifier = bert(HeadConfig(kind="classifier"))
+    table = toy.data(toy.write_table(folder), "classification", tokenizer=words)
+    toy.random_run(folder / "classes", classifier, table)
+    table = toy.data(toy.write_table(folder, toy.number), "regression", tokenizer=words)
+    toy.random_run(folder / "numbers", classifier, table)
+    return folder
+
+
+def exchanged(runs: Path, name: str, target: Path) -> tuple[Run, dict, Run, dict]:
+    """A run with its parameters, and what has become of it, through the command line."""
+    assert cli.run(["export", str(runs / name), str(target / "hf")]) == 0
+    assert cli.run(["import", f"hf:{target / 'hf'}", "--run-dir", str(target / "run")]) == 0
+    both = []
+    for directory in (runs / name, target / "run"):
+        trained = load(directory, toy.QUIET)
+        both += [trained.run, dict(named(jax.device_get(trained.params)))]
+    return tuple(both)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", ["language", "classes", "numbers"])
+def test_there_and_back(runs, name: str, tmp_path, capsys):
+    before, given, after, found = exchanged(runs, name, tmp_path)
+    assert given.keys() == found.keys()
+    for key, value in given.items():
+        assert value.tobytes() == found[key].tobytes(), key
+    assert after.model == before.model
+    assert after.tokenizer().fingerprint == before.tokenizer().fingerprint
+    assert after.data.objective == before.data.objective
+    assert (
+        after.data.classes == before.data.classes == (("bad", "good") if name == "classes" else ())
+    )
+    out = capsys.readouterr().out
+    assert f"exported to {tmp_path / 'hf'}: config.json, model.safetensors, tokenizer" in out
+    assert "parameters: " in out and f"the run lies in {tmp_path / 'run'}" in out
+
+
+def test_it_answers_as_before(runs, tmp_path, capsys):
+    exchanged(runs, "classes", tmp_path)
+    answers = []
+    for directory in (runs / "classes", tmp_path / "run"):
+        capsys.readouterr()
+        assert cli.run(["classify", str(directory), "small red cat"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] and answers[0].split("\t")[0] in ("bad", "good")
+
+
+def test_low_rank_updates_are_merged(runs, tmp_path):
+    before, _, after, found = exchanged(runs, "adapted", tmp_path)
+    params = load(before.directory, toy.QUIET).params
+    merged = dict(named(merge_lora(before.model, params)[1]))
+    assert after.model.lora == LoraConfig() and merged.keys() == found.keys()
+    for key, value in merged.items():
+        np.testing.assert_array_equal(value, found[key])
+
+
+def test_names_of_classes(runs, tmp_path, capsys):
+    target = tmp_path / "hf"
+    assert cli.run(["export", str(runs / "classes"), str(target)]) == 0
+    command = ["import", f"hf:{target}", "--run-dir", str(tmp_path / "named")]
+    fails(capsys, [*command, "--data.classes", "a", "b", "c"], "3 classes", "2 outputs")
+    assert cli.run([*command, "--data.classes", "no", "yes"]) == 0
+    assert Run.open(tmp_path / "named").data.classes == ("no", "yes")
+    path = target / "config.json"
+    values = json.loads(path.read_text())
+    del values["id2label"], values["label2id"]
+    path.write_text(json.dumps(values))
+    nameless = ["import", f"hf:{target}", "--run-dir", str(tmp_path / "nameless")]
+    assert cli.run(nameless) == 0
+    assert Run.open(tmp_path / "nameless").data.classes == ("0", "1")
+
+
+def test_mistakes(runs, tmp_path, capsys):
+    target, run = tmp_path / "hf", tmp_path / "run"
+    assert cli.run(["export", str(runs / "language"), str(target)]) == 0
+    command = ["import", f"hf:{target}", "--run-dir", str(run)]
+    fails(capsys, [*command, "--data.objective", "causal_lm"], "causal_lm needs", "decoder_only")
+    assert not run.exists()
+    assert cli.run(command) == 0
+    fails(capsys, command, f"{run} holds a run already")
+    fails(capsys, ["import", f"hf:{tmp_path}"], "neither tokenizer.json nor vocab.txt")
+    fails(capsys, ["export", str(runs / "language")], "the directory to write")
+    before = {path: path.read_bytes() for path in target.iterdir()}
+    fails(capsys, ["export", str(runs / "classes"), str(target)], f"{target} is not empty")
+    assert {path: path.read_bytes() for path in target.iterdir()} == before
+    larger = json.loads((target / "tokenizer.json").read_text())
+    larger["model"]["vocab"]["zebra"] = 98
+    (target / "tokenizer.json").write_text(json.dumps(larger))
+    fails(capsys, ["import", f"hf:{target}"], "tokenizer.json has 99 entries", "own tokenizer")
