@@ -1,4 +1,4 @@
-"""Masked words of Shakespeare with BERT's smallest size (arXiv:1908.08962): minutes on a CPU.
+"""Masked letters of Shakespeare with BERT's smallest size (arXiv:1908.08962): minutes on a CPU.
 
 heedful train bert_tiny
 """
@@ -30,7 +30,7 @@ def get_config() -> Experiment:
         data=dataclasses.replace(
             base.data,
             source="shakespeare",
-            tokenizer=TokenizerConfig(kind="wordpiece", vocab_size=2000, lowercase=True),
+            tokenizer=TokenizerConfig(kind="chars", vocab_size=1000),
             max_length=128,
             batch_tokens=16 * 128,
         ),

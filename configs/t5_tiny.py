@@ -27,7 +27,7 @@ def get_config() -> Experiment:
         data=dataclasses.replace(
             base.data,
             source="shakespeare",
-            tokenizer=TokenizerConfig(kind="bpe", vocab_size=2000),
+            tokenizer=TokenizerConfig(kind="chars", vocab_size=1000),
             max_length=128,
             batch_tokens=16 * 128,
         ),

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
@@ -11,6 +12,7 @@ import toy
 from data.config import TokenizerConfig
 from data.pipeline import Dataset
 from model.config import HeadConfig, ModelConfig
+from model.transformer import build
 from train.classify import Classifier
 from train.config import TrainConfig, TrainError
 from train.load import Trained, load
@@ -83,6 +85,13 @@ def test_pairs(tmp_path, types: int):
     classifier = Classifier(trained(tmp_path, model, tmp_path / "pairs.tsv", "classification"))
     outputs = classifier.outputs(["red\tdog cat", "red dog\tcat", "dog cat\tred"])
     assert all(np.abs(outputs[i] - outputs[j]).max() > 1e-4 for i, j in ((0, 1), (0, 2), (1, 2)))
+    bos, eos = classifier.trained.tokenizer.frame
+    (red,), dog_cat = classifier.trained.tokenizer.encode_batch(["red", "dog cat"])
+    tokens = jnp.array([[bos, red, eos, *dog_cat, eos]])
+    kinds = {"type_ids": jnp.array([[0, 0, 0, 1, 1, 1]])} if types else {}
+    run, params = classifier.trained.run, {"params": classifier.trained.params}
+    expected = build(run.model).apply(params, tokens, **kinds)
+    np.testing.assert_allclose(outputs[:1], expected, atol=1e-5)
     with pytest.raises(TrainError, match=r"line 2 has 3 texts between tabs"):
         classifier(["red\tcat", "red\tcat\tdog"])
 
