@@ -1,29 +1,27 @@
 """One update: what it must not depend on, and what it must report."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+import toy
 from test_sharding import CLASSIFIER, MODEL, PACKED, TRAIN, Trained, batch, train
 
 from model.config import HeadConfig, ModelConfig
 from train.config import MeshConfig, OptimizerConfig, TrainConfig
 from train.metrics import NonFiniteLoss, require_finite
 from train.sharding import make_mesh, to_devices
-from train.state import init_params, parameter_count
+from train.state import parameter_count
 from train.step import make_eval_step
 
 ONE = MeshConfig()
 REGRESSION = dataclasses.replace(CLASSIFIER, head=HeadConfig(kind="classifier", outputs=1))
 
 
-@functools.cache
 def initial(model: ModelConfig) -> Any:
-    mesh = make_mesh(ONE, jax.devices()[:1])
-    return jax.device_get(init_params(model, mesh, seed=0))
+    return toy.random_params(model, make_mesh(ONE, jax.devices()[:1]), seed=0)
 
 
 def run(model: ModelConfig, config: TrainConfig = TRAIN, steps: int = 1) -> Trained:
@@ -104,7 +102,7 @@ def test_dropout_follows_seed_and_step():
 def test_the_measurement_of_a_classifier_gives_its_outputs(model: ModelConfig):
     """The loss follows from what is predicted, in float64 and without the padding rows."""
     mesh = make_mesh(ONE, jax.devices()[:1])
-    params = jax.device_put(initial(model))
+    params = initial(model)
     with jax.set_mesh(mesh):
         placed = to_devices(batch(np.random.default_rng(3), model), mesh)
         total, weight, predicted = jax.device_get(make_eval_step(model, mesh)(params, placed))

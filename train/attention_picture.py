@@ -17,7 +17,6 @@ from train.attention_weights import attention_kinds, attention_masks, attention_
 from train.commands import LoadArguments
 from train.config import require
 from train.load import Trained
-from train.rows import batches
 from train.token_labels import drawable, pieces
 from train.translate import Translator
 
@@ -158,11 +157,7 @@ def _own_output(trained: Trained, source: np.ndarray) -> np.ndarray:
     translator = Translator(
         run.model, run.train.decode, trained.tokenizer, trained.params, trained.mesh
     )
-    sources = {0: np.append(source, translator.eos)}
-    ((_, rows),) = batches(sources, 1, trained.mesh, translator._longest())
-    with jax.set_mesh(trained.mesh):
-        tokens, lengths, _ = jax.device_get(translator._run(trained.params, rows))
-    tokens = tokens[0, : lengths[0]]
+    ((_, tokens),) = translator.tokens({0: np.append(source, translator.eos)})
     return tokens[tokens != translator.eos]
 
 

@@ -1,6 +1,6 @@
 """From texts to classes, or to numbers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -10,10 +10,9 @@ from data.objectives import OBJECTIVES, Arrays
 from model.transformer import build
 from train.config import TrainError
 from train.load import Trained
+from train.rows import shapes
 from train.sharding import to_devices
 from train.step import model_inputs
-
-SHORTEST = 16  # row lengths are 16, 32, 64, ...: one compilation each
 
 
 class Classifier:
@@ -52,10 +51,12 @@ class Classifier:
         """
         rows = [self._row(number, text) for number, text in enumerate(texts, 1)]
         outputs = np.zeros((len(texts), self.trained.run.model.head.outputs or 0), np.float32)
-        for indices, length, n_rows in self._batches(rows):
-            batch = pad_and_stack([rows[i] for i in indices], n_rows, length)
-            with jax.set_mesh(self.trained.mesh):
-                batch = to_devices(batch, self.trained.mesh)
+        lengths = {i: len(row["inputs"]) for i, row in enumerate(rows)}
+        config, mesh = self.config, self.trained.mesh
+        for indices, count, length in shapes(lengths, config.batch_tokens, mesh, config.max_length):
+            batch = pad_and_stack([rows[i] for i in indices], count, length)
+            with jax.set_mesh(mesh):
+                batch = to_devices(batch, mesh)
                 result = np.asarray(self._outputs(self.trained.params, batch))
             outputs[indices] = result[: len(indices)]
         return outputs
@@ -77,20 +78,3 @@ class Classifier:
                 f"{self.config.max_length} of the training: shorten it"
             )
         return model_inputs(self.trained.run.model, row)
-
-    def _batches(self, rows: Sequence[Arrays]) -> Iterator[tuple[list[int], int, int]]:
-        """Yields (indices of rows, length, number of rows), few distinct shapes."""
-        mesh = self.trained.mesh.shape
-        devices = mesh["data"] * mesh["fsdp"]
-        lengths = [len(row["inputs"]) for row in rows]
-        buckets: dict[int, list[int]] = {}
-        for i in np.argsort(lengths, kind="stable"):
-            bucket = max(SHORTEST, 1 << (lengths[i] - 1).bit_length())
-            bucket = min(bucket, self.config.max_length)
-            buckets.setdefault(bucket, []).append(int(i))
-        for length, indices in buckets.items():
-            n_rows = max(self.config.batch_tokens // length, 1)
-            n_rows = min(n_rows, 1 << (len(indices) - 1).bit_length())
-            n_rows = -(-n_rows // devices) * devices
-            for start in range(0, len(indices), n_rows):
-                yield indices[start : start + n_rows], length, n_rows

@@ -30,21 +30,29 @@ def batches(
     A batch holds at most `positions` positions, but at least one row per device, and is no wider
     than `longest`.
     """
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
     sharding = NamedSharding(mesh, PartitionSpec(RULES["act_batch"]))
+    sizes = {i: len(sequence) for i, sequence in sequences.items()}
+    for chosen, count, length in shapes(sizes, positions, mesh, longest):
+        inputs = np.zeros((count, length), np.int32)
+        lengths, lines = np.zeros(count, np.int32), np.zeros(count, np.uint32)
+        for row, i in enumerate(chosen):
+            inputs[row, : len(sequences[i])] = sequences[i]
+            lengths[row], lines[row] = sizes[i], i
+        yield chosen, Rows(*jax.device_put((inputs, lengths, lines), sharding))
+
+
+def shapes(
+    lengths: Mapping[int, int], positions: int, mesh: Mesh, longest: int | None = None
+) -> Iterator[tuple[list[int], int, int]]:
+    """Yields (numbers of sequences, rows, length of a row) of batches; see `batches`."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
     buckets: dict[int, list[int]] = {}
-    for i in sorted(sequences, key=lambda i: len(sequences[i])):
-        bucket = max(SHORTEST, 1 << (len(sequences[i]) - 1).bit_length())
+    for i in sorted(lengths, key=lengths.__getitem__):
+        bucket = max(SHORTEST, 1 << (lengths[i] - 1).bit_length())
         buckets.setdefault(min(bucket, longest or bucket), []).append(i)
     for length, numbers in buckets.items():
         count = max(positions // length, 1)
         count = min(count, 1 << (len(numbers) - 1).bit_length())
         count = -(-count // devices) * devices
         for start in range(0, len(numbers), count):
-            chosen = numbers[start : start + count]
-            inputs = np.zeros((count, length), np.int32)
-            lengths, lines = np.zeros(count, np.int32), np.zeros(count, np.uint32)
-            for row, i in enumerate(chosen):
-                inputs[row, : len(sequences[i])] = sequences[i]
-                lengths[row], lines[row] = len(sequences[i]), i
-            yield chosen, Rows(*jax.device_put((inputs, lengths, lines), sharding))
+            yield numbers[start : start + count], count, length

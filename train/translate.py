@@ -1,6 +1,6 @@
 """From sentences to sentences: encode once, decode on the device, one line out per line in."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,13 +48,17 @@ class Translator:
         self._require_positions(sources)
         results = [""] * len(texts)
         todo = {i: sources[i] for i, text in enumerate(texts) if text.strip()}
-        for lines, rows in batches(todo, self.decode.batch_tokens, self.mesh, self._longest()):
+        for i, tokens in self.tokens(todo):
+            results[i] = self.tokenizer.decode(tokens).replace("\n", " ")
+        return results
+
+    def tokens(self, sources: Mapping[int, np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields (number of a source, the tokens of its translation), end included, by length."""
+        for numbers, rows in batches(sources, self.decode.batch_tokens, self.mesh, self._longest()):
             with jax.set_mesh(self.mesh):
                 tokens, lengths, _ = jax.device_get(self._run(self.params, rows))
-            for row, i in enumerate(lines):
-                text = self.tokenizer.decode(tokens[row, : lengths[row]])
-                results[i] = text.replace("\n", " ")
-        return results
+            for row, i in enumerate(numbers):
+                yield i, tokens[row, : lengths[row]]
 
     def _translate(self, params: Any, rows: Rows) -> Decoded:
         """Sources, of length 0 for an empty row, to tokens [B, T]."""
