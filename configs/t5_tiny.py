@@ -1,4 +1,4 @@
-"""Corrupted spans of Shakespeare with a tiny T5: minutes on a CPU.
+"""Corrupted spans of Shakespeare, letter by letter, with a tiny T5 1.1: minutes on a CPU.
 
 heedful train t5_tiny
 """
@@ -8,7 +8,7 @@ import dataclasses
 from configs import t5_small
 from configs.base import Experiment
 from data.config import TokenizerConfig
-from model.config import AttentionConfig, FeedForwardConfig
+from model.config import AttentionConfig, FeedForwardConfig, HeadConfig
 from train.config import OptimizerConfig
 
 
@@ -20,7 +20,12 @@ def get_config() -> Experiment:
             width=128,
             layers=2,
             attention=AttentionConfig(heads=4, bias=False, scaled=False),
-            feed_forward=FeedForwardConfig(width=512, activation="relu", bias=False),
+            # Version 1.1; tied and scaled embeddings of deviation 1 learn slowly with Adam.
+            feed_forward=FeedForwardConfig(
+                width=256, activation="gelu_tanh", gated=True, bias=False
+            ),
+            head=HeadConfig(),
+            tie_embeddings=False,
             dropout=0.0,
             dtype="float32",
         ),
@@ -28,13 +33,13 @@ def get_config() -> Experiment:
             base.data,
             source="shakespeare",
             tokenizer=TokenizerConfig(kind="chars", vocab_size=1000),
-            max_length=128,
-            batch_tokens=16 * 128,
+            max_length=64,
+            batch_tokens=16 * 64,
         ),
         train=dataclasses.replace(
             base.train,
-            steps=1500,
-            checkpoint_every=250,
-            optimizer=OptimizerConfig(peak_lr=2e-3, warmup_steps=150, schedule="linear"),
+            steps=2000,
+            checkpoint_every=500,
+            optimizer=OptimizerConfig(peak_lr=4e-3, warmup_steps=100, schedule="linear"),
         ),
     )

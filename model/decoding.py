@@ -176,8 +176,9 @@ def cut_tail(
     """-inf outside the `top_k` likeliest tokens, of those outside the smallest set of probability
     `top_p`, and below `min_p` times the highest probability; ties stay together."""
     if top_k > 0:
-        lowest = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < lowest, -jnp.inf, logits)
+        # Without the barrier XLA sees that the indices are not used, and sorts everything instead.
+        best = jax.lax.optimization_barrier(jax.lax.top_k(logits, min(top_k, logits.shape[-1])))
+        logits = jnp.where(logits < best[0][:, -1:], -jnp.inf, logits)
     if top_p < 1.0:
         probabilities = jax.nn.softmax(logits)
         logits = jnp.where(probabilities < _nucleus(probabilities, top_p), -jnp.inf, logits)
