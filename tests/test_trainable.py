@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import toy
+from jax.sharding import Mesh
 from test_sharding import CLASSIFIER, EVERY_AXIS, MODEL, PACKED, Trained, eight, losses, train
 
 from model.config import LoraConfig, ModelConfig
@@ -17,6 +19,7 @@ from train.sharding import make_mesh
 from train.state import abstract_params, set_up
 from train.trainable import join, layer_names, named, rate_factors, split
 
+ONE = make_mesh(MeshConfig(), jax.devices()[:1])
 FREEZE = (r"^embedding\.", r"decoder\.blocks\.1\.")
 OPTIMIZER = OptimizerConfig(peak_lr=0.01, warmup_steps=0, weight_decay=0.1)
 LORA = dataclasses.replace(CLASSIFIER, lora=LoraConfig(rank=2, targets=("query", "value", "up")))
@@ -27,7 +30,7 @@ def config(**values) -> TrainConfig:
 
 
 def abstract(model: ModelConfig) -> Any:
-    return abstract_params(model, make_mesh(MeshConfig(), jax.devices()[:1]))
+    return abstract_params(model, ONE)
 
 
 def factors(model: ModelConfig, **values) -> dict[str, list[float]]:
@@ -60,14 +63,19 @@ def size(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
+def run(model: ModelConfig, mesh: Mesh | None = None, **values) -> Trained:
+    mesh = mesh or ONE
+    return train(model, config(**values), mesh, params=toy.random_params(model, mesh, seed=0))
+
+
 @pytest.fixture(scope="module")
 def free() -> Trained:
-    return train(PACKED, config())
+    return run(PACKED)
 
 
 @pytest.fixture(scope="module")
 def frozen() -> Trained:
-    return train(PACKED, config(freeze=FREEZE))
+    return run(PACKED, freeze=FREEZE)
 
 
 def test_what_is_frozen_keeps_its_bits_and_nothing_else(free, frozen):
@@ -104,13 +112,13 @@ def test_what_is_frozen_is_outside_of_the_norm(free, frozen):
 
 
 def test_eight_devices_freeze_the_same(frozen):
-    ours = train(PACKED, config(freeze=FREEZE), eight(EVERY_AXIS))
+    ours = run(PACKED, eight(EVERY_AXIS), freeze=FREEZE)
     assert changes(ours) == changes(frozen)
     np.testing.assert_allclose(losses(ours), losses(frozen), rtol=1e-5)
 
 
 def test_with_low_rank_updates_only_they_and_the_head_train():
-    ours = train(LORA, config(), eight(EVERY_AXIS))
+    ours = run(LORA, eight(EVERY_AXIS))
     changed = changes(ours)
     for name, is_other in changed.items():
         assert is_other == ("lora_" in name or name.startswith("head.")), name
@@ -192,7 +200,7 @@ def test_an_update_is_proportional_to_its_factor():
 )
 def test_patterns_that_cannot_be_meant(freeze, words):
     with pytest.raises(TrainError) as error:
-        set_up(CLASSIFIER, config(freeze=freeze), make_mesh(MeshConfig(), jax.devices()[:1]))
+        set_up(CLASSIFIER, config(freeze=freeze), ONE)
     message = str(error.value)
     assert "\n" not in message
     for word in words:
