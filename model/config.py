@@ -4,6 +4,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin
 
 Architecture = Literal["encoder_only", "decoder_only", "encoder_decoder"]
+Place = Literal["self", "decoder", "cross"]
+"""Where an attention stands: alone in its stack, in a decoder beside cross-attention, or across."""
 
 
 class ModelError(ValueError):
@@ -16,11 +18,71 @@ def require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PerformerConfig:
+    """The core `performer`: attention by random features (arXiv:2009.14794)."""
+
+    features: int = 256
+    """Random features (R): the error falls as 1 / sqrt(R)."""
+    kernel: Literal["softmax", "relu"] = "softmax"
+    """softmax: an unbiased estimate of softmax attention (§2.3); relu: another attention (§4)."""
+    orthogonal: bool = True
+    """Whether features are orthogonal in blocks (§2.4), or independent."""
+    redraw_steps: int | None = 1000
+    """Training steps between two draws of the features; None: drawn once, from a fixed key."""
+    chunk: int = 128
+    """Positions per block of the causal prefix sum: memory and time, not the result."""
+
+    def __post_init__(self):
+        _require_choices("attention.performer", self)
+        for name in ("features", "chunk"):
+            value = getattr(self, name)
+            require(value > 0, f"attention.performer.{name} must be positive, not {value}")
+        require(
+            self.redraw_steps is None or self.redraw_steps > 0,
+            f"attention.performer.redraw_steps must be positive or None, not {self.redraw_steps}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinformerConfig:
+    """The core `linformer`: keys and values projected along the length (arXiv:2006.04768)."""
+
+    rank: int = 256
+    """Rows to which keys and values are projected (k in the paper)."""
+    max_length: int = 4096
+    """Columns of the projections: no longer input is accepted."""
+    sharing: Literal["none", "heads", "key_value", "layers"] = "heads"
+    """none: projections of each head, for keys and for values; heads: one pair for all heads;
+    key_value: one for all heads and both; layers: one for the whole stack (§4)."""
+
+    def __post_init__(self):
+        _require_choices("attention.linformer", self)
+        require(
+            0 < self.rank <= self.max_length,
+            f"attention.linformer.rank = {self.rank} must be positive and at most "
+            f"attention.linformer.max_length = {self.max_length}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     """Multi-head attention (arXiv:1706.03762 §3.2), with grouped key/value heads."""
 
     core: str = "auto"
     """Attention core: auto, or a name from model/attention."""
+    decoder_core: str | None = None
+    """Core of the decoder's self-attention in an encoder_decoder; None: `core`."""
+    cross_core: str | None = None
+    """Core of cross-attention; None: `core`."""
+    window: int | None = None
+    """Self-attention sees so many positions to each side; None: all (arXiv:2004.05150 §3.1, whose
+    w is twice that)."""
+    dilation: tuple[int, ...] = ()
+    """Steps between the positions of the window, one for each head; none: 1 (§3.1)."""
+    global_tokens: int = 0
+    """So many tokens at the beginning of each row see all, and are seen by all (§3.1)."""
+    global_projections: bool = False
+    """Whether what global tokens see has query, key and value projections of its own (§3.1)."""
     heads: int = 8
     """Query heads (N)."""
     kv_heads: int | None = None
@@ -33,9 +95,33 @@ class AttentionConfig:
     """Whether scores are divided by sqrt(head_dim); T5's are not, its queries start smaller."""
     dropout: float = 0.0
     """Share of attention weights dropped in training."""
+    performer: PerformerConfig = field(default_factory=PerformerConfig)
+    linformer: LinformerConfig = field(default_factory=LinformerConfig)
 
     def __post_init__(self):
         require(self.heads > 0, f"attention.heads must be positive, not {self.heads}")
+        require(
+            self.window is None or self.window >= 0,
+            f"attention.window must be None or at least 0, not {self.window}",
+        )
+        require(
+            self.global_tokens >= 0,
+            f"attention.global_tokens must be at least 0, not {self.global_tokens}",
+        )
+        for name in ("dilation", "global_tokens"):
+            require(
+                self.window is not None or not getattr(self, name),
+                f"attention.{name} = {getattr(self, name)} needs attention.window",
+            )
+        require(
+            len(self.dilation) in (0, self.heads) and all(step > 0 for step in self.dilation),
+            f"attention.dilation = {self.dilation} needs a positive step for each of "
+            f"attention.heads = {self.heads}",
+        )
+        require(
+            not self.global_projections or self.global_tokens > 0,
+            "attention.global_projections needs attention.global_tokens above 0",
+        )
         kv_heads = self.kv_heads
         require(
             kv_heads is None or (kv_heads > 0 and self.heads % kv_heads == 0),
@@ -46,6 +132,17 @@ class AttentionConfig:
             f"attention.head_dim must be positive, not {self.head_dim}",
         )
         _require_rate("attention.dropout", self.dropout)
+        used = {self.core, self.decoder_core, self.cross_core}
+        for name, default in (("performer", PerformerConfig()), ("linformer", LinformerConfig())):
+            require(
+                name in used or getattr(self, name) == default,
+                f"attention.{name} is set, but no attention core is {name}",
+            )
+
+    def core_of(self, place: Place) -> str:
+        """The core of the attention at this place, or auto."""
+        own = {"self": None, "decoder": self.decoder_core, "cross": self.cross_core}[place]
+        return own or self.core
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,6 +385,17 @@ class ModelConfig:
             f"model.head.pooling = {self.head.pooling}, but in a decoder_only just the last token "
             "has seen the others: choose last",
         )
+        for name in ("decoder_core", "cross_core"):
+            value = getattr(self.attention, name)
+            require(
+                value is None or self.architecture == "encoder_decoder",
+                f"model.attention.{name} = {value} belongs to an encoder_decoder only",
+            )
+        require(
+            not self.attention.global_projections or self.architecture == "encoder_only",
+            "model.attention.global_projections needs an encoder_only: in a decoder what global "
+            "tokens see is what all others see",
+        )
         require(
             self.encoder_layers is None
             or (self.architecture == "encoder_decoder" and self.encoder_layers > 0),
@@ -299,6 +407,11 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.attention.head_dim or self.width // self.attention.heads
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Where attentions stand in this architecture."""
+        return get_args(Place) if self.architecture == "encoder_decoder" else ("self",)
 
     @property
     def kv_heads(self) -> int:

@@ -9,15 +9,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from model.attention import ATTENTION, choose
 from model.attention.dense import attention_weights
 from model.axes import constrain, partitioned
-from model.config import ModelConfig
+from model.cache import Cache, KVCache
+from model.config import ModelConfig, Place
 from model.dropout import dropout
 from model.masks import AttentionMask
-from model.positions import RelativePositions
+from model.positions import PositionBias, Rotation
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -159,40 +160,29 @@ class FeedForward(nn.Module):
 
 
 @struct.dataclass
-class KVCache:
-    """Keys and values of the positions seen so far."""
+class Shared:
+    """What self-attention is given alike in all layers of a stack."""
 
-    k: Float[Array, "B S K H"]
-    v: Float[Array, "B S K H"]
-
-    @classmethod
-    def zeros(cls, config: ModelConfig, batch: int, length: int) -> "KVCache":
-        array = jnp.zeros((batch, length, config.kv_heads, config.head_dim), config.dtype)
-        return cls(k=array, v=array)
-
-    def write(self, k: jax.Array, v: jax.Array, offset: jax.Array) -> "KVCache":
-        """The cache with rows `k`, `v` [B, t, K, H] written from position `offset` ([] or [B])."""
-
-        def put(rows: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(rows, new, start, axis=rows.ndim - 3)
-
-        if offset.ndim:
-            put = jax.vmap(put)
-        return KVCache(k=put(self.k, k, offset), v=put(self.v, v, offset))
+    rotation: Rotation | None = None
+    bias: PositionBias | None = None
+    projection: Float[Array, "S R"] | None = None
+    """Of the core linformer, where layers share it."""
+    is_real: Bool[Array, "B T"] | None = None
+    """Which of the new tokens a cache remembers; None: all. The others are padding."""
 
 
 class MultiHeadAttention(nn.Module):
     """Projections, grouped heads and the cache around an attention core (arXiv:1706.03762 §3.2.2).
 
     Keys and values come from `context`, or from `x` itself when there is none. With a cache,
-    self-attention writes its rows at `mask.q_offset` and attends to the whole cache, while
-    cross-attention stores the projected context and reads it when called without one. Keys are
-    cached after their rotation. The weights are sown as `weights` [B, N, T, S] where the caller
+    self-attention adds its rows at `mask.q_offset` and attends to all that the cache remembers,
+    while cross-attention stores the projected context and reads it when called without one. Keys
+    are cached after their rotation. The weights are sown as `weights` [B, N, T, S] where the caller
     makes the collection "intermediates" mutable.
     """
 
     config: ModelConfig
-    is_cross: bool = False
+    place: Place = "self"
 
     @nn.compact
     def __call__(
@@ -200,45 +190,47 @@ class MultiHeadAttention(nn.Module):
         x: Float[Array, "B T D"],
         context: Float[Array, "B S D"] | None,
         mask: AttentionMask,
-        positions: RelativePositions | None = None,
+        shared: Shared | None = None,
         *,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
         config, attention = self.config, self.config.attention
         model = {"embed": config.width}
         q_heads = {"heads": attention.heads, "head_dim": config.head_dim}
         kv_heads = {"kv_heads": config.kv_heads, "head_dim": config.head_dim}
-        positions = positions or RelativePositions()
-        rotate = positions.rotation or (lambda x: x)
+        shared = shared or Shared()
+        rotate = shared.rotation or (lambda x: x)
 
         # Scores that nothing scales need smaller queries, or the softmax begins saturated.
         gain = 1.0 if attention.scaled else config.head_dim**-0.5
         q = rotate(Linear(config, model, q_heads, attention.bias, gain, name="query")(x))
-        if self.is_cross and context is None:
-            if cache is None:
+        if self.place == "cross" and context is None:
+            if not isinstance(cache, KVCache):
                 raise ValueError("cross-attention needs a context, or a cache that has seen it")
             k, v = cache.k, cache.v
         else:
             source = x if context is None else context
             k = rotate(Linear(config, model, kv_heads, attention.bias, name="key")(source))
             v = Linear(config, model, kv_heads, attention.bias, name="value")(source)
-            if self.is_cross:
-                cache = KVCache(k=k, v=v)
-            elif cache is not None:
-                if mask.q_offset is None:
-                    raise ValueError("decoding with a cache needs a mask with a position: .at(t)")
-                cache = cache.write(k, v, mask.q_offset)
-                k, v = cache.k, cache.v
         q = constrain(q, "act_batch", "act_length", "act_heads", "act_head_dim")
         k = constrain(k, "act_batch", "act_length", "act_kv_heads", "act_head_dim")
         v = constrain(v, "act_batch", "act_length", "act_kv_heads", "act_head_dim")
 
-        core, _ = choose(attention.core, jax.default_backend())
+        name, _ = choose(attention.core_of(self.place), jax.default_backend(), k.shape[1])
+        core = ATTENTION[name](config)
         rate = 0.0 if deterministic else attention.dropout
-        key = self.make_rng("dropout") if rate else None
-        scores = {"bias": positions.bias, "scale": None if attention.scaled else 1.0}
-        y = ATTENTION[core](q, k, v, mask, **scores, dropout_rate=rate, dropout_key=key)
+        scores: dict[str, Any] = {"bias": shared.bias, "scale": None if attention.scaled else 1.0}
+        how = scores | {
+            "dropout_rate": rate,
+            "dropout_key": self.make_rng("dropout") if rate else None,
+        }
+        if self.place == "cross":
+            y, cache = core(q, k, v, mask, **how), KVCache(k=k, v=v)
+        elif cache is None:
+            y = core(q, k, v, mask, **how)
+        else:
+            y, cache = cache.attend(core, q, k, v, mask, shared.is_real, **how)
         if self.is_mutable_collection("intermediates") and not self.is_initializing():
             weights = attention_weights(q, k, mask, **scores)
             self.sow("intermediates", "weights", weights.reshape(len(q), -1, *weights.shape[3:]))

@@ -31,17 +31,20 @@ class AttentionMask:
     A pair is allowed when every fact that is present allows it:
     - `causal`: the key stands at or before the query, or inside the prefix;
     - `window = (left, right)`: at most so many positions away, self not counted, None for no
-      limit; waived where the query or the key is global;
+      limit; with `dilation[n] = d`, head n counts in steps of d and looks at nothing in between;
+      waived where the query or the key is global;
     - segments: both have the same id and it is not 0, the id of padding.
     """
 
     causal: bool = struct.field(pytree_node=False, default=False)
     window: Window | None = struct.field(pytree_node=False, default=None)
+    dilation: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
+    """One step for each query head; None: 1 for all."""
     prefix_len: Int[Array, " B"] | None = None
     q_segment_ids: Int[Array, "B T"] | None = None
     kv_segment_ids: Int[Array, "B S"] | None = None
-    q_global: Bool[Array, "B T"] | None = None
-    kv_global: Bool[Array, "B S"] | None = None
+    global_index: Int[Array, "B g"] | None = None
+    """Positions of the global tokens of each row; -1 fills up rows that have fewer."""
     q_offset: Int[Array, ""] | Int[Array, " B"] | None = None
     """Position of query row 0, for decoding with a cache; None: 0."""
 
@@ -54,59 +57,106 @@ class AttentionMask:
         """Whether every pair is allowed."""
         return not self.causal and self.window is None and self.q_segment_ids is None
 
-    def tile(self, q_index: Int[Array, " t"], kv_index: Int[Array, " s"]) -> Bool[Array, "b t s"]:
-        """Which of these query rows may look at which of these keys; b is B, or 1 if all agree.
+    def tile(self, q_index: Int[Array, " t"], kv_index: Int[Array, " s"]) -> Bool[Array, "b n t s"]:
+        """Which of these query rows may look at which of these keys.
 
+        b is B, or 1 if all rows agree; n is the number of query heads, or 1 if all heads agree.
         `q_index` counts rows of the query array (`q_offset` is added here), `kv_index` positions.
         """
-        rows = q_index[None, :, None]
-        columns = kv_index[None, None, :]
+        rows = q_index[None, None, :, None]
+        columns = kv_index[None, None, None, :]
         positions = rows
         if self.q_offset is not None:
-            positions = rows + jnp.reshape(self.q_offset, (-1, 1, 1))
-        allowed = jnp.ones((1, q_index.shape[0], kv_index.shape[0]), bool)
+            positions = rows + jnp.reshape(self.q_offset, (-1, 1, 1, 1))
+        allowed = jnp.ones((1, 1, q_index.shape[0], kv_index.shape[0]), bool)
         if self.causal:
             past = columns <= positions
             if self.prefix_len is not None:
-                past |= columns < self.prefix_len[:, None, None]
+                past |= columns < self.prefix_len[:, None, None, None]
             allowed &= past
         if self.window is not None:
             left, right = self.window
-            near = jnp.ones_like(allowed)
+            step = jnp.reshape(jnp.asarray(self.dilation or (1,)), (1, -1, 1, 1))
+            near = (columns - positions) % step == 0 if self.dilation else jnp.ones_like(allowed)
             if left is not None:
-                near &= columns >= positions - left
+                near &= columns >= positions - left * step
             if right is not None:
-                near &= columns <= positions + right
-            if self.q_global is not None:
-                near |= self.q_global[:, q_index, None]
-            if self.kv_global is not None:
-                near |= self.kv_global[:, None, kv_index]
+                near &= columns <= positions + right * step
+            if self.global_index is not None:
+                places = self.global_index[:, None, None, None, :]
+                near |= (positions[..., None] == places).any(-1)
+                near |= (columns[..., None] == places).any(-1)
             allowed &= near
         if self.q_segment_ids is not None and self.kv_segment_ids is not None:
-            queries = self.q_segment_ids[:, q_index, None]
-            keys = self.kv_segment_ids[:, None, kv_index]
+            queries = self.q_segment_ids[:, None, q_index, None]
+            keys = self.kv_segment_ids[:, None, None, kv_index]
             allowed &= (queries == keys) & (keys != 0)
         return allowed
 
-    def to_bool(self, q_length: int, kv_length: int) -> Bool[Array, "b T S"]:
-        """The whole mask as an array: for pictures, tests and dense attention.
+    def blocks(
+        self, q_length: int, kv_length: int, q_size: int, kv_size: int
+    ) -> Bool[Array, "b i j"]:
+        """Which blocks of `q_size` queries and `kv_size` keys may hold an allowed pair.
+
+        False is certain, so that such a block need not be computed; True may turn out empty. The
+        last blocks may be shorter. b is B, or 1 if all rows agree.
+        """
+        self.require_lengths(q_length, kv_length)
+        first = jnp.arange(0, q_length, q_size)[None, :, None]
+        last = jnp.minimum(first + q_size, q_length) - 1
+        if self.q_offset is not None:
+            offset = jnp.reshape(self.q_offset, (-1, 1, 1))
+            first, last = first + offset, last + offset
+        begin = jnp.arange(0, kv_length, kv_size)[None, None, :]
+        end = jnp.minimum(begin + kv_size, kv_length) - 1
+        some = jnp.ones((1, first.shape[1], begin.shape[2]), bool)
+        if self.causal:
+            past = begin <= last
+            if self.prefix_len is not None:
+                past |= begin < self.prefix_len[:, None, None]
+            some &= past
+        if self.window is not None:
+            left, right = self.window
+            step = max(self.dilation or (1,))
+            near = jnp.ones_like(some)
+            if left is not None:
+                near &= end >= first - left * step
+            if right is not None:
+                near &= begin <= last + right * step
+            if self.global_index is not None:
+                places = self.global_index[:, None, None, :]
+                for low, high in ((first, last), (begin, end)):
+                    near |= ((low[..., None] <= places) & (places <= high[..., None])).any(-1)
+            some &= near
+        if self.q_segment_ids is not None and self.kv_segment_ids is not None:
+            low, high = _range_of_ids(self.q_segment_ids, q_size)
+            begin, end = _range_of_ids(self.kv_segment_ids, kv_size)
+            some &= (low[:, :, None] <= end[:, None]) & (begin[:, None] <= high[:, :, None])
+        return some
+
+    def require_lengths(self, q_length: int, kv_length: int) -> None:
+        """Raises ValueError where the mask was made for other lengths."""
+        for name, length in (("q", q_length), ("kv", kv_length)):
+            ids = getattr(self, f"{name}_segment_ids")
+            # Indexing would repeat the last entry for those that are missing.
+            if ids is not None and ids.shape[1] != length:
+                raise ValueError(
+                    f"the mask describes {ids.shape[1]} {name} positions, there are {length}"
+                )
+
+    def to_bool(self, q_length: int, kv_length: int) -> Bool[Array, "b n T S"]:
+        """The whole mask as an array, as in `tile`: for pictures, tests and dense attention.
 
         Raises ValueError where the mask was made for other lengths.
         """
-        for name, length in (("q", q_length), ("kv", kv_length)):
-            for array in (getattr(self, f"{name}_segment_ids"), getattr(self, f"{name}_global")):
-                # Indexing would repeat the last entry for those that are missing.
-                if array is not None and array.shape[1] != length:
-                    raise ValueError(
-                        f"the mask describes {array.shape[1]} {name} positions, there are {length}"
-                    )
+        self.require_lengths(q_length, kv_length)
         return self.tile(jnp.arange(q_length), jnp.arange(kv_length))
 
     def __and__(self, other: "AttentionMask") -> "AttentionMask":
         """Pairs that both masks allow.
 
-        Raises ValueError where the result is not an AttentionMask: global tokens against another
-        window, and queries at two different positions.
+        Raises ValueError where the result is not an AttentionMask: global tokens or a dilation
+        against another window, and queries at two different positions.
         """
         return AttentionMask(
             causal=self.causal or other.causal,
@@ -154,20 +204,37 @@ def cross(q_segments: Int[Array, "B T"], kv_segments: Int[Array, "B S"]) -> Atte
     return AttentionMask(q_segment_ids=q_segments, kv_segment_ids=kv_segments)
 
 
-def sliding(left: int | None, right: int | None) -> AttentionMask:
-    """At most `left` positions back and `right` ahead, self not counted; None for no limit."""
+def sliding(
+    left: int | None, right: int | None, dilation: Sequence[int] | None = None
+) -> AttentionMask:
+    """At most `left` positions back and `right` ahead, self not counted; None for no limit.
+
+    `dilation` has a step for each query head: with d, every d-th position (arXiv:2004.05150 §3.1).
+    """
     for side in (left, right):
         if side is not None and side < 0:
             raise ValueError(f"a window side must be None or at least 0, not {side}")
-    return AttentionMask(window=(left, right))
+    if dilation is not None and (not dilation or min(dilation) < 1):
+        raise ValueError(f"dilation needs steps of at least 1, not {tuple(dilation)}")
+    steps = tuple(dilation) if dilation and max(dilation) > 1 else None
+    return AttentionMask(window=(left, right), dilation=steps)
 
 
-def longformer(window: int, is_global: Bool[Array, "B T"]) -> AttentionMask:
-    """`window` positions to each side; global tokens see and are seen by all (arXiv:2004.05150)."""
-    is_global = jnp.asarray(is_global, bool)
-    return sliding(window, window).replace(  # type: ignore[attr-defined]
-        q_global=is_global, kv_global=is_global
-    )
+def longformer(
+    window: int, global_index: Int[Array, "B g"], dilation: Sequence[int] | None = None
+) -> AttentionMask:
+    """`window` positions to each side; global tokens see and are seen by all (arXiv:2004.05150).
+
+    `global_index` holds their positions, filled up with -1.
+    """
+    global_index = jnp.asarray(global_index)
+    if global_index.ndim != 2 or not jnp.issubdtype(global_index.dtype, jnp.integer):
+        raise ValueError(
+            "global_index must hold integers of shape [B, g], not "
+            f"{global_index.dtype}{global_index.shape}"
+        )
+    mask = sliding(window, window, dilation)
+    return mask.replace(global_index=global_index)  # type: ignore[attr-defined]
 
 
 def all_of(masks: Sequence[AttentionMask]) -> AttentionMask:
@@ -196,25 +263,25 @@ def _both_prefixes(a: AttentionMask, b: AttentionMask) -> jax.Array | None:
 
 
 def _both_windows(a: AttentionMask, b: AttentionMask) -> dict:
+    facts = ("window", "dilation", "global_index")
     if a.window is None or b.window is None:
         source = b if a.window is None else a
-        return {
-            "window": source.window,
-            "q_global": source.q_global,
-            "kv_global": source.kv_global,
-        }
+        return {name: getattr(source, name) for name in facts}
     window = tuple(
         min((s for s in sides if s is not None), default=None)
         for sides in zip(a.window, b.window, strict=True)
     )
+    if a.dilation != b.dilation:
+        raise ValueError(f"cannot combine windows of dilation {a.dilation} and {b.dilation}")
     for mask, other in ((a, b), (b, a)):
         # (near | global) & smaller window = smaller window; otherwise it needs two windows.
-        if mask.q_global is not None and (other.q_global is not None or window != other.window):
+        is_other = other.global_index is not None or window != other.window
+        if mask.global_index is not None and is_other:
             raise ValueError(
                 f"cannot combine windows {a.window} and {b.window} when one has global tokens: "
                 "combine the windows first, then add the global tokens"
             )
-    return {"window": window}
+    return {"window": window, "dilation": a.dilation}
 
 
 def _both_segments(a: AttentionMask, b: AttentionMask) -> dict:
@@ -243,3 +310,10 @@ def _both_offsets(a: AttentionMask, b: AttentionMask) -> jax.Array | None:
         if mask.q_offset is not None and placed:
             raise ValueError("cannot combine masks of queries at two positions: .at() the result")
     return b.q_offset if a.q_offset is None else a.q_offset
+
+
+def _range_of_ids(ids: Int[Array, "B T"], size: int) -> tuple[jax.Array, jax.Array]:
+    """Lowest and highest id in each block [B, blocks], padding not counted; (max, 0) if none."""
+    most = jnp.iinfo(ids.dtype).max
+    padded = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % size))).reshape(ids.shape[0], -1, size)
+    return jnp.min(jnp.where(padded == 0, most, padded), -1), jnp.max(padded, -1)

@@ -160,14 +160,6 @@ def relative_buckets(
     return first + jnp.where(distance < exact, distance, jnp.minimum(far, buckets - 1))
 
 
-@struct.dataclass
-class RelativePositions:
-    """What self-attention knows about positions, in all layers of a stack."""
-
-    rotation: Rotation | None = None
-    bias: PositionBias | None = None
-
-
 class RelativeBias(nn.Module):
     """The learned table of T5, one for all layers of a stack (arXiv:1910.10683 §2.1)."""
 

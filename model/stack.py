@@ -4,16 +4,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from model.axes import constrain
+from model.cache import Cache, KVCache
 from model.config import ModelConfig
-from model.layers import Dropout, FeedForward, KVCache, MultiHeadAttention, Norm
+from model.layers import Dropout, FeedForward, MultiHeadAttention, Norm, Shared
 from model.masks import AttentionMask
 from model.positions import (
     PositionBias,
     RelativeBias,
-    RelativePositions,
     alibi_slopes,
     rotation,
 )
@@ -23,7 +23,7 @@ from model.positions import (
 class BlockCache:
     """What a block remembers while decoding; in a stack each array leads with the layers."""
 
-    self_attention: KVCache
+    self_attention: Cache
     cross_attention: KVCache | None = None
 
     def repeat(self, times: int) -> "BlockCache":
@@ -48,7 +48,7 @@ class Block(nn.Module):
         x: Float[Array, "B T D"],
         cache: BlockCache | None,
         mask: AttentionMask,
-        positions: RelativePositions,
+        shared: Shared,
         encoded: Float[Array, "B S D"] | None,
         cross_mask: AttentionMask | None,
         deterministic: bool,
@@ -63,19 +63,18 @@ class Block(nn.Module):
             x = norm(x) if config.norm.position == "post" else x
             return constrain(x, "act_batch", "act_length", "act_embed"), state
 
-        attend = MultiHeadAttention(config, name="self_attention")
+        place = "decoder" if self.has_cross else "self"
+        attend = MultiHeadAttention(config, place, name="self_attention")
         self_cache = cache.self_attention if cache else None
         x, self_cache = residual(
             "self_attention",
             x,
-            lambda x: attend(
-                x, None, mask, positions, cache=self_cache, deterministic=deterministic
-            ),
+            lambda x: attend(x, None, mask, shared, cache=self_cache, deterministic=deterministic),
         )
         cross_cache = cache.cross_attention if cache else None
         if self.has_cross:
             assert cross_mask is not None
-            look = MultiHeadAttention(config, is_cross=True, name="cross_attention")
+            look = MultiHeadAttention(config, "cross", name="cross_attention")
             x, cross_cache = residual(
                 "cross_attention",
                 x,
@@ -111,34 +110,35 @@ class Stack(nn.Module):
         encoded: Float[Array, "B S D"] | None = None,
         cross_mask: AttentionMask | None = None,
         cache: BlockCache | None = None,
+        is_real: Bool[Array, "B T"] | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], BlockCache | None]:
         block = nn.remat(Block, prevent_cse=False, static_argnums=7) if self.config.remat else Block
         scanned = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True, "dropout": True},
+            split_rngs={"params": True, "dropout": True, "features": True},
             in_axes=(0, *[nn.broadcast] * 5),  # type: ignore[arg-type]
             length=self.layers,
             unroll=min(self.config.unroll, self.layers),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         blocks = scanned(self.config, self.has_cross, name="blocks")
-        relative = self._relative(positions, mask)
-        x, cache = blocks(x, cache, mask, relative, encoded, cross_mask, deterministic)
+        shared = self._shared(positions, mask).replace(is_real=is_real)  # type: ignore[attr-defined]
+        x, cache = blocks(x, cache, mask, shared, encoded, cross_mask, deterministic)
         if self.config.norm.position == "pre":
             x = Norm(self.config, name="norm")(x)
         return x, cache
 
-    def _relative(self, positions: Int[Array, "b T"], mask: AttentionMask) -> RelativePositions:
+    def _shared(self, positions: Int[Array, "b T"], mask: AttentionMask) -> Shared:
         """What self-attention adds or turns, where the config asks for it."""
         config, kind = self.config, self.config.positions.kind
         if kind == "rotary":
             turns = rotation(positions, config.head_dim, config.positions.rotary)
-            return RelativePositions(rotation=turns)
+            return Shared(rotation=turns)
         if kind == "alibi":
             slopes = jnp.asarray(alibi_slopes(config.attention.heads))
-            return RelativePositions(bias=PositionBias(slopes, q_offset=mask.q_offset))
+            return Shared(bias=PositionBias(slopes, q_offset=mask.q_offset))
         if kind == "relative":
             bias = PositionBias(
                 RelativeBias(config, name="relative_bias")(),
@@ -146,5 +146,5 @@ class Stack(nn.Module):
                 max_distance=config.positions.max_distance,
                 q_offset=mask.q_offset,
             )
-            return RelativePositions(bias=bias)
-        return RelativePositions()
+            return Shared(bias=bias)
+        return Shared()

@@ -3,13 +3,14 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from model import masks
 from model.axes import constrain, partitioned
+from model.cache import new_cache
 from model.config import ModelConfig, ModelError
 from model.heads import HEADS
-from model.layers import Dropout, Embedding, KVCache, Norm
+from model.layers import Dropout, Embedding, Norm
 from model.masks import AttentionMask
 from model.positions import PositionEmbedding
 from model.stack import BlockCache, Stack
@@ -84,7 +85,7 @@ class EncoderOnly(nn.Module):
         """Hidden states."""
         positions = _or_range(positions, inputs)
         x = self.inputs(self.embedding(inputs), positions, type_ids, deterministic=deterministic)
-        mask = masks.full() if segment_ids is None else masks.packed(segment_ids)
+        mask = encoder_mask(self.config, segment_ids)
         x, _ = self.encoder(x, positions, mask, deterministic=deterministic)
         return x
 
@@ -134,14 +135,20 @@ class DecoderOnly(nn.Module):
         type_ids: Tokens | None = None,
         prefix_len: Int[Array, " B"] | None = None,
         cache: BlockCache | None = None,
+        is_real: Bool[Array, "B T"] | None = None,
         offset: jax.Array | int | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B *T C"], BlockCache | None]:
-        """Scores for the token after each of `inputs`, which start at position `offset`."""
+        """Scores for the token after each of `inputs`, which start at position `offset`.
+
+        `is_real` tells them from padding at the end of a row, which a cache does not remember.
+        """
         positions = _or_range(positions, inputs, offset)
         x = self.inputs(self.embedding(inputs), positions, type_ids, deterministic=deterministic)
-        mask = _causal(segment_ids, offset, prefix_len)
-        x, cache = self.decoder(x, positions, mask, cache=cache, deterministic=deterministic)
+        mask = decoder_mask(self.config, segment_ids, prefix_len, offset)
+        x, cache = self.decoder(
+            x, positions, mask, cache=cache, is_real=is_real, deterministic=deterministic
+        )
         return self.head(x, self.embedding, segment_ids, deterministic=deterministic), cache
 
 
@@ -194,7 +201,7 @@ class EncoderDecoder(nn.Module):
         """Hidden states of the source."""
         positions = _or_range(positions, inputs)
         x = self.encoder_inputs(self.embedding(inputs), positions, deterministic=deterministic)
-        mask = masks.full() if segment_ids is None else masks.packed(segment_ids)
+        mask = encoder_mask(self.config, segment_ids)
         x, _ = self.encoder(x, positions, mask, deterministic=deterministic)
         return x
 
@@ -215,18 +222,14 @@ class EncoderDecoder(nn.Module):
         With a cache, its first call takes `encoded` and later ones None: the projected source is in
         the cache then.
         """
-        cross_mask = masks.full()
-        if encoder_segment_ids is not None:
-            own = jnp.ones_like(inputs) if segment_ids is None else segment_ids
-            cross_mask = masks.cross(own, encoder_segment_ids)
         positions = _or_range(positions, inputs, offset)
         x = self.decoder_inputs(self.embedding(inputs), positions, deterministic=deterministic)
         x, cache = self.decoder(
             x,
             positions,
-            _causal(segment_ids, offset),
+            decoder_mask(self.config, segment_ids, offset=offset),
             encoded=encoded,
-            cross_mask=cross_mask,
+            cross_mask=cross_mask(inputs, segment_ids, encoder_segment_ids),
             cache=cache,
             deterministic=deterministic,
         )
@@ -253,7 +256,7 @@ def empty_cache(config: ModelConfig, batch: int, length: int) -> BlockCache:
             f"cannot decode {length} positions: model.positions.max_length is {limit}, "
             "and learned positions end there"
         )
-    one = KVCache.zeros(config, batch, length)
+    one = new_cache(config, batch, length)
     repeat = lambda x: jnp.broadcast_to(x, (config.layers, *x.shape))  # noqa: E731
     return BlockCache(self_attention=jax.tree.map(repeat, one))
 
@@ -265,9 +268,44 @@ def _or_range(positions: Positions | None, inputs: Tokens, offset=None) -> Posit
     return steps if offset is None else steps + jnp.reshape(offset, (-1, 1))
 
 
-def _causal(
-    segment_ids: Tokens | None, offset: jax.Array | int | None, prefix_len: jax.Array | None = None
+# Who may look at whom in each of the three attentions ------------------------------------
+
+
+def encoder_mask(config: ModelConfig, segment_ids: Int[Array, "B S"] | None) -> AttentionMask:
+    """All tokens of a token's segment, in its window."""
+    mask = _window(config)
+    return mask if segment_ids is None else mask & masks.packed(segment_ids)
+
+
+def decoder_mask(
+    config: ModelConfig,
+    segment_ids: Tokens | None,
+    prefix_len: Int[Array, " B"] | None = None,
+    offset: jax.Array | int | None = None,
 ) -> AttentionMask:
+    """A token's own past, and the prefix, in its segment and window."""
     mask = masks.causal() if prefix_len is None else masks.prefix(prefix_len)
+    mask &= _window(config)
     mask = mask if offset is None else mask.at(offset)
     return mask if segment_ids is None else mask & masks.packed(segment_ids)
+
+
+def cross_mask(
+    inputs: Tokens, segment_ids: Tokens | None, encoder_segment_ids: Int[Array, "B S"] | None
+) -> AttentionMask:
+    """The source of a token's segment."""
+    if encoder_segment_ids is None:
+        return masks.full()
+    own = jnp.ones_like(inputs) if segment_ids is None else segment_ids
+    return masks.cross(own, encoder_segment_ids)
+
+
+def _window(config: ModelConfig) -> AttentionMask:
+    attention = config.attention
+    if attention.window is None:
+        return masks.full()
+    steps = attention.dilation or None
+    if not attention.global_tokens:
+        return masks.sliding(attention.window, attention.window, steps)
+    first = jnp.arange(attention.global_tokens)[None]
+    return masks.longformer(attention.window, first, steps)

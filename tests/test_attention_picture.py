@@ -240,7 +240,7 @@ def test_a_prefix_is_seen_by_all(tmp_path):
     run = trained(tmp_path, "decoder_only", "prefix_lm")
     tokens, inputs = read(run, "red cat", "dog bird")
     assert tokens == ["<bos>", "red", "cat", "dog", "bird"]
-    allowed = np.asarray(attention_masks(run.run.model, inputs)["self"].to_bool(5, 5))[0]
+    allowed = np.asarray(attention_masks(run.run.model, inputs)["self"].to_bool(5, 5))[0, 0]
     assert (allowed == (np.tri(5) + (np.arange(5) < 3) > 0)).all()
     weights = attention_weights(run.run.model, run.params, inputs)["self"]
     assert (np.asarray(weights[0, 0, 0] > 0) == allowed).all()

@@ -356,7 +356,7 @@ def test_the_drawn_masks_are_what_the_model_attends_to(name: str, data: DataConf
     drawn = attention_masks(config, batch)
     assert weights.keys() == drawn.keys()
     for kind, mask in drawn.items():
-        assert (np.asarray(weights[kind][-1, 0, -1] > 0) == mask.to_bool(ROW, ROW)[0]).all()
+        assert (np.asarray(weights[kind][-1, 0, -1] > 0) == mask.to_bool(ROW, ROW)[0, 0]).all()
 
 
 def test_nothing_is_inspected_of_parameters_without_a_place():

@@ -74,7 +74,7 @@ NAN = float("nan")
         (lambda: tiny("decoder_only", encoder_layers=2), "model.encoder_layers", "2"),
         (lambda: tiny(dropout=1.5), "model.dropout", "1.5"),
         (lambda: tiny(dropout=NAN), "model.dropout", "nan"),
-        (lambda: choose("flesh", "cpu"), "model.attention.core", "flesh"),
+        (lambda: choose("flesh", "cpu", 7), "model.attention.core", "flesh"),
     ],
 )
 def test_refused(make: Callable, field: str, value: str):

@@ -5,13 +5,11 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from model import masks
 from model.config import ModelConfig
 from model.masks import AttentionMask
-from model.transformer import build
+from model.transformer import build, cross_mask, decoder_mask, encoder_mask
 
 Inputs = Mapping[str, jax.Array]  # what the model is called with, by the names of data/batch.py
 
@@ -53,17 +51,12 @@ def _sown(config: ModelConfig, params: Any, inputs: dict[str, Any]) -> Any:
 
 def attention_masks(config: ModelConfig, inputs: Inputs) -> dict[str, AttentionMask]:
     """The masks that the model applies to a batch, by attention."""
-
-    def own(segment_ids: jax.Array | None) -> AttentionMask:
-        return masks.full() if segment_ids is None else masks.packed(segment_ids)
-
-    segment_ids, prefix_len = inputs.get("segment_ids"), inputs.get("prefix_len")
+    segment_ids = inputs.get("segment_ids")
     if config.architecture == "encoder_only":
-        return {"self": own(segment_ids)}
-    past = masks.causal() if prefix_len is None else masks.prefix(prefix_len)
+        return {"self": encoder_mask(config, segment_ids)}
+    own = decoder_mask(config, segment_ids, inputs.get("prefix_len"))
     if config.architecture == "decoder_only":
-        return {"self": past & own(segment_ids)}
+        return {"self": own}
     source = inputs.get("encoder_segment_ids")
-    target = jnp.ones_like(inputs["inputs"]) if segment_ids is None else segment_ids
-    cross = masks.full() if source is None else masks.cross(target, source)
-    return {"encoder": own(source), "self": past & own(segment_ids), "cross": cross}
+    cross = cross_mask(inputs["inputs"], segment_ids, source)
+    return {"encoder": encoder_mask(config, source), "self": own, "cross": cross}

@@ -22,6 +22,11 @@ from train.run import Run, differences, to_json
 from train.trainable import named
 
 TOKENIZERS = ("tokenizer.json", "vocab.txt")
+# What a new run says of attention, and what it looks at; the rest belongs to the parameters.
+OF_USE = (
+    "core", "decoder_core", "cross_core", "window", "dilation", "global_tokens",
+    "global_projections", "dropout", "performer", "linformer",
+)  # fmt: skip
 
 
 class Source(NamedTuple):
@@ -106,7 +111,7 @@ def adopt(model: ModelConfig, source: ModelConfig) -> ModelConfig:
     return dataclasses.replace(
         source,
         attention=dataclasses.replace(
-            source.attention, core=model.attention.core, dropout=model.attention.dropout
+            source.attention, **{name: getattr(model.attention, name) for name in OF_USE}
         ),
         feed_forward=dataclasses.replace(source.feed_forward, dropout=model.feed_forward.dropout),
         head=head,

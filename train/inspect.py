@@ -244,7 +244,7 @@ def masks_drawn(model: ModelConfig, data: DataConfig) -> Group:
     pictures = []
     names = attention_kinds(model)
     for kind, mask in attention_masks(model, batch).items():
-        allowed = np.asarray(mask.to_bool(ROW, ROW))[0]
+        allowed = np.asarray(mask.to_bool(ROW, ROW))[0, 0]
         lines = "\n".join("".join(MAY if may else MAY_NOT for may in row) for row in allowed)
         pictures.append(Text(f"{names[kind]}\n{lines}\n", no_wrap=True))
     legend = (

@@ -46,7 +46,7 @@ def fit(run: Run, console: Console, *, fallback: bool = False) -> None:
     setup = set_up(run.model, config)
     mesh = setup.mesh
     _require_divisible(config, train_data, valid_data, mesh)
-    describe(run.model, setup, console)
+    describe(run.model, run.data.max_length, setup, console)
 
     with (
         closing(Checkpoints(run.checkpoints, tokenizer.fingerprint, config.keep)) as checkpoints,
@@ -145,12 +145,13 @@ def _loop(
                 raise Interrupted(f"stopped at step {step:,}, saved")
 
 
-def describe(model: ModelConfig, setup: Setup, console: Console) -> None:
-    """Says what runs, and where."""
+def describe(model: ModelConfig, length: int, setup: Setup, console: Console) -> None:
+    """Says what runs on rows of `length` tokens, and where."""
     devices, params = setup.mesh.devices.ravel(), setup.abstract.params
-    core, reason = choose(model.attention.core, devices[0].platform)
     sizes = ", ".join(f"{name} {size}" for name, size in setup.mesh.shape.items())
-    console.print(f"attention core: {core} ({reason})")
+    names = dict.fromkeys(model.attention.core_of(place) for place in model.places)
+    for core, reason in (choose(name, devices[0].platform, length) for name in names):
+        console.print(f"attention core: {core} ({reason})")
     count = f"{parameter_count(params):,}"
     training = parameter_count(split(params, setup.factors)[0])
     if training < parameter_count(params):

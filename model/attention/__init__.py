@@ -1,18 +1,21 @@
 """Attention cores by name, and the choice among them.
 
-Every core has the signature of `dense`. A new core is one file and one line here.
+A core is called as `dense` is. A name stands for a function from the model's config to a core,
+which may be a module with parameters of its own. A new core is one file and one line here.
 """
 
 from collections.abc import Callable
 
 from model.attention.dense import dense
-from model.config import ModelError
+from model.config import ModelConfig, ModelError
 
-ATTENTION: dict[str, Callable] = {"dense": dense}
+ATTENTION: dict[str, Callable[[ModelConfig], Callable]] = {
+    "dense": lambda config: dense,
+}
 
 
-def choose(core: str, platform: str) -> tuple[str, str]:
-    """The name of the core to run on `platform` ("cpu", "gpu", "tpu"), and why."""
+def choose(core: str, platform: str, length: int) -> tuple[str, str]:
+    """The name of the core to run on `platform` ("cpu", "gpu", "tpu") on `length` keys, and why."""
     if core == "auto":
         return "dense", f"the only core that runs every mask on {platform}"
     if core not in ATTENTION:

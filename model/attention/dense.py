@@ -56,7 +56,10 @@ def attention_weights(
         scores += tile.reshape(tile.shape[0], K, N // K, T, S)
     if mask.is_full:
         return jax.nn.softmax(scores)
-    return masked_softmax(scores, mask.to_bool(T, S)[:, None, None])
+    allowed = mask.to_bool(T, S)
+    if allowed.shape[1] == 1:
+        return masked_softmax(scores, allowed[:, None])
+    return masked_softmax(scores, allowed.reshape(allowed.shape[0], K, N // K, T, S))
 
 
 def masked_softmax(
