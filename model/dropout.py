@@ -4,8 +4,11 @@ jax.random on a CPU writes and reads the array many times for its bits; here the
 they are used. An element's fate depends on its coordinates only, so a core may draw it by tiles.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
 
@@ -20,12 +23,20 @@ def dropout(x: Float[Array, "..."], rate: float, key: jax.Array | None) -> Float
 
 def keep(key: jax.Array, shape: tuple[int, ...], rate: float) -> Bool[Array, "..."]:
     """True where an element of an array of this shape stays."""
-    index, stride = jnp.uint32(0), 1
-    for axis in reversed(range(len(shape))):
-        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= shape[axis]
+    axes = range(len(shape))
+    return keep_at(key, [jax.lax.broadcasted_iota(jnp.uint32, shape, i) for i in axes], shape, rate)
+
+
+def keep_at(
+    key: jax.Array, index: Sequence[jax.Array | np.ndarray], shape: Sequence[int], rate: float
+) -> Bool[Array, "..."]:
+    """What `keep` gives for an array of `shape`, at one index array for each of its axes."""
+    flat, stride = jnp.uint32(0), 1
+    for places, size in zip(reversed(index), reversed(shape), strict=True):
+        flat += jnp.asarray(places).astype(jnp.uint32) * jnp.uint32(stride % 2**32)
+        stride *= size
     first, second = jax.random.key_data(key)
-    return mix(mix(index ^ first) ^ second) >= jnp.uint32(round(rate * 2**32))
+    return mix(mix(flat ^ first) ^ second) >= jnp.uint32(round(rate * 2**32))
 
 
 def mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:

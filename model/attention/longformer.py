@@ -1,0 +1,323 @@
+"""Attention in a sliding window, with dilation and global tokens, in O(T w) (arXiv:2004.05150).
+
+Queries are taken in blocks, each against the band of keys around it and the global keys. A head
+of dilation d sees the sequence as d interleaved ones, in which its window has no gaps.
+
+Letters of this file: r interleaved sequences, k and g heads of one dilation, t rows of queries, s
+keys that they are held against.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from model import masks
+from model.attention.dense import masked_softmax
+from model.dropout import keep_at
+from model.masks import AttentionMask, MaskNotSupported
+from model.positions import PositionBias
+
+BLOCK = 128  # queries of a block: memory and time, not the result
+
+
+def longformer(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: AttentionMask,
+    *,
+    bias: PositionBias | None = None,
+    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> Float[Array, "B T N H"]:
+    """What `dense` gives, for masks with a window, in time and memory linear in T, both ways.
+
+    With w positions to each side and g global tokens: time O(T (w + g)), memory O(T + g S). `bias`
+    must depend on distances only. Raises MaskNotSupported for a mask without a window.
+    """
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    if k.shape != (B, S, K, H) or k.shape != v.shape or N % K:
+        raise ValueError(f"shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}")
+    if dropout_rate and dropout_key is None:
+        raise ValueError(f"dropout at rate {dropout_rate} needs a key")
+    mask.require_lengths(T, S)
+    left, right = _sides(mask)
+    if bias is not None:  # distances stay when both ends move
+        bias = bias.replace(q_offset=None)  # type: ignore[attr-defined]
+    rule = Rule(
+        mask=mask.replace(dilation=None),  # type: ignore[attr-defined]
+        key=dropout_key,
+        scale=H**-0.5 if scale is None else scale,
+        rate=dropout_rate,
+        shape=(B, K, N // K, T, S),
+    )
+    parts, order = [], []
+    for step, heads in _groups(mask.dilation or (1,) * N, K):
+        reach = -(-max(T, S) // step)  # no window is longer than the sequence
+        band = Band(step, min(left, reach), min(right, reach), heads)
+        parts.append(_in_windows(band, q, k, v, rule, bias))
+        order.extend(np.ravel(heads))
+    y = jnp.concatenate(parts, axis=2)[:, :, np.argsort(order)]
+    return y if mask.global_index is None else _with_global_rows(y, q, k, v, rule, bias)
+
+
+def _sides(mask: AttentionMask) -> tuple[int, int]:
+    """The window, as narrow as causality makes it."""
+    left, right = mask.window or (None, None)
+    if mask.causal and mask.prefix_len is None:
+        right = 0
+    if left is None or right is None:
+        raise MaskNotSupported(
+            "longformer",
+            "it has no window, or one without an end: set model.attention.window, and for "
+            "cross-attention, which never has one, model.attention.cross_core",
+        )
+    return left, right
+
+
+Heads = tuple[tuple[int, ...], ...]
+
+
+def _groups(steps: tuple[int, ...], K: int) -> list[tuple[int, Heads]]:
+    """Query heads [k, g] of each step; a row shares a key head, and rows are equally long."""
+    found: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+    for row in np.arange(len(steps)).reshape(K, -1).tolist():
+        for step in sorted({steps[n] for n in row}):
+            members = tuple(n for n in row if steps[n] == step)
+            found.setdefault((step, len(members)), []).append(members)
+    return [(step, tuple(rows)) for (step, _), rows in found.items()]
+
+
+# The band ---------------------------------------------------------------------------------------
+
+
+class Band(NamedTuple):
+    """What some heads look at: every `step`-th position, so many of them to each side."""
+
+    step: int
+    left: int
+    right: int
+    heads: Heads
+
+
+def _in_windows(
+    band: Band,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    rule: "Rule",
+    bias: PositionBias | None,
+) -> Float[Array, "B T n H"]:
+    """Attention of these heads' queries to their windows and to the global keys."""
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    mask, step, heads = rule.mask, band.step, np.array(band.heads)
+    if step > 1:
+        rule = rule.replace(mask=mask.replace(dilation=(step,)))  # type: ignore[attr-defined]
+    size = min(BLOCK, -(-T // step))
+    blocks = -(-T // (size * step))
+    before, rows = band.left * step, (band.left + blocks * size + band.right) * step
+
+    def around(x: jax.Array) -> jax.Array:
+        """Keys from the first one of the first window on: [B, r, k, s, H]."""
+        x = x if len(heads) == K else x[:, :, heads[:, 0] * K // N]
+        if mask.q_offset is None:
+            pads = [(0, 0, 0), (before, rows - before - S, 0), (0, 0, 0), (0, 0, 0)]
+            x = jax.lax.pad(x, jnp.zeros((), x.dtype), pads)
+        else:
+            x = take_rows(x, rule.offset - before + jnp.arange(rows))
+        return x.reshape(B, -1, step, len(heads), H).transpose(0, 2, 3, 1, 4)
+
+    q = q.reshape(B, T, *heads.shape, H) if heads.size == N else q[:, :, heads]
+    q = jnp.pad(q, [(0, 0), (0, blocks * size * step - T), (0, 0), (0, 0), (0, 0)])
+    q = q.reshape(B, blocks, size, step, *heads.shape, H).transpose(1, 0, 3, 4, 5, 2, 6)
+    far = None
+    if mask.global_index is not None:
+        far = tuple(
+            take_rows(x, mask.global_index)[:, :, heads[:, 0] * K // N].swapaxes(1, 2)[:, None]
+            for x in (k, v)
+        )
+    y = _slide(band, q, around(k), around(v), far, bias, rule)
+    return y.transpose(1, 0, 5, 2, 3, 4, 6).reshape(B, -1, heads.size, H)[:, :T]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _slide(band, q, k, v, far, bias, rule):
+    """Attention of block after block [i, B, r, k, g, t, H] along keys [B, r, k, s, H].
+
+    Derived automatically, what a block gives to its keys would be padded to the whole length and
+    added, once for each block; here it is added where it belongs.
+    """
+
+    def one(block):
+        i, q = block
+        return _block(band, rule, i, q, *_near(band, i, q, k, v), far, bias)
+
+    return jax.lax.map(one, (jnp.arange(q.shape[0]), q))
+
+
+def _slide_forward(band, *arrays):
+    return _slide(band, *arrays), arrays
+
+
+def _slide_backward(band, saved, g):
+    q, k, v, far, bias, rule = saved
+
+    def one(sums, block):
+        i, q, g = block
+        near = _near(band, i, q, k, v)
+        _, pull = jax.vjp(partial(_block, band, rule, i), q, *near, far, bias)
+        dq, dk, dv, *rest = pull(g)
+        start = (0, 0, 0, i * q.shape[-2], 0)
+        for j, x in enumerate((dk, dv)):
+            x += jax.lax.dynamic_slice(sums[j], start, x.shape)
+            sums[j] = jax.lax.dynamic_update_slice(sums[j], x, start)
+        sums[2:] = jax.tree.map(jnp.add, sums[2:], rest)
+        return sums, dq
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), [k, v, far, bias])
+    sums, dq = jax.lax.scan(one, zeros, (jnp.arange(q.shape[0]), q, g))
+    sums = jax.tree.map(lambda x, like: x.astype(like.dtype), sums, [k, v, far, bias])
+    return dq, *sums, None
+
+
+_slide.defvjp(_slide_forward, _slide_backward)
+
+
+def _near(band: Band, i: jax.Array, q: jax.Array, *keys: jax.Array) -> list[jax.Array]:
+    """The keys in reach of block i."""
+    size = q.shape[-2]
+    length = band.left + size + band.right
+    return [jax.lax.dynamic_slice_in_dim(x, i * size, length, axis=3) for x in keys]
+
+
+def _block(band, rule, i, q, k, v, far, bias):
+    """Attention of block i to the keys near it and to the global ones, neither twice."""
+    (size, _), step = q.shape[-2:], band.step
+    sequence = jnp.arange(step)[None, :, None]
+    rows = (i * size + jnp.arange(size)) * step + sequence
+    columns = (i * size - band.left + jnp.arange(k.shape[-2])) * step + sequence
+    positions = columns + rule.offset[..., None]
+    counted = (positions >= 0) & (positions < rule.shape[-1])
+    if far is not None:
+        places = rule.mask.global_index[:, None]
+        counted &= ~(positions[..., None] == places[..., None, :]).any(-1)
+        again = (places[..., None] == places[..., None, :]) & jnp.tri(
+            places.shape[-1], k=-1, dtype=bool
+        )
+        real = (places >= 0) & (places < rule.shape[-1]) & ~again.any(-1)
+        columns = _join(columns, places - rule.offset[..., None], axis=2)
+        counted = _join(counted, real, axis=2)
+        k, v = (_join(x, y, axis=3) for x, y in zip((k, v), far, strict=True))
+    return _attend(q, k, v, bias, rule, np.array(band.heads), rows, columns, counted)
+
+
+def _join(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+    """One after the other along `axis`, repeated along the others where sizes are 1."""
+    shape = np.maximum(np.delete(a.shape, axis), np.delete(b.shape, axis)).tolist()
+    fit = lambda x: jnp.broadcast_to(x, (*shape[:axis], x.shape[axis], *shape[axis:]))  # noqa: E731
+    return jnp.concatenate([fit(a), fit(b)], axis)
+
+
+# Global rows ------------------------------------------------------------------------------------
+
+
+def _with_global_rows(y, q, k, v, rule, bias):
+    """Global queries see all keys that causality and segments leave them."""
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    rows = rule.mask.global_index - rule.offset
+    keys = (x.swapaxes(1, 2)[:, None] for x in (k, v))
+    queries = take_rows(q, rows).reshape(B, 1, -1, K, N // K, H).transpose(0, 1, 3, 4, 2, 5)
+    attend = jax.checkpoint(_attend, static_argnums=(5,))
+    columns = (jnp.arange(S) - rule.offset)[:, None]
+    heads = tuple(map(tuple, np.arange(N).reshape(K, -1)))
+    new = attend(
+        queries, *keys, bias, rule, heads, rows[:, None], columns, jnp.ones((1, 1, S), bool)
+    )
+    new = new[:, 0].transpose(0, 3, 1, 2, 4).reshape(B, -1, N, H)
+    return put_rows(y, rows, new)
+
+
+def take_rows(x: Float[Array, "B T *n"], rows: Int[Array, "b g"]) -> Float[Array, "B g *n"]:
+    """Rows of each sequence by index; the nearest one for an index beyond its ends."""
+    rows = jnp.broadcast_to(jnp.clip(rows, 0, x.shape[1] - 1), (x.shape[0], rows.shape[1]))
+    return jax.vmap(lambda x, rows: x[rows])(x, rows)
+
+
+def put_rows(
+    x: Float[Array, "B T *n"], rows: Int[Array, "b g"], new: Float[Array, "B g *n"]
+) -> Float[Array, "B T *n"]:
+    """`x` with these rows in place of its own; those beyond its ends are left out."""
+    rows = jnp.where(rows < 0, x.shape[1], jnp.broadcast_to(rows, new.shape[:2]))
+    return jax.vmap(lambda x, rows, new: x.at[rows].set(new, mode="drop"))(x, rows, new)
+
+
+# Pairs ------------------------------------------------------------------------------------------
+
+
+@struct.dataclass
+class Rule:
+    """What decides about a pair of a query and a key beside their product and their distance."""
+
+    mask: AttentionMask
+    key: jax.Array | None
+    scale: float = struct.field(pytree_node=False)
+    rate: float = struct.field(pytree_node=False)
+    shape: tuple[int, int, int, int, int] = struct.field(pytree_node=False)
+    """[B, K, G, T, S] of the whole."""
+
+    @property
+    def offset(self) -> Int[Array, "b 1"]:
+        """Position of query row 0."""
+        return jnp.reshape(0 if self.mask.q_offset is None else self.mask.q_offset, (-1, 1))
+
+
+def _attend(
+    q: Float[Array, "B r k g t H"],
+    k: Float[Array, "B r k s H"],
+    v: Float[Array, "B r k s H"],
+    bias: PositionBias | None,
+    rule: Rule,
+    heads: Heads,
+    rows: Int[Array, "b r t"],
+    columns: Int[Array, "b r s"],
+    counted: Bool[Array, "b r s"],
+) -> Float[Array, "B r k g t H"]:
+    """Attention of query rows to the keys at `columns`, counted from the position of row 0."""
+    numbers = np.array(heads)
+    scores = jnp.einsum("BrkgtH,BrksH->Brkgts", q, k, preferred_element_type=jnp.float32)
+    scores *= rule.scale
+    if bias is not None:
+        scores += _tiles(lambda _, *index: bias.tile(*index), rows, columns)[:, :, numbers]
+    positions = columns + rule.offset[..., None]
+    allowed = _tiles(AttentionMask.tile, rows, positions, rule.mask) & counted[:, :, None, None]
+    weights = masked_softmax(scores, allowed[:, :, None])
+    if rule.rate:
+        (B, _, G, *_), n = rule.shape, numbers[:, :, None, None]
+        b = np.arange(B).reshape(-1, 1, 1, 1, 1, 1)
+        t, s = rows[:, :, None, None, :, None], positions[:, :, None, None, None, :]
+        kept = keep_at(rule.key, (b, n // G, n % G, t, s), rule.shape, rule.rate)
+        weights = jnp.where(kept, weights / (1 - rule.rate), 0)
+    return jnp.einsum("Brkgts,BrksH->BrkgtH", weights.astype(v.dtype), v)
+
+
+def _tiles(
+    tile: Callable, rows: jax.Array, columns: jax.Array, of: AttentionMask = masks.full()
+) -> jax.Array:
+    """`tile(of, rows, columns)` by row of the batch and interleaved sequence: [b, r, n, t, s]."""
+    leaves = [jnp.atleast_1d(x) for x in (*jax.tree.leaves(of), rows, columns)]
+    batch = max(x.shape[0] for x in leaves)
+
+    def spread(x: jax.Array) -> jax.Array:
+        x = jnp.atleast_1d(x)
+        return jnp.broadcast_to(x, (batch, *x.shape[1:]))
+
+    one = jax.vmap(lambda of, t, s: tile(of, t, s)[0], in_axes=(None, 0, 0))
+    of = jax.tree.map(lambda x: spread(x)[:, None], of)
+    return jax.vmap(one)(of, spread(rows), spread(columns))
