@@ -4,9 +4,11 @@ jax.random on a CPU writes and reads the array many times for its bits; here the
 they are used. An element's fate depends on its coordinates only, so a core may draw it by tiles.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: jax.Array | None) -> Float[Array, "..."]:
@@ -18,11 +20,22 @@ def dropout(x: Float[Array, "..."], rate: float, key: jax.Array | None) -> Float
     return jnp.where(keep(key, x.shape, rate), x / (1 - rate), 0)
 
 
-def keep(key: jax.Array, shape: tuple[int, ...], rate: float) -> Bool[Array, "..."]:
-    """True where an element of an array of this shape stays."""
+def keep(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    rate: float,
+    places: Mapping[int, Int[Array, "..."]] | None = None,
+) -> Bool[Array, "..."]:
+    """True where an element of an array of this shape stays.
+
+    Of a part of the array: `places` holds coordinates for each axis that is not there as a whole.
+    `key` may be given as its data.
+    """
     index, stride = jnp.uint32(0), 1
     for axis in reversed(range(len(shape))):
-        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
+        along = (places or {}).get(axis, jnp.arange(shape[axis])).astype(jnp.uint32)
+        along = jnp.expand_dims(along, [i for i in range(len(shape)) if i != axis])
+        index = index + along * jnp.uint32(stride % 2**32)
         stride *= shape[axis]
     first, second = jax.random.key_data(key)
     return mix(mix(index ^ first) ^ second) >= jnp.uint32(round(rate * 2**32))

@@ -7,10 +7,12 @@ which may be a module with parameters of its own. A new core is one file and one
 from collections.abc import Callable
 
 from model.attention.dense import dense
+from model.attention.flash import flash
 from model.config import ModelConfig, ModelError
 
 ATTENTION: dict[str, Callable[[ModelConfig], Callable]] = {
     "dense": lambda config: dense,
+    "flash": lambda config: flash,
 }
 
 
