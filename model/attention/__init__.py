@@ -7,11 +7,13 @@ which may be a module with parameters of its own. A new core is one file and one
 from collections.abc import Callable
 
 from model.attention.dense import dense
+from model.attention.flash import flash
 from model.attention.longformer import longformer
 from model.config import ModelConfig, ModelError
 
 ATTENTION: dict[str, Callable[[ModelConfig], Callable]] = {
     "dense": lambda config: dense,
+    "flash": lambda config: flash,
     "longformer": lambda config: longformer,
 }
 
