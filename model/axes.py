@@ -16,11 +16,11 @@ PARAMETER_AXES = (
     "head_dim",  # H
     "mlp",  # F
     "vocab",  # V
-    "position",  # rows of a learned position table, or of token types
+    "position",  # rows of a learned position table, of token types or of a linformer projection
     "buckets",  # distances of a relative bias
     "features",  # outputs of a square matrix in a head
     "classes",  # outputs of a classifier
-    "rank",  # R, of a low-rank adaptation
+    "rank",  # R, of a low-rank adaptation or a linformer projection
     "norm",  # scale and bias of a norm: small, and wanted whole
     "layers",  # L, added by the scan over blocks
 )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
+from model.attention.performer import FeatureState
 from model.config import ModelConfig
 from model.masks import AttentionMask
 
@@ -69,4 +70,8 @@ class KVCache:
 
 def new_cache(config: ModelConfig, batch: int, length: int) -> Cache:
     """An empty cache of one layer for `length` positions, of the kind that its core reads."""
+    place = "decoder" if config.architecture == "encoder_decoder" else "self"
+    if config.attention.core_of(place) == "performer":
+        features = config.attention.performer.features
+        return FeatureState.zeros(batch, config.kv_heads, features, config.head_dim)
     return KVCache.zeros(config, batch, length)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from model.attention import ATTENTION, choose
+from model.attention import ATTENTION, WITHOUT_WEIGHTS, choose
 from model.attention.dense import attention_weights
 from model.axes import constrain, partitioned
 from model.cache import Cache, KVCache
@@ -168,7 +168,7 @@ class Shared:
     projection: Float[Array, "S R"] | None = None
     """Of the core linformer, where layers share it."""
     is_real: Bool[Array, "B T"] | None = None
-    """Which of the new tokens a cache remembers; None: all. The others are padding."""
+    """Which of the new tokens a cache remembers; None: all."""
 
 
 class MultiHeadAttention(nn.Module):
@@ -178,7 +178,7 @@ class MultiHeadAttention(nn.Module):
     self-attention adds its rows at `mask.q_offset` and attends to all that the cache remembers,
     while cross-attention stores the projected context and reads it when called without one. Keys
     are cached after their rotation. The weights are sown as `weights` [B, N, T, S] where the caller
-    makes the collection "intermediates" mutable.
+    makes the collection "intermediates" mutable and the core has such weights.
     """
 
     config: ModelConfig
@@ -220,6 +220,8 @@ class MultiHeadAttention(nn.Module):
         name, _ = choose(attention.core_of(self.place), jax.default_backend(), k.shape[1])
         core = ATTENTION[name](config)
         rate = 0.0 if deterministic else attention.dropout
+        if name == "linformer":
+            core = partial(core, projection=shared.projection)
         scores: dict[str, Any] = {"bias": shared.bias, "scale": None if attention.scaled else 1.0}
         how = scores | {
             "dropout_rate": rate,
@@ -231,7 +233,8 @@ class MultiHeadAttention(nn.Module):
             y = core(q, k, v, mask, **how)
         else:
             y, cache = cache.attend(core, q, k, v, mask, shared.is_real, **how)
-        if self.is_mutable_collection("intermediates") and not self.is_initializing():
+        is_watched = self.is_mutable_collection("intermediates") and not self.is_initializing()
+        if is_watched and name not in WITHOUT_WEIGHTS:
             weights = attention_weights(q, k, mask, **scores)
             self.sow("intermediates", "weights", weights.reshape(len(q), -1, *weights.shape[3:]))
         gain = _last_gain(config)

@@ -134,6 +134,12 @@ class AttentionMask:
             some &= (low[:, :, None] <= end[:, None]) & (begin[:, None] <= high[:, :, None])
         return some
 
+    def has_one_segment(self) -> Bool[Array, " B"]:
+        """Which rows hold one segment and padding; of a mask that has segments."""
+        assert self.q_segment_ids is not None and self.kv_segment_ids is not None
+        ids = jnp.concatenate([self.q_segment_ids, self.kv_segment_ids], 1)
+        return jnp.all((ids == 0) | (ids == jnp.max(ids, 1, keepdims=True)), 1)
+
     def require_lengths(self, q_length: int, kv_length: int) -> None:
         """Raises ValueError where the mask was made for other lengths."""
         for name, length in (("q", q_length), ("kv", kv_length)):

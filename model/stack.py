@@ -6,9 +6,10 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from model.attention.linformer import projection_init
 from model.axes import constrain
 from model.cache import Cache, KVCache
-from model.config import ModelConfig
+from model.config import ModelConfig, Place
 from model.layers import Dropout, FeedForward, MultiHeadAttention, Norm, Shared
 from model.masks import AttentionMask
 from model.positions import (
@@ -79,7 +80,12 @@ class Block(nn.Module):
                 "cross_attention",
                 x,
                 lambda x: look(
-                    x, encoded, cross_mask, cache=cross_cache, deterministic=deterministic
+                    x,
+                    encoded,
+                    cross_mask,
+                    Shared(projection=shared.projection),
+                    cache=cross_cache,
+                    deterministic=deterministic,
                 ),
             )
         feed_forward = FeedForward(config, name="feed_forward")
@@ -124,11 +130,23 @@ class Stack(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         blocks = scanned(self.config, self.has_cross, name="blocks")
-        shared = self._shared(positions, mask).replace(is_real=is_real)  # type: ignore[attr-defined]
+        shared = self._shared(positions, mask).replace(  # type: ignore[attr-defined]
+            is_real=is_real, projection=self._projection()
+        )
         x, cache = blocks(x, cache, mask, shared, encoded, cross_mask, deterministic)
         if self.config.norm.position == "pre":
             x = Norm(self.config, name="norm")(x)
         return x, cache
+
+    def _projection(self) -> Float[Array, "S R"] | None:
+        """Of the core linformer, where all layers have one."""
+        attention, linformer = self.config.attention, self.config.attention.linformer
+        places: tuple[Place, ...] = ("decoder", "cross") if self.has_cross else ("self",)
+        if linformer.sharing != "layers" or "linformer" not in map(attention.core_of, places):
+            return None
+        init = projection_init(linformer, "position", "rank")
+        shape = (linformer.max_length, linformer.rank)
+        return jnp.asarray(self.param("projection", init, shape))
 
     def _shared(self, positions: Int[Array, "b T"], mask: AttentionMask) -> Shared:
         """What self-attention adds or turns, where the config asks for it."""

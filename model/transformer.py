@@ -141,7 +141,8 @@ class DecoderOnly(nn.Module):
     ) -> tuple[Float[Array, "B *T C"], BlockCache | None]:
         """Scores for the token after each of `inputs`, which start at position `offset`.
 
-        `is_real` tells them from padding at the end of a row, which a cache does not remember.
+        A cache remembers those that are real; None: all. The others are padding, or are read again
+        after they were, or before they will be.
         """
         positions = _or_range(positions, inputs, offset)
         x = self.inputs(self.embedding(inputs), positions, type_ids, deterministic=deterministic)
@@ -214,13 +215,14 @@ class EncoderDecoder(nn.Module):
         segment_ids: Tokens | None = None,
         positions: Tokens | None = None,
         cache: BlockCache | None = None,
+        is_real: Bool[Array, "B T"] | None = None,
         offset: jax.Array | int | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T V"], BlockCache | None]:
         """Scores for the token after each of `inputs`, which start at position `offset`.
 
         With a cache, its first call takes `encoded` and later ones None: the projected source is in
-        the cache then.
+        the cache then. It remembers those of `inputs` that are real; None: all.
         """
         positions = _or_range(positions, inputs, offset)
         x = self.decoder_inputs(self.embedding(inputs), positions, deterministic=deterministic)
@@ -231,6 +233,7 @@ class EncoderDecoder(nn.Module):
             encoded=encoded,
             cross_mask=cross_mask(inputs, segment_ids, encoder_segment_ids),
             cache=cache,
+            is_real=is_real,
             deterministic=deterministic,
         )
         return self.head(x, self.embedding), cache

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from model.config import ModelConfig
+from model.attention import WITHOUT_WEIGHTS
+from model.config import ModelConfig, ModelError
 from model.masks import AttentionMask
 from model.transformer import build, cross_mask, decoder_mask, encoder_mask
 
@@ -28,7 +29,16 @@ def attention_kinds(config: ModelConfig) -> dict[str, str]:
 def attention_weights(
     config: ModelConfig, params: Any, inputs: Inputs
 ) -> dict[str, Float[Array, "_L _B _N _T _S"]]:
-    """What share each query takes of each key, by attention, layer and head; nothing is dropped."""
+    """What share each query takes of each key, by attention, layer and head; nothing is dropped.
+
+    Raises ModelError for cores that have no such weights.
+    """
+    for core in map(config.attention.core_of, config.places):
+        if core in WITHOUT_WEIGHTS:
+            raise ModelError(
+                f"the attention core {core} computes no weight of a key for a query, so there is "
+                "none to show: choose another model.attention.core"
+            )
     stacks = _sown(config, params, dict(inputs))
     only = "encoder" if config.architecture == "encoder_only" else "decoder"
     places = {

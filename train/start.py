@@ -61,6 +61,14 @@ def require_fit(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Non
             f"{' or '.join(architectures)} and model.head.kind {head}, not {model.architecture} "
             f"and {model.head.kind}"
         )
+    for place in model.places if data.is_packed else ():
+        core = model.attention.core_of(place)
+        if core == "linformer" or (core == "performer" and place == "cross"):
+            name = {"self": "core", "decoder": "decoder_core", "cross": "cross_core"}[place]
+            raise TrainError(
+                f"model.attention.{name} {core} cannot tell the documents of a packed row apart: "
+                "set data.packing to False, or choose another core"
+            )
     metrics = METRICS.get(data.objective, ("loss",))
     if train.metric not in metrics:
         raise TrainError(

@@ -42,12 +42,18 @@ def make_train_step(
 
         def loss_sum(trainable: Any, batch: Batch, key: jax.Array):
             params = join(trainable, frozen)
-            outputs = _forward(model, params, batch, deterministic=False, rngs={"dropout": key})
+            rngs = {"dropout": key} | features
+            outputs = _forward(model, params, batch, deterministic=False, rngs=rngs)
             return _loss(outputs, batch, config.label_smoothing)
 
         # The rules are not part of jit's cache key: enter them inside the traced function.
         with nn.logical_axis_rules(flax_rules()):
-            key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+            seed = jax.random.key(config.seed)
+            key = jax.random.fold_in(seed, state.step)
+            redraw = model_config.attention.performer.redraw_steps
+            features = {}
+            if redraw is not None:  # Without the core performer nobody asks for them.
+                features["features"] = jax.random.fold_in(seed, state.step // redraw)
             loss, weight, grads = summed_gradients(
                 loss_sum, trainable, batch, key, config.accumulate
             )

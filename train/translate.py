@@ -69,7 +69,7 @@ class Translator:
         segments = (jnp.arange(length) < lengths[:, None]).astype(jnp.int32)
         encoded = model.apply({"params": params}, inputs, segments, method="encode")
 
-        def step(tokens: jax.Array, cache: Any, position: jax.Array, encoded: Any = None):
+        def step(tokens: jax.Array, cache: Any, position: jax.Array, encoded=None, is_real=None):
             times = tokens.shape[0] // batch
             logits, cache = model.apply(
                 {"params": params},
@@ -77,6 +77,7 @@ class Translator:
                 encoded,
                 jnp.repeat(segments, times, axis=0),
                 cache=cache,
+                is_real=is_real,
                 offset=position,
                 method="decode",
             )
@@ -84,8 +85,9 @@ class Translator:
 
         last = jnp.full(batch, self.bos, jnp.int32)
         start = jnp.int32(0)
-        # This leaves the projected source in the cache; position 0 is written again.
-        _, cache = step(last[:, None], empty_cache(self.model, batch, max_steps), start, encoded)
+        # This leaves nothing but the projected source in the cache.
+        cache, nothing = empty_cache(self.model, batch, max_steps), jnp.zeros((batch, 1), bool)
+        _, cache = step(last[:, None], cache, start, encoded, nothing)
         common = {
             "start": start,
             "limits": jnp.where(lengths > 0, lengths + config.extra_length, 0),

@@ -8,14 +8,21 @@ from collections.abc import Callable
 
 from model.attention.dense import dense
 from model.attention.flash import flash
+from model.attention.linformer import Linformer
 from model.attention.longformer import longformer
+from model.attention.performer import Performer
 from model.config import ModelConfig, ModelError
 
 ATTENTION: dict[str, Callable[[ModelConfig], Callable]] = {
     "dense": lambda config: dense,
     "flash": lambda config: flash,
     "longformer": lambda config: longformer,
+    "linformer": lambda config: Linformer(config.attention.linformer, name="linformer"),
+    "performer": lambda config: Performer(config.attention.performer, name="performer"),
 }
+
+WITHOUT_WEIGHTS = frozenset({"linformer", "performer"})
+"""Cores that never compute what share a query takes of a key."""
 
 
 def choose(core: str, platform: str, length: int) -> tuple[str, str]:

@@ -1,0 +1,120 @@
+"""Attention to keys and values that are projected along the length (arXiv:2006.04768)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from model.axes import partitioned
+from model.config import LinformerConfig, ModelError
+from model.dropout import dropout
+from model.masks import AttentionMask, MaskNotSupported
+from model.positions import PositionBias
+
+
+class Linformer(nn.Module):
+    """softmax(scale q (E k)^T) F v, where E and F mix S positions into R (arXiv:2006.04768 §4).
+
+    Row s of a projection [max_length, R] belongs to position s: shorter inputs use the first rows.
+    Masks: full and padding, whose keys count 0; a row with several documents, which is not known
+    while tracing, becomes NaN, as each of the R columns holds a part of all of them. Dropout is of
+    the weights [B, K, G, T, R]. A given `projection` is used instead of own parameters. Time and
+    memory are O(T R).
+    """
+
+    config: LinformerConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        v: Float[Array, "B S K H"],
+        mask: AttentionMask,
+        *,
+        bias: PositionBias | None = None,
+        scale: float | None = None,
+        dropout_rate: float = 0.0,
+        dropout_key: jax.Array | None = None,
+        projection: Float[Array, "L R"] | None = None,
+    ) -> Float[Array, "B T N H"]:
+        (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+        if k.shape != (B, S, K, H) or v.shape != k.shape or N % K:
+            raise ValueError(f"shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}")
+        _require_supported(mask, bias)
+        mask.require_lengths(T, S)
+        if self.config.max_length < S:
+            raise ModelError(
+                f"{S} tokens are more than model.attention.linformer.max_length = "
+                f"{self.config.max_length}: its projections end there"
+            )
+        keys, values = self._projections(K, projection)
+        if mask.kv_segment_ids is not None:
+            is_real = (mask.kv_segment_ids != 0)[:, :, None, None]
+            k, v = jnp.where(is_real, k, 0), jnp.where(is_real, v, 0)
+        k, v = (
+            jnp.einsum(
+                "BSKH,SKR->BRKH" if p.ndim == 3 else "BSKH,SR->BRKH", x, p[:S].astype(x.dtype)
+            )
+            for x, p in ((k, keys), (v, values))
+        )
+        by_group = q.reshape(B, T, K, N // K, H)
+        scores = jnp.einsum("BTKGH,BRKH->BKGTR", by_group, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores * (H**-0.5 if scale is None else scale))
+        weights = dropout(weights, dropout_rate, dropout_key)
+        out = jnp.einsum("BKGTR,BRKH->BTKGH", weights.astype(v.dtype), v).reshape(q.shape)
+        return out if mask.q_segment_ids is None else _only_known(out, mask)
+
+    def _projections(
+        self, heads: int, shared: jax.Array | None
+    ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """Of keys and of values: [max_length, R], or [max_length, K, R] for each head its own."""
+        config = self.config
+        if shared is not None:
+            return shared, shared
+        if config.sharing == "layers":
+            raise ModelError(
+                "model.attention.linformer.sharing layers needs the projection of the stack"
+            )
+        axes = {"position": config.max_length, "rank": config.rank}
+        if config.sharing == "none":
+            axes = {"position": config.max_length, "kv_heads": heads, "rank": config.rank}
+        names = ("both",) if config.sharing == "key_value" else ("keys", "values")
+        made = [
+            self.param(name, projection_init(config, *axes), (*axes.values(),)) for name in names
+        ]
+        return jnp.asarray(made[0]), jnp.asarray(made[-1])
+
+
+def projection_init(config: LinformerConfig, *axes: str):
+    """Normal of variance 1 / R, as in the proof of arXiv:2006.04768 §4, Theorem 2."""
+    return partitioned(nn.initializers.normal(config.rank**-0.5), *axes)
+
+
+def _only_known(out: Float[Array, "B T N H"], mask: AttentionMask) -> Float[Array, "B T N H"]:
+    """0 for queries that are padding, NaN for rows of several documents."""
+    assert mask.q_segment_ids is not None
+    out = jnp.where((mask.q_segment_ids != 0)[:, :, None, None], out, 0)
+    return jnp.where(mask.has_one_segment()[:, None, None, None], out, jnp.nan)
+
+
+def _require_supported(mask: AttentionMask, bias: PositionBias | None) -> None:
+    """Each projected key is a mixture of all positions."""
+    if mask.causal:
+        raise MaskNotSupported(
+            "linformer",
+            "its keys mix what comes later with what came before: for a decoder choose another "
+            "model.attention.core or, beside an encoder, model.attention.decoder_core",
+        )
+    if mask.window is not None:
+        raise MaskNotSupported(
+            "linformer",
+            f"its keys mix all positions, there is no window {mask.window} among them: leave "
+            "model.attention.window out, or choose the core longformer",
+        )
+    if bias is not None:
+        raise MaskNotSupported(
+            "linformer",
+            "its keys mix all positions and have no distance: choose a model.positions.kind other "
+            "than alibi and relative",
+        )
