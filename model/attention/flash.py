@@ -6,8 +6,8 @@ keeps the maximum and the sum of its softmax so far and rescales when the maximu
 (arXiv:2307.08691 §3.1.2). Blocks in which the mask allows nothing are never visited.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from jaxtyping import Array, Float
 from model.dropout import keep_at
 from model.masks import AttentionMask
 from model.positions import PositionBias
+
+Heads = tuple[int, int]  # K, G
 
 LOWEST = jnp.finfo(jnp.float32).min
 
@@ -33,10 +35,10 @@ def flash(
     q_block: int | None = None,
     kv_block: int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """As `dense`, to rounding, the dropped weights included; forward-mode derivatives are not given.
+    """As `dense` up to rounding, down to the weights that are dropped; no forward-mode derivative.
 
-    Memory: a few times that of the arguments, and a tile [B, N, q_block, kv_block] of scores. The
-    blocks, None: chosen by the lengths, change time and memory only.
+    Memory: some copies of the arguments and a few tiles [B, N, q_block, kv_block]. The blocks, by
+    default chosen by the lengths, change neither result nor dropout.
     """
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
@@ -44,32 +46,48 @@ def flash(
         raise ValueError(f"shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}")
     if dropout_rate and dropout_key is None:
         raise ValueError(f"dropout at rate {dropout_rate} needs a key")
-    mask.require_lengths(T, S)
+    scale = H**-0.5 if scale is None else scale
+    if q.dtype == jnp.float32 or math.frexp(scale)[0] == 0.5:  # no digit is lost in q
+        q, scale = q * scale, 1.0
     tiles = Tiles(
         q_length=T,
         kv_length=S,
         q_block=q_block or _block(T),
         kv_block=kv_block or _block(S),
-        scale=H**-0.5 if scale is None else scale,
+        scale=scale,
         dropout_rate=dropout_rate,
     )
-    key = jax.random.key_data(dropout_key) if dropout_rate else None
-    values = None if bias is None else bias.values
-    heads_first = jnp.transpose(q.reshape(B, T, K, N // K, H), (0, 2, 3, 1, 4))
-    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    out = _attend(tiles, heads_first, k, v, values, mask, bias, key)
-    return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(q.shape)
+    G = N // K
+    q = _cut(q.reshape(B, T, K, G, H), tiles.q_block)
+    out = _attend(
+        tiles,
+        q.reshape(*q.shape[:3], -1, H),
+        _cut(k, tiles.kv_block),
+        _cut(v, tiles.kv_block),
+        None if bias is None else bias.values,
+        mask,
+        bias,
+        jax.random.key_data(dropout_key) if dropout_rate else None,
+    )
+    out = jnp.transpose(out.reshape(q.shape), (1, 0, 4, 2, 3, 5))
+    return out.reshape(B, -1, N, H)[:, :T]
 
 
 def _block(length: int) -> int:
     """Blocks of nearly equal size, so that little is padded."""
-    count = -(-length // 256)
-    return -(-length // count)
+    return math.ceil(length / math.ceil(length / 256))
+
+
+def _cut(x: Float[Array, "B T *heads H"], size: int) -> Float[Array, "i B *heads C H"]:
+    """Blocks of positions, the last one filled up with zeros."""
+    x = jnp.pad(x, [(0, -x.shape[1] % size if axis == 1 else 0) for axis in range(x.ndim)])
+    x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
+    return jnp.moveaxis(x, (1, 2), (0, -2))
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How scores are cut into tiles, and what is done with them."""
+    """How the scores are cut, and what is added to, taken from and multiplied with a tile."""
 
     q_length: int
     kv_length: int
@@ -78,163 +96,163 @@ class Tiles:
     scale: float
     dropout_rate: float
 
-    def cut(self, x: jax.Array, block: int, axis: int = -2) -> jax.Array:
-        """Blocks of x, the last one filled up with zeros, along a new first axis."""
-        axis %= x.ndim
-        fill = -x.shape[axis] % block
-        x = jnp.pad(x, [(0, fill if i == axis else 0) for i in range(x.ndim)])
-        shape = (*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x.reshape(shape), axis, 0)
-
-    def join(self, blocks: jax.Array, length: int, axis: int = -2) -> jax.Array:
-        """The inverse of `cut`."""
-        axis %= blocks.ndim - 1
-        x = jnp.moveaxis(blocks, 0, axis)
-        x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-        return jax.lax.slice_in_dim(x, 0, length, axis=axis)
-
-    def scores(self, i, j, q, kT, values, mask: AttentionMask, bias) -> jax.Array:
-        """Scores [B, K, G, q_block, kv_block] of a tile; -inf where nothing may be seen."""
-        B, K, G = q.shape[:3]
-        rows, columns = self.indices(i, j)
-        scores = jnp.einsum("BKGTH,BKHS->BKGTS", q, kT, preferred_element_type=jnp.float32)
-        scores *= self.scale
-        if bias is not None:
-            scores += self.bias(i, j, values, bias, K)
-        if not mask.is_full:
-            allowed = mask.tile(rows, columns)
-            heads = (1, 1) if allowed.shape[1] == 1 else (K, G)
-            allowed = allowed.reshape(allowed.shape[0], *heads, *allowed.shape[2:])
-            scores = jnp.where(allowed, scores, -jnp.inf)
-        if self.kv_length % self.kv_block:
-            scores = jnp.where(columns < self.kv_length, scores, -jnp.inf)
-        return scores
+    def visits(self, mask: AttentionMask, by_key: bool = False) -> tuple[jax.Array, jax.Array]:
+        """For each block of queries (or keys) those of the others to visit, first; their number."""
+        sizes = (self.q_length, self.kv_length, self.q_block, self.kv_block)
+        active = mask.blocks(*sizes).any(0)
+        active = active.T if by_key else active
+        return jnp.argsort(~active, axis=1, stable=True), jnp.sum(active, axis=1)
 
     def indices(self, i, j) -> tuple[jax.Array, jax.Array]:
-        """Query rows and keys of a tile; those beyond the end repeat the last one."""
+        """Query rows and keys of a tile, which may lie beyond the end."""
         rows = i * self.q_block + jnp.arange(self.q_block)
-        columns = j * self.kv_block + jnp.arange(self.kv_block)
-        return rows, columns
+        return rows, j * self.kv_block + jnp.arange(self.kv_block)
 
-    def bias(self, i, j, values, bias: PositionBias, K: int) -> jax.Array:
+    def allowed(self, i, j, mask: AttentionMask, heads: Heads) -> jax.Array | None:
+        """Which pairs count; None: all."""
+        rows, columns = self.indices(i, j)
+        inside = columns[None] < self.kv_length if self.kv_length % self.kv_block else None
+        if mask.is_full:
+            return inside
+        allowed = by_group(mask.tile(rows, columns), heads)
+        return allowed if inside is None else allowed & inside
+
+    def bias(self, i, j, bias: PositionBias, values: jax.Array, heads: Heads) -> jax.Array:
         tile = bias.replace(values=values).tile(*self.indices(i, j))  # type: ignore[attr-defined]
-        return tile.reshape(tile.shape[0], K, -1, *tile.shape[2:])
+        return by_group(tile, heads)
 
-    def kept(self, i, j, shape: tuple[int, ...], key) -> jax.Array:
+    def kept(self, i, j, batch: int, heads: Heads, key: jax.Array) -> jax.Array:
         """What dropout multiplies the weights of a tile with."""
-        whole = (*shape[:3], self.q_length, self.kv_length)
-        index = jnp.ix_(*map(jnp.arange, shape[:3]), *self.indices(i, j))
-        stay = keep_at(key, index, whole, self.dropout_rate)
+        rows, columns = self.indices(i, j)
+        rows = (jnp.arange(heads[1])[:, None] * self.q_length + rows).reshape(-1)
+        shape = (batch, heads[0], heads[1] * self.q_length, self.kv_length)
+        index = jnp.ix_(jnp.arange(batch), jnp.arange(heads[0]), rows, columns)
+        stay = keep_at(key, index, shape, self.dropout_rate)
         return jnp.where(stay, 1 / (1 - self.dropout_rate), 0.0)
 
-    def active(self, mask: AttentionMask) -> jax.Array:
-        """Which tiles [i, j] hold an allowed pair in any row of the batch."""
-        sizes = (self.q_length, self.kv_length, self.q_block, self.kv_block)
-        return mask.blocks(*sizes).any(0)
+
+def by_group(tile: jax.Array, heads: Heads) -> jax.Array:
+    """[b, N or 1, C, C] as [b, K or 1, G C, C]."""
+    b, n, rows, columns = tile.shape
+    K, G = heads if n > 1 else (1, heads[1])
+    tile = tile.reshape(b, K, -1, rows, columns)
+    return jnp.broadcast_to(tile, (b, K, G, rows, columns)).reshape(b, K, G * rows, columns)
 
 
-def _visits(active: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """For each row of `active` the columns to visit come first, in order; and their number."""
-    return jnp.argsort(~active, axis=1, stable=True), jnp.sum(active, axis=1)
+def _at(blocks: jax.Array, i: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(blocks, i, keepdims=False)
+
+
+def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _transpose(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, -2, -1)
 
 
 def _forward(tiles: Tiles, q, k, v, values, mask: AttentionMask, bias, key):
-    """Output [B, K, G, T, H] and the logarithm of the softmax' sum [B, K, G, T]."""
-    order, counts = _visits(tiles.active(mask))
-    q_blocks = tiles.cut(q, tiles.q_block)
-    kT_blocks = jnp.swapaxes(tiles.cut(k, tiles.kv_block), -2, -1)
-    v_blocks = tiles.cut(v, tiles.kv_block)
+    """Output [i, B, K, R, H] and the logarithm of the softmax' sum [i, B, K, R]."""
+    B, heads = k.shape[1], (k.shape[2], q.shape[3] // tiles.q_block)
+    order, counts = tiles.visits(mask)
 
     def row(row):
-        i, q_i, order, count = row
+        i, q, order, count = row
 
         def step(n, state):
             out, highest, total = state
             j = order[n]
-            scores = tiles.scores(i, j, q_i, kT_blocks[j], values, mask, bias)
+            scores = _dot("BKRH,BKSH->BKRS", q, _at(k, j))
+            if tiles.scale != 1.0:
+                scores *= tiles.scale
+            if bias is not None:
+                scores += tiles.bias(i, j, bias, values, heads)
+            allowed = tiles.allowed(i, j, mask, heads)
+            if allowed is not None:
+                scores = jnp.where(allowed, scores, -jnp.inf)
             new_highest = jnp.maximum(highest, jnp.max(scores, axis=-1))
             weights = jnp.exp(scores - new_highest[..., None])
             shrink = jnp.exp(highest - new_highest)
             total = total * shrink + jnp.sum(weights, axis=-1)
-            if tiles.dropout_rate:
-                weights *= tiles.kept(i, j, weights.shape, key)
-            weights = weights.astype(v.dtype)
-            added = jnp.einsum(
-                "BKGTS,BKSH->BKGTH", weights, v_blocks[j], preferred_element_type=jnp.float32
-            )
+            if key is not None:
+                weights *= tiles.kept(i, j, B, heads, key)
+            added = _dot("BKRS,BKSH->BKRH", weights.astype(v.dtype), _at(v, j))
             return out * shrink[..., None] + added, new_highest, total
 
-        zeros = jnp.zeros(q_i.shape, jnp.float32)
-        start = zeros, jnp.full(q_i.shape[:-1], LOWEST), zeros[..., 0]
+        zeros = jnp.zeros(q.shape, jnp.float32)
+        # The lowest number and not -inf, whose difference from itself is no number.
+        start = zeros, jnp.full(q.shape[:-1], LOWEST), zeros[..., 0]
         out, highest, total = jax.lax.fori_loop(0, count, step, start)
-        # Rows that see nothing: 0 / 1, and backward weights of exp(-inf).
+        # Rows that see nothing: 0 here, and exp(-inf) as weights backward.
         out = out / jnp.where(total > 0, total, 1.0)[..., None]
-        lse = jnp.where(total > 0, highest + jnp.log(total), jnp.inf)
-        return out.astype(q.dtype), lse
+        return out.astype(q.dtype), jnp.where(total > 0, highest + jnp.log(total), jnp.inf)
 
-    steps = jnp.arange(len(q_blocks))
-    out, lse = jax.lax.map(row, (steps, q_blocks, order, counts))
-    return tiles.join(out, tiles.q_length), tiles.join(lse, tiles.q_length, axis=-1)
+    return jax.lax.map(row, (jnp.arange(len(q)), q, order, counts))
 
 
 def _backward(tiles: Tiles, saved, g):
+    """Tiles lie here with keys first, in which four of five products need no transposed copy."""
     q, k, v, out, lse, values, mask, bias, key = saved
-    B, K, G = q.shape[:3]
-    order, counts = _visits(tiles.active(mask).T)
+    B, heads = k.shape[1], (k.shape[2], q.shape[3] // tiles.q_block)
+    order, counts = tiles.visits(mask, by_key=True)
     delta = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    q_blocks, g_blocks = (tiles.cut(x, tiles.q_block) for x in (q, g))
-    qT_blocks, gT_blocks = (jnp.swapaxes(x, -2, -1) for x in (q_blocks, g_blocks))
-    lse_blocks = tiles.cut(lse, tiles.q_block, -1)
-    delta_blocks = tiles.cut(delta, tiles.q_block, -1)
-    k_blocks, v_blocks = (tiles.cut(x, tiles.kv_block) for x in (k, v))
-    kT_blocks, vT_blocks = (jnp.swapaxes(x, -2, -1) for x in (k_blocks, v_blocks))
-    dot = lambda spec, a, b: jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)  # noqa: E731
+    q_blocks, g_blocks, kT = q, g, _transpose(k)
 
     def column(state, column):
-        j, k_j, kT_j, vT_j, order, count = column
+        j, k, kT, v, order, count = column
 
         def step(n, state):
-            dq, dkT, dvT, dvalues = state
+            dqT, dk, dv, dvalues = state
             i = order[n]
-            scores = tiles.scores(i, j, q_blocks[i], kT_j, values, mask, bias)
-            weights = jnp.exp(scores - lse_blocks[i][..., None])
-            dweights = dot("BKGTH,BKHS->BKGTS", g_blocks[i], vT_j)
+            q, g = _at(q_blocks, i), _at(g_blocks, i)
+            scores = _dot("BKSH,BKRH->BKSR", k, q)
+            if tiles.scale != 1.0:
+                scores *= tiles.scale
+            if bias is not None:
+                scores += _transpose(tiles.bias(i, j, bias, values, heads))
+            weights = jnp.exp(scores - _at(lse, i)[..., None, :])
+            allowed = tiles.allowed(i, j, mask, heads)
+            if allowed is not None:
+                weights = jnp.where(_transpose(allowed), weights, 0.0)
+            dweights = _dot("BKSH,BKRH->BKSR", v, g)
             used = weights
-            if tiles.dropout_rate:
-                kept = tiles.kept(i, j, weights.shape, key)
+            if key is not None:
+                kept = _transpose(tiles.kept(i, j, B, heads, key))
                 used, dweights = weights * kept, dweights * kept
-            dvT += dot("BKGHT,BKGTS->BKHS", gT_blocks[i], used.astype(g.dtype))
-            dscores = weights * (dweights - delta_blocks[i][..., None])
-            if values is not None:
-                tile, pull = jax.vjp(lambda x: tiles.bias(i, j, x, bias, K), values)
-                total = dscores if tile.shape[0] > 1 else jnp.sum(dscores, 0, keepdims=True)
-                dvalues += pull(total.astype(tile.dtype))[0]
-            dscores = (dscores * tiles.scale).astype(q.dtype)
-            dkT += dot("BKGHT,BKGTS->BKHS", qT_blocks[i], dscores)
-            dq = dq.at[i].add(dot("BKGTS,BKSH->BKGTH", dscores, k_j))
-            return dq, dkT, dvT, dvalues
+            dv += _dot("BKSR,BKRH->BKSH", used.astype(g.dtype), g)
+            dscores = weights * (dweights - _at(delta, i)[..., None, :])
+            if bias is not None:
+                tile, pull = jax.vjp(lambda x: tiles.bias(i, j, bias, x, heads), values)
+                given = _transpose(dscores)
+                if tile.shape[0] == 1:
+                    given = jnp.sum(given, axis=0, keepdims=True)
+                dvalues += pull(given.astype(tile.dtype))[0]
+            dscores = dscores.astype(q.dtype)
+            dk += _dot("BKSR,BKRH->BKSH", dscores, q)
+            added = _at(dqT, i) + _dot("BKHS,BKSR->BKHR", kT, dscores)
+            dqT = jax.lax.dynamic_update_index_in_dim(dqT, added, i, axis=0)
+            return dqT, dk, dv, dvalues
 
-        zeros = jnp.zeros(kT_j.shape, jnp.float32)
-        dq, dvalues = state
-        dq, dkT, dvT, dvalues = jax.lax.fori_loop(0, count, step, (dq, zeros, zeros, dvalues))
-        return (dq, dvalues), (dkT.astype(k.dtype), dvT.astype(v.dtype))
+        dqT, dvalues = state
+        zeros = jnp.zeros(k.shape, jnp.float32)
+        dqT, dk, dv, dvalues = jax.lax.fori_loop(0, count, step, (dqT, zeros, zeros, dvalues))
+        return (dqT, dvalues), ((tiles.scale * dk).astype(k.dtype), dv.astype(v.dtype))
 
-    start = jnp.zeros(q_blocks.shape, jnp.float32), jax.tree.map(jnp.zeros_like, values)
-    steps = jnp.arange(len(k_blocks))
-    columns = steps, k_blocks, kT_blocks, vT_blocks, order, counts
-    (dq, dvalues), (dk, dv) = jax.lax.scan(column, start, columns)
-    dq = tiles.join(dq, tiles.q_length).astype(q.dtype)
-    dk, dv = (tiles.join(jnp.swapaxes(x, -2, -1), tiles.kv_length) for x in (dk, dv))
+    start = jnp.zeros(_transpose(q).shape, jnp.float32), jax.tree.map(jnp.zeros_like, values)
+    (dqT, dvalues), (dk, dv) = jax.lax.scan(
+        column, start, (jnp.arange(len(k)), k, kT, v, order, counts)
+    )
+    dq = _transpose((tiles.scale * dqT).astype(q.dtype))
     return dq, dk, dv, dvalues, None, None, None
+
+
+def _attend_primal(tiles: Tiles, q, k, v, values, mask, bias, key):
+    return _forward(tiles, q, k, v, values, mask, bias, key)[0]
 
 
 def _attend_forward(tiles: Tiles, q, k, v, values, mask, bias, key):
     out, lse = _forward(tiles, q, k, v, values, mask, bias, key)
     return out, (q, k, v, out, lse, values, mask, bias, key)
-
-
-def _attend_primal(tiles: Tiles, *arguments: Any):
-    return _forward(tiles, *arguments)[0]
 
 
 _attend = jax.custom_vjp(_attend_primal, nondiff_argnums=(0,))
