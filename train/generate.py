@@ -193,8 +193,8 @@ class Generator:
     def _prefill(self, params: Any, inputs: Int[Array, "B T"], lengths: Int[Array, " B"]) -> Any:
         """A cache of all tokens of each row but the last, with room for what will be written.
 
-        It is filled chunk by chunk, so that attention needs memory for chunk x length pairs. A row
-        writes over the keys of its padding before it comes to see them.
+        It is filled chunk by chunk, so that attention needs memory for chunk x length pairs. The
+        last chunk may begin with tokens that were read before; each is remembered once.
         """
         model, length = build(self.model), inputs.shape[1]
         # A token that sees the whole prompt cannot be read before the rest of it.
@@ -204,7 +204,9 @@ class Generator:
         def read(i: jax.Array, cache: Any) -> Any:
             start = jnp.minimum(i * chunk, length - chunk)
             tokens = jax.lax.dynamic_slice_in_dim(inputs, start, chunk, axis=1)
-            options = {"cache": cache, "offset": start, "method": "decode"}
+            position = start + jnp.arange(chunk)
+            is_real = (position >= i * chunk) & (position < lengths[:, None] - 1)
+            options = {"cache": cache, "is_real": is_real, "offset": start, "method": "decode"}
             return model.apply({"params": params}, tokens, **prefix, **options)[1]
 
         cache = empty_cache(self.model, len(lengths), length + self.decode.max_tokens)
