@@ -10,11 +10,11 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from model.attention.performer import FeatureState
 from model.config import ModelConfig
-from model.masks import AttentionMask
+from model.masks import AttentionMask, cross
 
 
 @runtime_checkable
@@ -68,10 +68,74 @@ class KVCache:
         return KVCache(k=put(self.k, k, offset), v=put(self.v, v, offset))
 
 
+@struct.dataclass
+class WindowCache:
+    """Keys and values of the last positions, as many as a window needs, in constant memory.
+
+    Position p stands in slot p modulo their number (arXiv:2004.05150 §3.1, in its causal form).
+    """
+
+    k: Float[Array, "B W K H"]
+    v: Float[Array, "B W K H"]
+    end: Int[Array, " B"]
+    """Real tokens seen so far, which stand at positions 0 to end - 1."""
+
+    @classmethod
+    def zeros(cls, config: ModelConfig, batch: int, length: int) -> "WindowCache":
+        cache = KVCache.zeros(config, batch, length)
+        return cls(k=cache.k, v=cache.v, end=jnp.zeros(batch, jnp.int32))
+
+    def attend(
+        self, core: Callable, q: jax.Array, k: jax.Array, v: jax.Array,
+        mask: AttentionMask, is_real: jax.Array | None = None, **how: Any,
+    ) -> tuple[jax.Array, "WindowCache"]:  # fmt: skip
+        if mask.q_offset is None:
+            raise ValueError("decoding with a cache needs a mask with a position: .at(t)")
+        (batch, new), past = k.shape[:2], self.k.shape[1] - 1
+        mask.require_lengths(new, past + new)
+        rows = jnp.arange(batch)[:, None]
+        offset = jnp.broadcast_to(mask.q_offset, batch)[:, None]
+        real = jnp.ones((batch, new), bool) if is_real is None else is_real
+
+        # All that the new tokens can see, in order: what is remembered, the real new ones over it.
+        positions = offset - past + jnp.arange(past + new)
+        slots = positions % (past + 1)
+        fresh = jnp.pad(real, ((0, 0), (past, 0)))
+        seen = (positions >= jnp.maximum(self.end[:, None] - past - 1, 0)) & (
+            positions < self.end[:, None]
+        )
+
+        def line(old: jax.Array, x: jax.Array) -> jax.Array:
+            x = jnp.pad(x, ((0, 0), (past, 0), (0, 0), (0, 0)))
+            return jnp.where(fresh[..., None, None], x, old[rows, slots])
+
+        # The same distances from another beginning.
+        begin = offset[:, 0] - past
+        moved = mask.replace(  # type: ignore[attr-defined]
+            q_offset=jnp.asarray(past),
+            prefix_len=None if mask.prefix_len is None else mask.prefix_len - begin,
+        )
+        moved &= cross(jnp.ones((batch, new), jnp.int32), (seen | fresh).astype(jnp.int32))
+        if how.get("bias") is not None:
+            how["bias"] = how["bias"].replace(q_offset=moved.q_offset)
+        y = core(q, line(self.k, k), line(self.v, v), moved, **how)
+
+        end = jnp.maximum(self.end, jnp.max(jnp.where(fresh, positions + 1, 0), axis=1))
+        kept = real & (positions[:, past:] > end[:, None] - past - 2)
+        slots = jnp.where(kept, slots[:, past:], past + 1)
+        put = lambda old, x: old.at[rows, slots].set(x, mode="drop")  # noqa: E731
+        return y, WindowCache(k=put(self.k, k), v=put(self.v, v), end=end)
+
+
 def new_cache(config: ModelConfig, batch: int, length: int) -> Cache:
     """An empty cache of one layer for `length` positions, of the kind that its core reads."""
+    attention = config.attention
     place = "decoder" if config.architecture == "encoder_decoder" else "self"
-    if config.attention.core_of(place) == "performer":
-        features = config.attention.performer.features
+    if attention.core_of(place) == "performer":
+        features = attention.performer.features
         return FeatureState.zeros(batch, config.kv_heads, features, config.head_dim)
+    if attention.window is not None and not attention.global_tokens:
+        needed = attention.window * max(attention.dilation or (1,)) + 1
+        if needed < length:
+            return WindowCache.zeros(config, batch, needed)
     return KVCache.zeros(config, batch, length)

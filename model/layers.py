@@ -12,12 +12,13 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from model.attention import ATTENTION, WITHOUT_WEIGHTS, choose
-from model.attention.dense import attention_weights
+from model.attention.dense import attention_weights, dense
+from model.attention.longformer import put_rows, take_rows
 from model.axes import constrain, partitioned
 from model.cache import Cache, KVCache
 from model.config import ModelConfig, Place
 from model.dropout import dropout
-from model.masks import AttentionMask
+from model.masks import AttentionMask, MaskNotSupported, cross
 from model.positions import PositionBias, Rotation
 
 
@@ -177,7 +178,8 @@ class MultiHeadAttention(nn.Module):
     Keys and values come from `context`, or from `x` itself when there is none. With a cache,
     self-attention adds its rows at `mask.q_offset` and attends to all that the cache remembers,
     while cross-attention stores the projected context and reads it when called without one. Keys
-    are cached after their rotation. The weights are sown as `weights` [B, N, T, S] where the caller
+    are cached after their rotation. With `attention.global_projections` what global tokens see goes
+    through projections of its own. The weights are sown as `weights` [B, N, T, S] where the caller
     makes the collection "intermediates" mutable and the core has such weights.
     """
 
@@ -233,12 +235,59 @@ class MultiHeadAttention(nn.Module):
             y = core(q, k, v, mask, **how)
         else:
             y, cache = cache.attend(core, q, k, v, mask, shared.is_real, **how)
-        is_watched = self.is_mutable_collection("intermediates") and not self.is_initializing()
-        if is_watched and name not in WITHOUT_WEIGHTS:
-            weights = attention_weights(q, k, mask, **scores)
-            self.sow("intermediates", "weights", weights.reshape(len(q), -1, *weights.shape[3:]))
+        is_sown = self.is_mutable_collection("intermediates") and not self.is_initializing()
+        is_sown &= name not in WITHOUT_WEIGHTS
+        weights = attention_weights(q, k, mask, **scores) if is_sown else None
+        if weights is not None:
+            weights = weights.reshape(len(q), -1, *weights.shape[3:])
+        if attention.global_projections and self.place == "self":
+            y, weights = self._with_global_rows(y, weights, x, mask, shared, rate)
+        if weights is not None:
+            self.sow("intermediates", "weights", weights)
         gain = _last_gain(config)
         return Linear(config, q_heads, model, attention.bias, gain, name="out")(y), cache
+
+    def _with_global_rows(
+        self,
+        y: Float[Array, "B T N H"],
+        weights: Float[Array, "B N T S"] | None,
+        x: Float[Array, "B T D"],
+        mask: AttentionMask,
+        shared: Shared,
+        rate: float,
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"] | None]:
+        """`y` and `weights` with the rows of global tokens by their own projections.
+
+        They see all of their segment (arXiv:2004.05150 §3.1).
+        """
+        config, attention, rows = self.config, self.config.attention, mask.global_index
+        if rows is None or mask.causal or shared.bias is not None:
+            raise MaskNotSupported(
+                "model.attention.global_projections",
+                "it needs global tokens, and neither causality nor a bias by distance",
+            )
+
+        def project(name: str, x: jax.Array, axis: str, heads: int, gain: float = 1.0) -> Any:
+            inputs, outputs = {"embed": config.width}, {axis: heads, "head_dim": config.head_dim}
+            return Linear(config, inputs, outputs, attention.bias, gain, name=f"global_{name}")(x)
+
+        rotate = shared.rotation or (lambda x: x)
+        turn = jax.tree.map(lambda angles: take_rows(angles, rows), shared.rotation) or rotate
+        gain = 1.0 if attention.scaled else config.head_dim**-0.5
+        q = turn(project("query", take_rows(x, rows), "heads", attention.heads, gain))
+        k = rotate(project("key", x, "kv_heads", config.kv_heads))
+        v = project("value", x, "kv_heads", config.kv_heads)
+        seen = AttentionMask()
+        if mask.q_segment_ids is not None and mask.kv_segment_ids is not None:
+            seen = cross(take_rows(mask.q_segment_ids, rows), mask.kv_segment_ids)
+        scale = None if attention.scaled else 1.0
+        dropped = {"dropout_rate": rate, "dropout_key": self.make_rng("dropout") if rate else None}
+        y = put_rows(y, rows, dense(q, k, v, seen, scale=scale, **dropped))
+        if weights is not None:
+            own = attention_weights(q, k, seen, scale=scale)
+            own = own.reshape(len(q), -1, *own.shape[3:]).swapaxes(1, 2)
+            weights = put_rows(weights.swapaxes(1, 2), rows, own).swapaxes(1, 2)
+        return y, weights
 
 
 class Embedding(nn.Module):

@@ -22,11 +22,10 @@ from train.run import Run, differences, to_json
 from train.trainable import named
 
 TOKENIZERS = ("tokenizer.json", "vocab.txt")
-# What a new run says of attention, and what it looks at; the rest belongs to the parameters.
-OF_USE = (
-    "core", "decoder_core", "cross_core", "window", "dilation", "global_tokens",
-    "global_projections", "dropout", "performer", "linformer",
-)  # fmt: skip
+# What a new run says of attention; the rest belongs to the parameters. What attention looks at is
+# the source's too, where the new run sets no window.
+OF_USE = ("core", "decoder_core", "cross_core", "dropout", "performer", "linformer")
+OF_WINDOW = ("window", "dilation", "global_tokens", "global_projections")
 
 
 class Source(NamedTuple):
@@ -104,14 +103,15 @@ PACKAGES: dict[str, Callable[[str], Source]] = {
 
 def adopt(model: ModelConfig, source: ModelConfig) -> ModelConfig:
     """The body of `source`, with what `model` says of the head and of how it is trained."""
-    head = model.head
+    head, attention = model.head, model.attention
+    of_use = OF_USE if attention.window is None else OF_USE + OF_WINDOW
     # A classifier without outputs stands for a body without a head.
     if head.kind == source.head.kind and (head.kind != "classifier" or source.head.outputs):
         head = dataclasses.replace(source.head, dropout=head.dropout, outputs=head.outputs)
     return dataclasses.replace(
         source,
         attention=dataclasses.replace(
-            source.attention, **{name: getattr(model.attention, name) for name in OF_USE}
+            source.attention, **{name: getattr(attention, name) for name in of_use}
         ),
         feed_forward=dataclasses.replace(source.feed_forward, dropout=model.feed_forward.dropout),
         head=head,
@@ -134,6 +134,8 @@ def take_over(
     """
     wanted = to_json(adopt(model, source.model))
     wanted["head"] = to_json(model.head)
+    if _is_longer(model, source.model):
+        wanted["positions"]["max_length"] = model.positions.max_length
     others = list(differences(to_json(model), wanted, "model"))
     if others:
         raise TrainError(
@@ -141,13 +143,20 @@ def take_over(
             "or init from another"
         )
     given = dict(named(source.params()))
+    copies = _copies(given, fresh)
     unused = set(reinit)
-    rows: dict[str, list[tuple[str, int]]] = {"loaded": [], "new, random": [], "left out": []}
+    rows: dict[str, list[tuple[str, int]]] = {
+        "loaded": [], "copied": [], "new, random": [], "left out": []
+    }  # fmt: skip
     leaves = []
     for name, leaf in named(fresh):
         fitting = [pattern for pattern in reinit if re.search(pattern, name)]
         unused.difference_update(fitting)
-        if name in given and not fitting:
+        if name in copies and not fitting:
+            given.pop(name, None)
+            leaves.append(_place(copies[name], leaf))
+            rows["copied"].append((name, leaf.size))
+        elif name in given and not fitting:
             value = given.pop(name)
             if value.shape != leaf.shape:
                 raise TrainError(
@@ -169,6 +178,27 @@ def take_over(
     return jax.tree.unflatten(jax.tree.structure(fresh), leaves)
 
 
+def _is_longer(model: ModelConfig, source: ModelConfig) -> bool:
+    """Whether learned positions go on where those of the source end."""
+    is_learned = source.positions.kind == "learned"
+    return is_learned and model.positions.max_length > source.positions.max_length
+
+
+def _copies(given: dict[str, Any], fresh: Any) -> dict[str, np.ndarray]:
+    """What a model for longer inputs has beside its source, begun as arXiv:2004.05150 §5 does.
+
+    Positions repeat those of the source; global tokens begin with the projections of all others.
+    """
+    copies = {}
+    for name, leaf in named(fresh):
+        local = name.replace(".global_", ".")
+        if name not in given and local in given:
+            copies[name] = given[local]
+        elif name.endswith("positions.table") and len(leaf) > len(given.get(name, leaf)):
+            copies[name] = np.resize(given[name], leaf.shape)
+    return copies
+
+
 def _place(value: Any, like: jax.Array) -> jax.Array:
     host = np.asarray(value, like.dtype)
     return jax.make_array_from_callback(host.shape, like.sharding, lambda index: host[index])
@@ -177,6 +207,8 @@ def _place(value: Any, like: jax.Array) -> jax.Array:
 def _print(name: str, rows: dict[str, list[tuple[str, int]]], console: Console) -> None:
     table = Table("", "parameters", "names", title=f"fine-tuning {name}", title_justify="left")
     for what, entries in rows.items():
+        if what == "copied" and not entries:
+            continue
         parts: dict[str, int] = {}
         for entry, size in entries:
             # The body by its parts, the head and what is left out by name.

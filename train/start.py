@@ -75,6 +75,11 @@ def require_fit(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Non
             f"train.metric {train.metric} does not exist for data.objective {data.objective}: "
             f"choose {' or '.join(metrics)}"
         )
+    if model.attention.global_tokens and data.is_packed:
+        raise TrainError(
+            f"model.attention.global_tokens = {model.attention.global_tokens} are the first of a "
+            "row, and data.packing puts several documents in a row: set data.packing False"
+        )
     if data.objective == "regression" and train.label_smoothing:
         raise TrainError(
             f"train.label_smoothing = {train.label_smoothing} means nothing for a regression: "

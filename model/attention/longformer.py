@@ -9,15 +9,14 @@ keys that they are held against.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from model import masks
 from model.attention.dense import masked_softmax
 from model.dropout import keep_at
 from model.masks import AttentionMask, MaskNotSupported
@@ -53,18 +52,19 @@ def longformer(
         bias = bias.replace(q_offset=None)  # type: ignore[attr-defined]
     rule = Rule(
         mask=mask.replace(dilation=None),  # type: ignore[attr-defined]
-        key=dropout_key,
+        key=dropout_key if dropout_rate else None,
         scale=H**-0.5 if scale is None else scale,
         rate=dropout_rate,
         shape=(B, K, N // K, T, S),
     )
     parts, order = [], []
     for step, heads in _groups(mask.dilation or (1,) * N, K):
-        reach = -(-max(T, S) // step)  # no window is longer than the sequence
+        # No window is longer than the sequence; with an offset, queries may stand beyond all keys.
+        reach = -(-max(T, S) // step) if mask.q_offset is None else max(left, right)
         band = Band(step, min(left, reach), min(right, reach), heads)
         parts.append(_in_windows(band, q, k, v, rule, bias))
         order.extend(np.ravel(heads))
-    y = jnp.concatenate(parts, axis=2)[:, :, np.argsort(order)]
+    y = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)[:, :, np.argsort(order)]
     return y if mask.global_index is None else _with_global_rows(y, q, k, v, rule, bias)
 
 
@@ -85,10 +85,10 @@ def _sides(mask: AttentionMask) -> tuple[int, int]:
 Heads = tuple[tuple[int, ...], ...]
 
 
-def _groups(steps: tuple[int, ...], K: int) -> list[tuple[int, Heads]]:
+def _groups(steps: tuple[int, ...], kv_heads: int) -> list[tuple[int, Heads]]:
     """Query heads [k, g] of each step; a row shares a key head, and rows are equally long."""
     found: dict[tuple[int, int], list[tuple[int, ...]]] = {}
-    for row in np.arange(len(steps)).reshape(K, -1).tolist():
+    for row in np.arange(len(steps)).reshape(kv_heads, -1).tolist():
         for step in sorted({steps[n] for n in row}):
             members = tuple(n for n in row if steps[n] == step)
             found.setdefault((step, len(members)), []).append(members)
@@ -122,11 +122,12 @@ def _in_windows(
         rule = rule.replace(mask=mask.replace(dilation=(step,)))  # type: ignore[attr-defined]
     size = min(BLOCK, -(-T // step))
     blocks = -(-T // (size * step))
+    serving = heads[:, 0] * K // N  # their key heads
     before, rows = band.left * step, (band.left + blocks * size + band.right) * step
 
     def around(x: jax.Array) -> jax.Array:
         """Keys from the first one of the first window on: [B, r, k, s, H]."""
-        x = x if len(heads) == K else x[:, :, heads[:, 0] * K // N]
+        x = x if len(serving) == K else x[:, :, serving]
         if mask.q_offset is None:
             pads = [(0, 0, 0), (before, rows - before - S, 0), (0, 0, 0), (0, 0, 0)]
             x = jax.lax.pad(x, jnp.zeros((), x.dtype), pads)
@@ -134,16 +135,14 @@ def _in_windows(
             x = take_rows(x, rule.offset - before + jnp.arange(rows))
         return x.reshape(B, -1, step, len(heads), H).transpose(0, 2, 3, 1, 4)
 
-    q = q.reshape(B, T, *heads.shape, H) if heads.size == N else q[:, :, heads]
-    q = jnp.pad(q, [(0, 0), (0, blocks * size * step - T), (0, 0), (0, 0), (0, 0)])
-    q = q.reshape(B, blocks, size, step, *heads.shape, H).transpose(1, 0, 3, 4, 5, 2, 6)
+    q = q if heads.size == N else q[:, :, heads.ravel()]
+    q = jnp.pad(q, [(0, 0), (0, blocks * size * step - T), (0, 0), (0, 0)])
+    q = jnp.reshape(q, (B, blocks, size, step, *heads.shape, H)).transpose(1, 0, 3, 4, 5, 2, 6)
     far = None
     if mask.global_index is not None:
-        far = tuple(
-            take_rows(x, mask.global_index)[:, :, heads[:, 0] * K // N].swapaxes(1, 2)[:, None]
-            for x in (k, v)
-        )
-    y = _slide(band, q, around(k), around(v), far, bias, rule)
+        far = [take_rows(x, mask.global_index)[:, :, serving] for x in (k, v)]
+        far = [x.swapaxes(1, 2)[:, None] for x in far]
+    y: Any = _slide(band, q, around(k), around(v), far, bias, rule)
     return y.transpose(1, 0, 5, 2, 3, 4, 6).reshape(B, -1, heads.size, H)[:, :T]
 
 
@@ -157,7 +156,8 @@ def _slide(band, q, k, v, far, bias, rule):
 
     def one(block):
         i, q = block
-        return _block(band, rule, i, q, *_near(band, i, q, k, v), far, bias)
+        k_near, v_near = _near(band, i, q, k, v)
+        return _block(band, rule, i, q, k_near, v_near, far, bias)
 
     return jax.lax.map(one, (jnp.arange(q.shape[0]), q))
 
@@ -208,14 +208,13 @@ def _block(band, rule, i, q, k, v, far, bias):
     if far is not None:
         places = rule.mask.global_index[:, None]
         counted &= ~(positions[..., None] == places[..., None, :]).any(-1)
-        again = (places[..., None] == places[..., None, :]) & jnp.tri(
-            places.shape[-1], k=-1, dtype=bool
-        )
-        real = (places >= 0) & (places < rule.shape[-1]) & ~again.any(-1)
+        same = places[..., None] == places[..., None, :]
+        again = jnp.tril(same, k=-1).any(-1)
+        real = (places >= 0) & (places < rule.shape[-1]) & ~again
         columns = _join(columns, places - rule.offset[..., None], axis=2)
         counted = _join(counted, real, axis=2)
         k, v = (_join(x, y, axis=3) for x, y in zip((k, v), far, strict=True))
-    return _attend(q, k, v, bias, rule, np.array(band.heads), rows, columns, counted)
+    return _attend(q, k, v, bias, rule, band.heads, rows, columns, counted)
 
 
 def _join(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
@@ -230,13 +229,13 @@ def _join(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
 
 def _with_global_rows(y, q, k, v, rule, bias):
     """Global queries see all keys that causality and segments leave them."""
-    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    (B, _, N, H), (S, K) = q.shape, k.shape[1:3]
     rows = rule.mask.global_index - rule.offset
     keys = (x.swapaxes(1, 2)[:, None] for x in (k, v))
     queries = take_rows(q, rows).reshape(B, 1, -1, K, N // K, H).transpose(0, 1, 3, 4, 2, 5)
     attend = jax.checkpoint(_attend, static_argnums=(5,))
     columns = (jnp.arange(S) - rule.offset)[:, None]
-    heads = tuple(map(tuple, np.arange(N).reshape(K, -1)))
+    heads = tuple(map(tuple, np.arange(N).reshape(K, -1).tolist()))
     new = attend(
         queries, *keys, bias, rule, heads, rows[:, None], columns, jnp.ones((1, 1, S), bool)
     )
@@ -244,18 +243,24 @@ def _with_global_rows(y, q, k, v, rule, bias):
     return put_rows(y, rows, new)
 
 
-def take_rows(x: Float[Array, "B T *n"], rows: Int[Array, "b g"]) -> Float[Array, "B g *n"]:
+def take_rows(x: Shaped[Array, "#B T *n"], rows: Int[Array, "#B g"]) -> Shaped[Array, "#B g *n"]:
     """Rows of each sequence by index; the nearest one for an index beyond its ends."""
-    rows = jnp.broadcast_to(jnp.clip(rows, 0, x.shape[1] - 1), (x.shape[0], rows.shape[1]))
+    rows = jnp.clip(rows, 0, x.shape[1] - 1)
+    x, rows = (_repeat(z, max(len(x), len(rows))) for z in (x, rows))
     return jax.vmap(lambda x, rows: x[rows])(x, rows)
 
 
 def put_rows(
-    x: Float[Array, "B T *n"], rows: Int[Array, "b g"], new: Float[Array, "B g *n"]
-) -> Float[Array, "B T *n"]:
+    x: Shaped[Array, "B T *n"], rows: Int[Array, "#B g"], new: Shaped[Array, "B g *n"]
+) -> Shaped[Array, "B T *n"]:
     """`x` with these rows in place of its own; those beyond its ends are left out."""
-    rows = jnp.where(rows < 0, x.shape[1], jnp.broadcast_to(rows, new.shape[:2]))
+    rows = _repeat(jnp.where(rows < 0, x.shape[1], rows), len(x))
     return jax.vmap(lambda x, rows, new: x.at[rows].set(new, mode="drop"))(x, rows, new)
+
+
+def _repeat(x: jax.Array, batch: int) -> jax.Array:
+    """One row, or as many as there are, for each of a batch."""
+    return jnp.broadcast_to(x, (batch, *x.shape[1:]))
 
 
 # Pairs ------------------------------------------------------------------------------------------
@@ -285,20 +290,20 @@ def _attend(
     bias: PositionBias | None,
     rule: Rule,
     heads: Heads,
-    rows: Int[Array, "b r t"],
-    columns: Int[Array, "b r s"],
-    counted: Bool[Array, "b r s"],
+    rows: Int[Array, "#b r t"],
+    columns: Int[Array, "#b r s"],
+    counted: Bool[Array, "#b r s"],
 ) -> Float[Array, "B r k g t H"]:
     """Attention of query rows to the keys at `columns`, counted from the position of row 0."""
     numbers = np.array(heads)
     scores = jnp.einsum("BrkgtH,BrksH->Brkgts", q, k, preferred_element_type=jnp.float32)
     scores *= rule.scale
     if bias is not None:
-        scores += _tiles(lambda _, *index: bias.tile(*index), rows, columns)[:, :, numbers]
+        scores += _tiles(None, lambda _, *index: bias.tile(*index), rows, columns)[:, :, numbers]
     positions = columns + rule.offset[..., None]
-    allowed = _tiles(AttentionMask.tile, rows, positions, rule.mask) & counted[:, :, None, None]
+    allowed = _tiles(rule.mask, AttentionMask.tile, rows, positions) & counted[:, :, None, None]
     weights = masked_softmax(scores, allowed[:, :, None])
-    if rule.rate:
+    if rule.key is not None:
         (B, _, G, *_), n = rule.shape, numbers[:, :, None, None]
         b = np.arange(B).reshape(-1, 1, 1, 1, 1, 1)
         t, s = rows[:, :, None, None, :, None], positions[:, :, None, None, None, :]
@@ -308,16 +313,11 @@ def _attend(
 
 
 def _tiles(
-    tile: Callable, rows: jax.Array, columns: jax.Array, of: AttentionMask = masks.full()
+    of: AttentionMask | None, tile: Callable, rows: jax.Array, columns: jax.Array
 ) -> jax.Array:
     """`tile(of, rows, columns)` by row of the batch and interleaved sequence: [b, r, n, t, s]."""
-    leaves = [jnp.atleast_1d(x) for x in (*jax.tree.leaves(of), rows, columns)]
-    batch = max(x.shape[0] for x in leaves)
-
-    def spread(x: jax.Array) -> jax.Array:
-        x = jnp.atleast_1d(x)
-        return jnp.broadcast_to(x, (batch, *x.shape[1:]))
-
-    one = jax.vmap(lambda of, t, s: tile(of, t, s)[0], in_axes=(None, 0, 0))
-    of = jax.tree.map(lambda x: spread(x)[:, None], of)
-    return jax.vmap(one)(of, spread(rows), spread(columns))
+    arrays = jax.tree.map(jnp.atleast_1d, (of, rows, columns))
+    batch = max(map(len, jax.tree.leaves(arrays)))
+    of, rows, columns = jax.tree.map(partial(_repeat, batch=batch), arrays)
+    one_row = jax.vmap(lambda of, t, s: tile(of, t, s)[0], in_axes=(None, 0, 0))
+    return jax.vmap(one_row)(jax.tree.map(lambda x: x[:, None], of), rows, columns)

@@ -1,6 +1,6 @@
 """Weights in and out: safetensors and config.json as Hugging Face's transformers has them.
 
-BERT, GPT-2, LLaMA, T5 and Marian; numpy on the host, float32. Errors are ModelError.
+BERT, Longformer, GPT-2, LLaMA, T5 and Marian; numpy on the host, float32. Errors are ModelError.
 """
 
 import re
@@ -150,6 +150,12 @@ def _special_values(kind: HuggingFace, config: ModelConfig, special: Special) ->
             )
     for key in kind.required:
         require(key in special, f"special has no {key}, which {kind.model_type} needs")
+    for key, value in kind.fixed.items():
+        require(
+            special.get(key, value) == value,
+            f"special has {key} = {special.get(key)}, but in {kind.model_type} it is {value}: "
+            "use a tokenizer that has it there",
+        )
     return dict.fromkeys(kind.special) | dict(special)
 
 

@@ -54,6 +54,11 @@ class Keys:
         if value not in supported:
             raise self.unsupported(key, value, " or ".join(map(repr, supported)))
 
+    def outputs(self) -> int:
+        """Classes of a classifier."""
+        labels = self.values.get("id2label")
+        return self.get("num_labels", len(labels) if isinstance(labels, dict) else 2)
+
     def activation(self, key: str, default: str) -> Any:
         value = self.get(key, default)
         if value not in ACTIVATIONS:
@@ -88,6 +93,8 @@ class HuggingFace:
     """What may follow that prefix."""
     bare: tuple[str, ...] = ()
     """Classes that are written without the prefix."""
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Rows at the beginning of their tensor that nothing looks up, by the path of ours."""
     conv1d: bool = False
     """Whether the matrices of blocks are [in, out], as ours; torch's Linear has [out, in]."""
     tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -100,6 +107,8 @@ class HuggingFace:
     """Ids of special tokens that its config.json has, null where there is none."""
     required: tuple[str, ...] = ()
     """Those that it cannot do without."""
+    fixed: Mapping[str, int] = field(default_factory=dict)
+    """Those that can be nothing else."""
 
     def canonical(self, name: str) -> str:
         """Name of a tensor as the table has it: with the prefix, and as torch calls norms."""

@@ -55,7 +55,7 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
         rate = keys.optional("classifier_dropout", float)
         head = HeadConfig(
             kind="classifier",
-            outputs=None if name == "BertModel" else _outputs(keys),
+            outputs=None if name == "BertModel" else keys.outputs(),
             pooler=name != "BertModel" or "bert.pooler.dense.weight" in names,
             dropout=dropout if rate is None else rate,
         )
@@ -82,11 +82,6 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
         scale_embeddings=False,
         init="normal",
     )
-
-
-def _outputs(keys: Keys) -> int:
-    labels = keys.values.get("id2label")
-    return keys.get("num_labels", len(labels) if isinstance(labels, dict) else 2)
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from model.pretrained.bert import BERT
 from model.pretrained.gpt2 import GPT2
 from model.pretrained.layout import tensor_names
 from model.pretrained.llama import LLAMA
+from model.pretrained.longformer import LONGFORMER
 from model.pretrained.marian import MARIAN
 from model.pretrained.t5 import T5
 
-KNOWN = {kind.model_type: kind for kind in (BERT, GPT2, LLAMA, T5, MARIAN)}
+KNOWN = {kind.model_type: kind for kind in (BERT, LONGFORMER, GPT2, LLAMA, T5, MARIAN)}
 
 
 def architecture_of(keys: Keys) -> tuple[HuggingFace, str]:

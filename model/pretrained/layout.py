@@ -48,6 +48,8 @@ class Place:
     transposed: bool
     shape: Shape
     """Of the tensor in the file."""
+    skipped: int = 0
+    """Its first rows that are no parameters."""
 
     def names(self) -> Iterator[tuple[str, Any]]:
         """Each tensor's name and the index of its layer in our arrays."""
@@ -97,7 +99,9 @@ def _place(kind: HuggingFace, name: str, paths: list[str], ours: Mapping[str, Sh
         one = [(math.prod(s[:inputs]), math.prod(s[inputs:])) for s in one]
     elif paths[0].endswith(("/scale", "/bias")):
         one = [(math.prod(s),) for s in one]
+    skipped = kind.skipped.get(paths[0], 0)
     shape = (*one[0][:-1], sum(part[-1] for part in one))
+    shape = (skipped + shape[0], *shape[1:])
     transposed = is_matrix and not (kind.conv1d and is_stacked)
     return Place(
         name=name,
@@ -106,6 +110,7 @@ def _place(kind: HuggingFace, name: str, paths: list[str], ours: Mapping[str, Sh
         layers=ours[paths[0]][0] if is_stacked else None,
         transposed=transposed,
         shape=(1, *shape) if name == "final_logits_bias" else shape[:: -1 if transposed else 1],
+        skipped=skipped,
     )
 
 
@@ -118,7 +123,7 @@ def to_params(
         ends = np.cumsum([part[-1] for part in place.parts])[:-1]
         for name, layer in place.names():
             tensor = read(name, place.shape)
-            tensor = tensor.T if place.transposed else tensor
+            tensor = (tensor.T if place.transposed else tensor)[place.skipped :]
             for path, part in zip(place.paths, np.split(tensor, ends, axis=-1), strict=True):
                 params[path][layer] = part.reshape(params[path][layer].shape)
     return unflatten_dict(params, sep="/")
@@ -131,6 +136,8 @@ def to_tensor(place: Place, layer: Any, params: dict[str, np.ndarray]) -> np.nda
         for path, part in zip(place.paths, place.parts, strict=True)
     ]
     tensor = np.concatenate(parts, axis=-1)
+    if place.skipped:
+        tensor = np.pad(tensor, ((place.skipped, 0), (0, 0)))
     tensor = tensor.T if place.transposed else tensor
     return np.ascontiguousarray(tensor).reshape(place.shape)
 

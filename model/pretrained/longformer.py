@@ -1,0 +1,170 @@
+"""Longformer (arXiv:2004.05150): masked language model, classifier, or the bare encoder.
+
+transformers is told at each call which tokens are global; here they are the first ones of a row, as
+many as "global_tokens" in config.json says, or one, which its classifier has too.
+"""
+
+from collections.abc import Set
+from typing import Any
+
+from model.config import (
+    AttentionConfig,
+    FeedForwardConfig,
+    HeadConfig,
+    ModelConfig,
+    NormConfig,
+    PositionConfig,
+    require,
+)
+from model.pretrained.architecture import (
+    ACTIVATION_NAMES,
+    HuggingFace,
+    Keys,
+    label_values,
+    made_up_labels,
+    vocab_size,
+)
+
+PADDING = 1  # Its id; positions begin in the row after it.
+
+BODY = {
+    "embedding": "longformer.embeddings.word_embeddings",
+    "inputs/positions": "longformer.embeddings.position_embeddings",
+    "inputs/types": "longformer.embeddings.token_type_embeddings.weight",
+    "inputs/norm": "longformer.embeddings.LayerNorm",
+    **{
+        f"encoder/blocks/{ours}": f"longformer.encoder.layer.{{}}.{theirs}"
+        for ours, theirs in {
+            "self_attention/query": "attention.self.query",
+            "self_attention/key": "attention.self.key",
+            "self_attention/value": "attention.self.value",
+            "self_attention/global_query": "attention.self.query_global",
+            "self_attention/global_key": "attention.self.key_global",
+            "self_attention/global_value": "attention.self.value_global",
+            "self_attention/out": "attention.output.dense",
+            "self_attention_norm": "attention.output.LayerNorm",
+            "feed_forward/up": "intermediate.dense",
+            "feed_forward/down": "output.dense",
+            "feed_forward_norm": "output.LayerNorm",
+        }.items()
+    },
+}
+LANGUAGE_MODEL = {
+    "head/transform": "lm_head.dense",
+    "head/norm": "lm_head.layer_norm",
+    "head/bias": "lm_head.bias",
+}
+CLASSIFIER = {"head/pooler": "classifier.dense", "head/classes": "classifier.out_proj"}
+POOLER = {"head/pooler": "longformer.pooler.dense"}
+
+
+def table(config: ModelConfig) -> dict[str, str]:
+    if config.head.kind == "language_model":
+        return BODY | LANGUAGE_MODEL
+    return BODY | (POOLER if config.head.outputs is None else CLASSIFIER)
+
+
+def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
+    keys.only("pad_token_id", PADDING)
+    keys.only("tie_word_embeddings", True)
+    dropout = keys.get("hidden_dropout_prob", 0.1)
+    activation = keys.activation("hidden_act", "gelu")
+    if name == "LongformerForMaskedLM":
+        keys.only("hidden_act", "gelu")  # which its head has in any case
+        head = HeadConfig(transform=True, bias=True)
+    else:
+        is_body = name == "LongformerModel"
+        head = HeadConfig(
+            kind="classifier",
+            outputs=None if is_body else keys.outputs(),
+            pooler=not is_body or "longformer.pooler.dense.weight" in names,
+            dropout=dropout,
+        )
+    return ModelConfig(
+        architecture="encoder_only",
+        vocab_size=keys.get("vocab_size", 30522),
+        width=keys.get("hidden_size", 768),
+        layers=keys.get("num_hidden_layers", 12),
+        attention=AttentionConfig(
+            core="longformer",
+            window=_window(keys),
+            global_tokens=keys.get("global_tokens", 1),
+            global_projections=True,
+            heads=keys.get("num_attention_heads", 12),
+            dropout=keys.get("attention_probs_dropout_prob", 0.1),
+        ),
+        feed_forward=FeedForwardConfig(
+            width=keys.get("intermediate_size", 3072), activation=activation
+        ),
+        norm=NormConfig(epsilon=keys.get("layer_norm_eps", 1e-12), embeddings=True),
+        positions=PositionConfig(
+            kind="learned", max_length=keys.get("max_position_embeddings", 512) - PADDING - 1
+        ),
+        head=head,
+        types=keys.get("type_vocab_size", 2),
+        dropout=dropout,
+        scale_embeddings=False,
+        init="normal",
+    )
+
+
+def _window(keys: Keys) -> int:
+    """Positions to each side; theirs counts both sides, for each layer or for all."""
+    value = keys.values.get("attention_window", 512)
+    windows = value if isinstance(value, list) else [value]
+    if len(set(windows)) != 1 or not isinstance(windows[0], int) or windows[0] % 2:
+        raise keys.unsupported("attention_window", value, "one even number for all layers")
+    return windows[0] // 2
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    head, attention = config.head, config.attention
+    require(
+        bool(attention.window), f"model.attention.window = {attention.window}: longformer has one"
+    )
+    if head.kind == "language_model":
+        name = "LongformerForMaskedLM"
+    else:
+        require(
+            head.pooler, "model.head.pooler = False cannot be exported: longformer has a pooler"
+        )
+        name = "LongformerModel" if head.outputs is None else "LongformerForSequenceClassification"
+    labels = made_up_labels(head.outputs or 0) if head.kind == "classifier" else []
+    return {
+        "architectures": [name],
+        "vocab_size": vocab_size(config),
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": attention.heads,
+        "attention_window": [2 * (attention.window or 0)] * config.layers,
+        "global_tokens": attention.global_tokens,
+        "intermediate_size": config.feed_forward.width,
+        "hidden_act": ACTIVATION_NAMES[config.feed_forward.activation],
+        "max_position_embeddings": config.positions.max_length + PADDING + 1,
+        "type_vocab_size": max(config.types, 1),
+        "layer_norm_eps": config.norm.epsilon,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": attention.dropout,
+        "pad_token_id": PADDING,
+        **(label_values(labels) if labels else {}),
+    }
+
+
+LONGFORMER = HuggingFace(
+    model_type="longformer",
+    architecture="encoder_only",
+    classes=("LongformerModel", "LongformerForMaskedLM", "LongformerForSequenceClassification"),
+    from_hf=from_hf,
+    to_hf=to_hf,
+    table=table,
+    body="longformer.",
+    body_modules=("embeddings", "encoder", "pooler"),
+    bare=("LongformerModel",),
+    skipped={"inputs/positions/table": PADDING + 1},
+    tied={
+        "longformer.embeddings.word_embeddings.weight": ("lm_head.decoder.weight",),
+        "lm_head.bias": ("lm_head.decoder.bias",),
+    },
+    buffers=r"longformer\.embeddings\.position_ids",
+    fixed={"pad_token_id": PADDING},
+)
