@@ -6,15 +6,19 @@ which may be a module with parameters of its own. A new core is one file and one
 
 from collections.abc import Callable
 
+from model.attention.cudnn import cudnn
 from model.attention.dense import dense
 from model.attention.flash import flash
 from model.attention.longformer import longformer
+from model.attention.splash import splash
 from model.config import ModelConfig, ModelError
 
 ATTENTION: dict[str, Callable[[ModelConfig], Callable]] = {
     "dense": lambda config: dense,
     "flash": lambda config: flash,
     "longformer": lambda config: longformer,
+    "cudnn": lambda config: cudnn,
+    "splash": lambda config: splash,
 }
 
 
