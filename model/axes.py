@@ -51,6 +51,20 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
     return nn.with_logical_constraint(x, names)  # type: ignore[reportPrivateImportUsage]
 
 
+def mesh_axes(*names: str) -> tuple[tuple[str, ...], ...]:
+    """The axes of the mesh, of more than one device each, over which `constrain` splits these.
+
+    None where no rules or no mesh are in force. For what the compiler cannot split by itself.
+    """
+    _check(names)
+    sizes = jax.sharding.get_abstract_mesh().shape
+    found: list[tuple[str, ...]] = []
+    for axes in nn.logical_to_mesh_axes(names) or ():  # type: ignore[reportPrivateImportUsage]
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        found.append(tuple(axis for axis in axes if sizes.get(axis, 1) > 1))
+    return tuple(found)
+
+
 def _check(names: tuple[str, ...]) -> None:
     unknown = [name for name in names if name not in AXES]
     if unknown:

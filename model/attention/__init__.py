@@ -6,11 +6,13 @@ which may be a module with parameters of its own. A new core is one file and one
 
 from collections.abc import Callable
 
+from model.attention.cudnn import cudnn
 from model.attention.dense import dense
 from model.attention.flash import flash
 from model.attention.linformer import Linformer
 from model.attention.longformer import longformer
 from model.attention.performer import Performer
+from model.attention.splash import splash
 from model.config import ModelConfig, ModelError
 
 ATTENTION: dict[str, Callable[[ModelConfig], Callable]] = {
@@ -19,6 +21,8 @@ ATTENTION: dict[str, Callable[[ModelConfig], Callable]] = {
     "longformer": lambda config: longformer,
     "linformer": lambda config: Linformer(config.attention.linformer, name="linformer"),
     "performer": lambda config: Performer(config.attention.performer, name="performer"),
+    "cudnn": lambda config: cudnn,
+    "splash": lambda config: splash,
 }
 
 WITHOUT_WEIGHTS = frozenset({"linformer", "performer"})

@@ -1,0 +1,103 @@
+"""Splash attention, the Pallas kernel for TPUs that skips the blocks that a mask excludes."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as lowered
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from model.attention.fused import TILE, band, fill, require_whole_rows, segment_ids
+from model.axes import mesh_axes
+from model.config import require
+from model.masks import AttentionMask, Window
+from model.positions import PositionBias
+
+
+def splash(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: AttentionMask,
+    *,
+    bias: PositionBias | None = None,
+    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> Float[Array, "B T N H"]:
+    """As `dense`, for masks of causality, window and segments.
+
+    Lengths are padded to multiples of 128. The scale goes into q, which is rounded once more. On a
+    CPU the kernel is interpreted, which is slow. Memory: O(B * N * T).
+    """
+    T, S = q.shape[1], k.shape[1]
+    window = band("splash", mask, bias, dropout_rate)
+    mask.require_lengths(T, S)
+    platform = jax.default_backend()
+    require(
+        platform in ("tpu", "cpu"),
+        f"core splash needs a TPU, not {platform}: choose cudnn or flash",
+    )
+    batch, length, heads = mesh_axes("act_batch", "act_length", "act_heads")
+    require_whole_rows("splash", length)
+
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    q = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    ids = segment_ids(mask, q, k)
+    run = partial(_splash, window=window, interpret=platform == "cpu")
+    if batch or heads:  # the compiler cannot split a kernel by itself
+        by_head = PartitionSpec(batch, None, heads)
+        run = jax.shard_map(
+            run,
+            in_specs=(by_head, by_head, by_head, PartitionSpec(batch)),
+            out_specs=by_head,
+            check_vma=False,
+        )
+    out = run(q, k, v, ids)
+    if mask.q_segment_ids is None and (window[0] is None or T <= S):
+        return out
+    seen = mask.to_bool(T, S).any(-1)  # [b, 1, T], reduced before it is an array
+    return jnp.where(seen[:, 0, :, None, None], out, 0)
+
+
+def _splash(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    ids: tuple[Int[Array, "B T"] | None, Int[Array, "B S"] | None],
+    window: Window,
+    interpret: bool,
+) -> Float[Array, "B T N H"]:
+    """Unscaled attention; a query that sees nothing gives anything, but no gradient for 0."""
+    T, N = q.shape[1:3]
+    q, k, v = (jnp.swapaxes(fill(x), 1, 2) for x in (q, k, v))
+    shape = q.shape[2], k.shape[2]
+    is_full = window == (None, None)
+    head = lowered.FullMask(shape) if is_full else lowered.LocalMask(shape, window, offset=0)
+    block_q, block_kv = map(_block, shape)
+    attend = kernel.make_splash_mha(
+        lowered.MultiHeadMask([head] * N),
+        block_sizes=kernel.BlockSizes(
+            block_q=block_q,
+            block_kv=block_kv,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_kv,
+            block_q_dq=block_q,
+            block_kv_dq=block_kv,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    q_ids, kv_ids = ids
+    segments = (
+        None if q_ids is None or kv_ids is None else kernel.SegmentIds(fill(q_ids), fill(kv_ids))
+    )
+    return jnp.swapaxes(jax.vmap(attend)(q, k, v, segments), 1, 2)[:, :T]
+
+
+def _block(length: int) -> int:
+    """The largest block that divides a padded length."""
+    return next(TILE * n for n in (4, 3, 2, 1) if length % (TILE * n) == 0)
