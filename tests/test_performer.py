@@ -242,7 +242,7 @@ def test_products_of_features_are_unbiased(orthogonal: bool):
     w = np.asarray(rows_of(12, orthogonal, 20_000))
     products = np.exp(w @ (q + k) - (q @ q + k @ k) / 2)
     error = products.mean(1).std() / np.sqrt(len(w))
-    assert abs(products.mean() - np.exp(q @ k)) < 4 * error < 0.02
+    assert abs(products.mean() - np.exp(q @ k)) < 4 * error < 0.03
     # Each of them, as QR alone would not have it.
     deviation = (products.mean(0) - np.exp(q @ k)) / (products.std(0) / np.sqrt(len(w)))
     assert abs(deviation).max() < 4
@@ -255,7 +255,10 @@ def test_products_of_features_are_unbiased(orthogonal: bool):
 
 def test_the_error_falls_with_the_root_of_the_features_and_is_less_if_orthogonal():
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.float32(rng.normal(0, s, (1, 31, 1, 8))) for s in (0.8, 0.8, 1))
+    # The relative variance of a weight is (exp(|q + k|^2) - 1) / R, scaled q and k: the law holds
+    # where that is below 1 from the fewest features on. With a deviation of 0.8 instead of 0.4 it
+    # is not, and the exponent over these counts is -0.19.
+    q, k, v = (jnp.float32(rng.normal(0, s, (1, 31, 1, 8))) for s in (0.4, 0.4, 1))
     exact = dense(q, k, v, masks.full())
     counts = np.array([16, 32, 64, 128, 256, 512, 1024])
 
@@ -268,7 +271,7 @@ def test_the_error_falls_with_the_root_of_the_features_and_is_less_if_orthogonal
             out = Performer(config).apply({}, q, k, v, masks.full(), rngs={"features": key})
             return jnp.mean((out - exact) ** 2)
 
-        return float(jnp.sqrt(jnp.mean(squared(jax.random.split(jax.random.key(7), 40)))))
+        return float(jnp.sqrt(jnp.mean(squared(jax.random.split(jax.random.key(7), 200)))))
 
     errors = {o: np.array([error(int(n), o) for n in counts]) for o in (True, False)}
     for of in errors.values():
@@ -302,7 +305,7 @@ def test_a_decoder_decodes_with_sums_as_it_was_taught(kind: str):
     def run(params):
         decode = partial(model.apply, {"params": params}, method="decode")
         real = jnp.array([[True, True, True], [True, False, False], [True, True, False]])
-        options = {"cache": empty_cache(config, B, 99), "is_real": real, "offset": 0}
+        options = {"cache": empty_cache(config, B, 13), "is_real": real, "offset": 0}
         first, cache = decode(TOKENS[:, :3], **options)
         rest = []
         for step in range(2):  # each row goes on where it is
