@@ -249,7 +249,7 @@ def test_a_model_with_windows_keeps_them_where_the_new_run_has_none(source):
     assert adopt(wider, old).attention.global_tokens == 0
     shorter = converted(OLD, 3, 7)
     old_source = Source("old", OLD, source.tokenizer, dict)
-    with pytest.raises(TrainError, match="positions.max_length is 8 there and 7 here"):
+    with pytest.raises(TrainError, match=r"positions\.max_length is 8 there and 7 here"):
         take_over(fresh(shorter), old_source, shorter, (), toy.QUIET)
 
 
