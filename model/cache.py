@@ -72,7 +72,7 @@ class KVCache:
 class WindowCache:
     """Keys and values of the last positions, as many as a window needs, in constant memory.
 
-    Position p stands in slot p modulo their number (arXiv:2004.05150 §3.1, in its causal form).
+    Position p stands in slot p modulo their number. A row may go back by one token, no further.
     """
 
     k: Float[Array, "B W K H"]
@@ -92,30 +92,33 @@ class WindowCache:
         if mask.q_offset is None:
             raise ValueError("decoding with a cache needs a mask with a position: .at(t)")
         (batch, new), past = k.shape[:2], self.k.shape[1] - 1
+        left = None if mask.window is None else mask.window[0]
+        if left is None or left * max(mask.dilation or (1,)) > past:
+            raise ValueError(
+                f"the cache remembers {past} positions before a token, but the mask's window is "
+                f"{mask.window} with dilation {mask.dilation}"
+            )
         mask.require_lengths(new, past + new)
         rows = jnp.arange(batch)[:, None]
         offset = jnp.broadcast_to(mask.q_offset, batch)[:, None]
         real = jnp.ones((batch, new), bool) if is_real is None else is_real
 
         # All that the new tokens can see, in order: what is remembered, the real new ones over it.
-        positions = offset - past + jnp.arange(past + new)
+        positions, end = offset - past + jnp.arange(past + new), self.end[:, None]
         slots = positions % (past + 1)
         fresh = jnp.pad(real, ((0, 0), (past, 0)))
-        seen = (positions >= jnp.maximum(self.end[:, None] - past - 1, 0)) & (
-            positions < self.end[:, None]
-        )
+        old = (positions >= jnp.maximum(end - past - 1, 0)) & (positions < end)
 
-        def line(old: jax.Array, x: jax.Array) -> jax.Array:
+        def line(kept: jax.Array, x: jax.Array) -> jax.Array:
             x = jnp.pad(x, ((0, 0), (past, 0), (0, 0), (0, 0)))
-            return jnp.where(fresh[..., None, None], x, old[rows, slots])
+            return jnp.where(fresh[..., None, None], x, kept[rows, slots])
 
         # The same distances from another beginning.
-        begin = offset[:, 0] - past
         moved = mask.replace(  # type: ignore[attr-defined]
             q_offset=jnp.asarray(past),
-            prefix_len=None if mask.prefix_len is None else mask.prefix_len - begin,
+            prefix_len=None if mask.prefix_len is None else mask.prefix_len - offset[:, 0] + past,
         )
-        moved &= cross(jnp.ones((batch, new), jnp.int32), (seen | fresh).astype(jnp.int32))
+        moved &= cross(jnp.ones((batch, new), jnp.int32), (old | fresh).astype(jnp.int32))
         if how.get("bias") is not None:
             how["bias"] = how["bias"].replace(q_offset=moved.q_offset)
         y = core(q, line(self.k, k), line(self.v, v), moved, **how)
@@ -123,7 +126,7 @@ class WindowCache:
         end = jnp.maximum(self.end, jnp.max(jnp.where(fresh, positions + 1, 0), axis=1))
         kept = real & (positions[:, past:] > end[:, None] - past - 2)
         slots = jnp.where(kept, slots[:, past:], past + 1)
-        put = lambda old, x: old.at[rows, slots].set(x, mode="drop")  # noqa: E731
+        put = lambda to, x: to.at[rows, slots].set(x, mode="drop")  # noqa: E731
         return y, WindowCache(k=put(self.k, k), v=put(self.v, v), end=end)
 
 
@@ -134,8 +137,15 @@ def new_cache(config: ModelConfig, batch: int, length: int) -> Cache:
     if attention.core_of(place) == "performer":
         features = attention.performer.features
         return FeatureState.zeros(batch, config.kv_heads, features, config.head_dim)
-    if attention.window is not None and not attention.global_tokens:
-        needed = attention.window * max(attention.dilation or (1,)) + 1
-        if needed < length:
-            return WindowCache.zeros(config, batch, needed)
+    enough = remembered(config)
+    if enough is not None and enough < length:
+        return WindowCache.zeros(config, batch, enough)
     return KVCache.zeros(config, batch, length)
+
+
+def remembered(config: ModelConfig) -> int | None:
+    """How many of the last positions a cache keeps; None: all."""
+    attention = config.attention
+    if attention.window is None or attention.global_tokens:
+        return None
+    return attention.window * max(attention.dilation or (1,)) + 1

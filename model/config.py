@@ -397,6 +397,12 @@ class ModelConfig:
             "tokens see is what all others see",
         )
         require(
+            not self.attention.global_projections
+            or self.positions.kind not in ("alibi", "relative"),
+            "model.attention.global_projections does not go with model.positions.kind "
+            f"{self.positions.kind}, a bias by distance: choose other positions",
+        )
+        require(
             self.encoder_layers is None
             or (self.architecture == "encoder_decoder" and self.encoder_layers > 0),
             f"model.encoder_layers = {self.encoder_layers} must be positive, "

@@ -12,6 +12,8 @@ from tiny import POSITIONS, random_params, tiny
 
 from data.config import TokenizerConfig
 from data.tokenizer import BOS, EOS, PAD, Tokenizer
+from model import transformer
+from model.cache import KVCache
 from model.config import ModelConfig
 from model.decoding import length_penalty
 from model.transformer import build
@@ -115,6 +117,24 @@ def test_so_are_the_likeliest_tokens_and_those_after_a_prefix(options: dict, mon
     written = generator(PROMPTS)
     assert written == Plain(generator)(PROMPTS)
     assert len(set(written)) > 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "beam", "core"),
+    [("learned", 1, "auto"), ("alibi", 1, "longformer"), ("rotary", 3, "auto")],
+)
+def test_a_window_rolls_in_constant_memory(kind: str, beam: int, core: str, monkeypatch):
+    config = small(
+        positions=kind, positions_max_length=LONGEST, attention_window=2, attention_core=core
+    )
+    monkeypatch.setattr(generate, "CHUNK", CHUNK)
+    rolling = make(config, beam=beam)(PROMPTS)
+    if beam == 1:
+        assert rolling == Plain(make(config))(PROMPTS)
+    # The same from a cache of all positions.
+    monkeypatch.setattr(transformer, "new_cache", KVCache.zeros)
+    assert rolling == make(config, beam=beam)(PROMPTS)
+    assert len(set(rolling)) > 2
 
 
 def test_prompts_of_all_lengths_keep_their_order():

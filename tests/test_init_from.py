@@ -16,7 +16,7 @@ from rich.console import Console
 from test_cli import fails
 
 from data.config import DataError, TokenizerConfig
-from model.config import LoraConfig, ModelConfig
+from model.config import AttentionConfig, LoraConfig, ModelConfig, PositionConfig
 from model.pretrained import merge_lora
 from model.transformer import build
 from train import cli
@@ -180,6 +180,77 @@ def test_another_body_is_refused(source, values, words):
         take_over(fresh(model), source, model, (), toy.QUIET)
     for word in (*words, "has another model"):
         assert word in str(error.value)
+
+
+# To longer inputs ---------------------------------------------------------------------------------
+
+
+OLD = toy.model(
+    vocab_size=19, positions=PositionConfig(kind="learned", max_length=8), scale_embeddings=False
+)
+WINDOWS: dict[str, dict[str, Any]] = {
+    "encoder_only": {"global_tokens": 2, "global_projections": True},
+    "decoder_only": {},
+}
+
+
+def converted(old: ModelConfig, window: int, length: int, **attention: Any) -> ModelConfig:
+    """What the flags of a new run make of the source's model."""
+    model = adopt(toy.model(old.architecture), old)
+    changes = {"core": "longformer", "window": window, **attention}
+    return dataclasses.replace(
+        model,
+        attention=dataclasses.replace(model.attention, **changes),
+        positions=dataclasses.replace(model.positions, max_length=length),
+    )
+
+
+@pytest.mark.parametrize("architecture", WINDOWS)
+def test_an_exact_model_is_converted_to_windows(architecture: Any, source):
+    old = dataclasses.replace(OLD, architecture=architecture)
+    mesh = make_mesh(toy.TRAIN.mesh)
+    params = jax.tree.map(np.asarray, toy.random_params(old, mesh, seed=0))
+    old_source = Source("old", old, source.tokenizer, lambda: params)
+    tokens = jnp.array(np.random.default_rng(0).integers(0, 19, (2, 8)))
+    ids = jnp.array([[1] * 8, [1] * 5 + [0] * 3])
+    expected = build(old).apply({"params": params}, tokens, segment_ids=ids)
+
+    # As long as before and with a window over all of it: what it was.
+    model = converted(old, 8, 8, **WINDOWS[architecture])
+    found = take_over(fresh(model), old_source, model, (), toy.QUIET)
+    logits = build(model).apply({"params": found}, tokens, segment_ids=ids)
+    np.testing.assert_allclose(np.asarray(logits)[ids > 0], expected[ids > 0], atol=1e-5)
+
+    # Longer: positions repeat, and what was copied is listed.
+    out = Console(file=io.StringIO(), width=999)
+    model = converted(old, 3, 21, **WINDOWS[architecture])
+    longer = take_over(fresh(model), old_source, model, (), out)
+    table, given = longer["inputs"]["positions"]["table"], params["inputs"]["positions"]["table"]
+    np.testing.assert_array_equal(table, np.concatenate([given, given, given[:5]]))
+    (line,) = (line for line in out.file.getvalue().splitlines() if "copied" in line)
+    assert "inputs.positions.table" in line
+    if architecture == "encoder_only":
+        attention = longer["encoder"]["blocks"]["self_attention"]
+        for name in ("query", "key", "value"):
+            for leaf, value in attention[name].items():
+                np.testing.assert_array_equal(attention[f"global_{name}"][leaf], value)
+                assert f"self_attention.global_{name}.{leaf}" in line
+    logits = build(model).apply({"params": longer}, jnp.tile(tokens, (1, 3))[:, :21])
+    assert np.isfinite(logits).all()
+
+
+def test_a_model_with_windows_keeps_them_where_the_new_run_has_none(source):
+    old = dataclasses.replace(OLD, attention=converted(OLD, 3, 8, global_tokens=1).attention)
+    model = adopt(toy.model(), old)
+    assert (model.attention.window, model.attention.global_tokens) == (3, 1)
+    assert model.attention.core == "auto"  # which a run chooses for itself
+    wider = dataclasses.replace(toy.model(), attention=AttentionConfig(heads=2, window=5))
+    assert adopt(wider, old).attention.window == 5
+    assert adopt(wider, old).attention.global_tokens == 0
+    shorter = converted(OLD, 3, 7)
+    old_source = Source("old", OLD, source.tokenizer, dict)
+    with pytest.raises(TrainError, match=r"positions\.max_length is 8 there and 7 here"):
+        take_over(fresh(shorter), old_source, shorter, (), toy.QUIET)
 
 
 def test_sources_that_are_none(tmp_path):

@@ -13,6 +13,7 @@ from tiny import HEAD_DIM, HEADS, INNER, KV_HEADS, WIDTH, B, S, T, V, jit, tiny
 
 from model import masks
 from model.cache import KVCache
+from model.config import ModelError
 from model.layers import (
     Dropout,
     Embedding,
@@ -170,6 +171,57 @@ def test_sown_weights_are_those_that_were_used():
     (loud, _), sown = apply(module, params, x, context, mask, mutable="intermediates", **training)
     np.testing.assert_array_equal(sown["intermediates"]["weights"][0], weights)
     assert (loud != y)[sees].all()
+
+
+def project(params: dict, name: str, x: np.ndarray) -> np.ndarray:
+    """Heads [B, T, N, H], each key head repeated for its query heads."""
+    y = np.tensordot(x, np.float64(params[name]["kernel"]), 1) + np.float64(params[name]["bias"])
+    return y.repeat(HEADS // y.shape[2], axis=2)
+
+
+@pytest.mark.parametrize("core", ["dense", "longformer"])
+def test_global_tokens_look_through_projections_of_their_own(core: str):
+    x = random(B, T, WIDTH)
+    segments = np.array([[1, 1, 2, 2, 2], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    places = [[0, 3, 1], [4, -1, 2], [2, 0, 2]]  # one of padding, one that is none, one twice
+    mask = masks.longformer(1, jnp.array(places)) & masks.packed(jnp.array(segments))
+    options = {"window": 1, "global_tokens": 3, "global_projections": True, "core": core}
+    config = tiny("encoder_only", **{f"attention_{name}": x for name, x in options.items()})
+    module = MultiHeadAttention(config)
+    params = params_of(module, jnp.float32(x), None, mask)
+    (y, _), sown = apply(module, params, jnp.float32(x), None, mask, mutable="intermediates")
+
+    weights = np.zeros((B, HEADS, T, T))
+    mixed = np.zeros((B, T, HEADS, HEAD_DIM))
+    for b, t in np.ndindex(B, T):
+        is_global = t in places[b]
+        prefix = "global_" if is_global else ""
+        q, k, v = (project(params, prefix + name, x)[b] for name in ("query", "key", "value"))
+        for s in range(T):
+            near = abs(t - s) <= 1 or s in places[b] or is_global
+            if near and segments[b, t] == segments[b, s] != 0:
+                weights[b, :, t, s] = np.exp((q[t] * k[s]).sum(-1) / math.sqrt(HEAD_DIM))
+        weights[b, :, t] /= np.maximum(weights[b, :, t].sum(-1, keepdims=True), 1e-300)
+        mixed[b, t] = np.einsum("ns,snh->nh", weights[b, :, t], v)
+    np.testing.assert_allclose(sown["intermediates"]["weights"][0], weights, atol=1e-5)
+    expected = np.tensordot(mixed, params["out"]["kernel"], 2) + params["out"]["bias"]
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+    assert not np.asarray(mixed[1, 4]).any()  # padding, though global
+
+
+def test_global_projections_need_what_they_are_for():
+    options: dict = {
+        "attention_window": 1,
+        "attention_global_tokens": 1,
+        "attention_global_projections": True,
+    }
+    with pytest.raises(ModelError, match=r"positions\.kind alibi"):
+        tiny("encoder_only", positions_kind="alibi", **options)
+    module = MultiHeadAttention(tiny("encoder_only", **options))
+    x, one = jnp.float32(random(B, T, WIDTH)), jnp.array([[0]])
+    for mask in (masks.sliding(1, 1), masks.longformer(1, one) & masks.causal()):
+        with pytest.raises(masks.MaskNotSupported, match="neither causality nor a bias"):
+            module.init(jax.random.key(0), x, None, mask)
 
 
 @pytest.mark.parametrize("per_row", [False, True])

@@ -8,7 +8,7 @@ import toy
 
 from data.config import TokenizerConfig
 from data.tokenizer import Tokenizer
-from model.config import ModelConfig
+from model.config import AttentionConfig, ModelConfig
 from train.config import TrainError
 from train.run import Run
 from train.start import start_run
@@ -97,6 +97,14 @@ OUTPUTS = dataclasses.replace(CLASSES, head=dataclasses.replace(toy.CLASSIFIER, 
             ["model.vocab_size = 7", "15"],
         ),
         ("classification", OUTPUTS, {}, ["model.head.outputs = 5", "the data needs 2"]),
+        (
+            "masked_lm",
+            dataclasses.replace(
+                toy.model(), attention=AttentionConfig(heads=2, window=3, global_tokens=2)
+            ),
+            {},
+            ["model.attention.global_tokens = 2", "set data.packing False"],
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(folder, tmp_path, objective, model, values, words):

@@ -28,7 +28,7 @@ from model.pretrained import write
 from model.transformer import build
 
 TOKENS, SOURCE = jnp.zeros((B, T), jnp.int32), jnp.zeros((B, S), jnp.int32)
-SPECIAL = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 3}
+SPECIAL = {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
 
 BERT = ModelConfig(
     architecture="encoder_only",
@@ -43,6 +43,12 @@ BERT = ModelConfig(
     types=2,
     scale_embeddings=False,
     init="normal",
+)
+LONGFORMER = replace(
+    BERT,
+    attention=AttentionConfig(
+        core="longformer", heads=3, window=2, global_tokens=2, global_projections=True
+    ),
 )
 GPT2 = ModelConfig(
     architecture="decoder_only",
@@ -105,6 +111,9 @@ MODELS = {
     "BertForMaskedLM": BERT,
     "BertForSequenceClassification": replace(BERT, head=CLASSIFIER),
     "BertModel": replace(BERT, head=HeadConfig(kind="classifier")),
+    "LongformerForMaskedLM": LONGFORMER,
+    "LongformerForSequenceClassification": replace(LONGFORMER, head=CLASSIFIER),
+    "LongformerModel": replace(LONGFORMER, head=HeadConfig(kind="classifier")),
     "GPT2LMHeadModel": GPT2,
     "GPT2LMHeadModel untied": replace(
         GPT2, tie_embeddings=False, attention=replace(GPT2.attention, scaled=False)

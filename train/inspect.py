@@ -15,6 +15,7 @@ from rich.text import Text
 
 from data.config import DataConfig
 from data.tokenizer import Tokenizer
+from model.cache import remembered
 from model.config import ModelConfig
 from train.attention_weights import attention_kinds, attention_masks
 from train.config import MeshConfig, TrainConfig, require
@@ -198,6 +199,8 @@ def _memory_table(
     table.add_row(f"outputs of a batch: {what}, float32", number(sizes.outputs, 1024) + "B")
     if sizes.cache:
         of = " of the target" if sizes.source_cache else ""
+        if (last := remembered(model)) is not None:
+            of += f", for the last {last}"
         table.add_row(
             f"cache per token{of}: {model.kv_heads} key and value heads of {model.head_dim} in "
             f"{model.layers} layers, {model.dtype}",

@@ -1,0 +1,126 @@
+"""The rolling cache of a window, against the whole sequence at once."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import LAYERS, POSITIONS, B, V, init, jit, tiny
+
+from model import masks
+from model.attention.dense import dense
+from model.cache import KVCache, WindowCache, new_cache
+from model.transformer import empty_cache
+
+close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+LENGTH, WINDOW, CHUNK = 17, 3, 7
+TOKENS = jnp.array(np.random.default_rng(0).integers(0, V, (B, LENGTH)))
+LENGTHS = jnp.array([11, 2, 7])  # of the prompts
+STEPS = {"attention_dilation": (1, 2, 1, 1, 2, 2)}
+
+
+def decoder(**changes: Any):
+    positions = POSITIONS[changes.pop("positions", "relative")]
+    options = {"positions_max_length": LENGTH, "attention_window": WINDOW}
+    config = tiny("decoder_only", **positions | options | changes)
+    return config, *init(config)
+
+
+def fill(decode, cache, tokens, lengths, chunk=CHUNK):
+    """As train/generate.py does: padding behind the prompts, and a last chunk that overlaps."""
+    total = tokens.shape[1]
+    for begin in range(0, total, chunk):
+        start = min(begin, total - chunk)
+        places = start + jnp.arange(chunk)
+        real = (places >= begin) & (places < lengths[:, None])
+        rows = tokens[:, start : start + chunk]
+        _, cache = decode(rows, cache=cache, offset=jnp.array(start), is_real=real)
+    return cache
+
+
+@pytest.mark.parametrize("kind", [*POSITIONS, "dilated"])
+def test_rows_of_different_lengths_roll_on_as_the_whole_would(kind: str):
+    changes = STEPS if kind == "dilated" else {"positions": kind}
+    config, model, params = decoder(**changes)
+
+    @jit
+    def run(params):
+        decode = partial(model.apply, {"params": params}, method="decode")
+        junk = jnp.where(jnp.arange(LENGTH) < LENGTHS[:, None], TOKENS, 0)[:, :12]
+        cache = fill(decode, empty_cache(config, B, LENGTH), junk, LENGTHS)
+
+        def step(cache, t):
+            token = jnp.take_along_axis(TOKENS, LENGTHS[:, None] + t, axis=1)
+            logits, cache = decode(token, cache=cache, offset=LENGTHS + t)
+            return cache, logits[:, 0]
+
+        cache, logits = jax.lax.scan(step, cache, jnp.arange(6))
+        return model.apply({"params": params}, TOKENS), jnp.swapaxes(logits, 0, 1), cache
+
+    whole, logits, cache = run(params)
+    close(logits, whole[np.arange(B)[:, None], LENGTHS[:, None] + np.arange(6)])
+    slots = WINDOW * (2 if kind == "dilated" else 1) + 1
+    assert cache.self_attention.k.shape[:3] == (LAYERS, B, slots)  # whatever the length
+    np.testing.assert_array_equal(cache.self_attention.end, [LENGTHS + 6] * LAYERS)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 5, LENGTH])
+def test_chunks_shorter_and_longer_than_the_window(chunk: int):
+    config, model, params = decoder()
+    decode = jit(partial(model.apply, {"params": params}, method="decode"))
+    cache, found = empty_cache(config, B, LENGTH), []
+    for start in range(0, LENGTH, chunk):
+        tokens = TOKENS[:, start : start + chunk]
+        logits, cache = decode(tokens, cache=cache, offset=jnp.full(B, start))
+        found.append(logits)
+    close(jnp.concatenate(found, 1), jit(model.apply)({"params": params}, TOKENS))
+
+
+def test_a_prefix_is_read_as_one_chunk():
+    config, model, params = decoder()
+    prefix = jnp.array([6, 2, 5])
+    decode = jit(partial(model.apply, {"params": params}, method="decode"))
+    whole, _ = decode(TOKENS[:, :9], prefix_len=prefix)
+    real = jnp.arange(6) < prefix[:, None]
+    start = {"cache": empty_cache(config, B, LENGTH), "offset": jnp.array(0), "is_real": real}
+    logits, cache = decode(TOKENS[:, :6], **start, prefix_len=prefix)
+    close(logits[real], whole[:, :6][real])
+    token = TOKENS[jnp.arange(B), prefix][:, None]
+    logits, _ = decode(token, cache=cache, offset=prefix)
+    close(logits[:, 0], whole[jnp.arange(B), prefix])
+
+
+def test_rows_are_repeated_and_reordered():
+    config, model, params = decoder()
+    decode = jit(partial(model.apply, {"params": params}, method="decode"))
+    cache = fill(decode, empty_cache(config, B, LENGTH), TOKENS[:, :12], LENGTHS)
+    rows = jnp.array([5, 0, 2, 2, 1, 4])  # of two hypotheses each
+    parents = rows // 2
+    token = TOKENS[parents, LENGTHS[parents]][:, None]
+    logits, _ = decode(token, cache=cache.repeat(2).reorder(rows), offset=LENGTHS[parents])
+    whole = jit(model.apply)({"params": params}, TOKENS)
+    close(logits[:, 0], whole[parents, LENGTHS[parents]])
+
+
+def test_which_cache_a_model_has():
+    window = tiny("decoder_only", attention_window=WINDOW)
+    assert isinstance(new_cache(window, B, WINDOW + 2), WindowCache)
+    assert isinstance(new_cache(window, B, WINDOW + 1), KVCache)  # which is no longer
+    seen = tiny("decoder_only", attention_window=WINDOW, attention_global_tokens=1)
+    assert isinstance(new_cache(seen, B, 100), KVCache)
+    assert isinstance(new_cache(tiny("decoder_only"), B, 100), KVCache)
+
+
+def test_what_it_cannot_read_is_refused(unchecked):
+    _, model, params = decoder()
+    cache = empty_cache(model.config, B, LENGTH)
+    decode = partial(model.apply, {"params": params}, TOKENS[:, :2], method="decode", cache=cache)
+    with pytest.raises(ValueError, match=r"\.at\(t\)"):
+        decode()
+    with pytest.raises(ValueError, match=r"3 positions before a token, but .* \(4, 4\)"):
+        further = WindowCache.zeros(tiny(attention_window=4), B, 4)
+        further.attend(dense, *jnp.zeros((3, B, 1, 3, 2)), masks.sliding(4, 4).at(0))
+    with pytest.raises(ValueError, match="describes 2 kv positions, there are 5"):
+        decode(offset=0, segment_ids=jnp.ones((B, 2), int))
