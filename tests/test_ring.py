@@ -147,9 +147,12 @@ def test_a_mesh_or_a_length_that_does_not_fit_is_refused():
         with pytest.raises(ValueError, match="describes 24 q positions, there are 20"):
             jax.eval_shape(lambda *x: ring(*x, DOCUMENTS), *cases[0][0])
     thirds = on_mesh({**EVERY, "data": 1, "tensor": 3})
-    with jax.set_mesh(thirds), nn.logical_axis_rules(flax_rules()):
-        with pytest.raises(ModelError, match="heads into 3 parts, and 2 does not divide"):
-            jax.eval_shape(lambda *x: ring(*x, masks.full()), *inputs(T)[:3])
+    with (
+        jax.set_mesh(thirds),
+        nn.logical_axis_rules(flax_rules()),
+        pytest.raises(ModelError, match="heads into 3 parts, and 2 does not divide"),
+    ):
+        jax.eval_shape(lambda *x: ring(*x, masks.full()), *inputs(T)[:3])
 
 
 def test_no_array_is_as_long_as_the_sequence():

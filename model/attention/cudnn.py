@@ -88,7 +88,7 @@ def attend(
         implementation=implementation,  # type: ignore[arg-type]
     )
     T, ids = q.shape[1], segment_ids(mask, q, k)
-    if ids[0] is None or ids[1] is None:
+    if ids is None:
         return attention(q, k, v)
     # Backward cuDNN has given NaN, and jax refuses odd lengths: a tile is filled up, and lengths
     # say with what. See github.com/NVIDIA/cudnn-frontend/issues/160.

@@ -19,11 +19,13 @@ def fill(x: Array) -> Array:
 
 def segment_ids(
     mask: AttentionMask, q: jax.Array, k: jax.Array
-) -> tuple[Int[Array, "B T"] | None, Int[Array, "B S"] | None]:
-    """Those of the mask, or 1 for all where id 0 has to tell apart what `fill` adds."""
-    if mask.q_segment_ids is None and (q.shape[1] % TILE or k.shape[1] % TILE):
+) -> tuple[Int[Array, "B T"], Int[Array, "B S"]] | None:
+    """Those of the mask, or 1 for all where id 0 has to tell apart what `fill` adds, or None."""
+    if mask.q_segment_ids is not None and mask.kv_segment_ids is not None:
+        return mask.q_segment_ids, mask.kv_segment_ids
+    if q.shape[1] % TILE or k.shape[1] % TILE:
         return jnp.ones(q.shape[:2], jnp.int32), jnp.ones(k.shape[:2], jnp.int32)
-    return mask.q_segment_ids, mask.kv_segment_ids
+    return None
 
 
 def band(core: str, mask: AttentionMask, bias: PositionBias | None, dropout_rate: float) -> Window:

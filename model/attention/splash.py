@@ -1,6 +1,7 @@
 """Splash attention, the Pallas kernel for TPUs that skips the blocks that a mask excludes."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +44,8 @@ def splash(
     batch, length, heads = mesh_axes("act_batch", "act_length", "act_heads")
     require_whole_rows("splash", length)
 
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    q = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    q = (q.astype(jnp.float32) * factor).astype(q.dtype)
     ids = segment_ids(mask, q, k)
     run = partial(_splash, window=window, interpret=platform == "cpu")
     if batch or heads:  # the compiler cannot split a kernel by itself
@@ -66,7 +67,7 @@ def _splash(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    ids: tuple[Int[Array, "B T"] | None, Int[Array, "B S"] | None],
+    ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None,
     window: Window,
     interpret: bool,
 ) -> Float[Array, "B T N H"]:
@@ -91,11 +92,9 @@ def _splash(
         q_seq_shards=1,
         interpret=interpret,
     )
-    q_ids, kv_ids = ids
-    segments = (
-        None if q_ids is None or kv_ids is None else kernel.SegmentIds(fill(q_ids), fill(kv_ids))
-    )
-    return jnp.swapaxes(jax.vmap(attend)(q, k, v, segments), 1, 2)[:, :T]
+    segments = None if ids is None else kernel.SegmentIds(*map(fill, ids))
+    out: Any = jax.vmap(attend)(q, k, v, segments)
+    return jnp.swapaxes(out, 1, 2)[:, :T]
 
 
 def _block(length: int) -> int:
