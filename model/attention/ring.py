@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from model.axes import mesh_axes
 from model.config import require
 from model.dropout import keep_at
-from model.masks import AttentionMask
+from model.masks import AttentionMask, MaskNotSupported
 from model.positions import PositionBias
 
 
@@ -40,6 +40,7 @@ def ring(
 ) -> Float[Array, "B T N H"]:
     """As `dense`, the dropped weights included, on a mesh that splits the sequence.
 
+    Every mask but the offset of a cache, whose queries come one by one.
     Raises ModelError where there is no such mesh or a length does not divide.
     """
     B, T, N, H = q.shape
@@ -47,11 +48,17 @@ def ring(
     mask.require_lengths(T, S)
     if dropout_rate and dropout_key is None:
         raise ValueError(f"dropout at rate {dropout_rate} needs a key")
+    if mask.q_offset is not None:
+        raise MaskNotSupported(
+            "ring",
+            "it splits queries over devices, and a cache asks for one: decode with "
+            "model.attention.core flash",
+        )
     batch, length, heads = mesh_axes("act_batch", "act_length", "act_heads")
     require(
         bool(length),
         "core ring splits the sequence over devices: set train.mesh.seq to at least 2, or choose "
-        "attention.core flash",
+        "model.attention.core flash",
     )
     sizes = jax.sharding.get_abstract_mesh().shape
     count = lambda axes: math.prod(sizes[axis] for axis in axes)  # noqa: E731
@@ -81,12 +88,16 @@ def ring(
     )
     by_token = PartitionSpec(batch, length, heads)
     by_row = lambda x: PartitionSpec(batch if x.ndim and len(x) == B else None)  # noqa: E731
-    whole = jax.tree.map(lambda _: PartitionSpec(), bias)
-    if bias is not None and bias.q_offset is not None:
-        whole = whole.replace(q_offset=by_row(bias.q_offset))
     return jax.shard_map(
         partial(_on_device, how),
-        in_specs=(by_token, by_token, by_token, jax.tree.map(by_row, mask), whole, PartitionSpec()),
+        in_specs=(
+            by_token,
+            by_token,
+            by_token,
+            jax.tree.map(by_row, mask),
+            PartitionSpec(),
+            PartitionSpec(),
+        ),
         out_specs=by_token,
         check_vma=False,
     )(q, k, v, mask, bias, jax.random.key_data(dropout_key) if dropout_rate else None)  # type: ignore
@@ -168,10 +179,10 @@ class Ring:
         return jnp.where(stay, 1 / (1 - self.dropout_rate), 0.0)
 
 
-def _on_device(how: Ring, q, k, v, mask: AttentionMask, bias: PositionBias | None, key):
+def _on_device(how: Ring, q, k, v, mask: AttentionMask, bias: PositionBias | None, key) -> Any:
     """Attention of this device's queries, in the order of the model."""
     b, t, n, H = q.shape
-    q, k, v = map(how.exchange, (q, k, v))
+    q, k, v = (how.exchange(x) for x in (q, k, v))
     q = q.reshape(b, t, k.shape[2], -1, H)
     values = None if bias is None else bias.values
     out = _attend(how, q, k, v, values, mask, bias, key)
