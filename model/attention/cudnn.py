@@ -42,7 +42,8 @@ def cudnn(
     )
     platform = jax.default_backend()
     require(
-        platform == "gpu", f"core cudnn needs a GPU, not {platform}: choose model.attention.core auto"
+        platform == "gpu",
+        f"core cudnn needs a GPU, not {platform}: choose model.attention.core auto",
     )
     require_whole_rows("cudnn", mesh_axes("act_length")[0])
     return attend(q, k, v, mask, window, scale, "cudnn")
