@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as lowered
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from model.attention.fused import TILE, band, fill, require_whole_rows, segment_ids
 from model.axes import mesh_axes
@@ -59,8 +59,7 @@ def splash(
     out = run(q, k, v, ids)
     if mask.q_segment_ids is None and (window[0] is None or T <= S):
         return out
-    seen = mask.to_bool(T, S).any(-1)  # [b, 1, T], reduced before it is an array
-    return jnp.where(seen[:, 0, :, None, None], out, 0)
+    return jnp.where(_sees(mask, T, S)[:, :, None, None], out, 0)
 
 
 def _splash(
@@ -95,6 +94,14 @@ def _splash(
     segments = None if ids is None else kernel.SegmentIds(*map(fill, ids))
     out: Any = jax.vmap(attend)(q, k, v, segments)
     return jnp.swapaxes(out, 1, 2)[:, :T]
+
+
+def _sees(mask: AttentionMask, q_length: int, kv_length: int) -> Bool[Array, "b T"]:
+    """Which queries see anything; by blocks, as the compiler writes out the whole mask otherwise."""
+    rows = jnp.arange(q_length + -q_length % TILE).reshape(-1, TILE)
+    columns = jnp.arange(kv_length)
+    seen = jax.lax.map(lambda rows: mask.tile(rows, columns)[:, 0].any(-1), rows)  # [i, b, TILE]
+    return jnp.moveaxis(seen, 0, 1).reshape(seen.shape[1], -1)[:, :q_length]
 
 
 def _block(length: int) -> int:
