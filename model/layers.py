@@ -221,6 +221,8 @@ class MultiHeadAttention(nn.Module):
 
         name, _ = choose(attention.core_of(self.place), jax.default_backend(), k.shape[1])
         core = ATTENTION[name](config)
+        if self.is_initializing() and not isinstance(core, nn.Module):
+            core = dense  # it has no parameters, and may need a mesh or a device that is not there
         rate = 0.0 if deterministic else attention.dropout
         if name == "linformer":
             core = partial(core, projection=shared.projection)

@@ -22,6 +22,7 @@ class MaskNotSupported(ModelError):
 
     def __init__(self, core: str, reason: str):
         super().__init__(f"attention core '{core}' cannot express this mask: {reason}")
+        self.reason = reason
 
 
 @struct.dataclass

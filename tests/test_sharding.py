@@ -111,6 +111,7 @@ def train(
     mesh: Mesh | None = None,
     steps: int = 3,
     params: Any = None,
+    length: int = 6,
 ) -> Trained:
     """Some steps from `params` or those of seed 7, on one device unless there is a mesh."""
     setup, step = prepare(model, config, mesh or make_mesh(MeshConfig(), jax.devices()[:1]))
@@ -126,7 +127,7 @@ def train(
     metrics, rng = [], np.random.default_rng(0)
     with jax.set_mesh(mesh):
         for _ in range(steps):
-            state, values = step(state, to_devices(batch(rng, model), mesh))
+            state, values = step(state, to_devices(batch(rng, model, length=length), mesh))
             metrics.append(jax.device_get(values))
     return Trained(initial, metrics, state, setup)
 
@@ -176,6 +177,21 @@ def test_eight_devices_equal_one(kind: str, mesh: MeshConfig):
         np.testing.assert_allclose(predicted[0], one_predicted[0], atol=1e-4)
         for x, wanted in zip(predicted[1:], one_predicted[1:], strict=True):
             np.testing.assert_array_equal(x, wanted)
+
+
+def test_the_ring_splits_the_sequence_and_changes_nothing():
+    """In an encoder, a decoder and across; dropped weights included, and rows of padding."""
+    attention = dataclasses.replace(MODEL.attention, dropout=0.2)
+    dense, ring = (
+        dataclasses.replace(MODEL, attention=dataclasses.replace(attention, core=core))
+        for core in ("dense", "ring")
+    )
+    one = train(dense, steps=2, length=8)
+    mesh = eight(MeshConfig(data=2, seq=4))
+    ours = train(ring, mesh=mesh, steps=2, params=one.initial, length=8)
+    np.testing.assert_allclose(losses(ours), losses(one), rtol=1e-5)
+    for x, wanted in zip(ours.metrics, one.metrics, strict=True):
+        np.testing.assert_allclose(x["grad_norm"], wanted["grad_norm"], rtol=1e-4)
 
 
 def test_fsdp_splits_parameters_and_moments_and_tensor_splits_heads():

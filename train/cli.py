@@ -15,6 +15,7 @@ from train.config import Interrupted, TrainError
 USAGE = """usage: heedful COMMAND ...
 
   heedful configs                       the experiments, one a line
+  heedful cores                         which attention core runs which mask
   heedful train CONFIG [--flags]        train, or resume, and evaluate
       --init-from RUN|hf:DIR            fine-tune what was trained before
   heedful evaluate RUN [--flags]        loss and scores on validation and test data
@@ -70,12 +71,16 @@ COMMANDS = {
 
 def _dispatch(arguments: list[str]) -> None:
     command, rest = (arguments or ["--help"])[0], arguments[1:]
-    known = ["configs", "train", "inspect", *COMMANDS]
+    known = ["configs", "cores", "train", "inspect", *COMMANDS]
     if command in ("--help", "-h"):
         print(USAGE)
     elif command == "configs":
         for name in base.names():
             print(f"{name:24}{base.load(name)[1].strip().splitlines()[0]}")
+    elif command == "cores":
+        from train.cores import table
+
+        print(table())
     elif command not in known:
         raise TrainError(f"unknown command '{command}': choose {', '.join(known)}")
     elif rest and rest[0] in ("--help", "-h"):

@@ -12,6 +12,7 @@ from model.attention.flash import flash
 from model.attention.linformer import Linformer
 from model.attention.longformer import longformer
 from model.attention.performer import Performer
+from model.attention.ring import ring
 from model.attention.splash import splash
 from model.config import ModelConfig, ModelError
 
@@ -23,6 +24,7 @@ ATTENTION: dict[str, Callable[[ModelConfig], Callable]] = {
     "performer": lambda config: Performer(config.attention.performer, name="performer"),
     "cudnn": lambda config: cudnn,
     "splash": lambda config: splash,
+    "ring": lambda config: ring,
 }
 
 WITHOUT_WEIGHTS = frozenset({"linformer", "performer"})

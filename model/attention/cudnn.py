@@ -34,7 +34,7 @@ def cudnn(
     H = q.shape[3]
     require(
         H % 8 == 0 and H <= 128,
-        f"core cudnn needs heads of a multiple of 8 up to 128, not attention.head_dim = {H}",
+        f"core cudnn needs heads of a multiple of 8 up to 128, not model.attention.head_dim = {H}",
     )
     require(
         q.dtype in (jnp.bfloat16, jnp.float16),
@@ -42,7 +42,8 @@ def cudnn(
     )
     platform = jax.default_backend()
     require(
-        platform == "gpu", f"core cudnn needs a GPU, not {platform}: choose attention.core auto"
+        platform == "gpu",
+        f"core cudnn needs a GPU, not {platform}: choose model.attention.core auto",
     )
     require_whole_rows("cudnn", mesh_axes("act_length")[0])
     return attend(q, k, v, mask, window, scale, "cudnn")
@@ -88,7 +89,7 @@ def attend(
         implementation=implementation,  # type: ignore[arg-type]
     )
     T, ids = q.shape[1], segment_ids(mask, q, k)
-    if ids[0] is None or ids[1] is None:
+    if ids is None:
         return attention(q, k, v)
     # Backward cuDNN has given NaN, and jax refuses odd lengths: a tile is filled up, and lengths
     # say with what. See github.com/NVIDIA/cudnn-frontend/issues/160.

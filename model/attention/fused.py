@@ -19,11 +19,13 @@ def fill(x: Array) -> Array:
 
 def segment_ids(
     mask: AttentionMask, q: jax.Array, k: jax.Array
-) -> tuple[Int[Array, "B T"] | None, Int[Array, "B S"] | None]:
-    """Those of the mask, or 1 for all where id 0 has to tell apart what `fill` adds."""
-    if mask.q_segment_ids is None and (q.shape[1] % TILE or k.shape[1] % TILE):
+) -> tuple[Int[Array, "B T"], Int[Array, "B S"]] | None:
+    """Those of the mask, or 1 for all where id 0 has to tell apart what `fill` adds, or None."""
+    if mask.q_segment_ids is not None and mask.kv_segment_ids is not None:
+        return mask.q_segment_ids, mask.kv_segment_ids
+    if q.shape[1] % TILE or k.shape[1] % TILE:
         return jnp.ones(q.shape[:2], jnp.int32), jnp.ones(k.shape[:2], jnp.int32)
-    return mask.q_segment_ids, mask.kv_segment_ids
+    return None
 
 
 def band(core: str, mask: AttentionMask, bias: PositionBias | None, dropout_rate: float) -> Window:
@@ -41,14 +43,14 @@ def band(core: str, mask: AttentionMask, bias: PositionBias | None, dropout_rate
     }
     for fact, is_present in reasons.items():
         if is_present:
-            raise MaskNotSupported(core, f"{REASONS[fact]}; choose another attention.core")
+            raise MaskNotSupported(core, f"{REASONS[fact]}; choose another model.attention.core")
     left, right = mask.window or (None, None)
     return left, 0 if mask.causal else right
 
 
 REASONS = {
     "bias": "its scores take no bias by position (ALiBi, T5)",
-    "dropout": "it does not drop attention weights: set attention.dropout to 0",
+    "dropout": "it does not drop attention weights: set model.attention.dropout to 0",
     "prefix": "it is causal without an exception, and a prefix is one",
     "dilation": "it looks at every position of a window, and a dilation leaves some out",
     "global": "it has no global tokens",
@@ -61,5 +63,5 @@ def require_whole_rows(core: str, length_axes: tuple[str, ...]) -> None:
     require(
         not length_axes,
         f"core {core} needs whole sequences, and the mesh splits them over {length_axes}: set "
-        "train.mesh.seq to 1, or choose attention.core ring",
+        "train.mesh.seq to 1, or choose model.attention.core ring",
     )

@@ -1,13 +1,14 @@
 """Splash attention, the Pallas kernel for TPUs that skips the blocks that a mask excludes."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as lowered
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from model.attention.fused import TILE, band, fill, require_whole_rows, segment_ids
 from model.axes import mesh_axes
@@ -43,8 +44,8 @@ def splash(
     batch, length, heads = mesh_axes("act_batch", "act_length", "act_heads")
     require_whole_rows("splash", length)
 
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    q = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    q = (q.astype(jnp.float32) * factor).astype(q.dtype)
     ids = segment_ids(mask, q, k)
     run = partial(_splash, window=window, interpret=platform == "cpu")
     if batch or heads:  # the compiler cannot split a kernel by itself
@@ -58,15 +59,14 @@ def splash(
     out = run(q, k, v, ids)
     if mask.q_segment_ids is None and (window[0] is None or T <= S):
         return out
-    seen = mask.to_bool(T, S).any(-1)  # [b, 1, T], reduced before it is an array
-    return jnp.where(seen[:, 0, :, None, None], out, 0)
+    return jnp.where(_sees(mask, T, S)[:, :, None, None], out, 0)
 
 
 def _splash(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    ids: tuple[Int[Array, "B T"] | None, Int[Array, "B S"] | None],
+    ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None,
     window: Window,
     interpret: bool,
 ) -> Float[Array, "B T N H"]:
@@ -91,11 +91,17 @@ def _splash(
         q_seq_shards=1,
         interpret=interpret,
     )
-    q_ids, kv_ids = ids
-    segments = (
-        None if q_ids is None or kv_ids is None else kernel.SegmentIds(fill(q_ids), fill(kv_ids))
-    )
-    return jnp.swapaxes(jax.vmap(attend)(q, k, v, segments), 1, 2)[:, :T]
+    segments = None if ids is None else kernel.SegmentIds(*map(fill, ids))
+    out: Any = jax.vmap(attend)(q, k, v, segments)
+    return jnp.swapaxes(out, 1, 2)[:, :T]
+
+
+def _sees(mask: AttentionMask, q_length: int, kv_length: int) -> Bool[Array, "b T"]:
+    """Which queries see anything; by blocks, as the compiler writes out the whole mask otherwise."""
+    rows = jnp.arange(q_length + -q_length % TILE).reshape(-1, TILE)
+    columns = jnp.arange(kv_length)
+    seen = jax.lax.map(lambda rows: mask.tile(rows, columns)[:, 0].any(-1), rows)  # [i, b, TILE]
+    return jnp.moveaxis(seen, 0, 1).reshape(seen.shape[1], -1)[:, :q_length]
 
 
 def _block(length: int) -> int:

@@ -1,0 +1,128 @@
+"""The core cudnn beside dense on a GPU: errors at lengths of every residue modulo 128, and speed.
+
+    python -m benchmarks.cudnn [--quick]
+
+Lengths go from 64 to 8,191 in steps of 63, which is prime to 128, so that each of the 128 residues
+comes up; --quick takes every eighth. For each length and mask: the largest
+error of the output and of each gradient, relative to the largest entry of dense in float32, and
+that of dense in bfloat16 beside it. Exit code 1 where cudnn gives NaN or more than three times
+dense's error. Then achieved TFLOP/s forward and backward, half of them where the mask is causal.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model import masks
+from model.attention.cudnn import cudnn
+from model.attention.dense import dense
+from model.masks import AttentionMask
+
+B, N, K, H = 2, 8, 4, 64
+LENGTHS = range(64, 8192 + 1, 63)
+MASKS: dict[str, Callable[[int], AttentionMask]] = {
+    "full": lambda length: masks.full(),
+    "causal": lambda length: masks.causal(),
+    "causal window": lambda length: masks.causal() & masks.sliding(100, 0),
+    "padding": lambda length: masks.padding(jnp.array([length // 3, length]), length),
+    "causal padding": lambda length: (
+        masks.causal() & masks.padding(jnp.array([length // 3, 0]), length)
+    ),
+}
+
+
+def inputs(length: int, dtype=jnp.bfloat16, batch: int = B, seed: int = 0) -> list[jax.Array]:
+    rng = np.random.default_rng(seed)
+    shapes = [(batch, length, heads, H) for heads in (N, K, K, N)]
+    return [jnp.asarray(rng.normal(size=shape), jnp.bfloat16).astype(dtype) for shape in shapes]
+
+
+@partial(jax.jit, static_argnums=0)
+def run(core: Callable, arrays: list[jax.Array], mask: AttentionMask) -> tuple[jax.Array, ...]:
+    """Output and gradients of q, k, v."""
+    *arrays, g = arrays
+    out, pull = jax.vjp(lambda *x: core(*x, mask), *arrays)
+    return (out, *pull(g))
+
+
+def errors(found: tuple, exact: tuple) -> list[float]:
+    """Of output, dq, dk, dv; NaN where there is one."""
+    return [
+        float(jnp.max(jnp.abs(x.astype(jnp.float32) - y)) / jnp.max(jnp.abs(y)))
+        for x, y in zip(found, exact, strict=True)
+    ]
+
+
+def compare(lengths: list[int]) -> int:
+    """Prints the worst of each mask, and every failure; returns the number of failures."""
+    failures = 0
+    for name, make in MASKS.items():
+        worst = np.zeros((2, 4))
+        for length in lengths:
+            mask = make(length)
+            with jax.default_matmul_precision("highest"):
+                exact = run(dense, inputs(length, jnp.float32), mask)
+            both = np.array(
+                [errors(run(core, inputs(length), mask), exact) for core in (cudnn, dense)]
+            )
+            if not (both[0] <= 3 * both[1]).all():  # NaN fails too
+                failures += 1
+                print(f"FAILED {name}, length {length}: cudnn {both[0]}, dense {both[1]}")
+            worst = np.fmax(worst, both)
+        for core, values in zip(("cudnn", "dense"), worst, strict=True):
+            listed = "  ".join(f"{x:.1e}" for x in values)
+            print(f"{name:16}{core:8}worst error of out, dq, dk, dv: {listed}")
+    return failures
+
+
+def seconds(function: Callable, *arguments) -> float:
+    """The best of five, each of ten calls."""
+    jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        for _ in range(10):
+            out = function(*arguments)
+        jax.block_until_ready(out)
+        times.append((time.perf_counter() - begin) / 10)
+    return min(times)
+
+
+def speed(length: int) -> None:
+    """Two products forward, five backward, each of 2 B N T S H operations."""
+    batch = max(1, 16384 // length)
+    *arrays, g = inputs(length, batch=batch)
+    for name, share in (("full", 1.0), ("causal", 0.5)):
+        mask = MASKS[name](length)
+        product = share * 2 * batch * N * length**2 * H
+        forward = seconds(jax.jit(lambda *x, mask=mask: cudnn(*x, mask)), *arrays)
+        both = seconds(lambda: run(cudnn, [*arrays, g], mask))  # noqa: B023
+        backward = max(both - forward, 1e-9)
+        print(
+            f"{name:8}{length:6} tokens: forward {2 * product / forward / 1e12:6.1f} TFLOP/s, "
+            f"backward {5 * product / backward / 1e12:6.1f} TFLOP/s"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="every eighth length")
+    arguments = parser.parse_args()
+    if jax.default_backend() != "gpu":
+        print(f"benchmarks.cudnn needs a GPU: jax runs on {jax.default_backend()} here")
+        return 2
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, B {B}, N {N}, K {K}, H {H}")
+    failures = compare(list(LENGTHS)[:: 8 if arguments.quick else 1])
+    for length in (1024, 4096, 16384):
+        speed(length)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

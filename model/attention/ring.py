@@ -1,0 +1,340 @@
+"""Exact attention of a sequence that is split over devices: keys and values travel in a ring.
+
+arXiv:2310.01889. Each device keeps its queries and sees in turn the keys and values of all, by
+blocks with a running softmax; backward they travel again, together with their gradients. A device
+holds O(T / devices) of everything but the arrays of the mask, which are whole on each.
+
+Under a causal mask the first of equal parts would have almost nothing to do. The sequence is
+therefore cut into twice as many chunks as there are devices, of which device i works on i and the
+last but i. The model keeps its order: q, k, v and the output are exchanged here, half of each array
+at a time, which is as much to send as two steps of the ring.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from model.axes import mesh_axes
+from model.config import require
+from model.dropout import keep_at
+from model.masks import AttentionMask, MaskNotSupported
+from model.positions import PositionBias
+
+
+def ring(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: AttentionMask,
+    *,
+    bias: PositionBias | None = None,
+    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> Float[Array, "B T N H"]:
+    """As `dense`, the dropped weights included, on a mesh that splits the sequence.
+
+    Every mask but the offset of a cache, whose queries come one by one.
+    Raises ModelError where there is no such mesh or a length does not divide.
+    """
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    mask.require_lengths(T, S)
+    if dropout_rate and dropout_key is None:
+        raise ValueError(f"dropout at rate {dropout_rate} needs a key")
+    if mask.q_offset is not None:
+        raise MaskNotSupported(
+            "ring",
+            "it splits queries over devices, and a cache asks for one: decode with "
+            "model.attention.core flash",
+        )
+    batch, length, heads = mesh_axes("act_batch", "act_length", "act_heads")
+    require(
+        bool(length),
+        "core ring splits the sequence over devices: set train.mesh.seq to at least 2, or choose "
+        "model.attention.core flash",
+    )
+    sizes = jax.sharding.get_abstract_mesh().shape
+    count = lambda axes: math.prod(sizes[axis] for axis in axes)  # noqa: E731
+    is_balanced = mask.causal and T == S
+    parts = count(length) * (2 if is_balanced else 1)
+    for name, size, into in (
+        ("batch", B, count(batch)),
+        ("queries", T, parts),
+        ("keys", S, parts),
+        ("heads", K, count(heads)),
+    ):
+        require(
+            size % into == 0,
+            f"core ring cuts {name} into {into} parts, and {size} does not divide: change "
+            "train.mesh or the length",
+        )
+
+    how = Ring(
+        batch=batch,
+        length=length,
+        heads=heads,
+        devices=count(length),
+        shape=(B, K, N // K, T, S),
+        scale=H**-0.5 if scale is None else scale,
+        dropout_rate=dropout_rate,
+        is_balanced=is_balanced,
+    )
+    by_token = PartitionSpec(batch, length, heads)
+    by_row = lambda x: PartitionSpec(batch if x.ndim and len(x) == B else None)  # noqa: E731
+    return jax.shard_map(
+        partial(_on_device, how),
+        in_specs=(
+            by_token,
+            by_token,
+            by_token,
+            jax.tree.map(by_row, mask),
+            PartitionSpec(),
+            PartitionSpec(),
+        ),
+        out_specs=by_token,
+        check_vma=False,
+    )(q, k, v, mask, bias, jax.random.key_data(dropout_key) if dropout_rate else None)  # type: ignore
+
+
+@dataclass(frozen=True)
+class Ring:
+    """What is the same on all devices and in all steps."""
+
+    batch: tuple[str, ...]
+    length: tuple[str, ...]
+    heads: tuple[str, ...]
+    devices: int
+    """In the ring."""
+    shape: tuple[int, ...]
+    """Of all weights: B, K, G, T, S."""
+    scale: float
+    dropout_rate: float
+    is_balanced: bool
+
+    def index(self, device: jax.Array, length: int) -> jax.Array:
+        """Positions of the `length` tokens on which a device works."""
+        if not self.is_balanced:
+            return device * length + jnp.arange(length)
+        mirror = 2 * self.devices - 1 - device
+        even = jnp.where(device % 2 == 0, device, mirror)
+        odd = device + mirror - even
+        within = jnp.arange(length // 2)
+        return jnp.concatenate([chunk * (length // 2) + within for chunk in (even, odd)])
+
+    def exchange(self, x: Float[Array, "b t *rest"], back: bool = False) -> jax.Array:
+        """From the order of the model to that of `index`, or back.
+
+        Device i has the chunks 2i and 2i + 1. Even ones go to different devices, and so do odd
+        ones: chunk c to c or, in the second half, to the mirror of c.
+        """
+        if not self.is_balanced:
+            return x
+        home = lambda chunk: min(chunk, 2 * self.devices - 1 - chunk)  # noqa: E731
+        halves = []
+        for i, half in enumerate(jnp.split(x, 2, axis=1)):
+            moves = [(device, home(2 * device + i)) for device in range(self.devices)]
+            moves = [move[::-1] for move in moves] if back else moves
+            halves.append(jax.lax.ppermute(half, self.length, moves))
+        return jnp.concatenate(halves, axis=1)
+
+    def rotate(self, tree: Any) -> Any:
+        """Everything to the next device."""
+        moves = [(i, (i + 1) % self.devices) for i in range(self.devices)]
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.length, moves), tree)
+
+    def scores(self, q, k, rows, columns, values, mask: AttentionMask, bias) -> jax.Array:
+        """Scores [b, k, G, t, s] of a tile, -inf where nothing may be seen."""
+        scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)
+        scores *= self.scale
+        if bias is not None:
+            tile = bias.replace(values=values).tile(rows, columns)
+            scores += self.own_heads(tile, k.shape[1])
+        if mask.is_full:
+            return scores
+        allowed = self.own_heads(mask.tile(rows, columns), k.shape[1])
+        return jnp.where(allowed, scores, -jnp.inf)
+
+    def own_heads(self, tile: jax.Array, kv_heads: int) -> jax.Array:
+        """[b, N or 1, t, s] to this device's [b, k, G, t, s] or [b, 1, 1, t, s]."""
+        if tile.shape[1] == 1:
+            return tile[:, None]
+        tile = tile.reshape(tile.shape[0], *self.shape[1:3], *tile.shape[2:])
+        first = jax.lax.axis_index(self.heads) * kv_heads if self.heads else 0
+        return jax.lax.dynamic_slice_in_dim(tile, first, kv_heads, axis=1)
+
+    def kept(self, shape: tuple[int, ...], rows, columns, key: jax.Array) -> jax.Array:
+        """What dropout multiplies the weights of a tile with, by their place among all."""
+        own = []
+        for axes, size in ((self.batch, shape[0]), (self.heads, shape[1])):
+            own.append((jax.lax.axis_index(axes) * size if axes else 0) + jnp.arange(size))
+        index = jnp.ix_(*own, jnp.arange(shape[2]), rows, columns)
+        stay = keep_at(key, index, self.shape, self.dropout_rate)
+        return jnp.where(stay, 1 / (1 - self.dropout_rate), 0.0)
+
+
+def _on_device(how: Ring, q, k, v, mask: AttentionMask, bias: PositionBias | None, key) -> Any:
+    """Attention of this device's queries, in the order of the model."""
+    b, t, n, H = q.shape
+    q, k, v = (how.exchange(x) for x in (q, k, v))
+    q = q.reshape(b, t, k.shape[2], -1, H)
+    values = None if bias is None else bias.values
+    out = _attend(how, q, k, v, values, mask, bias, key)
+    return how.exchange(out.reshape(b, t, n, H), back=True)
+
+
+def _blocks(how: Ring, x: jax.Array) -> jax.Array:
+    """[b, t, k, ...] to [blocks, b, k, ..., t, H]: heads before positions; [t] to [blocks, t]."""
+    axis = 0 if x.ndim == 1 else 1
+    chunk = x.shape[axis] // (2 if how.is_balanced else 1)
+    size = _block(chunk)
+    x = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+    return x if axis == 0 else jnp.moveaxis(x, (1, 2), (0, -2))
+
+
+def _block(chunk: int) -> int:
+    """The largest divisor up to 512; a chunk that divides badly stays whole."""
+    return next((size for size in range(512, 63, -1) if chunk % size == 0), chunk)
+
+
+def _unblocked(x: jax.Array) -> jax.Array:
+    """[blocks, b, k, ..., t, H] back to [b, t, k, ...]."""
+    x = jnp.moveaxis(x, (0, -2), (1, 2))
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _forward(how: Ring, q, k, v, values, mask: AttentionMask, bias, key):
+    """Output, and the logarithm of the softmax' sum [blocks, b, k, G, t], inf where it is empty."""
+    me = jax.lax.axis_index(how.length)
+    q_rows, q_blocks = _blocks(how, how.index(me, q.shape[1])), _blocks(how, q)
+
+    def tile(state, q, rows, k, v, columns):
+        out, highest, total = state
+        scores = how.scores(q, k, rows, columns, values, mask, bias)
+        new = jnp.maximum(highest, jnp.max(scores, axis=-1))
+        weights = jnp.exp(scores - new[..., None])
+        shrink = jnp.exp(highest - new)
+        total = total * shrink + jnp.sum(weights, axis=-1)
+        if how.dropout_rate:
+            weights *= how.kept(weights.shape, rows, columns, key)
+        weights = weights.astype(v.dtype)
+        added = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v, preferred_element_type=jnp.float32)
+        return out * shrink[..., None] + added, new, total
+
+    def visit(state, k, v, step):
+        """All queries of this device look at the keys that came in `step`."""
+        columns = _blocks(how, how.index((me - step) % how.devices, k.shape[1]))
+        arrived = _blocks(how, k), _blocks(how, v), columns
+
+        def row(block):
+            state, q, rows = block
+
+            def one(state, keys):
+                k, v, columns = keys
+                return jax.lax.cond(
+                    jnp.any(mask.tile(rows, columns)), tile, lambda state, *_: state,
+                    state, q, rows, k, v, columns,
+                ), None  # fmt: skip
+
+            return jax.lax.scan(one, state, arrived)[0]
+
+        return jax.lax.map(row, (state, q_blocks, q_rows))
+
+    def step(carry, number):
+        k, v, state = carry
+        following = how.rotate((k, v))  # they travel while these are looked at
+        return (*following, visit(state, k, v, number)), None
+
+    zeros = jnp.zeros(q_blocks.shape, jnp.float32)
+    state = zeros, jnp.full(zeros.shape[:-1], jnp.finfo(jnp.float32).min), zeros[..., 0]
+    (k, v, state), _ = jax.lax.scan(step, (k, v, state), jnp.arange(how.devices - 1))
+    out, highest, total = visit(state, k, v, how.devices - 1)
+    out = out / jnp.where(total > 0, total, 1.0)[..., None]
+    lse = jnp.where(total > 0, highest + jnp.log(total), jnp.inf)
+    return _unblocked(out).astype(q.dtype), lse
+
+
+def _backward(how: Ring, saved, g):
+    q, k, v, out, lse, values, mask, bias, key = saved
+    me = jax.lax.axis_index(how.length)
+    delta = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    queries = (
+        *(_blocks(how, x) for x in (q, g, delta)),
+        lse[..., None],
+        _blocks(how, how.index(me, q.shape[1])),
+    )
+    dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def tile(grads, query, k, v, columns):
+        dk, dv, dvalues = grads
+        q, g, delta, lse, rows = query
+        weights = jnp.exp(how.scores(q, k, rows, columns, values, mask, bias) - lse)
+        dweights = dot("BKGTH,BKSH->BKGTS", g, v)
+        used = weights
+        if how.dropout_rate:
+            kept = how.kept(weights.shape, rows, columns, key)
+            used, dweights = weights * kept, dweights * kept
+        dv += dot("BKGTS,BKGTH->BKSH", used.astype(g.dtype), g)
+        dscores = weights * (dweights - delta)
+        if values is not None:
+            added = lambda x: how.own_heads(bias.replace(values=x).tile(rows, columns), k.shape[1])  # noqa: E731
+            shape, pull = jax.vjp(added, values)
+            total = dscores if shape.shape[0] > 1 else jnp.sum(dscores, 0, keepdims=True)
+            dvalues += pull(total.astype(shape.dtype))[0]
+        dscores = (dscores * how.scale).astype(q.dtype)
+        dk += dot("BKGTS,BKGTH->BKSH", dscores, q)
+        return (dk, dv, dvalues), dot("BKGTS,BKSH->BKGTH", dscores, k)
+
+    def visit(state, k, v, step):
+        """Adds to dq and the bias of this device, and gives dk and dv of the keys of `step`."""
+        columns = _blocks(how, how.index((me - step) % how.devices, k.shape[1]))
+
+        def column(state, keys):
+            dq, dvalues = state
+            k, v, columns = keys
+
+            def one(grads, query):
+                return jax.lax.cond(
+                    jnp.any(mask.tile(query[-1], columns)),
+                    tile,
+                    lambda grads, query, *_: (grads, jnp.zeros(query[0].shape, jnp.float32)),
+                    grads, query, k, v, columns,
+                )  # fmt: skip
+
+            zeros = jnp.zeros(k.shape, jnp.float32)
+            (dk, dv, dvalues), added = jax.lax.scan(one, (zeros, zeros, dvalues), queries)
+            return (dq + added, dvalues), (dk, dv)
+
+        state, grads = jax.lax.scan(column, state, (_blocks(how, k), _blocks(how, v), columns))
+        return state, tuple(map(_unblocked, grads))
+
+    def step(carry, number):
+        k, v, dk, dv, state = carry
+        state, (more_dk, more_dv) = visit(state, k, v, number)
+        return (*how.rotate((k, v, dk + more_dk, dv + more_dv)), state), None
+
+    state = jnp.zeros(queries[0].shape, jnp.float32), jax.tree.map(jnp.zeros_like, values)
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    carry, _ = jax.lax.scan(step, (k, v, zeros, zeros, state), jnp.arange(how.devices))
+    _, _, dk, dv, (dq, dvalues) = carry  # home again
+    dq, dk, dv = _unblocked(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+    return dq, dk, dv, dvalues, None, None, None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(how: Ring, q, k, v, values, mask, bias, key):
+    return _forward(how, q, k, v, values, mask, bias, key)[0]
+
+
+def _attend_forward(how: Ring, q, k, v, values, mask, bias, key):
+    out, lse = _forward(how, q, k, v, values, mask, bias, key)
+    return out, (q, k, v, out, lse, values, mask, bias, key)
+
+
+_attend.defvjp(_attend_forward, _backward)

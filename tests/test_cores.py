@@ -1,0 +1,50 @@
+"""The table of cores and masks, and that README has it."""
+
+from pathlib import Path
+
+import pytest
+
+from model.attention import ATTENTION
+from model.config import ModelError
+from train import cores
+from train.cli import run
+from train.cores import ROWS, Row, refusal, table
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_the_table_in_the_readme_is_current():
+    begin, end = "<!-- cores -->\n", "\n<!-- /cores -->"
+    written = README.read_text().split(begin)[1].split(end)[0]
+    assert written == table(), "put the output of `heedful cores` between the markers of README.md"
+
+
+def test_dense_runs_everything_and_each_mask_is_another():
+    assert not any(refusal("dense", row) for row in ROWS)
+    assert len({(row.where, row.what) for row in ROWS}) == len(ROWS)
+
+
+def row(what: str) -> Row:
+    return next(row for row in ROWS if row.what == what)
+
+
+def test_a_core_that_refuses_says_why():
+    assert "a prefix is one" in (refusal("splash", row("the past and a prefix")) or "")
+    assert refusal("splash", row("the past")) is None
+    assert "come out as NaN" in (refusal("cudnn", row("the past of its own document")) or "")
+    assert refusal("cudnn", row("the past, but padding")) is None
+
+
+def test_a_core_that_cannot_run_at_all_is_not_called_able(monkeypatch):
+    def broken(*args, **how):
+        raise ModelError("no")
+
+    monkeypatch.setitem(ATTENTION, "flash", lambda config: broken)
+    with pytest.raises(ModelError, match="no"):
+        refusal("flash", row("the past"))
+
+
+def test_the_command_prints_it(monkeypatch, capsys):
+    monkeypatch.setattr(cores, "ATTENTION", {"dense": ATTENTION["dense"]})
+    assert run(["cores"]) == 0
+    assert "| decoder | the past | yes |" in capsys.readouterr().out

@@ -1,0 +1,138 @@
+"""Which attention core runs which mask, in which place: found by asking every core."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from model.attention import ATTENTION
+from model.cache import new_cache
+from model.config import AttentionConfig, ModelConfig, ModelError, Place
+from model.layers import MultiHeadAttention, Shared
+from model.masks import AttentionMask, MaskNotSupported
+from model.positions import PositionBias
+from model.transformer import cross_mask, decoder_mask, encoder_mask
+
+T = 4
+IDS = jnp.ones((1, T), jnp.int32)
+LENGTHS = jnp.ones(1, jnp.int32)
+WINDOW = {"window": 1}
+DILATED = {**WINDOW, "dilation": (1, 2)}
+GLOBAL = {**WINDOW, "global_tokens": 1}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a core is asked for."""
+
+    where: str
+    what: str
+    mask: Callable[[ModelConfig], AttentionMask]
+    attention: dict[str, Any] = field(default_factory=dict)
+    bias: PositionBias | None = None
+    has_cache: bool = False
+
+    @property
+    def place(self) -> Place:
+        return "cross" if self.where == "cross" else "self"
+
+
+def _encoder(config: ModelConfig) -> AttentionMask:
+    return encoder_mask(config, IDS)
+
+
+def _decoder(config: ModelConfig) -> AttentionMask:
+    return decoder_mask(config, IDS)
+
+
+def _cached(config: ModelConfig) -> AttentionMask:
+    return decoder_mask(config, None, offset=1)
+
+
+ROWS = (
+    Row("encoder", "everything", lambda config: encoder_mask(config, None)),
+    Row("encoder", "all but padding", _encoder),
+    Row("encoder", "its own of several documents in a row", _encoder),
+    Row("encoder", "a window", _encoder, WINDOW),
+    Row("encoder", "a window with a dilation by head", _encoder, DILATED),
+    Row("encoder", "a window, and global tokens", _encoder, GLOBAL),
+    Row("decoder", "the past", lambda config: decoder_mask(config, None)),
+    Row("decoder", "the past, but padding", _decoder),
+    Row("decoder", "the past of its own document", _decoder),
+    Row("decoder", "the past and a prefix", lambda c: decoder_mask(c, None, LENGTHS)),
+    Row("decoder", "the past in a window", _decoder, WINDOW),
+    Row("decoder", "the past in a window with a dilation", _decoder, DILATED),
+    Row("decoder", "the past in a window, and global tokens", _decoder, GLOBAL),
+    Row("decoder", "the past, from a cache", _cached, has_cache=True),
+    Row("decoder", "the past in a window, from a cache", _cached, WINDOW, has_cache=True),
+    Row("cross", "the source", lambda config: cross_mask(IDS, None, None)),
+    Row("cross", "the source, but padding", lambda config: cross_mask(IDS, IDS, IDS)),
+    Row("encoder", "everything, with ALiBi's or T5's bias",
+        lambda config: encoder_mask(config, None), bias=PositionBias(jnp.ones(2))),
+    Row("encoder", "everything, with dropout of weights",
+        lambda config: encoder_mask(config, None), {"dropout": 0.1}),
+)  # fmt: skip
+
+DOCUMENTS = ("its own of several documents in a row", "the past of its own document")
+NAN = "a row holds one document: others, which are not known while tracing, come out as NaN"
+NEED_A_DEVICE = ("cudnn", "splash", "ring")
+
+
+def refusal(core: str, row: Row) -> str | None:
+    """Why the core does not do what the row asks for; None: it does.
+
+    Nothing is computed. Cores that need a device or a mesh look at the mask before they ask for it.
+    """
+    attention = AttentionConfig(heads=2, core=core, **row.attention)
+    config = ModelConfig(
+        architecture="decoder_only", vocab_size=2, width=16, attention=attention, dtype="bfloat16"
+    )
+    layer = MultiHeadAttention(config, row.place)
+    new = 1 if row.has_cache else T
+    x = jnp.zeros((1, new, 16), jnp.bfloat16)
+    source = jnp.zeros((1, T, 16), jnp.bfloat16) if row.place == "cross" else None
+    mask, shared = row.mask(config), Shared(bias=row.bias)
+    cache = new_cache(config, 1, T) if row.has_cache else None
+
+    def run() -> Any:
+        keys = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
+        params = layer.init(keys, x, source, encoder_mask(config, None))
+        how = {"cache": cache, "deterministic": False, "rngs": keys}
+        return layer.apply(params, x, source, mask, shared, **how)
+
+    try:
+        jax.eval_shape(run)
+    except MaskNotSupported as error:
+        return error.reason
+    except ModelError:
+        if core not in NEED_A_DEVICE:
+            raise
+    return NAN if row.what in DOCUMENTS and core in ("cudnn", "linformer") else None
+
+
+def table() -> str:
+    """All cores and rows in markdown, with the reasons below."""
+    reasons: dict[str, dict[str, None]] = {}  # the cores that give each, in order
+
+    def mark(core: str, row: Row) -> str:
+        reason = refusal(core, row)
+        if reason is None:
+            return "yes"
+        if not row.attention.get("window") and row.place == "self":
+            inside = replace(row, attention={**row.attention, **WINDOW})
+            if refusal(core, inside) is None:
+                return "in a window"
+        reasons.setdefault(reason, {})[core] = None
+        return f"no [{list(reasons).index(reason) + 1}]"
+
+    lines = [
+        f"| in | a query sees | {' | '.join(ATTENTION)} |",
+        "|---|---|" + "---|" * len(ATTENTION),
+    ]
+    for row in ROWS:
+        marks = " | ".join(mark(core, row) for core in ATTENTION)
+        lines.append(f"| {row.where} | {row.what} | {marks} |")
+    notes = [f"{i}. {', '.join(who)}: {why}" for i, (why, who) in enumerate(reasons.items(), 1)]
+    return "\n".join([*lines, "", *notes])
