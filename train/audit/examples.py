@@ -1,0 +1,84 @@
+"""The rows that are audited: artificial documents through the real pipeline and objective.
+
+All tokens of a row differ, so that where a token stands says which document it is from, and a
+target among the inputs is a leak and no accident.
+"""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from data.config import DataConfig, TokenizerConfig
+from data.objectives import OBJECTIVES
+from data.pipeline import Dataset
+from data.rows import arrange
+from data.store import TokenStore
+from data.tokenizer import Tokenizer
+from train.config import require
+
+ROWS = 3  # one full, or nearly, one with padding at its end, and one that is all padding
+# Lengths of the documents, in shares of a row.
+PACKED, ALONE = (0.35, 0.2, 0.45, 0.3), (0.9, 0.55)
+
+
+def tokenizer_of_words(count: int, objective: str) -> Tokenizer:
+    """A tokenizer of that many words, with the special tokens that the objective needs."""
+    words = " ".join(f"w{i}" for i in range(count))
+    config = TokenizerConfig(kind="words", vocab_size=count + 200)
+    return Tokenizer.train([words], config, objective)
+
+
+def dataset(config: DataConfig, tokenizer: Tokenizer, length: int, *, pairs: bool = False) -> Dataset:
+    """A few documents of distinct tokens in rows of `length`, as the pipeline makes them.
+
+    `pairs` says that examples for classes have a second text. Raises TrainError where the tokenizer
+    has fewer tokens than a row.
+    """
+    count = len(tokenizer.ordinary)
+    require(
+        count >= 2 * length,
+        f"rows of {length} need {2 * length} distinct tokens, and the tokenizer has {count}: "
+        "give a smaller --length",
+    )
+    config = dataclasses.replace(
+        config,
+        max_length=length,
+        batch_tokens=ROWS * length,
+        batch_multiple=1,
+        buckets=1,
+        workers=0,
+    )
+    is_labelled = config.objective in ("classification", "regression")
+    fields = {"translation": ("source", "target")}.get(
+        config.objective, ("text", "pair") if pairs and is_labelled else ("text",)
+    )
+    shares = PACKED if config.is_packed else ALONE
+    sizes = [max(2, int(share * (length - 3) / (1 + is_labelled * (len(fields) - 1)))) for share in shares]
+    with tempfile.TemporaryDirectory() as folder:
+        store = _store(Path(folder), fields, sizes, tokenizer.ordinary)
+    rows = arrange(config, tokenizer, store, "train", 0)
+    labels = np.arange(len(sizes)) % 2 if is_labelled else None
+    if config.objective == "regression":
+        labels = np.float32(labels)
+    return Dataset(
+        config=config, tokenizer=tokenizer, split="train", seed=0, data_fingerprint="",
+        classes=config.classes, store=store, labels=labels, kept=rows.kept, pieces=rows.pieces,
+        train_plan=rows.plan, eval_plan=rows.plan.in_order(), characters=0, bytes=0,
+        target_count=rows.target_count, report=[],
+    )  # fmt: skip
+
+
+def _store(folder: Path, fields: tuple[str, ...], sizes: list[int], tokens: np.ndarray):
+    """Documents that go through the tokens in their order."""
+    first = 0
+    np.save(folder / "blank.npy", np.zeros(len(sizes), bool))
+    np.save(folder / "sizes.npy", np.zeros((2, len(sizes)), np.int64))
+    for field in fields:
+        np.save(folder / f"{field}.offsets.npy", np.cumsum([0, *sizes]))
+        ids = tokens[(first + np.arange(sum(sizes))) % len(tokens)].astype(np.int32)
+        first += sum(sizes)
+        (folder / f"{field}.ids").write_bytes(ids.tobytes())
+    store = TokenStore(folder, fields)
+    return store
