@@ -56,35 +56,34 @@ def same_document(queries: np.ndarray, keys: np.ndarray) -> Reach:
 def reaches(config: ModelConfig, batch: Batch) -> dict[tuple[str, str], Reach]:
     """What each output may depend on through all layers, {(output, input): pairs}.
 
-    Outputs are those of the stacks and of the whole model, inputs the arrays of tokens. In each
-    layer a position sees itself and what attention lets it see, so that L layers reach the L-th
-    power of that.
+    In each layer a position sees itself and what attention lets it see, so that L layers reach the
+    L-th power of that. The logits of a classifier are one position.
     """
-    pairs = {name: head.any(1) for name, head in attentions(config, batch).items()}
+    pairs = {name: heads.any(1) for name, heads in attentions(config, batch).items()}
     own = closure(pairs["self"], config.layers)
-    if config.architecture != "encoder_decoder":
+    if config.architecture == "encoder_decoder":
+        source = closure(pairs["encoder"], config.encoder_layers or config.layers)
+        # A position looks across in its last layer too, after it has looked at its own side.
+        across = closure(pairs["self"], config.layers - 1) @ pairs["cross"] @ source
+        return {
+            ("encoder", "encoder_inputs"): source,
+            ("logits", "inputs"): own,
+            ("logits", "encoder_inputs"): across,
+        }
+    if config.head.kind == "classifier":
         stack = config.architecture.removesuffix("_only")
-        logits = own
-        if config.head.kind == "classifier":
-            logits = pooled(config.head.pooling, batch["segment_ids"], own)
+        logits = pooled(config.head.pooling, batch["segment_ids"], own)
         return {(stack, "inputs"): own, ("logits", "inputs"): logits}
-    source = closure(pairs["encoder"], config.encoder_layers or config.layers)
-    # A position looks across in its last layer too, after it has looked at its own side.
-    across = closure(pairs["self"], config.layers - 1) @ pairs["cross"] @ source
-    return {
-        ("encoder", "encoder_inputs"): source,
-        ("encoder", "inputs"): np.zeros_like(across.swapaxes(1, 2)),
-        ("logits", "inputs"): own,
-        ("logits", "encoder_inputs"): across,
-    }
+    return {("logits", "inputs"): own}
 
 
 def closure(pairs: Reach, layers: int) -> Reach:
     """(pairs or identity) ^ layers."""
-    reach = one = pairs | np.eye(pairs.shape[1], dtype=bool)
-    for _ in range(min(layers, pairs.shape[1]) - 1):
-        reach = reach @ one
-    return reach if layers else np.eye(pairs.shape[1], dtype=bool) & np.ones_like(pairs)
+    one = np.eye(pairs.shape[1], dtype=bool)
+    reach = np.broadcast_to(one, pairs.shape)
+    for _ in range(min(layers, pairs.shape[1])):
+        reach = reach @ (pairs | one)
+    return reach
 
 
 def pooled(pooling: str, segments: Int[np.ndarray, "B T"], reach: Reach) -> Reach:
