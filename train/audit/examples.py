@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from data.config import DataConfig, TokenizerConfig
-from data.objectives import OBJECTIVES
 from data.pipeline import Dataset
 from data.rows import arrange
 from data.store import TokenStore
 from data.tokenizer import Tokenizer
 from train.config import require
 
+NEEDED = 3  # distinct tokens, in shares of a row
 ROWS = 3  # one full, or nearly, one with padding at its end, and one that is all padding
 # Lengths of the documents, in shares of a row.
 PACKED, ALONE = (0.35, 0.2, 0.45, 0.3), (0.9, 0.55)
@@ -30,7 +30,9 @@ def tokenizer_of_words(count: int, objective: str) -> Tokenizer:
     return Tokenizer.train([words], config, objective)
 
 
-def dataset(config: DataConfig, tokenizer: Tokenizer, length: int, *, pairs: bool = False) -> Dataset:
+def dataset(
+    config: DataConfig, tokenizer: Tokenizer, length: int, *, pairs: bool = False
+) -> Dataset:
     """A few documents of distinct tokens in rows of `length`, as the pipeline makes them.
 
     `pairs` says that examples for classes have a second text. Raises TrainError where the tokenizer
@@ -38,9 +40,9 @@ def dataset(config: DataConfig, tokenizer: Tokenizer, length: int, *, pairs: boo
     """
     count = len(tokenizer.ordinary)
     require(
-        count >= 2 * length,
-        f"rows of {length} need {2 * length} distinct tokens, and the tokenizer has {count}: "
-        "give a smaller --length",
+        count >= NEEDED * length,
+        f"rows of {length} need {NEEDED * length} distinct tokens, and the tokenizer has {count}: "
+        f"give a --length of at most {count // NEEDED}",
     )
     config = dataclasses.replace(
         config,
@@ -55,7 +57,10 @@ def dataset(config: DataConfig, tokenizer: Tokenizer, length: int, *, pairs: boo
         config.objective, ("text", "pair") if pairs and is_labelled else ("text",)
     )
     shares = PACKED if config.is_packed else ALONE
-    sizes = [max(2, int(share * (length - 3) / (1 + is_labelled * (len(fields) - 1)))) for share in shares]
+    sizes = [
+        max(2, int(share * (length - 3) / (1 + is_labelled * (len(fields) - 1))))
+        for share in shares
+    ]
     with tempfile.TemporaryDirectory() as folder:
         store = _store(Path(folder), fields, sizes, tokenizer.ordinary)
     rows = arrange(config, tokenizer, store, "train", 0)
@@ -70,7 +75,9 @@ def dataset(config: DataConfig, tokenizer: Tokenizer, length: int, *, pairs: boo
     )  # fmt: skip
 
 
-def _store(folder: Path, fields: tuple[str, ...], sizes: list[int], tokens: np.ndarray):
+def _store(
+    folder: Path, fields: tuple[str, ...], sizes: list[int], tokens: np.ndarray
+) -> TokenStore:
     """Documents that go through the tokens in their order."""
     first = 0
     np.save(folder / "blank.npy", np.zeros(len(sizes), bool))
@@ -80,5 +87,16 @@ def _store(folder: Path, fields: tuple[str, ...], sizes: list[int], tokens: np.n
         ids = tokens[(first + np.arange(sum(sizes))) % len(tokens)].astype(np.int32)
         first += sum(sizes)
         (folder / f"{field}.ids").write_bytes(ids.tobytes())
-    store = TokenStore(folder, fields)
-    return store
+    return TokenStore(folder, fields)
+
+
+def batch(dataset: Dataset) -> dict[str, np.ndarray]:
+    """The rows in their order; those with a prefix of which a prefix leaves something to see."""
+    made = {}
+    for seed in range(100):
+        made = dataclasses.replace(dataset, seed=seed).batch(dataset.eval_plan, 0, 1, 0)
+        lengths = (made["segment_ids"] > 0).sum(1)[:2]
+        prefix = made.get("prefix_len", lengths - 2)[:2]
+        if ((prefix > 2) & (prefix <= lengths - 2)).all():
+            break
+    return made
