@@ -50,14 +50,16 @@ class Reading(NamedTuple):
         return np.arange(length) < np.array(self.lengths)[:, None] + more
 
 
+def shapes(config: ModelConfig) -> Any:
+    """Shapes and types of the parameters."""
+    tokens = {name: jnp.zeros((1, 1), jnp.int32) for name in streams(config)}
+    return nn.unbox(jax.eval_shape(build(config).init, jax.random.key(0), **tokens))["params"]
+
+
 def random_params(config: ModelConfig) -> Any:
     """Parameters that are random everywhere: no bias is 0, and no matrix of an update."""
-    tokens = {name: jnp.zeros((1, 1), jnp.int32) for name in streams(config)}
-    boxed = jax.eval_shape(build(config).init, jax.random.key(0), **tokens)
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), nn.unbox(boxed)["params"]
-    )
+    draw = np.random.default_rng(0).normal
+    return jax.tree.map(lambda x: draw(0, 0.3, x.shape).astype(x.dtype), shapes(config))
 
 
 def streams(config: ModelConfig) -> tuple[str, ...]:

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import jax
+
 from data.config import DataConfig
 from data.pipeline import Dataset
 from data.tokenizer import Tokenizer
 from model.config import LinformerConfig, ModelConfig, PerformerConfig
 from train.attention_weights import attention_kinds
 from train.audit import declared, examples
-from train.audit.measured import random_params
+from train.audit.measured import random_params, shapes
 
 LENGTH = 16  # of the rows
 LAYERS, WIDTH, HEAD_DIM, HEADS, GROUP, RANK = 2, 16, 4, 2, 2, 8  # most of a small model
@@ -37,18 +39,20 @@ class Subject:
         trained: tuple[Any, Tokenizer] | None = None,
     ) -> "Subject":
         """The model with trained parameters and their tokenizer, else a small one at random."""
-        length = length or LENGTH
-        if model.positions.kind == "learned":
-            length = min(length, model.positions.max_length)
-        if trained:
+        length, is_trained = length or LENGTH, trained is not None and _fit(model, trained[0])
+        if is_trained:
             params, tokenizer = trained
-            note = "the model of the run, with its parameters"
+            note = "the model of the run with its parameters"
+            if model.positions.kind == "learned":
+                length = min(length, model.positions.max_length)
+            if (model.attention.window or 0) >= length - 1:
+                note += f", whose window of {model.attention.window} needs a --length above it"
         else:
             tokenizer = examples.tokenizer_of_words(examples.NEEDED * length, data.objective)
             model, note = shrunk(model, length, tokenizer.vocab_size)
             params = random_params(model)
         dataset = examples.dataset(data, tokenizer, length, pairs=model.types > 1)
-        return cls(model, params, trained is not None, dataset, note)
+        return cls(model, params, is_trained, dataset, note)
 
     @cached_property
     def batch(self) -> declared.Batch:
@@ -70,6 +74,13 @@ class Subject:
         if stream == "encoder_inputs":
             return self.names["encoder" if output == "encoder" else "cross"]
         return self.names["self"]
+
+
+def _fit(model: ModelConfig, params: Any) -> bool:
+    """Whether these are parameters of the model: another core may have other ones."""
+    expected = dict(jax.tree_util.tree_leaves_with_path(shapes(model)))
+    given = dict(jax.tree_util.tree_leaves_with_path(params))
+    return {k: x.shape for k, x in expected.items()} == {k: x.shape for k, x in given.items()}
 
 
 def shrunk(model: ModelConfig, length: int, vocab_size: int) -> tuple[ModelConfig, str]:
@@ -97,6 +108,9 @@ def shrunk(model: ModelConfig, length: int, vocab_size: int) -> tuple[ModelConfi
     small = dataclasses.replace(
         model,
         vocab_size=vocab_size,
+        positions=dataclasses.replace(
+            model.positions, max_length=max(model.positions.max_length, length)
+        ),
         width=WIDTH,
         layers=min(model.layers, LAYERS),
         encoder_layers=model.encoder_layers and min(model.encoder_layers, LAYERS),
@@ -109,7 +123,8 @@ def shrunk(model: ModelConfig, length: int, vocab_size: int) -> tuple[ModelConfi
         unroll=1,
     )
     note = (
-        f"random parameters, {small.layers} layers of width {WIDTH}, {small.attention.heads} heads"
+        f"random parameters in a small model, {small.layers} layers of width {WIDTH}, "
+        f"{small.attention.heads} heads"
     )
     if small.attention.window != attention.window:
         note += f", a window of {small.attention.window} in place of {attention.window}"
