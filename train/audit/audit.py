@@ -59,9 +59,8 @@ def audit(subject: Subject, *, small: bool = False) -> Audit:
     if not small:
         masks = _masks(subject)
         for kind, mask in masks.items():
-            ids = _ids(batch, kind)
             may = np.broadcast_to(subject.pairs[kind], mask.shape)
-            found += compared(subject.names[kind], "mask", mask, may, *ids)
+            found += compared(subject.names[kind], "mask", mask, may, *_ids(batch, kind))
         found += _tempted(subject)
         ways += ["masks", "temptation"]
         for reading in _readings(subject):
@@ -119,8 +118,8 @@ def _seen_wrong(
         counted = np.ones(found.shape[:2], bool) if covered is None else covered
         keys = batch[f"{stream.removesuffix('inputs')}segment_ids"]
         queries = keys if output == "encoder" else batch["segment_ids"]
-        pairs = (x & counted[..., None] for x in (found, may[output, stream]))
-        yield from compared(where, how, *pairs, queries, keys, can_be_blind=can_be_blind)
+        does, can = (x & counted[..., None] for x in (found, may[output, stream]))
+        yield from compared(where, how, does, can, queries, keys, can_be_blind=can_be_blind)
 
 
 def _dropping(subject: Subject, *, bits_only: bool) -> Iterator[Finding]:
@@ -271,6 +270,6 @@ def _tempted(subject: Subject) -> Iterator[Finding]:
     for kind, mask in masks.items():
         stack, attention, place = places[kind]
         params = jax.tree.map(lambda x: x[0], subject.params[stack]["blocks"][attention])
-        wrong = tempted(model, params, place, mask, subject.pairs[kind].any(1))
+        wrong = tempted(model, params, place, mask, np.asarray(subject.pairs[kind].any(1)))
         reason = "what must not be seen changes the result where scores are extreme"
         yield from differing(subject.names[kind], "temptation", wrong, reason, "leak")

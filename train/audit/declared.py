@@ -59,7 +59,7 @@ def reaches(config: ModelConfig, batch: Batch) -> dict[tuple[str, str], Reach]:
     In each layer a position sees itself and what attention lets it see, so that L layers reach the
     L-th power of that. The logits of a classifier are one position.
     """
-    pairs = {name: heads.any(1) for name, heads in attentions(config, batch).items()}
+    pairs = {name: np.asarray(heads.any(1)) for name, heads in attentions(config, batch).items()}
     own = closure(pairs["self"], config.layers)
     if config.architecture == "encoder_decoder":
         source = closure(pairs["encoder"], config.encoder_layers or config.layers)

@@ -20,12 +20,12 @@ from train.config import require
 NEEDED = 3  # distinct tokens, in shares of a row
 ROWS = 3  # one full, or nearly, one with padding at its end, and one that is all padding
 # Lengths of the documents, in shares of a row.
-PACKED, ALONE = (0.35, 0.2, 0.45, 0.3), (0.9, 0.55)
+PACKED, ALONE = (0.35, 0.2, 0.45, 0.55), (0.9, 0.55)
 
 
 def tokenizer_of_words(count: int, objective: str) -> Tokenizer:
     """A tokenizer of that many words, with the special tokens that the objective needs."""
-    words = " ".join(f"w{i}" for i in range(count))
+    words = " ".join(f"w{i:0{len(str(count))}}" for i in range(count))
     config = TokenizerConfig(kind="words", vocab_size=count + 200)
     return Tokenizer.train([words], config, objective)
 
@@ -53,20 +53,19 @@ def dataset(
         workers=0,
     )
     is_labelled = config.objective in ("classification", "regression")
-    fields = {"translation": ("source", "target")}.get(
-        config.objective, ("text", "pair") if pairs and is_labelled else ("text",)
-    )
+    fields = ("source", "target") if config.objective == "translation" else ("text",)
+    if is_labelled and pairs:
+        fields = ("text", "pair")
     shares = PACKED if config.is_packed else ALONE
-    sizes = [
-        max(2, int(share * (length - 3) / (1 + is_labelled * (len(fields) - 1))))
-        for share in shares
-    ]
+    room = (length - 3) // (2 if "pair" in fields else 1)
+    sizes = [max(2, int(share * room)) for share in shares]
     with tempfile.TemporaryDirectory() as folder:
         store = _store(Path(folder), fields, sizes, tokenizer.ordinary)
     rows = arrange(config, tokenizer, store, "train", 0)
-    labels = np.arange(len(sizes)) % 2 if is_labelled else None
-    if config.objective == "regression":
-        labels = np.float32(labels)
+    labels = None
+    if is_labelled:
+        kind = np.float32 if config.objective == "regression" else np.int32
+        labels = np.arange(len(sizes)).astype(kind) % 2
     return Dataset(
         config=config, tokenizer=tokenizer, split="train", seed=0, data_fingerprint="",
         classes=config.classes, store=store, labels=labels, kept=rows.kept, pieces=rows.pieces,
@@ -95,8 +94,9 @@ def batch(dataset: Dataset) -> dict[str, np.ndarray]:
     made = {}
     for seed in range(100):
         made = dataclasses.replace(dataset, seed=seed).batch(dataset.eval_plan, 0, 1, 0)
-        lengths = (made["segment_ids"] > 0).sum(1)[:2]
-        prefix = made.get("prefix_len", lengths - 2)[:2]
+        if "prefix_len" not in made:
+            break
+        prefix, lengths = made["prefix_len"][:2], (made["segment_ids"] > 0).sum(1)[:2]
         if ((prefix > 2) & (prefix <= lengths - 2)).all():
             break
     return made

@@ -81,4 +81,5 @@ def differing(
 def unlike(a: np.ndarray, b: np.ndarray, dtype: str) -> Bool[np.ndarray, "*n"]:
     """Which vectors differ by more than rounding."""
     scale = max(float(np.abs(b).max(initial=0)), 1e-6)
-    return ~(np.abs(a - b) <= TOLERANCE[dtype] * scale).all(-1)
+    wrong = ~(np.abs(a - b) <= TOLERANCE[dtype] * scale)  # NaN differs from all
+    return np.asarray(wrong.any(-1))

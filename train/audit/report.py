@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 
 from data.config import DataConfig
 from data.tokenizer import Tokenizer
-from model.attention import ATTENTION
+from model.attention import ATTENTION, choose
 from model.config import ModelConfig, ModelError
 from train.attention_picture import SOFTWARE, require_ours
 from train.audit.audit import Audit, audit
@@ -66,10 +67,9 @@ def masks(
     if audited.subject.batch["inputs"].shape[1] <= TEXT:
         console.print(as_text(audited))
     clean = _say(audited, console, began)
-    write_png(audited, f"{name}: {_what(audited)}", output, SOFTWARE)
-    own = {model.attention.core_of(place) for place in model.places}
+    write_png(audited, f"{name}: {_what(audited)}".replace("; ", "\n"), output, SOFTWARE)
     for core in ATTENTION if cores else ():
-        if own == {core}:
+        if _cores(audited) == [core]:
             continue
         began = time.perf_counter()
         try:
@@ -112,10 +112,13 @@ def _say(found: Audit, console: Console, began: float) -> bool:
 
 def _what(found: Audit) -> str:
     """The core and the model that were audited."""
-    subject = found.subject
-    places = subject.model.places
-    cores = dict.fromkeys(subject.model.attention.core_of(place) for place in places)
-    return f"core {', '.join(cores)}; {subject.note}"
+    return f"core {', '.join(_cores(found))}; {found.subject.note}"
+
+
+def _cores(found: Audit) -> list[str]:
+    model, length = found.subject.model, found.subject.batch["inputs"].shape[1]
+    names = dict.fromkeys(model.attention.core_of(place) for place in model.places)
+    return [choose(name, jax.default_backend(), length)[0] for name in names]
 
 
 def _verdict(found: Audit, began: float) -> str:

@@ -39,8 +39,8 @@ class Subject:
         trained: tuple[Any, Tokenizer] | None = None,
     ) -> "Subject":
         """The model with trained parameters and their tokenizer, else a small one at random."""
-        length, is_trained = length or LENGTH, trained is not None and _fit(model, trained[0])
-        if is_trained:
+        length, fits = length or LENGTH, trained is not None and _fit(model, trained[0])
+        if trained is not None and fits:
             params, tokenizer = trained
             note = "the model of the run with its parameters"
             if model.positions.kind == "learned":
@@ -52,7 +52,7 @@ class Subject:
             model, note = shrunk(model, length, tokenizer.vocab_size)
             params = random_params(model)
         dataset = examples.dataset(data, tokenizer, length, pairs=model.types > 1)
-        return cls(model, params, is_trained, dataset, note)
+        return cls(model, params, fits, dataset, note)
 
     @cached_property
     def batch(self) -> declared.Batch:
