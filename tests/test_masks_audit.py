@@ -13,11 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
+from PIL import Image
+from rich.console import Console
 
 from configs import base
 from data import objectives, pipeline
-from data.config import DataConfig
-from model import masks, transformer
+from data.config import DataConfig, TokenizerConfig
+from model import heads, masks, transformer
 from model.attention import ATTENTION
 from model.attention.dense import dense
 from model.cache import KVCache
@@ -29,9 +32,12 @@ from model.config import (
     NormConfig,
     PositionConfig,
 )
+from train import cli
 from train.audit import declared
 from train.audit.audit import Audit, audit
+from train.audit.report import audit_before_training
 from train.audit.subject import Subject, with_core
+from train.config import TrainError
 
 DENSE = importlib.import_module("model.attention.dense")  # the package has a function of that name
 LM = DataConfig(source="shakespeare", objective="causal_lm")
@@ -159,15 +165,18 @@ def test_cache_off_by_one(monkeypatch, data):
     result = audited(data, small=False)
     kind = "decoder self-attention" if data == TRANSLATION else "self-attention"
     for how in ("token by token", "3 at a time"):
-        found(result, "blindness", kind, how)
         found(result, "difference", kind, how)
     assert all("cached" in finding.how for finding in result.findings)
 
 
 def test_cache_that_looks_one_ahead(monkeypatch):
-    """What a chunk brings is seen too early."""
-    at = masks.AttentionMask.at
-    monkeypatch.setattr(masks.AttentionMask, "at", lambda self, offset: at(self, offset + 1))
+    """What comes with a token is seen too early."""
+
+    def attend(self, core, q, k, v, mask, is_real=None, **how):
+        cache = self.write(k, v, mask.q_offset)
+        return core(q, cache.k, cache.v, mask.at(mask.q_offset + 1), **how), cache
+
+    monkeypatch.setattr(KVCache, "attend", attend)
     places = found(audited(LM, small=False), "leak", "self-attention", "3 at a time")
     assert {s - t for _, t, s in places} == {1}
 
@@ -228,8 +237,9 @@ def test_positions_that_go_on(monkeypatch):
 
     pack_right = pipeline.pack
     monkeypatch.setattr(pipeline, "pack", pack)
-    found(audited(LM), "difference", "positions")
-    found(audited(LM), "difference", "self-attention", "packed")
+    result = audited(LM)
+    found(result, "difference", "positions")
+    found(result, "difference", "self-attention", "packed")
 
 
 def test_a_model_that_ignores_positions(monkeypatch):
@@ -248,9 +258,10 @@ def test_one_segment_for_all_documents(monkeypatch):
     found(audited(LM), "difference", "segment_ids")
 
 
-@pytest.mark.parametrize("value", [-1e4, -1e9, float(jnp.finfo(jnp.float32).min)])
-@pytest.mark.parametrize("data", [LM, TRANSLATION], ids=lambda data: data.objective)
-def test_finite_mask_value(monkeypatch, value, data):
+@pytest.mark.parametrize(
+    ("data", "value"), [(LM, -1e4), (LM, float(jnp.finfo(jnp.float32).min)), (TRANSLATION, -1e9)]
+)
+def test_finite_mask_value(monkeypatch, data, value):
     """Padding, which may see nothing, sees all; and scores below the value lose against it."""
 
     def softmax(scores, allowed):
@@ -263,8 +274,7 @@ def test_finite_mask_value(monkeypatch, value, data):
         found(result, "leak", where, "temptation")
 
 
-@pytest.mark.parametrize("is_added", [True, False])
-@pytest.mark.parametrize("value", [-1e4, -1e9])
+@pytest.mark.parametrize(("value", "is_added"), [(-1e4, False), (-1e9, True)])
 def test_finite_mask_value_that_spares_empty_rows(monkeypatch, value, is_added):
     """Nothing is seen with common scores; with tempting ones it is."""
 
@@ -333,8 +343,6 @@ def test_pooled_classifiers_are_clean_and_padding_in_the_mean_is_not(monkeypatch
         head=HeadConfig(kind="classifier", pooling="mean", pooler=False),
     )
     assert not audit(Subject.of(config, data), small=True).findings
-    from model import heads
-
     pool = heads.pool
     monkeypatch.setattr(heads, "pool", lambda x, ids, how: pool(x, None, how))
     places = found(audit(Subject.of(config, data), small=True), "leak", "classifier")
@@ -363,3 +371,45 @@ def test_the_declaration_is_what_the_masks_say():
         expected = np.asarray(mask.to_bool(11, 11))
         pairs = declared.attentions(config, {"segment_ids": segments, "prefix_len": prefix})
         np.testing.assert_array_equal(pairs["self"], np.broadcast_to(expected, pairs["self"].shape))
+
+
+# The commands -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of two layers of random parameters, and the text that it would train on."""
+    folder = tmp_path_factory.mktemp("run")
+    text = toy.write_text(folder)
+    data = toy.data(text, "causal_lm", tokenizer=TokenizerConfig(kind="bytes"))
+    return toy.random_run(folder / "run", toy.model("decoder_only"), data)
+
+
+def test_masks_of_a_run(run, capsys):
+    assert cli.run(["masks", str(run.directory)]) == 0
+    said = capsys.readouterr().out
+    assert "the model of the run with its parameters" in said
+    assert "documents of" in said and "0 leaks, 0 blind, 0 other differences" in said
+    with Image.open(run.directory / "masks.png") as image:
+        assert min(image.size) > 300
+
+
+def test_a_leak_is_exit_code_1_and_red_in_the_picture(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    sliding = masks.sliding
+    monkeypatch.setattr(masks, "sliding", lambda left, *rest: sliding(left + 1, *rest))
+    assert cli.run(["masks", "shakespeare_char", "--model.attention.window", "3"]) == 1
+    said = capsys.readouterr().out
+    assert "leak: self-attention (mask): position 3 of row 0, head 0, sees position 0" in said
+    assert "!!" in said
+    with Image.open("shakespeare_char.masks.png") as image:
+        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 24)}
+    assert (0xD6, 0x27, 0x28) in colours
+
+
+def test_training_does_not_begin_with_a_leak(monkeypatch, capsys, run):
+    audit_before_training(run.model, run.data, Console())
+    assert "masks: audited, 0 leaks" in capsys.readouterr().out
+    monkeypatch.setattr(masks, "causal", masks.full)
+    with pytest.raises(TrainError, match=r"--no-audit(.|\n)*leak: self-attention"):
+        audit_before_training(run.model, run.data, Console())

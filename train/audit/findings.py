@@ -50,7 +50,8 @@ def compared(
         query = "the output" if is_pooled else f"position {t}"
         reason = f"{query} of row {b}{f', head {head[0]},' if head else ''} "
         if kind == "leak":
-            why = _relation(0 if is_pooled else queries[b, t], keys[b, s], s - t)
+            own = 0 if is_pooled else int(queries[b, t])
+            why = _relation(own, int(keys[b, s]), s - t)
             reason += f"sees position {s}, which {'is not pooled' if is_pooled else why}"
         else:
             reason += f"does not see position {s}"

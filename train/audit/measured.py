@@ -279,7 +279,7 @@ def tempted(
             if name.startswith("key"):
                 keys = jnp.where(may, -strength, key)[..., None, None]
                 return jnp.broadcast_to(keys, value.shape).astype(dtype)
-            return value.astype(dtype) if name.startswith("value") else call(*args, **kwargs)
+            return jnp.asarray(value, dtype) if name == "value" else call(*args, **kwargs)
 
         zeros = jnp.zeros((B, T, config.width), config.dtype)
         context = jnp.zeros((B, S, config.width), config.dtype) if place == "cross" else None
