@@ -400,7 +400,10 @@ def test_a_leak_is_exit_code_1_and_red_in_the_picture(monkeypatch, capsys, tmp_p
     monkeypatch.setattr(masks, "sliding", lambda left, *rest: sliding(left + 1, *rest))
     assert cli.run(["masks", "shakespeare_char", "--model.attention.window", "3"]) == 1
     said = capsys.readouterr().out
-    assert "leak: self-attention (mask): position 3 of row 0, head 0, sees position 0" in said
+    assert (
+        "leak: self-attention (mask): position 4 of row 0 sees position 0, which is out of reach"
+        in said
+    )
     assert "!!" in said
     with Image.open("shakespeare_char.masks.png") as image:
         colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 24)}

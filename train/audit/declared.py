@@ -86,8 +86,10 @@ def closure(pairs: Reach, layers: int) -> Reach:
     return reach
 
 
-def pooled(pooling: str, segments: Int[np.ndarray, "B T"], reach: Reach) -> Reach:
-    """What the one output of each row may depend on: [B, 1, S]."""
+def pooled(
+    pooling: str, segments: Int[np.ndarray, "B T"], reach: Reach
+) -> Bool[np.ndarray, "B 1 S"]:
+    """What the one output of each row may depend on."""
     real = segments > 0
     if pooling == "first":
         chosen = np.broadcast_to(np.arange(real.shape[1]) == 0, real.shape)

@@ -48,7 +48,8 @@ def compared(
         b, *head, t, s = places[0]
         is_pooled = seen.shape[-2] == 1 < seen.shape[-1]
         query = "the output" if is_pooled else f"position {t}"
-        reason = f"{query} of row {b}{f', head {head[0]},' if head else ''} "
+        of_head = f", head {head[0]}," if head and seen.shape[1] > 1 else ""
+        reason = f"{query} of row {b}{of_head} "
         if kind == "leak":
             own = 0 if is_pooled else int(queries[b, t])
             why = _relation(own, int(keys[b, s]), s - t)
