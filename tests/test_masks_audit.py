@@ -323,9 +323,12 @@ WINDOWS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("data", [LM, MASKED, TRANSLATION], ids=lambda data: data.objective)
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("core", [name for name in ATTENTION if name != "dense"])
+@pytest.mark.parametrize("core", [name for name in ATTENTION if name not in ("dense", "splash")])
 def test_cores_are_clean_where_they_run(core: str, window: str, data: DataConfig):
+    """All but the one that is audited everywhere else, and a kernel that is slow on a CPU."""
     config = with_core(model(data, **WINDOWS[window]), core)
+    if "global_tokens" in WINDOWS[window] or core == "linformer":
+        data = dataclasses.replace(data, packing=False)
     try:
         result = audit(Subject.of(config, data), small=True)
     except ModelError as error:

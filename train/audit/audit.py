@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool
 
-from model.masks import MaskNotSupported
+from model.config import ModelError
 from train.attention_weights import attention_masks
 from train.audit import declared
 from train.audit.data import in_data
@@ -67,7 +67,7 @@ def audit(subject: Subject, *, small: bool = False) -> Audit:
             try:
                 found += _cached(subject, probe, reading)
                 ways.append(str(reading))
-            except MaskNotSupported as error:
+            except ModelError as error:
                 left_out.append(f"{reading}: {error}")
     return Audit(subject, seen, masks, found, ways, left_out)
 
@@ -132,7 +132,7 @@ def _dropping(subject: Subject, *, bits_only: bool) -> Iterator[Finding]:
         probe = Probe(model, subject.params, forward(model, deterministic=False))
         try:
             seen = probe.by_bits(subject.batch)
-        except MaskNotSupported:
+        except ModelError:
             if config == attention:
                 raise
             continue  # a core that drops no weights, in a model that asks for none
@@ -270,6 +270,7 @@ def _tempted(subject: Subject) -> Iterator[Finding]:
     for kind, mask in masks.items():
         stack, attention, place = places[kind]
         params = jax.tree.map(lambda x: x[0], subject.params[stack]["blocks"][attention])
-        wrong = tempted(model, params, place, mask, np.asarray(subject.pairs[kind].any(1)))
+        may, projection = subject.pairs[kind].any(1), subject.params[stack].get("projection")
+        wrong = tempted(model, params, place, mask, np.asarray(may), projection)
         reason = "what must not be seen changes the result where scores are extreme"
         yield from differing(subject.names[kind], "temptation", wrong, reason, "leak")

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from model.config import ModelConfig
-from model.layers import Linear, MultiHeadAttention
+from model.layers import Linear, MultiHeadAttention, Shared
 from model.masks import AttentionMask
 from model.stack import Stack
 from model.transformer import Inputs, build, empty_cache
@@ -77,6 +77,7 @@ def forward(config: ModelConfig, deterministic: bool) -> Program:
 
     def run(params: Any, batch: dict, deltas: dict) -> Outputs:
         found: Outputs = {}
+        key = jax.random.key(1)
 
         def added(call, args, kwargs, context):
             module = context.module
@@ -92,7 +93,10 @@ def forward(config: ModelConfig, deterministic: bool) -> Program:
 
         with nn.intercept_methods(added):
             logits: Any = build(config).apply(
-                {"params": params}, **batch, deterministic=deterministic, rngs=_keys()
+                {"params": params},
+                **batch,
+                deterministic=deterministic,
+                rngs={} if deterministic else dict.fromkeys(("dropout", "features"), key),
             )
         # One output for each row is one position.
         return {**found, "logits": logits if logits.ndim == 3 else logits[:, None]}
@@ -117,17 +121,15 @@ def through_cache(config: ModelConfig, reading: Reading) -> Program:
                 return call(*args, **kwargs)
 
             with nn.intercept_methods(added):
-                return model.apply({"params": params}, *args, **kwargs, method=method, rngs=_keys())
+                return model.apply({"params": params}, *args, **kwargs, method=method)
 
-        source, begin = (), {}
+        source, begin = (), {"is_real": jnp.arange(first) < lengths[:, None]}
         if is_pair:
             segments = batch["encoder_segment_ids"]
             delta = deltas["encoder_inputs"]
             source = (call("encode", delta, batch["encoder_inputs"], segments), segments)
-        else:
-            begin = {"is_real": jnp.arange(first) < lengths[:, None]}
-            if "prefix_len" in batch:
-                begin["prefix_len"] = lengths
+        elif "prefix_len" in batch:
+            begin["prefix_len"] = lengths
         logits, cache = call(
             "decode", deltas["inputs"][:, :first], batch["inputs"][:, :first], *source, **begin,
             cache=empty_cache(config, B, T), offset=jnp.int32(0),
@@ -150,10 +152,6 @@ def through_cache(config: ModelConfig, reading: Reading) -> Program:
         return {"logits": jax.vmap(put)(whole, more, lengths)}
 
     return run
-
-
-def _keys() -> dict[str, jax.Array]:
-    return {"dropout": jax.random.key(1), "features": jax.random.key(2)}
 
 
 class Probe:
@@ -252,6 +250,7 @@ def tempted(
     place: Any,
     mask: AttentionMask,
     may: Bool[np.ndarray, "B T S"],
+    projection: Any = None,
 ) -> Bool[np.ndarray, "B T"]:
     """Queries whose result changes with what they may not see, when that is as tempting as can be.
 
@@ -264,7 +263,7 @@ def tempted(
     attention = config.attention
     rng = np.random.default_rng(0)
     value, noise = rng.normal(size=(2, B, S, config.kv_heads, config.head_dim)).astype(np.float32)
-    module = MultiHeadAttention(config, place)
+    module, shared = MultiHeadAttention(config, place), Shared(projection=projection)
 
     def attend(params: Any, may: jax.Array, mask: AttentionMask, strength, key, value) -> jax.Array:
         """[B, T, D], where keys that may not be seen by a query are `key` times the vector."""
@@ -272,11 +271,11 @@ def tempted(
         def replaced(call, args, kwargs, context):
             if not isinstance(context.module, Linear) or context.method_name != "__call__":
                 return call(*args, **kwargs)
-            name, dtype = str(context.module.name), config.dtype
-            if name.startswith("query"):
-                shape = (B, T, attention.heads, config.head_dim)
+            name, dtype = str(context.module.name).removeprefix("global_"), config.dtype
+            if name == "query":
+                shape = (*args[0].shape[:2], attention.heads, config.head_dim)
                 return jnp.full(shape, config.head_dim**-0.5, dtype)
-            if name.startswith("key"):
+            if name == "key":
                 keys = jnp.where(may, -strength, key)[..., None, None]
                 return jnp.broadcast_to(keys, value.shape).astype(dtype)
             return jnp.asarray(value, dtype) if name == "value" else call(*args, **kwargs)
@@ -284,7 +283,7 @@ def tempted(
         zeros = jnp.zeros((B, T, config.width), config.dtype)
         context = jnp.zeros((B, S, config.width), config.dtype) if place == "cross" else None
         with nn.intercept_methods(replaced):
-            y, _ = module.apply({"params": params}, zeros, context, mask, rngs=_keys())  # type: ignore[misc]
+            y, _ = module.apply({"params": params}, zeros, context, mask, shared)  # type: ignore[misc]
         return y.astype(jnp.float32)
 
     def changed(params: Any, mask: AttentionMask, may: jax.Array, strength: jax.Array):

@@ -18,7 +18,8 @@ from train.audit.audit import Audit, audit
 from train.audit.picture import TEXT, as_text, write_png
 from train.audit.subject import Subject, with_core
 from train.commands import LoadArguments
-from train.config import TrainError, require
+from train.config import TrainConfig, TrainError, require
+from train.start import require_fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ def masks(
     """Prints and draws what the audit finds; returns whether it has found nothing."""
     require(length is None or length >= 8, f"--length must be at least 8, not {length}")
     require_ours(output)
+    require_fit(model, data, TrainConfig(label_smoothing=0.0))
     began = time.perf_counter()
     with console.status("auditing the masks"):
         audited = audit(Subject.of(model, data, length, trained))
@@ -73,8 +75,10 @@ def masks(
             continue
         began = time.perf_counter()
         try:
-            found = audit(Subject.of(with_core(model, core), data, length, trained))
-        except ModelError as error:
+            other = with_core(model, core)
+            require_fit(other, data, TrainConfig(label_smoothing=0.0))
+            found = audit(Subject.of(other, data, length, trained))
+        except (ModelError, TrainError) as error:
             console.print(f"core {core}: cannot run this model: {error}", markup=False)
             continue
         clean &= _say(found, console, began)
