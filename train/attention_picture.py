@@ -71,7 +71,7 @@ def attention_picture(
     require(1 <= layer <= layers, f"--layer {layer}: there are layers 1 to {layers}")
     name = f"attention.{which}.layer{layer}{'.mean' if mean else ''}.png"
     output = output or directory / name
-    _require_ours(output)
+    require_ours(output)
 
     inputs = model_inputs(trained, text, target, needs_target=which != "encoder")
     with jax.set_mesh(trained.mesh):
@@ -231,7 +231,7 @@ def _require_readable(name: str, length: int) -> None:
     )
 
 
-def _require_ours(path: Path) -> None:
+def require_ours(path: Path) -> None:
     """Raises TrainError where writing to `path` would lose something else than a former picture."""
     from PIL import Image, UnidentifiedImageError
 
@@ -243,4 +243,4 @@ def _require_ours(path: Path) -> None:
             ours = image.info.get("Software") == SOFTWARE
     except (OSError, UnidentifiedImageError):
         ours = False
-    require(ours, f"{path} is there, and no picture of heedful attention: give another --output")
+    require(ours, f"{path} is there, and no picture of heedful: give another --output")

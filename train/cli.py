@@ -24,6 +24,7 @@ USAGE = """usage: heedful COMMAND ...
   heedful classify RUN ["text"]         the class of a text, or of each line of standard input
   heedful attention RUN "text"          a picture of who looks at whom
   heedful inspect CONFIG|RUN            parameters by part, memory, arithmetic, the mask
+  heedful masks CONFIG|RUN [--length N] draws the masks and proves them: leaks and blindness
   heedful import hf:DIR [--flags]       a run from a Hugging Face model
   heedful export RUN DIR                a Hugging Face model from a run
 
@@ -46,10 +47,12 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Runs a command and returns its exit code: 0, 2 for a user's error, 130 when interrupted."""
+    """Runs a command and returns its exit code.
+
+    0; 1 where an audit finds something; 2 for a user's error; 130 when interrupted.
+    """
     try:
-        _dispatch(arguments)
-        return 0
+        return _dispatch(arguments)
     except (DataError, ModelError, TrainError) as error:
         print(f"heedful: error: {error}", file=sys.stderr)
         return 2
@@ -69,9 +72,9 @@ COMMANDS = {
 }
 
 
-def _dispatch(arguments: list[str]) -> None:
+def _dispatch(arguments: list[str]) -> int:
     command, rest = (arguments or ["--help"])[0], arguments[1:]
-    known = ["configs", "cores", "train", "inspect", *COMMANDS]
+    known = ["configs", "cores", "train", "inspect", "masks", *COMMANDS]
     if command in ("--help", "-h"):
         print(USAGE)
     elif command == "configs":
@@ -86,7 +89,8 @@ def _dispatch(arguments: list[str]) -> None:
     elif rest and rest[0] in ("--help", "-h"):
         print(USAGE)
     elif not rest or rest[0].startswith("-"):
-        wanted = {"train": "a config", "inspect": "a config or a run directory"}
+        either = "a config or a run directory"
+        wanted = {"train": "a config", "inspect": either, "masks": either}
         wanted["import"] = "hf:DIR, a directory with a Hugging Face model,"
         raise TrainError(
             f"heedful {command} needs {wanted.get(command, 'a run directory')} first: "
@@ -94,11 +98,12 @@ def _dispatch(arguments: list[str]) -> None:
         )
     elif command == "train":
         commands.train(rest[0], *base.load(rest[0]), rest[1:])
-    elif command == "inspect":
+    elif command in ("inspect", "masks"):
         experiment = base.load(rest[0])[0] if rest[0] in base.names() else None
-        commands.inspect(rest[0], experiment, rest[1:])
+        return getattr(commands, command)(rest[0], experiment, rest[1:]) or 0
     else:
         COMMANDS[command](rest[0], rest[1:])
+    return 0
 
 
 def _quiet() -> None:

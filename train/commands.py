@@ -25,6 +25,8 @@ class TrainArguments:
     """Directory of the run."""
     fallback: bool = False
     """Resume from the checkpoint before when the newest is corrupt."""
+    audit: bool = True
+    """Audit the masks of a small model before the first step (see heedful masks)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +83,15 @@ def train(name: str, experiment: Any, description: str, arguments: list[str]) ->
     chosen = parse(default, arguments, f"heedful train {name}", description)
 
     keep_compiled()
+    from train.audit.report import audit_before_training
     from train.evaluate import report
     from train.load import load
     from train.loop import fit
     from train.start import start_run
 
     run = start_run(chosen.run_dir, chosen.model, chosen.data, chosen.train, console())
+    if chosen.audit:
+        audit_before_training(run.model, run.data, console())
     fit(run, console(), fallback=chosen.fallback)
     report(load(run.directory, console()), run.train.decode, console())
 
@@ -164,6 +169,29 @@ def inspect(name: str, experiment: Any, arguments: list[str]) -> None:
     default = inspection.InspectArguments(model=model, data=whole.data, train=whole.train)
     chosen = parse(default, arguments, f"heedful inspect {name}")
     inspection.inspect(name, console=console(), **vars(chosen))
+
+
+def masks(name: str, experiment: Any, arguments: list[str]) -> int:
+    """heedful masks CONFIG|RUN; returns the exit code, 1 where something is wrong"""
+    from train.audit import report
+
+    if experiment:
+        keep_compiled()
+        model = _adopted(experiment.model, experiment.train, arguments)
+        default = report.ConfigMasksArguments(model=model, data=experiment.data)
+        chosen = parse(default, arguments, f"heedful masks {name}")
+        model, data, trained = chosen.model, chosen.data, None
+        output = chosen.output or Path(f"{name}.masks.png")
+    else:
+        import jax
+
+        chosen = _parse_for_run(report.MasksArguments, name, arguments, "masks")
+        loaded = _load(name, chosen)
+        model, data = loaded.run.model, loaded.run.data
+        trained = (jax.device_get(loaded.params), loaded.tokenizer)
+        output = chosen.output or Path(name) / "masks.png"
+    own = {"length": chosen.length, "cores": chosen.cores, "output": output}
+    return int(not report.masks(name, model, data, console(), trained=trained, **own))
 
 
 def import_(source: str, arguments: list[str]) -> None:

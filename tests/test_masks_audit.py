@@ -1,0 +1,421 @@
+"""The audit of masks finds each planted bug, names it, and has nothing to say about our configs.
+
+Bugs are planted in the real code, where the audit must see them from outside.
+"""
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+from PIL import Image
+from rich.console import Console
+
+from configs import base
+from data import objectives, pipeline
+from data.config import DataConfig, TokenizerConfig
+from model import heads, masks, transformer
+from model.attention import ATTENTION
+from model.attention.dense import dense
+from model.cache import KVCache
+from model.config import (
+    AttentionConfig,
+    HeadConfig,
+    ModelConfig,
+    ModelError,
+    NormConfig,
+    PositionConfig,
+)
+from train import cli
+from train.audit import declared
+from train.audit.audit import Audit, audit
+from train.audit.report import audit_before_training
+from train.audit.subject import Subject, with_core
+from train.config import TrainError
+
+DENSE = importlib.import_module("model.attention.dense")  # the package has a function of that name
+LM = DataConfig(source="shakespeare", objective="causal_lm")
+PREFIX = dataclasses.replace(LM, objective="prefix_lm")
+MASKED = dataclasses.replace(LM, objective="masked_lm")
+TRANSLATION = DataConfig()
+ARCHITECTURES = {
+    "causal_lm": "decoder_only",
+    "prefix_lm": "decoder_only",
+    "masked_lm": "encoder_only",
+    "translation": "encoder_decoder",
+}
+
+
+def model(data: DataConfig, **attention: Any) -> ModelConfig:
+    return ModelConfig(
+        architecture=ARCHITECTURES[data.objective],  # type: ignore[arg-type]
+        layers=1,
+        attention=AttentionConfig(heads=2, **attention),
+        norm=NormConfig(position="pre"),
+    )
+
+
+def audited(data: DataConfig, *, small: bool = True, **attention: Any) -> Audit:
+    return audit(Subject.of(model(data, **attention), data), small=small)
+
+
+def found(result: Audit, kind: str, where: str, how: str = "") -> list[tuple[int, ...]]:
+    """All places of findings of this kind; there must be one."""
+    chosen = [f for f in result.findings if (f.kind, f.where) == (kind, where) and how in f.how]
+    assert chosen, [str(f) for f in result.findings]
+    return [place for finding in chosen for place in finding.places]
+
+
+# The twelve -------------------------------------------------------------------------------------
+
+
+def plant_core(monkeypatch, name: str, core: Callable) -> None:
+    monkeypatch.setitem(ATTENTION, name, lambda config: core)
+
+
+def test_causality_dropped_when_dropout_is_on(monkeypatch):
+    def leaky(q, k, v, mask, *, dropout_rate=0.0, **how):
+        mask = mask.replace(causal=mask.causal and not dropout_rate)
+        return dense(q, k, v, mask, dropout_rate=dropout_rate, **how)
+
+    plant_core(monkeypatch, "dense", leaky)
+    result = audited(LM)
+    places = found(result, "leak", "self-attention", "dropout on")
+    assert all(s > t for _, t, s in places)
+    assert {finding.how for finding in result.findings} == {"dropout on"}
+
+
+@pytest.mark.parametrize("data", [LM, MASKED], ids=lambda data: data.objective)
+def test_off_by_one_window(monkeypatch, data):
+    sliding = masks.sliding
+    monkeypatch.setattr(masks, "sliding", lambda left, *rest: sliding(left + 1, *rest))
+    places = found(audited(data, window=2), "leak", "self-attention")
+    assert {t - s for _, t, s in places} == {3}
+
+
+def test_window_too_narrow_is_blindness(monkeypatch):
+    sliding = masks.sliding
+    monkeypatch.setattr(masks, "sliding", lambda left, *rest: sliding(left - 1, *rest))
+    places = found(audited(LM, window=2), "blindness", "self-attention")
+    assert {t - s for _, t, s in places} == {2}
+
+
+@pytest.mark.parametrize("data", [LM, MASKED], ids=lambda data: data.objective)
+def test_leak_across_packed_documents(monkeypatch, data):
+    packed = masks.packed
+    monkeypatch.setattr(masks, "packed", lambda ids: packed((ids > 0).astype(int)))
+    result = audited(data)
+    ids = result.subject.batch["segment_ids"]
+    places = found(result, "leak", "self-attention")
+    assert all(0 < ids[b, s] != ids[b, t] > 0 for b, t, s in places)
+    assert any("of another document" in str(finding) for finding in result.findings)
+
+
+def test_padding_seen_by_queries(monkeypatch):
+    packed = masks.packed
+    monkeypatch.setattr(masks, "packed", lambda ids: packed(jnp.ones_like(ids)))
+    result = audited(TRANSLATION)
+    places = found(result, "leak", "encoder self-attention")
+    ids = result.subject.batch["encoder_segment_ids"]
+    assert any(ids[b, s] == 0 < ids[b, t] for b, t, s in places)
+    assert any("which is padding" in str(finding) for finding in result.findings)
+
+
+def test_prefix_off_by_one(monkeypatch):
+    prefix = masks.prefix
+    monkeypatch.setattr(masks, "prefix", lambda lengths: prefix(lengths + 1))
+    result = audited(PREFIX)
+    lengths = result.subject.batch["prefix_len"]
+    places = found(result, "leak", "self-attention")
+    assert all(s == lengths[b] > t for b, t, s in places)
+
+
+def test_prefix_of_the_loss_off_by_one(monkeypatch):
+    """The loss asks the last but one position of the prefix for what it can read."""
+
+    def eager(example, rng, config, tokenizer):
+        row = objectives.prefix_lm(example, rng, config, tokenizer)
+        row["weights"][max(int(row["prefix_len"]) - 2, 0) :] = 1
+        return row
+
+    plant_objective(monkeypatch, "prefix_lm", eager)
+    result = audited(PREFIX)
+    assert all(s == t + 1 for _, t, s in found(result, "leak", "targets"))
+
+
+def test_padding_of_the_source_ignored_across(monkeypatch):
+    monkeypatch.setattr(transformer, "cross_mask", lambda *_: masks.full())
+    result = audited(TRANSLATION)
+    ids = result.subject.batch["encoder_segment_ids"]
+    places = found(result, "leak", "cross-attention")
+    assert any(ids[b, s] == 0 for b, _, s in places)
+    assert {finding.where for finding in result.findings} == {"cross-attention"}
+
+
+@pytest.mark.parametrize("data", [LM, PREFIX, TRANSLATION], ids=lambda data: data.objective)
+def test_cache_off_by_one(monkeypatch, data):
+    write = KVCache.write
+    monkeypatch.setattr(KVCache, "write", lambda self, k, v, at: write(self, k, v, at + 1))
+    result = audited(data, small=False)
+    kind = "decoder self-attention" if data == TRANSLATION else "self-attention"
+    for how in ("token by token", "3 at a time"):
+        found(result, "difference", kind, how)
+    assert all("cached" in finding.how for finding in result.findings)
+
+
+def test_cache_that_looks_one_ahead(monkeypatch):
+    """What comes with a token is seen too early."""
+
+    def attend(self, core, q, k, v, mask, is_real=None, **how):
+        cache = self.write(k, v, mask.q_offset)
+        return core(q, cache.k, cache.v, mask.at(mask.q_offset + 1), **how), cache
+
+    monkeypatch.setattr(KVCache, "attend", attend)
+    places = found(audited(LM, small=False), "leak", "self-attention", "3 at a time")
+    assert {s - t for _, t, s in places} == {1}
+
+
+def test_global_token_missing(monkeypatch):
+    longformer = masks.longformer
+    fewer = lambda window, index, *rest: longformer(window, index[:, 1:], *rest)  # noqa: E731
+    monkeypatch.setattr(masks, "longformer", fewer)
+    places = found(audited(MASKED, window=2, global_tokens=2), "blindness", "self-attention")
+    assert all(0 in (t, s) or 1 in (t, s) for _, t, s in places)
+
+
+def test_causal_linformer(monkeypatch):
+    """Projections along the length mix what comes later into every key."""
+
+    def linformer(q, k, v, mask, **how):
+        rng = np.random.default_rng(0)
+        project = lambda x: jnp.einsum("BSKH,SR->BRKH", x, rng.normal(size=(x.shape[1], 5)))  # noqa: E731
+        return dense(q, project(k), project(v), masks.full(), **how)
+
+    plant_core(monkeypatch, "mixes", linformer)
+    places = found(audited(LM, core="mixes"), "leak", "self-attention")
+    assert any(s > t for _, t, s in places)
+
+
+def plant_objective(monkeypatch, name: str, row: Callable) -> None:
+    known = objectives.OBJECTIVES[name]
+    monkeypatch.setitem(objectives.OBJECTIVES, name, known._replace(row=row))
+
+
+@pytest.mark.parametrize("data", [LM, PREFIX, TRANSLATION], ids=lambda data: data.objective)
+def test_targets_that_are_not_shifted(monkeypatch, data):
+    right = objectives.OBJECTIVES[data.objective].row
+
+    def unshifted(*args):
+        row = right(*args)
+        return {**row, "targets": row["inputs"]}
+
+    plant_objective(monkeypatch, data.objective, unshifted)
+    result = audited(data)
+    assert all(t == s for _, t, s in found(result, "leak", "targets"))
+    found(result, "difference", "targets")
+
+
+def test_tokens_that_are_not_masked(monkeypatch):
+    def unmasked(*args):
+        row = objectives.masked_lm(*args)
+        return {**row, "inputs": row["targets"]}
+
+    plant_objective(monkeypatch, "masked_lm", unmasked)
+    found(audited(MASKED), "leak", "targets")
+
+
+def test_positions_that_go_on(monkeypatch):
+    def pack(rows):
+        row = pack_right(rows)
+        return {**row, "positions": np.arange(len(row["positions"]), dtype=np.int32)}
+
+    pack_right = pipeline.pack
+    monkeypatch.setattr(pipeline, "pack", pack)
+    result = audited(LM)
+    found(result, "difference", "positions")
+    found(result, "difference", "self-attention", "packed")
+
+
+def test_a_model_that_ignores_positions(monkeypatch):
+    count = lambda _, inputs, offset=None: jnp.arange(inputs.shape[1])[None]  # noqa: E731
+    monkeypatch.setattr(transformer, "_or_range", count)
+    found(audited(LM), "difference", "self-attention", "packed")
+
+
+def test_one_segment_for_all_documents(monkeypatch):
+    def pack(rows):
+        row = pack_right(rows)
+        return {**row, "segment_ids": np.ones_like(row["segment_ids"])}
+
+    pack_right = pipeline.pack
+    monkeypatch.setattr(pipeline, "pack", pack)
+    found(audited(LM), "difference", "segment_ids")
+
+
+@pytest.mark.parametrize(
+    ("data", "value"), [(LM, -1e4), (LM, float(jnp.finfo(jnp.float32).min)), (TRANSLATION, -1e9)]
+)
+def test_finite_mask_value(monkeypatch, data, value):
+    """Padding, which may see nothing, sees all; and scores below the value lose against it."""
+
+    def softmax(scores, allowed):
+        return jax.nn.softmax(jnp.where(allowed, scores, value))
+
+    monkeypatch.setattr(DENSE, "masked_softmax", softmax)
+    result = audited(data, small=False)
+    for where in result.subject.names.values():
+        found(result, "leak", where, "dropout off")
+        found(result, "leak", where, "temptation")
+
+
+@pytest.mark.parametrize(("value", "is_added"), [(-1e4, False), (-1e9, True)])
+def test_finite_mask_value_that_spares_empty_rows(monkeypatch, value, is_added):
+    """Nothing is seen with common scores; with tempting ones it is."""
+
+    def softmax(scores, allowed):
+        masked = jnp.where(allowed, scores, scores + value if is_added else value)
+        return jax.nn.softmax(masked) * allowed.any(-1, keepdims=True)
+
+    monkeypatch.setattr(DENSE, "masked_softmax", softmax)
+    result = audited(LM, small=False)
+    found(result, "leak", "self-attention", "temptation")
+    assert {finding.how for finding in result.findings} == {"temptation"}
+
+
+def test_rows_that_see_one_another(monkeypatch):
+    def mixed(q, k, v, mask, **how):
+        return dense(q, k, jnp.broadcast_to(v[:1], v.shape), mask, **how)
+
+    plant_core(monkeypatch, "dense", mixed)
+    found(audited(LM), "leak", "self-attention", "rows")
+
+
+# Nothing to say ---------------------------------------------------------------------------------
+
+
+@functools.cache
+def clean(model: ModelConfig, data: DataConfig) -> None:
+    assert [str(finding) for finding in audit(Subject.of(model, data)).findings] == []
+
+
+@pytest.mark.parametrize("name", base.names())
+def test_our_configs_are_clean(name: str):
+    """Each once: those that differ in size only are the same small model."""
+    experiment = base.load(name)[0]
+    subject = Subject.of(experiment.model, experiment.data)
+    objective, noise = experiment.data.objective, experiment.data.noise
+    clean(subject.model, DataConfig(source="files", train=("-",), objective=objective, noise=noise))
+
+
+WINDOWS: dict[str, dict[str, Any]] = {
+    "all": {},
+    "window": {"window": 2},
+    "dilation": {"window": 2, "dilation": (1, 2)},
+    "global": {"window": 2, "global_tokens": 1},
+}
+
+
+@pytest.mark.parametrize("data", [LM, MASKED, TRANSLATION], ids=lambda data: data.objective)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("core", [name for name in ATTENTION if name not in ("dense", "splash")])
+def test_cores_are_clean_where_they_run(core: str, window: str, data: DataConfig):
+    """All but the one that is audited everywhere else, and a kernel that is slow on a CPU."""
+    config = with_core(model(data, **WINDOWS[window]), core)
+    if "global_tokens" in WINDOWS[window] or core == "linformer":
+        data = dataclasses.replace(data, packing=False)
+    try:
+        result = audit(Subject.of(config, data), small=True)
+    except ModelError as error:
+        pytest.skip(str(error))
+    assert [str(finding) for finding in result.findings] == []
+
+
+def test_pooled_classifiers_are_clean_and_padding_in_the_mean_is_not(monkeypatch):
+    data = DataConfig(source="sentiment", objective="classification")
+    config = ModelConfig(
+        architecture="encoder_only",
+        layers=1,
+        attention=AttentionConfig(heads=2),
+        positions=PositionConfig(kind="learned", max_length=3),
+        head=HeadConfig(kind="classifier", pooling="mean", pooler=False),
+    )
+    assert not audit(Subject.of(config, data), small=True).findings
+    pool = heads.pool
+    monkeypatch.setattr(heads, "pool", lambda x, ids, how: pool(x, None, how))
+    places = found(audit(Subject.of(config, data), small=True), "leak", "classifier")
+    assert all(t == 0 for _, t, _ in places)
+
+
+# The declaration --------------------------------------------------------------------------------
+
+
+def test_the_closure_is_the_reach_of_so_many_steps():
+    steps = np.eye(7, k=-2, dtype=bool)[None]
+    for layers in (0, 1, 2, 3, 5):
+        reach = declared.closure(steps, layers)[0]
+        expected = [[t - s in range(0, 2 * layers + 1, 2) for s in range(7)] for t in range(7)]
+        np.testing.assert_array_equal(reach, expected)
+
+
+def test_the_declaration_is_what_the_masks_say():
+    """Two ways to say the same: by loops here and in model/masks.py."""
+    rng = np.random.default_rng(0)
+    segments = np.sort(rng.integers(0, 4, (5, 11)), axis=1)[:, ::-1]
+    prefix = rng.integers(0, 5, 5)
+    for attention in WINDOWS.values():
+        config = model(LM, **attention)
+        mask = transformer.decoder_mask(config, jnp.array(segments), jnp.array(prefix))
+        expected = np.asarray(mask.to_bool(11, 11))
+        pairs = declared.attentions(config, {"segment_ids": segments, "prefix_len": prefix})
+        np.testing.assert_array_equal(pairs["self"], np.broadcast_to(expected, pairs["self"].shape))
+
+
+# The commands -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of two layers of random parameters, and the text that it would train on."""
+    folder = tmp_path_factory.mktemp("run")
+    text = toy.write_text(folder)
+    data = toy.data(text, "causal_lm", tokenizer=TokenizerConfig(kind="bytes"))
+    return toy.random_run(folder / "run", toy.model("decoder_only"), data)
+
+
+def test_masks_of_a_run(run, capsys):
+    assert cli.run(["masks", str(run.directory)]) == 0
+    said = capsys.readouterr().out
+    assert "the model of the run with its parameters" in said
+    assert "documents of" in said and "0 leaks, 0 blind, 0 other differences" in said
+    with Image.open(run.directory / "masks.png") as image:
+        assert min(image.size) > 300
+
+
+def test_a_leak_is_exit_code_1_and_red_in_the_picture(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    sliding = masks.sliding
+    monkeypatch.setattr(masks, "sliding", lambda left, *rest: sliding(left + 1, *rest))
+    assert cli.run(["masks", "shakespeare_char", "--model.attention.window", "3"]) == 1
+    said = capsys.readouterr().out
+    assert (
+        "leak: self-attention (mask): position 4 of row 0 sees position 0, which is out of reach"
+        in said
+    )
+    assert "!!" in said
+    with Image.open("shakespeare_char.masks.png") as image:
+        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 24)}
+    assert (0xD6, 0x27, 0x28) in colours
+
+
+def test_training_does_not_begin_with_a_leak(monkeypatch, capsys, run):
+    audit_before_training(run.model, run.data, Console())
+    assert "masks: audited, 0 leaks" in capsys.readouterr().out
+    monkeypatch.setattr(masks, "causal", masks.full)
+    with pytest.raises(TrainError, match=r"--no-audit(.|\n)*leak: self-attention"):
+        audit_before_training(run.model, run.data, Console())

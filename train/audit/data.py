@@ -1,0 +1,110 @@
+"""What the pipeline and the objective do wrong, seen in the arrays alone."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Bool
+
+from data.objectives import Arrays
+from data.pipeline import Dataset
+from model.config import ModelConfig
+from train.audit.declared import reaches
+from train.audit.findings import Finding, differing
+
+BATCHES = 16  # that are read: objectives are random
+KEPT = 0.3  # share of the chosen tokens that masked_lm may leave as they are; it should be 0.1
+
+
+def in_data(model: ModelConfig, dataset: Dataset) -> list[Finding]:
+    """What the pipeline and the objective do wrong: targets that are seen, positions, segments."""
+    found: dict[tuple[str, str], Finding] = {}
+    documents = _documents(dataset)
+    kept, chosen = 0, 0
+    batches = [dataset.batch(dataset.eval_plan, 0, 1, 0)]
+    batches += [dataset.batch(dataset.train_plan, 0, 1, i) for i in range(BATCHES)]
+    for batch in batches:
+        for finding in _in_batch(model, dataset, batch, documents):
+            found.setdefault((finding.kind, finding.where), finding)
+        if dataset.config.objective == "masked_lm":
+            weighted = batch["weights"] > 0
+            kept += int((batch["inputs"] == batch["targets"])[weighted].sum())
+            chosen += int(weighted.sum())
+    findings = list(found.values())
+    if kept > KEPT * chosen:
+        reason = (
+            f"{kept} of {chosen} tokens to be restored stand in their own place: about 10 % may"
+        )
+        findings.append(Finding("leak", "targets", "data", reason))
+    return findings
+
+
+def _documents(dataset: Dataset) -> np.ndarray:
+    """The document of each token, -1 for those that are in none."""
+    numbers = np.full(dataset.tokenizer.vocab_size, -1)
+    for i in range(len(dataset.store.blank)):
+        for tokens in dataset.store[i].values():
+            numbers[tokens] = i
+    return numbers
+
+
+def _in_batch(
+    model: ModelConfig, dataset: Dataset, batch: Arrays, documents: np.ndarray
+) -> Iterator[Finding]:
+    is_masked = dataset.config.objective == "masked_lm"
+    has_tokens = batch["targets"].ndim == 2
+    counted = batch["weights"] > 0 if has_tokens else np.zeros(batch["inputs"].shape, bool)
+    for side in ("", "encoder_") if "encoder_inputs" in batch else ("",):
+        segments, tokens = batch[f"{side}segment_ids"], batch[f"{side}inputs"]
+        if not side and is_masked:
+            tokens = np.where(counted, batch["targets"], tokens)
+        yield from differing(
+            f"{side}positions", "data", batch[f"{side}positions"] != _places(segments),
+            "the position of a token is not its place in its document",
+        )  # fmt: skip
+        of = np.where(segments > 0, documents[tokens], -1)
+        yield from differing(
+            f"{side}segment_ids", "data", _mixed(segments, of),
+            "a segment is not what comes from one document",
+        )  # fmt: skip
+    if not has_tokens:
+        return
+    yield from differing(
+        "weights", "data", counted & (batch["segment_ids"] == 0), "padding has a weight"
+    )
+    if model.architecture != "encoder_only":
+        segments = batch["segment_ids"]
+        same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+        wrong = same & (batch["inputs"][:, 1:] != batch["targets"][:, :-1])
+        yield from differing("targets", "data", wrong, "the target is not the next input")
+    ordinary = counted & ~dataset.tokenizer.is_special[batch["targets"]]
+    for (output, stream), may in reaches(model, batch).items():
+        if output != "logits":
+            continue
+        given = (batch["targets"][:, :, None] == batch[stream][:, None]) & ordinary[:, :, None]
+        if is_masked:  # what stands at a chosen position is noise; `in_data` counts it
+            given &= ~counted[:, None]
+        pairs = tuple(map(tuple, np.argwhere(given & may).tolist()))
+        if pairs:
+            b, t, s = pairs[0]
+            side = "" if stream == "inputs" else " of the encoder"
+            reason = f"position {t} of row {b} sees its target, which is input {s}{side}"
+            yield Finding("leak", "targets", "data", reason, pairs)
+
+
+def _places(segments: np.ndarray) -> np.ndarray:
+    """The place of each position in its segment, 0 for padding."""
+    index = np.arange(segments.shape[1])
+    starts = np.diff(segments, axis=1, prepend=-1) != 0
+    first = np.maximum.accumulate(np.where(starts, index, 0), axis=1)
+    return np.where(segments > 0, index - first, 0)
+
+
+def _mixed(segments: np.ndarray, documents: np.ndarray) -> Bool[np.ndarray, "B T"]:
+    """Positions that share a segment with a token of another document, or not with a neighbour."""
+    known = documents >= 0
+    both = known[:, :, None] & known[:, None]
+    same = segments[:, :, None] == segments[:, None]
+    alike = documents[:, :, None] == documents[:, None]
+    # A long row may begin and end with parts of one document.
+    next_to = abs(np.subtract.outer(*[np.arange(segments.shape[1])] * 2)) == 1
+    return (both & ((same & ~alike) | (alike & ~same & next_to))).any(2)

@@ -1,0 +1,102 @@
+"""The rows that are audited: artificial documents through the real pipeline and objective.
+
+All tokens of a row differ, so that where a token stands says which document it is from, and a
+target among the inputs is a leak and no accident.
+"""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from data.config import DataConfig, TokenizerConfig
+from data.pipeline import Dataset
+from data.rows import arrange
+from data.store import TokenStore
+from data.tokenizer import Tokenizer
+from train.config import require
+
+NEEDED = 3  # distinct tokens, in shares of a row
+ROWS = 3  # one full, or nearly, one with padding at its end, and one that is all padding
+# Lengths of the documents, in shares of a row.
+PACKED, ALONE = (0.35, 0.2, 0.45, 0.55), (0.9, 0.55)
+
+
+def tokenizer_of_words(count: int, objective: str) -> Tokenizer:
+    """A tokenizer of that many words, with the special tokens that the objective needs."""
+    words = " ".join(f"w{i:0{len(str(count))}}" for i in range(count))
+    config = TokenizerConfig(kind="words", vocab_size=count + 200)
+    return Tokenizer.train([words], config, objective)
+
+
+def dataset(
+    config: DataConfig, tokenizer: Tokenizer, length: int, *, pairs: bool = False
+) -> Dataset:
+    """A few documents of distinct tokens in rows of `length`, as the pipeline makes them.
+
+    `pairs` says that examples for classes have a second text. Raises TrainError where the tokenizer
+    has fewer tokens than a row.
+    """
+    count = len(tokenizer.ordinary)
+    require(
+        count >= NEEDED * length,
+        f"rows of {length} need {NEEDED * length} distinct tokens, and the tokenizer has {count}: "
+        f"give a --length of at most {count // NEEDED}",
+    )
+    config = dataclasses.replace(
+        config,
+        max_length=length,
+        batch_tokens=ROWS * length,
+        batch_multiple=1,
+        buckets=1,
+        workers=0,
+    )
+    is_labelled = config.objective in ("classification", "regression")
+    fields = ("source", "target") if config.objective == "translation" else ("text",)
+    if is_labelled and pairs:
+        fields = ("text", "pair")
+    shares = PACKED if config.is_packed else ALONE
+    room = (length - 3) // (2 if "pair" in fields else 1)
+    sizes = [max(2, int(share * room)) for share in shares]
+    with tempfile.TemporaryDirectory() as folder:
+        store = _store(Path(folder), fields, sizes, tokenizer.ordinary)
+    rows = arrange(config, tokenizer, store, "train", 0)
+    labels = None
+    if is_labelled:
+        kind = np.float32 if config.objective == "regression" else np.int32
+        labels = np.arange(len(sizes)).astype(kind) % 2
+    return Dataset(
+        config=config, tokenizer=tokenizer, split="train", seed=0, data_fingerprint="",
+        classes=config.classes, store=store, labels=labels, kept=rows.kept, pieces=rows.pieces,
+        train_plan=rows.plan, eval_plan=rows.plan.in_order(), characters=0, bytes=0,
+        target_count=rows.target_count, report=[],
+    )  # fmt: skip
+
+
+def _store(
+    folder: Path, fields: tuple[str, ...], sizes: list[int], tokens: np.ndarray
+) -> TokenStore:
+    """Documents that go through the tokens in their order."""
+    first = 0
+    np.save(folder / "blank.npy", np.zeros(len(sizes), bool))
+    np.save(folder / "sizes.npy", np.zeros((2, len(sizes)), np.int64))
+    for field in fields:
+        np.save(folder / f"{field}.offsets.npy", np.cumsum([0, *sizes]))
+        ids = tokens[(first + np.arange(sum(sizes))) % len(tokens)].astype(np.int32)
+        first += sum(sizes)
+        (folder / f"{field}.ids").write_bytes(ids.tobytes())
+    return TokenStore(folder, fields)
+
+
+def batch(dataset: Dataset) -> dict[str, np.ndarray]:
+    """The rows in their order; those with a prefix of which a prefix leaves something to see."""
+    made = {}
+    for seed in range(100):
+        made = dataclasses.replace(dataset, seed=seed).batch(dataset.eval_plan, 0, 1, 0)
+        if "prefix_len" not in made:
+            break
+        prefix, lengths = made["prefix_len"][:2], (made["segment_ids"] > 0).sum(1)[:2]
+        if ((prefix > 2) & (prefix <= lengths - 2)).all():
+            break
+    return made

@@ -1,0 +1,301 @@
+"""What a model does see: which outputs change with which inputs, by bits and by gradient."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from model.config import ModelConfig
+from model.layers import Linear, MultiHeadAttention, Shared
+from model.masks import AttentionMask
+from model.stack import Stack
+from model.transformer import Inputs, build, empty_cache
+from train.step import model_inputs
+
+# Seconds of compilation are what an audit costs; its programs run for milliseconds.
+FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+STREAMS = ("inputs", "encoder_inputs")
+AT_ONCE = 64  # outputs whose gradients are computed side by side
+STRENGTHS = (1e20, 8.0)
+
+Batch = Mapping[str, np.ndarray]
+Seen = dict[tuple[str, str], Bool[np.ndarray, "B T S"]]
+"""{(output, input): which positions of one depend on which of the other}."""
+Outputs = dict[str, Float[Array, "B T D"]]
+Program = Callable[[Any, dict, dict], Outputs]  # (parameters, batch, deltas) -> outputs
+
+
+class Reading(NamedTuple):
+    """How rows go through a cache: the first `lengths` tokens of each in one piece of `first`
+    positions, with padding after them, then `chunk` tokens at a time."""
+
+    lengths: tuple[int, ...]
+    first: int
+    chunk: int
+
+    def __str__(self) -> str:
+        return (
+            "token by token"
+            if self.chunk == 1
+            else f"{self.first} tokens, then {self.chunk} at a time"
+        )
+
+    def covered(self, length: int) -> Bool[np.ndarray, "B T"]:
+        """The positions that are read."""
+        more = (length - self.first) // self.chunk * self.chunk
+        return np.arange(length) < np.array(self.lengths)[:, None] + more
+
+
+def shapes(config: ModelConfig) -> Any:
+    """Shapes and types of the parameters."""
+    tokens = {name: jnp.zeros((1, 1), jnp.int32) for name in streams(config)}
+    return nn.unbox(jax.eval_shape(build(config).init, jax.random.key(0), **tokens))["params"]
+
+
+def random_params(config: ModelConfig) -> Any:
+    """Parameters that are random everywhere: no bias is 0, and no matrix of an update."""
+    draw = np.random.default_rng(0).normal
+    return jax.tree.map(lambda x: draw(0, 0.3, x.shape).astype(x.dtype), shapes(config))
+
+
+def streams(config: ModelConfig) -> tuple[str, ...]:
+    return STREAMS if config.architecture == "encoder_decoder" else STREAMS[:1]
+
+
+# Programs ---------------------------------------------------------------------------------------
+
+
+def forward(config: ModelConfig, deterministic: bool) -> Program:
+    """The model as training and evaluation call it: logits, and what comes out of the encoder, or
+    out of the stack below a classifier."""
+    is_pair, is_pooled = config.architecture == "encoder_decoder", config.head.kind == "classifier"
+    shown = ("encoder",) if is_pair else ("encoder", "decoder") if is_pooled else ()
+
+    def run(params: Any, batch: dict, deltas: dict) -> Outputs:
+        found: Outputs = {}
+        key = jax.random.key(1)
+
+        def added(call, args, kwargs, context):
+            module = context.module
+            if context.method_name != "__call__":
+                return call(*args, **kwargs)
+            if isinstance(module, Inputs):
+                stream = "encoder_inputs" if module.name == "encoder_inputs" else "inputs"
+                args = (args[0] + deltas[stream].astype(args[0].dtype), *args[1:])
+            result = call(*args, **kwargs)
+            if isinstance(module, Stack) and module.name in shown:
+                found[str(module.name)] = result[0]
+            return result
+
+        with nn.intercept_methods(added):
+            logits: Any = build(config).apply(
+                {"params": params},
+                **batch,
+                deterministic=deterministic,
+                rngs={} if deterministic else dict.fromkeys(("dropout", "features"), key),
+            )
+        # One output for each row is one position.
+        return {**found, "logits": logits if logits.ndim == 3 else logits[:, None]}
+
+    return run
+
+
+def through_cache(config: ModelConfig, reading: Reading) -> Program:
+    """The model as `generate` and `translate` call it, token by token or in chunks."""
+
+    def run(params: Any, batch: dict, deltas: dict) -> Outputs:
+        model, (B, T) = build(config), batch["inputs"].shape
+        lengths, first, chunk = jnp.array(reading.lengths), reading.first, reading.chunk
+        # A position that holds for all rows is a number, as in `generate`.
+        start = lengths if len(set(reading.lengths)) > 1 else lengths[0]
+        is_pair = config.architecture == "encoder_decoder"
+
+        def call(method: str, delta: jax.Array, *args: Any, **kwargs: Any) -> Any:
+            def added(call, args, kwargs, context):
+                if isinstance(context.module, Inputs) and context.method_name == "__call__":
+                    args = (args[0] + delta.astype(args[0].dtype), *args[1:])
+                return call(*args, **kwargs)
+
+            with nn.intercept_methods(added):
+                return model.apply({"params": params}, *args, **kwargs, method=method)
+
+        source, begin = (), {"is_real": jnp.arange(first) < lengths[:, None]}
+        if is_pair:
+            segments = batch["encoder_segment_ids"]
+            delta = deltas["encoder_inputs"]
+            source = (call("encode", delta, batch["encoder_inputs"], segments), segments)
+        elif "prefix_len" in batch:
+            begin["prefix_len"] = lengths
+        logits, cache = call(
+            "decode", deltas["inputs"][:, :first], batch["inputs"][:, :first], *source, **begin,
+            cache=empty_cache(config, B, T), offset=jnp.int32(0),
+        )  # fmt: skip
+
+        def step(cache: Any, i: jax.Array):
+            at = jnp.reshape(start + i * chunk, (-1, 1)) + jnp.arange(chunk)
+            at = jnp.broadcast_to(at, (B, chunk))
+            tokens = jnp.take_along_axis(batch["inputs"], at, axis=1)
+            delta = jnp.take_along_axis(deltas["inputs"], at[..., None], axis=1)
+            source = (None, batch["encoder_segment_ids"]) if is_pair else ()
+            offset = start + i * chunk
+            logits, cache = call("decode", delta, tokens, *source, cache=cache, offset=offset)
+            return cache, logits
+
+        _, more = jax.lax.scan(step, cache, jnp.arange((T - first) // chunk))
+        more = jnp.moveaxis(more, 0, 1).reshape(B, -1, logits.shape[-1])
+        whole = jnp.zeros((B, T, logits.shape[-1])).at[:, :first].set(logits)
+        put = lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at, 0))  # noqa: E731
+        return {"logits": jax.vmap(put)(whole, more, lengths)}
+
+    return run
+
+
+class Probe:
+    """A program with its parameters, compiled once for batches of one shape."""
+
+    def __init__(self, config: ModelConfig, params: Any, program: Program):
+        self.config, self.params, self.program = config, params, program
+        self._run = jax.jit(program, compiler_options=FAST)
+
+    def outputs(self, batch: Batch, deltas: dict | None = None) -> dict[str, np.ndarray]:
+        return jax.device_get(
+            self._run(self.params, model_inputs(self.config, batch), deltas or self._zeros(batch))
+        )
+
+    def by_bits(self, batch: Batch) -> Seen:
+        """Which outputs change by a bit when the vector of an input token does.
+
+        The tokens at one position change in all rows at once; see `mixed`.
+        """
+        before, zeros = self.outputs(batch), self._zeros(batch)
+        seen = {
+            (name, stream): np.zeros((*x.shape[:2], zero.shape[1]), bool)
+            for stream, zero in zeros.items()
+            for name, x in before.items()
+        }
+        for stream, zero in zeros.items():
+            for s in range(zero.shape[1]):
+                for name, changed in self._changed(batch, before, stream, np.s_[:, s]).items():
+                    seen[name, stream][:, :, s] = changed
+        return seen
+
+    def mixed(self, batch: Batch) -> Bool[np.ndarray, "B T"]:
+        """Which logits change by a bit when all tokens of another row do."""
+        before, rows = self.outputs(batch), np.arange(len(batch["inputs"]))
+        found = np.zeros(before["logits"].shape[:2], bool)
+        for stream in streams(self.config):
+            for b in rows:
+                changed = self._changed(batch, before, stream, np.s_[b])["logits"]
+                found |= changed & (rows != b)[:, None]
+        return found
+
+    def _changed(self, batch: Batch, before: dict, stream: str, places: Any) -> dict:
+        """Which outputs are others, or no numbers, when tokens at these places are."""
+        deltas = self._zeros(batch)
+        deltas[stream][places] = np.random.default_rng(0).normal(size=self.config.width)
+        after = self.outputs(batch, deltas)
+        return {k: ((x != before[k]) | ~np.isfinite(x)).any(-1) for k, x in after.items()}
+
+    def by_gradient(self, batch: Batch) -> Seen:
+        """Which outputs have a gradient that is not exactly 0 for the vector of an input token.
+
+        Each output is a random direction of the vector that the model gives there; those at one
+        position are summed over the rows.
+        """
+
+        def jacobian(params: Any, inputs: dict, zeros: dict) -> Any:
+            def directed(deltas: dict) -> dict:
+                rng = np.random.default_rng(1)
+                return {
+                    name: x.astype(jnp.float32) @ rng.normal(size=x.shape[-1]).astype(np.float32)
+                    for name, x in self.program(params, inputs, deltas).items()
+                }
+
+            outputs, pull = jax.vjp(directed, zeros)
+
+            def reach(name: str) -> dict:
+                def one(t: jax.Array) -> dict:
+                    ones = jax.tree.map(jnp.zeros_like, outputs)
+                    ones[name] = ones[name].at[:, t].set(1)
+                    return jax.tree.map(lambda g: jnp.any(g != 0, axis=-1), pull(ones)[0])
+
+                length = outputs[name].shape[1]
+                places = jnp.arange(length)
+                found = jax.lax.map(one, places, batch_size=min(AT_ONCE, length))
+                return {(name, stream): x.swapaxes(0, 1) for stream, x in found.items()}
+
+            return {key: x for name in outputs for key, x in reach(name).items()}
+
+        run = jax.jit(jacobian, compiler_options=FAST)
+        inputs = model_inputs(self.config, batch)
+        return jax.device_get(run(self.params, inputs, self._zeros(batch)))
+
+    def _zeros(self, batch: Batch) -> dict[str, np.ndarray]:
+        width = self.config.width
+        return {
+            name: np.zeros((*batch[name].shape, width), np.float32) for name in streams(self.config)
+        }
+
+
+# Temptation -------------------------------------------------------------------------------------
+
+
+def tempted(
+    config: ModelConfig,
+    params: Any,
+    place: Any,
+    mask: AttentionMask,
+    may: Bool[np.ndarray, "B T S"],
+    projection: Any = None,
+) -> Bool[np.ndarray, "B T"]:
+    """Queries whose result changes with what they may not see, when that is as tempting as can be.
+
+    All queries are one vector, keys that a query may see are -strength times that and the others
+    +strength times: a finite number in place of an exclusion, whether it is added to a score or put
+    in its place, loses against that. A result that is not finite, as of random features that
+    overflow, tells nothing; a smaller strength then does.
+    """
+    B, T, S = may.shape
+    attention = config.attention
+    rng = np.random.default_rng(0)
+    value, noise = rng.normal(size=(2, B, S, config.kv_heads, config.head_dim)).astype(np.float32)
+    module, shared = MultiHeadAttention(config, place), Shared(projection=projection)
+
+    def attend(params: Any, may: jax.Array, mask: AttentionMask, strength, key, value) -> jax.Array:
+        """[B, T, D], where keys that may not be seen by a query are `key` times the vector."""
+
+        def replaced(call, args, kwargs, context):
+            if not isinstance(context.module, Linear) or context.method_name != "__call__":
+                return call(*args, **kwargs)
+            name, dtype = str(context.module.name).removeprefix("global_"), config.dtype
+            if name == "query":
+                shape = (*args[0].shape[:2], attention.heads, config.head_dim)
+                return jnp.full(shape, config.head_dim**-0.5, dtype)
+            if name == "key":
+                keys = jnp.where(may, -strength, key)[..., None, None]
+                return jnp.broadcast_to(keys, value.shape).astype(dtype)
+            return jnp.asarray(value, dtype) if name == "value" else call(*args, **kwargs)
+
+        zeros = jnp.zeros((B, T, config.width), config.dtype)
+        context = jnp.zeros((B, S, config.width), config.dtype) if place == "cross" else None
+        with nn.intercept_methods(replaced):
+            y, _ = module.apply({"params": params}, zeros, context, mask, shared)  # type: ignore[misc]
+        return y.astype(jnp.float32)
+
+    def changed(params: Any, mask: AttentionMask, may: jax.Array, strength: jax.Array):
+        def one(t: jax.Array) -> jax.Array:
+            seen = may[:, t]
+            other = jnp.where(seen[..., None, None], value, noise)
+            a = attend(params, seen, mask, strength, strength, value)[:, t]
+            b = attend(params, seen, mask, strength, 0.0, other)[:, t]
+            return ((a != b) & jnp.isfinite(a) & jnp.isfinite(b)).any(-1)
+
+        return jax.lax.map(one, jnp.arange(T)).T
+
+    run = jax.jit(changed, compiler_options=FAST)
+    found = [run(params, mask, may, jnp.float32(strength)) for strength in STRENGTHS]
+    return np.any(jax.device_get(found), axis=0)

@@ -1,0 +1,141 @@
+"""The masks of an audit as characters and as a PNG, and what is wrong in them by colour."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from rich.columns import Columns
+from rich.console import Group
+from rich.text import Text
+
+from train.audit import declared
+from train.audit.audit import Audit
+from train.inspect import MAY, MAY_NOT
+
+MAY_NOT_SEE, SOME, SEES, LEAK, BLIND = range(5)
+MARKS = {MAY_NOT_SEE: MAY_NOT, SOME: "▒▒", SEES: MAY, LEAK: "!!", BLIND: "??"}
+COLOURS = {MAY_NOT_SEE: "0.93", SOME: "0.65", SEES: "0.3", LEAK: "#d62728", BLIND: "#1f77b4"}
+MEANING = {
+    MAY_NOT_SEE: "may not and does not see",
+    SOME: "some heads see",
+    SEES: "may and does see",
+    LEAK: "leak: sees what it must not",
+    BLIND: "blind: does not see what it may",
+}
+TEXT, LABELLED = 32, 64  # longest rows that are drawn as text, and whose tokens are written
+ROWS = 2  # of the batch: a full one, and one with padding
+CELL, PANEL, FONT = 0.14, 2.2, 7  # inches of a pair, least of a panel; points of a label
+
+States = Int[np.ndarray, "T S"]
+
+
+def states(seen: declared.Pairs, may: declared.Pairs) -> Int[np.ndarray, "B T S"]:
+    """What each pair is, over all heads."""
+    result = np.where(seen.all(1), SEES, np.where(seen.any(1), SOME, MAY_NOT_SEE))
+    result = np.where((may & ~seen).any(1), BLIND, result)
+    return np.where((seen & ~may).any(1), LEAK, result)
+
+
+def panels(audit: Audit) -> list[tuple[str, str, Int[np.ndarray, "B T S"]]]:
+    """(what is seen, by which stream of keys, its pairs): the masks, then all layers together."""
+    subject = audit.subject
+    found = []
+    for kind, mask in audit.masks.items():
+        keys = "inputs" if kind == "self" else "encoder_inputs"
+        pairs = states(mask, np.broadcast_to(subject.pairs[kind], mask.shape))
+        found.append((f"mask of {subject.names[kind]}", keys, pairs))
+    for key, may in declared.reaches(subject.model, subject.batch).items():
+        through = f"{subject.where(*key)}: all layers"
+        found.append((through, key[1], states(audit.seen[key][:, None], may[:, None])))
+    return found
+
+
+def as_text(audit: Audit) -> Group:
+    """The masks of the first rows in block characters, and what their documents are."""
+    pictures = []
+    for title, _, pairs in panels(audit)[: len(audit.masks)]:
+        for row, states in enumerate(pairs[:ROWS]):
+            lines = "\n".join("".join(MARKS[s] for s in line) for line in states.tolist())
+            pictures.append(Text(f"{title}, row {row}\n{lines}\n", no_wrap=True))
+    legend = "queries down, keys across: " + ", ".join(
+        f"{MARKS[state]} {MEANING[state]}" for state in MARKS
+    )
+    rows = [f"row {row}: {_facts(audit.subject.batch, row)}" for row in range(ROWS)]
+    return Group(Text("\n".join([legend, *rows]) + "\n"), Columns(pictures, padding=(0, 3)))
+
+
+def _facts(batch: declared.Batch, row: int) -> str:
+    """The documents, the prefix and the padding of a row."""
+    said = []
+    for side, name in (("encoder_", "source: "), ("", "target: ")):
+        if f"{side}segment_ids" in batch:
+            ids = batch[f"{side}segment_ids"][row]
+            counts = [str(n) for n in np.bincount(ids)[1:]]
+            noun = "documents" if len(counts) > 1 else "a document"
+            text = f"{noun} of {', '.join(counts)} tokens, {(ids == 0).sum()} of padding"
+            said.append((name if "encoder_inputs" in batch else "") + text)
+    if "prefix_len" in batch:
+        said.append(f"a prefix of {batch['prefix_len'][row]}")
+    return "; ".join(said)
+
+
+def write_png(audit: Audit, title: str, path: Path, software: str) -> None:
+    """Draws the masks of the first rows, and below them what is seen through all layers."""
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    from train.token_labels import drawable
+
+    found, batch = panels(audit), audit.subject.batch
+    drawn = [(name, keys, row, pairs[row]) for name, keys, pairs in found for row in range(ROWS)]
+    columns = ROWS * max(1, min(len(audit.masks), 3))
+    lines = -(-len(drawn) // columns)
+    T = batch["inputs"].shape[1]
+    size = max(CELL * T, PANEL) + 0.9
+    figure = Figure(figsize=(columns * size, lines * (size + 0.3) + 1.4), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False)
+    colours = ListedColormap(list(COLOURS.values()))
+    for panel, cell in zip(axes.flat, [*drawn, *[None] * (axes.size - len(drawn))], strict=True):
+        if cell is None:
+            panel.remove()
+            continue
+        name, keys, row, pairs = cell
+        panel.imshow(pairs, cmap=colours, vmin=0, vmax=len(COLOURS) - 1, interpolation="none")
+        panel.set_title(f"{name}\nrow {row}", fontsize=FONT + 1)
+        panel.xaxis.tick_top()
+        panel.tick_params(length=2)
+        pooled, source = len(pairs) == 1, name.startswith(("mask of encoder ", "encoder "))
+        sides = ("encoder_inputs" if source else "inputs", keys)
+        for side, axis in zip(sides, (panel.yaxis, panel.xaxis), strict=True):
+            ids = batch[side.removesuffix("inputs") + "segment_ids"][row]
+            labels = ["output"] if pooled and axis is panel.yaxis else _labels(audit, side, row)
+            if len(labels) <= LABELLED:
+                texts, families, _ = drawable(labels)
+                turn = 90 if axis is panel.xaxis else 0
+                axis.set_ticks(range(len(texts)), texts, rotation=turn, fontsize=FONT - 1)
+                for label in axis.get_ticklabels():
+                    label.set(fontfamily=families, parse_math=False)
+            draw = panel.axvline if axis is panel.xaxis else panel.axhline
+            if not (pooled and axis is panel.yaxis):
+                for border in np.flatnonzero(np.diff(ids)):
+                    draw(border + 0.5, color="black", linewidth=0.6)
+    patches = [Patch(facecolor=COLOURS[state], label=MEANING[state]) for state in MEANING]
+    figure.suptitle(f"{title}\nqueries down, keys across", fontsize=FONT + 3)
+    figure.legend(
+        handles=patches, loc="outside lower center", ncols=3, fontsize=FONT, frameon=False
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=120, metadata={"Software": software, "Title": title})
+
+
+def _labels(audit: Audit, side: str, row: int) -> Sequence[Any]:
+    """The tokens of a row with the numbers of their documents."""
+    from train.token_labels import pieces
+
+    batch = audit.subject.batch
+    tokens = pieces(audit.subject.dataset.tokenizer, batch[side][row])
+    ids = batch[side.removesuffix("inputs") + "segment_ids"][row]
+    return [f"{token} {i}" if i else "-" for token, i in zip(tokens, ids, strict=True)]

@@ -1,0 +1,140 @@
+"""What is audited: a model, small unless it is a trained one, and rows for it."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+
+from data.config import DataConfig
+from data.pipeline import Dataset
+from data.tokenizer import Tokenizer
+from model.config import LinformerConfig, ModelConfig, PerformerConfig
+from train.attention_weights import attention_kinds
+from train.audit import declared, examples
+from train.audit.measured import random_params, shapes
+
+LENGTH = 16  # of the rows
+LAYERS, WIDTH, HEAD_DIM, HEADS, GROUP, RANK = 2, 16, 4, 2, 2, 8  # most of a small model
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, its parameters, and the rows that it is audited on."""
+
+    model: ModelConfig
+    params: Any
+    is_trained: bool
+    dataset: Dataset
+    note: str
+    """How the model differs from that of the config."""
+
+    @classmethod
+    def of(
+        cls,
+        model: ModelConfig,
+        data: DataConfig,
+        length: int | None = None,
+        trained: tuple[Any, Tokenizer] | None = None,
+    ) -> "Subject":
+        """The model with trained parameters and their tokenizer, else a small one at random."""
+        length, fits = length or LENGTH, trained is not None and _fit(model, trained[0])
+        if trained is not None and fits:
+            params, tokenizer = trained
+            note = "the model of the run with its parameters"
+            if model.positions.kind == "learned":
+                length = min(length, model.positions.max_length)
+            if (model.attention.window or 0) >= length - 1:
+                note += f", whose window of {model.attention.window} needs a --length above it"
+        else:
+            tokenizer = examples.tokenizer_of_words(examples.NEEDED * length, data.objective)
+            model, note = shrunk(model, length, tokenizer.vocab_size)
+            params = random_params(model)
+        dataset = examples.dataset(data, tokenizer, length, pairs=model.types > 1)
+        return cls(model, params, fits, dataset, note)
+
+    @cached_property
+    def batch(self) -> declared.Batch:
+        return examples.batch(self.dataset)
+
+    @cached_property
+    def pairs(self) -> dict[str, declared.Pairs]:
+        """The declared pairs of each attention."""
+        return declared.attentions(self.model, self.batch)
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        return attention_kinds(self.model)
+
+    def where(self, output: str, stream: str) -> str:
+        """What decides about this part of what the model sees."""
+        if output == "logits" and self.model.head.kind == "classifier":
+            return "classifier"
+        if stream == "encoder_inputs":
+            return self.names["encoder" if output == "encoder" else "cross"]
+        return self.names["self"]
+
+
+def _fit(model: ModelConfig, params: Any) -> bool:
+    """Whether these are parameters of the model: another core may have other ones."""
+    expected = dict(jax.tree_util.tree_leaves_with_path(shapes(model)))
+    given = dict(jax.tree_util.tree_leaves_with_path(params))
+    return {k: x.shape for k, x in expected.items()} == {k: x.shape for k, x in given.items()}
+
+
+def shrunk(model: ModelConfig, length: int, vocab_size: int) -> tuple[ModelConfig, str]:
+    """A small model with the same structure, and what has changed; masks, positions, cores stay.
+
+    A window that is too wide to be seen in rows of `length` becomes narrow.
+    """
+    attention = model.attention
+    used = {attention.core_of(place) for place in model.places}
+    changes: dict[str, Any] = {"head_dim": HEAD_DIM}
+    if not attention.dilation:
+        groups = min(attention.heads // model.kv_heads, GROUP)
+        kv_heads = min(model.kv_heads, HEADS)
+        changes |= {"heads": kv_heads * groups, "kv_heads": kv_heads}
+    if attention.window is not None:
+        reach = attention.window * max(attention.dilation or (1,)) * LAYERS
+        narrow = min(attention.window, 2) if reach >= length - 2 else attention.window
+        changes |= {"window": narrow, "global_tokens": min(attention.global_tokens, 2)}
+    if "performer" in used:
+        changes["performer"] = dataclasses.replace(attention.performer, features=RANK, chunk=5)
+    if "linformer" in used:
+        changes["linformer"] = dataclasses.replace(
+            attention.linformer, rank=RANK, max_length=length
+        )
+    small = dataclasses.replace(
+        model,
+        vocab_size=vocab_size,
+        positions=dataclasses.replace(
+            model.positions, max_length=max(model.positions.max_length, length)
+        ),
+        width=WIDTH,
+        layers=min(model.layers, LAYERS),
+        encoder_layers=model.encoder_layers and min(model.encoder_layers, LAYERS),
+        attention=dataclasses.replace(attention, **changes),
+        feed_forward=dataclasses.replace(model.feed_forward, width=WIDTH),
+        head=dataclasses.replace(
+            model.head, outputs=2 if model.head.kind == "classifier" else model.head.outputs
+        ),
+        lora=dataclasses.replace(model.lora, rank=min(model.lora.rank, 2)),
+        unroll=1,
+    )
+    note = (
+        f"random parameters in a small model, {small.layers} layers of width {WIDTH}, "
+        f"{small.attention.heads} heads"
+    )
+    if small.attention.window != attention.window:
+        note += f", a window of {small.attention.window} in place of {attention.window}"
+    return small, note
+
+
+def with_core(model: ModelConfig, core: str) -> ModelConfig:
+    """The model with this attention core in all places."""
+    changes = {"core": core, "decoder_core": None, "cross_core": None}
+    for name, kind in (("performer", PerformerConfig), ("linformer", LinformerConfig)):
+        if name != core:
+            changes[name] = kind()
+    return dataclasses.replace(model, attention=dataclasses.replace(model.attention, **changes))
