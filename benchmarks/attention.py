@@ -9,10 +9,10 @@ packages performer-pytorch and linformer; without --peers the cores are measured
 heads of 64, float32 unless the flags say otherwise; Longformer's w is 512 (256 to each side),
 Performer has 256 features, Linformer 256 rows.
 
-Each attention at each length is a process of its own. Those of one length take turns, one sample
-each in every round; a number is the median over the rounds, a ratio that of the ratios in each
-round. Memory is what a run takes at its peak beyond its inputs: results and gradients included,
-without the compiler's. All processes have the allocator's settings that `heedful` gives itself.
+Each attention at each length is measured in two processes of its own. Those for time take turns,
+one sample each in every round, with the allocator's settings that `heedful` gives itself; a number
+is the median over the rounds, a ratio that of the ratios in each round. Those for memory say what a
+run takes at its peak beyond its inputs: results and gradients included, the compiler not.
 An attention is left out where memory or --budget is too small, and the reason is listed. The growth
 is the slope of a line through log time over log length, from 4,096 tokens on.
 
@@ -26,6 +26,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -35,14 +36,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.report import plot, tables
-from benchmarks.worker import Case
+from benchmarks.worker import RETURNS_MEMORY, Case
 from train.cli import ALLOCATOR
 
 ROOT = Path(__file__).parent.parent
 STARTUP = 120.0  # Seconds for a process to import, compile and run for the first time.
+ENVIRONMENT = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # On a GPU the processes share the memory.
+    "JAX_TRACEBACK_FILTERING": "off",  # The last line is the error.
+}
 PEERS = {
     "dense": "torch sdpa",
     "flash": "torch sdpa",
@@ -54,15 +57,14 @@ PEERS = {
 
 
 class Worker:
-    """A process that measures one case."""
+    """A process that measures "memory" or "time" of one case."""
 
-    def __init__(self, case: Case, interpreter: str):
+    def __init__(self, case: Case, what: str, interpreter: str):
         module = "attention_peers" if case.name in PEERS.values() else "attention_cores"
         self.process = subprocess.Popen(
-            [interpreter, "-m", f"benchmarks.{module}", case.text()],
+            [interpreter, "-m", f"benchmarks.{module}", case.text(), what],
             cwd=ROOT,
-            # On a GPU the processes share the memory.
-            env=ALLOCATOR | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ,
+            env=os.environ | ENVIRONMENT | (RETURNS_MEMORY if what == "memory" else ALLOCATOR),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -101,26 +103,34 @@ class Worker:
 
 def measure(cases: Sequence[Case], interpreters: dict[str, str], rounds: int) -> Iterator[dict]:
     """Yields what was measured of each case, after all have taken turns."""
-    workers, points = [], []
+    workers: dict[Case, Worker] = {}
+    points: dict[Case, dict[str, Any]] = {}
+
+    def ask(case: Case, what: str) -> dict[str, Any]:
+        workers[case] = Worker(case, what, interpreters[case.name])
+        return workers[case].ask()
+
     try:
         for case in cases:
-            worker = Worker(case, interpreters[case.name])
-            workers.append(worker)
-            points.append(worker.ask())
+            points[case] = ask(case, "memory")
+            workers.pop(case).close()
+            if "skipped" not in points[case]:
+                points[case] |= ask(case, "time")
         for _ in range(rounds):
-            for worker, point in zip(workers, points, strict=True):
+            for case, point in points.items():
                 if "skipped" not in point:
-                    answer = worker.ask("again")
-                    if "skipped" in answer:
-                        point.update(answer)
-                    else:
-                        point.setdefault("seconds", []).append(answer["seconds"])
+                    answer = workers[case].ask("again")
+                    point.setdefault("seconds", []).append(answer.pop("seconds", None))
+                    point.update(answer)
     finally:
-        for worker in workers:
+        for worker in workers.values():
             worker.close()
-    for case, point in zip(cases, points, strict=True):
-        described = {"name": case.name, "length": case.length, "causal": case.causal}
-        yield described | {"backward": case.backward} | point
+    for case, point in points.items():
+        yield _place(case) | point
+
+
+def _place(case: Case) -> dict[str, Any]:
+    return {name: getattr(case, name) for name in ("name", "length", "causal", "backward")}
 
 
 def expected(points: Sequence[dict], case: Case) -> float:
@@ -128,9 +138,7 @@ def expected(points: Sequence[dict], case: Case) -> float:
     alike = [
         (point["length"], statistics.median(point["seconds"]))
         for point in points
-        if (point["name"], point["causal"], point["backward"])
-        == (case.name, case.causal, case.backward)
-        and "skipped" not in point
+        if "skipped" not in point and point | {"length": case.length} == point | _place(case)
     ]
     if not alike:
         return 0.0
@@ -184,10 +192,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 cases.append(case)
             else:
                 reason = f"a run would take {time:.0f} s"
-                points.append(
-                    {"name": name, "length": length, "causal": case.causal}
-                    | {"backward": case.backward, "skipped": reason}
-                )
+                points.append(_place(case) | {"skipped": reason})
         print(f"{mask} {mode} {length:,}", file=sys.stderr, flush=True)
         for point in measure(cases, interpreters, arguments.rounds):
             environment = point.pop("environment", None)
@@ -206,7 +211,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add = described.add_argument
     add("--lengths", type=int, nargs="+", default=[1024 * 2**i for i in range(7)])
-    add("--core", nargs="+", default=["dense", "flash", "longformer", "performer", "linformer"])
+    cores = [name for name in PEERS if name != "cudnn" or shutil.which("nvidia-smi")]
+    add("--core", nargs="+", metavar="NAME", default=cores)
     add("--peers", metavar="PYTHON", help="interpreter that has benchmarks/peers.txt")
     add("--mask", nargs="+", choices=["full", "causal"], default=["full", "causal"])
     modes = ["forward", "forward+backward"]

@@ -1,4 +1,4 @@
-"""The worker for other people's attention: `PYTHON -m benchmarks.attention_peers CASE`.
+"""The worker for other people's attention: `PYTHON -m benchmarks.attention_peers CASE WHAT`.
 
 Each is measured without projections from and to hidden states, as the cores are: what
 `transformers` and `linformer` project is given to them, in the layout in which they ask for it.

@@ -47,10 +47,11 @@ def tables(results: Mapping[str, Any], peers: Mapping[str, str]) -> str:
         for noun, values in (("time", faster), ("memory", smaller)):
             title_of_ratio = f"{title}: ratio of {noun}, above 1 where the second is better"
             lines += _table(title_of_ratio, rows, lengths, values, None) if values else []
+    lines.append("")
     for part, facts in results["environment"].items():
         lines.append(f"{part}: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
     lines += ["", *_left_out(results["points"])]
-    return "\n".join(lines)
+    return "\n".join(lines).strip()
 
 
 def groups(points: Iterable[dict]) -> list[tuple[bool, bool, dict[Key, dict]]]:
@@ -79,18 +80,21 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     ]
     for row, (causal, backward, points) in zip(axes, kinds, strict=True):
         for axis, (unit, read) in zip(row, reads, strict=True):
+            axis.set(xlabel="tokens", ylabel=unit, title=f"{_mask(causal)}, {_mode(backward)}")
             for i, name in enumerate(dict.fromkeys(name for name, _ in points)):
                 shown = sorted(
                     (length, read(point))
                     for (other, length), point in points.items()
                     if other == name and "skipped" not in point
                 )
-                # Peers have a space or a hyphen in their names.
-                style = "s--" if not name.isalpha() else "o-"
-                axis.plot(*zip(*shown, strict=True), style, color=f"C{i}", label=name, ms=4)
-            axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=unit)
-            axis.set_title(f"{_mask(causal)}, {_mode(backward)}")
-            axis.set_xticks(ticks := sorted({n for _, n in points}), [f"{n:,}" for n in ticks])
+                style = "o-" if name in results["settings"]["core"] else "s--"
+                lengths, values = [x for x, _ in shown], [y for _, y in shown]
+                axis.plot(lengths, values, style, color=f"C{i}", label=name, markersize=4)
+            if all("skipped" in point for point in points.values()):
+                continue
+            axis.set(xscale="log", yscale="log")
+            ticks = sorted({length for _, length in points})
+            axis.set_xticks(ticks, [f"{length:,}" for length in ticks])
             axis.minorticks_off()
             axis.grid(alpha=0.3)
         row[0].legend(fontsize=7)
@@ -117,7 +121,7 @@ def _table(
             exponent = growth(long, [fitted[name, n] for n in long])
             line += f"{'-' if exponent is None else f'{exponent:.2f}':>10}"
         lines.append(line)
-    return [*lines, ""]
+    return lines
 
 
 def _number(value: float | None) -> str:
@@ -127,15 +131,13 @@ def _number(value: float | None) -> str:
 
 
 def _left_out(points: Iterable[dict]) -> list[str]:
-    """A line for each reason, with the lengths where it holds."""
-    reasons: dict[str, list[str]] = {}
+    """A line for each attention and reason, with the lengths where it holds."""
+    found: dict[tuple[str, str], list[str]] = {}
     for point in points:
         if "skipped" in point:
             kind = f"{point['name']}, {_mask(point['causal'])}, {_mode(point['backward'])}"
-            reasons.setdefault(f"- {kind}", []).append(
-                f"{point['length']:,} ({point['skipped']})"
-            )
-    return [f"{kind}: {', '.join(lengths)}" for kind, lengths in reasons.items()]
+            found.setdefault((kind, point["skipped"]), []).append(f"{point['length']:,}")
+    return [f"- {kind}, {' '.join(at)}: {reason}" for (kind, reason), at in found.items()]
 
 
 def _mask(causal: bool) -> str:

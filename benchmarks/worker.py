@@ -1,11 +1,10 @@
-"""A process that measures one attention: it says what it needs, then runs once for each request.
+"""A process that measures one attention, either its memory or its time; it answers in JSON.
 
-One line of JSON goes out when it is ready, with the time of a first run and the peak memory of a
-second one, or with the reason why there is nothing to measure. Then each line that comes in asks
-for one sample, the seconds of a run. No library that is measured is imported here.
+One line goes out when it is ready, with the reason if there is nothing to measure. For memory it
+holds the peak of a run. For time each line that comes in then asks for one sample, the seconds of a
+run. No library that is measured is imported here.
 """
 
-import ctypes
 import json
 import re
 import resource
@@ -16,6 +15,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+# The environment of glibc for measuring memory: otherwise a run is served from what earlier ones
+# have freed, which is not counted.
+RETURNS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 SAMPLE_SECONDS = 0.2  # A sample is the median of as many runs as fit, at least one.
 Run = Callable[[], object]
 
@@ -61,16 +63,20 @@ def serve(prepare: Callable[[Case], Program], environment: dict[str, Any]) -> No
     def say(**values: Any) -> None:
         print(json.dumps(values), file=answers, flush=True)
 
-    case = Case(**json.loads(sys.argv[1]))
+    case, what = Case(**json.loads(sys.argv[1])), sys.argv[2]
     try:
         program = prepare(case)
         first = seconds(program.run)
         if first > case.budget:
             raise Skipped(f"a run takes {first:.0f} s")
-        say(memory=program.peak(), first=first, environment=environment)
     except Skipped as reason:
         say(skipped=str(reason), environment=environment)
         return
+    if what == "memory":
+        time.sleep(0.1)  # Libraries may give back what the first run took a little later.
+        say(memory=program.peak(), environment=environment)
+        return
+    say()
     repeats = max(1, round(SAMPLE_SECONDS / first))
     for _ in sys.stdin:
         say(seconds=statistics.median(seconds(program.run) for _ in range(repeats)))
@@ -88,9 +94,10 @@ def limit_memory(n_bytes: int) -> None:
 
 
 def peak_resident(run: Run) -> int:
-    """Bytes that a run takes at its peak beyond what the process holds before it (Linux)."""
-    # What was freed before this run would otherwise serve it without being counted.
-    ctypes.CDLL(None).malloc_trim(0)
+    """Bytes that a run takes at its peak beyond what the process holds before it (Linux).
+
+    Right where what is freed is given back to the system, as with `RETURNS_MEMORY`.
+    """
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # The peak begins anew, at what is resident now (man 5 proc).
     before = _peak()
@@ -103,4 +110,3 @@ def _peak() -> int:
         found = re.search(r"VmHWM:\s+(\d+) kB", file.read())
     assert found
     return int(found[1]) * 1024
-
