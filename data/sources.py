@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from data import files, homeassistant, sentiment, shakespeare, tfds
+from data import files, homeassistant, listops, sentiment, shakespeare, tfds
 from data.config import TEXT_OBJECTIVES, DataConfig, DataError, Objective
 from data.examples import SPLITS, Example, fields_of
 
@@ -20,6 +20,7 @@ SOURCES = {
     "homeassistant": Source(homeassistant.load, ("translation",)),
     "shakespeare": Source(shakespeare.load, TEXT_OBJECTIVES),
     "sentiment": Source(sentiment.load, (*TEXT_OBJECTIVES, *_LABELLED)),
+    "listops": Source(listops.load, ("classification",)),
     "files": Source(files.load, (*TEXT_OBJECTIVES, "translation", *_LABELLED)),
 }
 

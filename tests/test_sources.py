@@ -81,7 +81,7 @@ def test_unknown_source_and_split():
 @pytest.mark.parametrize(
     ("source", "objective", "fitting"),
     [
-        ("homeassistant", "classification", "to sentiment, files or tfds"),
+        ("homeassistant", "classification", "to sentiment, listops, files or tfds"),
         ("homeassistant", "causal_lm", "to shakespeare, sentiment, files or tfds"),
         ("shakespeare", "translation", "to homeassistant, files or tfds"),
         ("sentiment", "translation", "to homeassistant, files or tfds"),

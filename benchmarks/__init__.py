@@ -1,0 +1,1 @@
+"""Measurements against peers; each script prints a table of ratios."""

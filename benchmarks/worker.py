@@ -1,0 +1,112 @@
+"""A process that measures one attention, either its memory or its time; it answers in JSON.
+
+One line goes out when it is ready, with the reason if there is nothing to measure. For memory it
+holds the peak of a run. For time each line that comes in then asks for one sample, the seconds of a
+run. No library that is measured is imported here.
+"""
+
+import json
+import re
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+# The environment of glibc for measuring memory: otherwise a run is served from what earlier ones
+# have freed, which is not counted.
+RETURNS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+SAMPLE_SECONDS = 0.2  # A sample is the median of as many runs as fit, at least one.
+Run = Callable[[], object]
+
+
+class Program(NamedTuple):
+    """What is measured; `peak` runs it once and returns the bytes that this takes at most."""
+
+    run: Run
+    peak: Callable[[], int]
+
+
+class Skipped(Exception):
+    """Why this attention cannot be measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One attention at one length."""
+
+    name: str
+    length: int
+    causal: bool
+    backward: bool
+    heads: int
+    head_dim: int
+    window: int
+    features: int
+    rank: int
+    dtype: str
+    memory: int
+    """Bytes that the process may have on a CPU."""
+    budget: float
+    """Seconds that a run may take."""
+
+    def text(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def serve(prepare: Callable[[Case], Program], environment: dict[str, Any]) -> None:
+    """Measures the case that the command line describes."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # Libraries may print.
+
+    def say(**values: Any) -> None:
+        print(json.dumps(values), file=answers, flush=True)
+
+    case, what = Case(**json.loads(sys.argv[1])), sys.argv[2]
+    try:
+        program = prepare(case)
+        first = seconds(program.run)
+        if first > case.budget:
+            raise Skipped(f"a run takes {first:.0f} s")
+    except Skipped as reason:
+        say(skipped=str(reason), environment=environment)
+        return
+    if what == "memory":
+        time.sleep(0.1)  # Libraries may give back what the first run took a little later.
+        say(memory=program.peak(), environment=environment)
+        return
+    say()
+    repeats = max(1, round(SAMPLE_SECONDS / first))
+    for _ in sys.stdin:
+        say(seconds=statistics.median(seconds(program.run) for _ in range(repeats)))
+
+
+def seconds(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def limit_memory(n_bytes: int) -> None:
+    """Lets an allocation fail that the machine has no room for, instead of ending other work."""
+    resource.setrlimit(resource.RLIMIT_DATA, (n_bytes, n_bytes))
+
+
+def peak_resident(run: Run) -> int:
+    """Bytes that a run takes at its peak beyond what the process holds before it (Linux).
+
+    Right where what is freed is given back to the system, as with `RETURNS_MEMORY`.
+    """
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # The peak begins anew, at what is resident now (man 5 proc).
+    before = _peak()
+    run()
+    return _peak() - before
+
+
+def _peak() -> int:
+    with open("/proc/self/status") as file:
+        found = re.search(r"VmHWM:\s+(\d+) kB", file.read())
+    assert found
+    return int(found[1]) * 1024

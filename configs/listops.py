@@ -1,0 +1,61 @@
+"""ListOps of Long Range Arena (arXiv:2011.04006 §2.2.1), 500 to 2,000 tokens, for one GPU.
+
+heedful train listops
+
+Each attention core in the same model, with the accuracy (%) that Long Range Arena gives in Table 1:
+
+    exact        36.37  heedful train listops
+    Longformer   35.63  heedful train listops --model.attention.core longformer
+                            --model.attention.window 256 --model.attention.global-tokens 1
+    Performer    18.01  heedful train listops --model.attention.core performer
+    Linformer    35.70  heedful train listops --model.attention.core linformer
+
+Sizes, optimizer and 5,000 steps of 32 rows are those of its public configs. Its paper says 6 layers
+and a feed-forward width of 2,048 (appendix A): --model.layers 6 --model.feed-forward.width 2048.
+Other than there, the dense layer before the classes is as wide as the model and ends in tanh, and
+only matrices decay. Its Longformer has no global token, its Linformer 16 rows
+(--model.attention.linformer.rank 16), its Performer a draw of 2 features in the public config.
+
+The first run draws 96,000 + 2 x 2,000 expressions and tokenises them (--data.listops.examples).
+Not yet run here at this size: it needs a GPU. `listops_tiny` runs on a CPU.
+"""
+
+from configs.base import Experiment
+from data.config import DataConfig, TokenizerConfig
+from model.config import AttentionConfig, FeedForwardConfig, HeadConfig, ModelConfig, NormConfig
+from train.config import OptimizerConfig, TrainConfig
+
+
+def get_config() -> Experiment:
+    return Experiment(
+        model=ModelConfig(
+            architecture="encoder_only",
+            width=512,
+            layers=4,
+            attention=AttentionConfig(heads=8, bias=False, dropout=0.1),
+            feed_forward=FeedForwardConfig(width=1024, activation="gelu_tanh", dropout=0.1),
+            norm=NormConfig(position="pre"),
+            head=HeadConfig(kind="classifier", pooling="first", dropout=0.0),
+            dropout=0.1,
+        ),
+        data=DataConfig(
+            source="listops",
+            objective="classification",
+            classes=tuple(map(str, range(10))),
+            tokenizer=TokenizerConfig(kind="words"),
+            max_length=2048,
+            # 32 rows of one length, that of the longest expression.
+            batch_tokens=32 * 2048,
+            buckets=1,
+        ),
+        train=TrainConfig(
+            steps=5000,
+            label_smoothing=0.0,
+            checkpoint_every=500,
+            average=1,
+            metric="accuracy",
+            optimizer=OptimizerConfig(
+                peak_lr=0.05 * 1000**-0.5, warmup_steps=1000, weight_decay=0.1, clip_norm=None
+            ),
+        ),
+    )

@@ -1,0 +1,48 @@
+"""ListOps with expressions of 100 to 200 tokens, in a small model: minutes on a CPU.
+
+heedful train listops_tiny
+heedful train listops_tiny --model.attention.core longformer --model.attention.window 16
+    --model.attention.global-tokens 1
+heedful train listops_tiny --model.attention.core performer
+    --model.attention.performer.features 64
+heedful train listops_tiny --model.attention.core linformer
+    --model.attention.linformer.rank 32 --model.attention.linformer.max-length 208
+
+Not comparable to `listops`, nor to anything published: the expressions are shorter.
+"""
+
+import dataclasses
+
+from configs import listops
+from configs.base import Experiment
+from data.config import ListOpsConfig
+from model.config import AttentionConfig, FeedForwardConfig
+from train.config import OptimizerConfig
+
+
+def get_config() -> Experiment:
+    base = listops.get_config()
+    return Experiment(
+        model=dataclasses.replace(
+            base.model,
+            width=128,
+            layers=2,
+            attention=AttentionConfig(heads=4, bias=False),
+            feed_forward=FeedForwardConfig(width=256, activation="gelu_tanh"),
+            dropout=0.0,
+        ),
+        data=dataclasses.replace(
+            base.data,
+            listops=ListOpsConfig(examples=40_000, min_length=100, max_length=200),
+            max_length=208,
+            batch_tokens=32 * 208,
+        ),
+        train=dataclasses.replace(
+            base.train,
+            steps=2000,
+            checkpoint_every=250,
+            optimizer=OptimizerConfig(
+                peak_lr=1e-3, warmup_steps=200, schedule="linear", weight_decay=0.1
+            ),
+        ),
+    )

@@ -1,0 +1,123 @@
+"""The benchmark of the attention cores: its arithmetic, and one tiny run without peers."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import attention
+from benchmarks.report import growth, plot, tables
+from benchmarks.worker import RETURNS_MEMORY, Case
+
+ROOT = Path(__file__).parent.parent
+MIB = 2**20
+CASE = Case(
+    name="dense", length=64, causal=False, backward=True, heads=2, head_dim=8, window=4,
+    features=8, rank=8, dtype="float32", memory=4 * 2**30, budget=10.0,
+)  # fmt: skip
+
+
+def point(name, length, seconds, mib=1.0):
+    where = {"name": name, "length": length, "causal": False, "backward": True}
+    return where | {"seconds": seconds, "memory": int(mib * MIB)}
+
+
+def skipped(name, length, reason):
+    where = {"name": name, "length": length, "causal": False, "backward": True}
+    return where | {"skipped": reason}
+
+
+POINTS = [
+    point("flash", 4096, [0.5, 0.1, 0.2], 3),
+    point("torch sdpa", 4096, [0.5, 0.3, 0.4], 1.5),
+    point("flash", 8192, [0.8, 0.8, 0.8], 6),
+    skipped("torch sdpa", 8192, "needs 99.0 GiB"),
+    skipped("torch sdpa", 16384, "needs 99.0 GiB"),
+]
+RESULTS = {
+    "points": POINTS,
+    "settings": {"core": ["flash"]},
+    "environment": {"machine": {"cpus": 2}},
+}
+
+
+def test_growth_is_the_exponent():
+    lengths = [1000, 2000, 4000, 8000]
+    assert growth(lengths, [3e-9 * n**1.5 for n in lengths]) == pytest.approx(1.5)
+    assert growth([1000], [1.0]) is None
+
+
+def test_tables_have_medians_ratios_growth_and_reasons():
+    text = tables(RESULTS, attention.PEERS)
+    rows = {line.split("  ")[0]: line.split() for line in reversed(text.splitlines())}
+    assert "full, forward+backward: time (ms)" in text
+    assert rows["flash"][1:] == ["200", "800", "-", "2.00"]
+    assert rows["torch sdpa"][2:] == ["400", "-", "-", "-"]
+    # The median of 1, 3 and 2; its memory is half of ours.
+    assert rows["torch sdpa / flash"][4:] == ["2", "-", "-"]
+    assert "torch sdpa / flash       0.5" in text
+    assert "- torch sdpa, full, forward+backward, 8,192 16,384: needs 99.0 GiB" in text
+    assert "machine: cpus 2" in text
+
+
+def test_plot(tmp_path):
+    plot(RESULTS, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_plot_of_nothing(tmp_path):
+    plot(RESULTS | {"points": POINTS[-1:]}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").exists()
+
+
+def test_what_will_take_too_long_is_told_from_shorter_lengths():
+    flash = replace(CASE, name="flash", length=16384)
+    assert attention.expected(POINTS[:2], flash) == pytest.approx(0.8)  # At least linear.
+    assert attention.expected(POINTS, flash) == pytest.approx(3.2)  # Fourfold at the last step.
+    assert attention.expected(POINTS, replace(flash, causal=True)) == 0
+    assert attention.expected(POINTS, replace(flash, name="dense")) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_counts_what_a_run_allocates_and_nothing_else():
+    code = """
+from benchmarks.worker import peak_resident
+before = bytearray(99 << 20)
+for size in (64, 16, 32):
+    print(peak_resident(lambda: bytearray(size << 20)) / 2**20)
+"""
+    env = os.environ | RETURNS_MEMORY
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    )
+    assert [float(line) for line in done.stdout.split()] == pytest.approx([64, 16, 32], abs=2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_run_with_our_cores(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    out = tmp_path / "folder" / "attention"
+    flags = "--lengths 64 --core dense nothing --mask causal --mode forward+backward --rounds 2"
+    attention.main([*flags.split(), "--heads", "2", "--head-dim", "8", "--out", str(out)])
+    results = json.loads(out.with_suffix(".json").read_text())
+    dense, nothing = results["points"]
+    assert len(dense["seconds"]) == 2 and min(dense["seconds"]) > 0
+    assert dense["causal"] and dense["backward"] and dense["length"] == 64
+    # Results, gradients and two [2, 64, 64] of scores are 0.1 MiB: far from what an import takes.
+    assert 0 < dense["memory"] < 16 * MIB
+    assert "unknown model.attention.core 'nothing'" in nothing["skipped"]
+    assert out.with_suffix(".png").exists()
+    assert "causal, forward+backward: time (ms)" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_into_memory_is_left_out(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    (found,) = attention.measure(
+        [replace(CASE, length=16384, heads=8, memory=2 * 2**30)], {"dense": sys.executable}, 1
+    )
+    assert found["skipped"].startswith("needs ") and found["skipped"].endswith(" GiB")
+    assert float(found["skipped"].split()[1]) > 8
