@@ -20,7 +20,7 @@ def get_config() -> Experiment:
             width=128,
             layers=2,
             attention=AttentionConfig(heads=4, bias=False, scaled=False),
-            # Version 1.1; tied and scaled embeddings of deviation 1 learn slowly with Adam.
+            # Version 1.1
             feed_forward=FeedForwardConfig(
                 width=256, activation="gelu_tanh", gated=True, bias=False
             ),
@@ -34,12 +34,12 @@ def get_config() -> Experiment:
             source="shakespeare",
             tokenizer=TokenizerConfig(kind="chars", vocab_size=1000),
             max_length=64,
-            batch_tokens=16 * 64,
+            batch_tokens=32 * 64,
         ),
         train=dataclasses.replace(
             base.train,
-            steps=2000,
+            steps=3000,
             checkpoint_every=500,
-            optimizer=OptimizerConfig(peak_lr=4e-3, warmup_steps=100, schedule="linear"),
+            optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=100, schedule="linear"),
         ),
     )

@@ -13,8 +13,8 @@ class Field(NamedTuple):
     meaning: str
 
 
-# Every array is [B, T], unless its meaning says [B]. Padding is 0 in all of them: positions at the
-# end of a row, and whole rows at the end of a batch.
+# Every array is [B, T], the encoder's [B, S], unless its meaning says [B]. Padding is 0 in all of
+# them: positions at the end of a row, and whole rows at the end of a batch.
 FIELDS = {
     "inputs": Field(np.int32, "token ids that the decoder, or the only stack, reads"),
     "targets": Field(
@@ -35,14 +35,19 @@ PER_ROW = ("prefix_len",)  # [B]; so are targets and weights where a row has one
 
 
 def pad_and_stack(
-    rows: Sequence[Mapping[str, np.ndarray]], n_rows: int, length: int
+    rows: Sequence[Mapping[str, np.ndarray]],
+    n_rows: int,
+    length: int,
+    encoder_length: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Stacks unpadded rows of arrays [T <= length] or [] into arrays [n_rows, length] or [n_rows].
 
-    `rows` holds at least one row and may hold fewer than `n_rows`; the others stay padding.
+    The arrays of an encoder beside a decoder get `encoder_length`. `rows` holds at least one row
+    and may hold fewer than `n_rows`; the others stay padding.
     """
+    shapes = {"": (n_rows, length), "encoder_": (n_rows, encoder_length or length)}
     batch = {
-        name: np.zeros((n_rows, length)[: 1 + values.ndim], values.dtype)
+        name: np.zeros(shapes[side(name)][: 1 + values.ndim], values.dtype)
         for name, values in rows[0].items()
     }
     for i, row in enumerate(rows):
@@ -54,26 +59,34 @@ def pad_and_stack(
     return batch
 
 
+def side(name: str) -> str:
+    """What the names of an array's side begin with: `encoder_`, or nothing."""
+    return "encoder_" if name.startswith("encoder_") else ""
+
+
 def check(batch: Mapping[str, np.ndarray]) -> None:
     """Raises DataError when a batch breaks the contract."""
     per_row = set(PER_ROW)
     if batch["targets"].ndim == 1:
         per_row |= {"targets", "weights"}
-    shape = batch["inputs"].shape
     for name, array in batch.items():
         if name not in FIELDS:
             raise DataError(f"batch has an unknown array {name!r}: add it to batch.FIELDS")
+        inputs = f"{side(name)}inputs"
+        shape = batch[inputs].shape
         expected = shape[:1] if name in per_row else shape
-        if array.shape != expected or len(shape) != 2:
-            raise DataError(f"{name} has the shape {array.shape} beside inputs {shape}: see FIELDS")
+        if array.shape != expected or len(shape) != 2 or len(array) != len(batch["inputs"]):
+            raise DataError(
+                f"{name} has the shape {array.shape} beside {inputs} {shape}: see FIELDS"
+            )
         is_number = name == "targets" and array.ndim == 1 and array.dtype == np.float32
         if array.dtype != FIELDS[name].dtype and not is_number:
             raise DataError(f"{name} has dtype {array.dtype}: use {FIELDS[name].dtype.__name__}")
         if (array < 0).any() and not is_number:
             raise DataError(f"{name} has a negative value: ids, positions and weights are never so")
-        side = "encoder_" if name.startswith("encoder_") else ""
-        padding = batch[side + "segment_ids"] == 0
+        segment_ids = f"{side(name)}segment_ids"
+        padding = batch[segment_ids] == 0
         if array[padding[:, 0] if name in per_row else padding].any():
             raise DataError(f"{name} is not 0 at a padding position: padding must be all 0")
         if (np.diff(padding.astype(np.int8), axis=1) < 0).any():
-            raise DataError(f"{side}segment_ids has padding before a token: pad at the end")
+            raise DataError(f"{segment_ids} has padding before a token: pad at the end")

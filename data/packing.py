@@ -18,19 +18,27 @@ from data.config import DataConfig, DataError
 LENGTH_MULTIPLE = 8  # Matrix units work on tiles: a length in between costs as much as the next.
 
 
+class Shape(NamedTuple):
+    """Rows of a batch, and their length on each side of the model: the encoder's comes first."""
+
+    rows: int
+    lengths: tuple[int, ...]
+
+    def __str__(self) -> str:
+        if len(set(self.lengths)) == 1:
+            return f"{self.rows} x {self.lengths[0]}"
+        return f"{self.rows} x ({' + '.join(map(str, self.lengths))})"
+
+
 class Plan(Protocol):
     """The batches of every epoch. Global batch `i` belongs to epoch `i // batches_per_epoch`."""
 
     batches_per_epoch: int
     padding_share: float
+    shapes: list[Shape]  # of all batches, by length
 
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """The (rows, length) of every batch shape, by length."""
-        ...
-
-    def rows(self, index: int) -> tuple[int, int, np.ndarray]:
-        """Returns length, number of rows and the row numbers of global batch `index`.
+    def rows(self, index: int) -> tuple[Shape, np.ndarray]:
+        """Returns the shape and the row numbers of global batch `index`.
 
         There may be fewer row numbers than rows; the other rows are padding.
         """
@@ -49,10 +57,7 @@ def choose_buckets(lengths: np.ndarray, buckets: int, max_length: int) -> list[i
     candidates with k buckets covers the shortest i < j with k - 1, and the rest at length j.
     """
     counts = np.bincount(lengths)
-    rounded = np.minimum(
-        -(-np.arange(len(counts)) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, max_length
-    )
-    counts = np.bincount(rounded, counts)
+    counts = np.bincount(_round_up(np.arange(len(counts)), max_length), counts)
     candidates = np.flatnonzero(counts)
     examples = np.concatenate([[0], np.cumsum(counts[candidates])])
     n = len(candidates)
@@ -73,8 +78,14 @@ def choose_buckets(lengths: np.ndarray, buckets: int, max_length: int) -> list[i
     return chosen[::-1]
 
 
+def _round_up(lengths: np.ndarray, max_length: int) -> np.ndarray:
+    return np.minimum(-(-lengths // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, max_length)
+
+
 class BatchPlan:
     """The batches of rows that are put together by length; the rows of a batch share a bucket.
+
+    The longer side of a row decides on its bucket; each side has a length of its own there.
 
     lengths: [sides, E] tokens of every row, on each side of the model.
     shuffle: every epoch has its own order of rows and batches; otherwise there is one order, by
@@ -85,32 +96,36 @@ class BatchPlan:
         rows = lengths.max(0)
         self.seed = seed
         self.shuffle = shuffle
-        self.lengths = choose_buckets(rows, config.buckets, config.max_length)
-        self.n_rows = [_rows(length, config) for length in self.lengths]
+        longest = choose_buckets(rows, config.buckets, config.max_length)
         # 8 and 32 bits: there may be many millions of rows.
-        bucket_of = np.searchsorted(self.lengths, np.arange(self.lengths[-1] + 1))
-        bucket = bucket_of.astype(np.min_scalar_type(len(self.lengths)))[rows]
+        bucket_of = np.searchsorted(longest, np.arange(longest[-1] + 1))
+        bucket = bucket_of.astype(np.min_scalar_type(len(longest)))[rows]
         numbers = np.min_scalar_type(-len(rows))
-        self._members = [
-            np.flatnonzero(bucket == b).astype(numbers) for b in range(len(self.lengths))
+        self._members = [np.flatnonzero(bucket == b).astype(numbers) for b in range(len(longest))]
+        self.shapes = [
+            Shape(
+                _rows(length, config),
+                tuple(int(_round_up(side[m].max(), config.max_length)) for side in lengths),
+            )
+            for length, m in zip(longest, self._members, strict=True)
         ]
-        self._batches = [-(-len(m) // n) for m, n in zip(self._members, self.n_rows, strict=True)]
+        self._batches = [
+            -(-len(m) // shape.rows) for m, shape in zip(self._members, self.shapes, strict=True)
+        ]
         self.batches_per_epoch = sum(self._batches)
-        positions = sum(map(np.prod, zip(self._batches, self.n_rows, self.lengths, strict=True)))
-        total = int(lengths.sum(dtype=np.int64))
-        self.padding_share = 1 - total / (len(lengths) * int(positions))
+        places = sum(
+            count * shape.rows * sum(shape.lengths)
+            for count, shape in zip(self._batches, self.shapes, strict=True)
+        )
+        self.padding_share = 1 - int(lengths.sum(dtype=np.int64)) / places
         self._epoch = _Recent(self._make_epoch)
 
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        return list(zip(self.n_rows, self.lengths, strict=True))
-
-    def rows(self, index: int) -> tuple[int, int, np.ndarray]:
+    def rows(self, index: int) -> tuple[Shape, np.ndarray]:
         epoch, index = divmod(index, self.batches_per_epoch)
         members, order = self._epoch(epoch if self.shuffle else 0)
         bucket, number = order[index]
-        n = self.n_rows[bucket]
-        return self.lengths[bucket], n, members[bucket][number * n : (number + 1) * n]
+        n = self.shapes[bucket].rows
+        return self.shapes[bucket], members[bucket][number * n : (number + 1) * n]
 
     def in_order(self) -> Self:
         plan = copy.copy(self)
@@ -153,22 +168,20 @@ class PackedPlan:
         self.seed = seed
         self.shuffle = shuffle
         self.length = config.max_length
-        self.n_rows = _rows(self.length, config)
+        shape = Shape(_rows(self.length, config), (self.length,))
+        self.shapes = [shape]
         self._positions = int(starts[-1])
         self._count = -(-self._positions // self.length)
-        self.batches_per_epoch = -(-self._count // self.n_rows)
-        places = self.batches_per_epoch * self.n_rows * self.length
+        self.batches_per_epoch = -(-self._count // shape.rows)
+        places = self.batches_per_epoch * shape.rows * self.length
         self.padding_share = 1 - self._positions / places
         self._epoch = _Recent(self._make_epoch)
 
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        return [(self.n_rows, self.length)]
-
-    def rows(self, index: int) -> tuple[int, int, np.ndarray]:
+    def rows(self, index: int) -> tuple[Shape, np.ndarray]:
         epoch, index = divmod(index, self.batches_per_epoch)
         _, order = self._epoch(epoch if self.shuffle else 0)
-        return self.length, self.n_rows, order[index * self.n_rows : (index + 1) * self.n_rows]
+        [shape] = self.shapes
+        return shape, order[index * shape.rows : (index + 1) * shape.rows]
 
     def in_order(self) -> Self:
         plan = copy.copy(self)

@@ -145,14 +145,14 @@ class Dataset:
 
     def batch(self, plan: Plan, process_index: int, process_count: int, index: int) -> Arrays:
         """Returns this process's rows of global batch `index`."""
-        length, n_rows, numbers = plan.rows(index)
-        n = n_rows // process_count
+        shape, numbers = plan.rows(index)
+        n, lengths = shape.rows // process_count, shape.lengths[::-1]
         mine = numbers[process_index * n : (process_index + 1) * n]
         epoch = index // plan.batches_per_epoch
         if len(mine):
-            return pad_and_stack([self._row(plan, epoch, int(i)) for i in mine], n, length)
+            return pad_and_stack([self._row(plan, epoch, int(i)) for i in mine], n, *lengths)
         # The last batch of a bucket has rows for some processes only.
-        batch = pad_and_stack([self._row(plan, epoch, int(numbers[0]))], n, length)
+        batch = pad_and_stack([self._row(plan, epoch, int(numbers[0]))], n, *lengths)
         return {name: np.zeros_like(array) for name, array in batch.items()}
 
     def _row(self, plan: Plan, epoch: int, number: int) -> Arrays:
@@ -202,7 +202,7 @@ def _report(
     if blank:
         where = " on a side" if len(store.fields) > 1 else ""
         lines.append(f"{split}: {blank:,} {noun} left out, blank{where}")
-    shapes = ", ".join(f"{n} x {length}" for n, length in rows.plan.shapes)
+    shapes = ", ".join(map(str, rows.plan.shapes))
     lines.append(
         f"{split}: {rows.plan.batches_per_epoch:,} batches of {shapes}, "
         f"{rows.plan.padding_share:.1%} padding" + (", packed" if config.is_packed else "")

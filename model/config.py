@@ -92,7 +92,8 @@ class AttentionConfig:
     bias: bool = True
     """Whether the four projections have a bias."""
     scaled: bool = True
-    """Whether scores are divided by sqrt(head_dim); T5's are not, its queries start smaller."""
+    """Whether scores are divided by sqrt(head_dim); T5's are not, its queries start smaller, and
+    learn in steps smaller by as much."""
     dropout: float = 0.0
     """Share of attention weights dropped in training."""
     performer: PerformerConfig = field(default_factory=PerformerConfig)

@@ -301,9 +301,12 @@ class Embedding(nn.Module):
         vocab_size, width = self.config.vocab_size, self.config.width
         if vocab_size is None:
             raise ValueError("model.vocab_size is not set: it comes from the tokenizer")
-        # A head that scales its input by width^-0.5 needs the larger values.
-        deviation = 1.0 if self.config.head.scale else width**-0.5
-        init = nn.initializers.normal(deviation if self.config.init == "glorot" else 0.02)
+        config = self.config
+        # Sublayers give values of about 1, beside which a token must not be lost; but what also
+        # makes logits, of an input that no head scales by width^-0.5, is smaller by as much.
+        is_one = config.head.scale or not (config.tie_embeddings or config.scale_embeddings)
+        deviation = 1.0 if is_one else width**-0.5
+        init = nn.initializers.normal(deviation if config.init == "glorot" else 0.02)
         self.table = self.param("table", partitioned(init, "vocab", "embed"), (vocab_size, width))
 
     def __call__(self, tokens: jax.Array) -> Float[Array, "B T D"]:

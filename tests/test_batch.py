@@ -70,6 +70,17 @@ def test_too_long_a_row_is_never_cut():
         pad_and_stack([row(2, 7)], 3, 7)
 
 
+def test_each_side_has_a_length_of_its_own():
+    batch = pad_and_stack([row(12, 4), row(3, 1)], 3, 7, 13)
+    check(batch)
+    for name, array in batch.items():
+        assert array.shape == (3, 13 if name.startswith("encoder_") else 7)
+    assert batch["encoder_inputs"][0].tolist() == [5] * 12 + [2]
+    batch = {name: a[:2] if name.startswith("encoder_") else a for name, a in batch.items()}
+    with pytest.raises(DataError, match=r"encoder_inputs has the shape \(2, 13\)"):
+        check(batch)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [

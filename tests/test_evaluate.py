@@ -82,7 +82,7 @@ def labelled(trained: Trained) -> tuple[np.ndarray, list[str]]:
 def test_classes(classes):
     dataset = prepare(classes)
     # The last batch is padded, and no mean of means: that would weigh its examples more.
-    assert dataset.batches_per_epoch > 1 and len(dataset.kept) % dataset.eval_plan.shapes[0][0]
+    assert dataset.batches_per_epoch > 1 and len(dataset.kept) % dataset.eval_plan.shapes[0].rows
     found, labels = labelled(classes)
     targets = np.array([classes.run.data.classes.index(label) for label in labels])
     chances = np.exp(found) / np.exp(found).sum(1, keepdims=True)

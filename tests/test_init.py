@@ -87,6 +87,19 @@ def test_initial_values(kind: str):
     assert seen == deviations.keys()
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["tables", "scaled tables", "scaled head"])
+def test_tokens_begin_no_smaller_than_what_is_added_to_them(kind: str, tied: bool):
+    """A table that also makes logits begins smaller, unless one of its two uses is scaled."""
+    how = {"scale_embeddings": kind == "scaled tables", "head_scale": kind == "scaled head"}
+    model = build(tiny("decoder_only", width=60, vocab_size=101, tie_embeddings=tied, **how))
+    params = nn.unbox(jit(model.init)(jax.random.key(0, impl="rbg"), TOKENS))["params"]
+    deviation = np.std(params["embedding"]["table"])
+    begin = deviation * (math.sqrt(60) if how["scale_embeddings"] else 1)
+    small = tied and kind == "tables"
+    assert begin == pytest.approx(60**-0.5 if small else 1.0, rel=0.05)
+
+
 PUBLISHED = {
     "vaswani base, arXiv:1706.03762 table 3": (
         65e6,

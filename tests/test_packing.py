@@ -47,12 +47,13 @@ def test_every_example_exactly_once_per_epoch(shuffle):
     for epoch in (0, 1, 2):
         seen = []
         for i in range(plan.batches_per_epoch):
-            length, n_rows, examples = plan.rows(epoch * plan.batches_per_epoch + i)
-            assert (n_rows, length) in plan.shapes
+            shape, examples = plan.rows(epoch * plan.batches_per_epoch + i)
+            assert shape in plan.shapes
+            n_rows, length = shape.rows, max(shape.lengths)
             assert n_rows % 3 == 0
             assert n_rows * length <= 401 < (n_rows + 3) * length
             assert 0 < len(examples) <= n_rows
-            assert lengths[:, examples].max() <= length
+            assert (lengths[:, examples].max(1) <= shape.lengths).all()
             seen.extend(examples)
         assert sorted(seen) == list(range(997))
 
@@ -61,13 +62,22 @@ def test_padding_share_is_what_the_batches_hold():
     lengths = random_lengths(7, 499, 37)
     plan = BatchPlan(lengths, DataConfig(batch_tokens=301, batch_multiple=2), 0)
     batches = [plan.rows(i) for i in range(plan.batches_per_epoch)]
-    places = 2 * sum(length * n_rows for length, n_rows, _ in batches)
+    places = sum(shape.rows * sum(shape.lengths) for shape, _ in batches)
     assert plan.padding_share == pytest.approx(1 - lengths.sum() / places)
+
+
+def test_each_side_has_a_length_of_its_own():
+    lengths = np.array([[3, 11, 61, 30], [5, 2, 19, 41]])
+    config = DataConfig(batch_tokens=301, batch_multiple=1, max_length=61, buckets=2)
+    plan = BatchPlan(lengths, config, 0)
+    assert plan.shapes == [(18, (16, 8)), (4, (61, 48))]
+    assert list(map(str, plan.shapes)) == ["18 x (16 + 8)", "4 x (61 + 48)"]
+    assert str(BatchPlan(lengths[:, :1], config, 0).shapes[0]) == "37 x 8"
 
 
 def orders(plan, epoch):
     n = plan.batches_per_epoch
-    return [tuple(plan.rows(i)[2]) for i in range(epoch * n, (epoch + 1) * n)]
+    return [tuple(plan.rows(i)[1]) for i in range(epoch * n, (epoch + 1) * n)]
 
 
 def test_order_depends_on_seed_and_epoch_alone():
@@ -82,14 +92,14 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert orders(again, 0) == first
     assert orders(BatchPlan(lengths, config, 13), 0) != first
     # Batches of one bucket do not follow each other.
-    lengths_in_order = [plan.rows(i)[0] for i in range(plan.batches_per_epoch)]
+    lengths_in_order = [plan.rows(i)[0].lengths for i in range(plan.batches_per_epoch)]
     assert lengths_in_order != sorted(lengths_in_order)
 
 
 def test_evaluation_order_is_fixed_and_by_bucket():
     lengths, config = random_lengths(1, 101, 37), DataConfig(batch_tokens=307, batch_multiple=1)
     plan = BatchPlan(lengths, config, 11, shuffle=False)
-    in_order = [plan.rows(i)[0] for i in range(plan.batches_per_epoch)]
+    in_order = [max(plan.rows(i)[0].lengths) for i in range(plan.batches_per_epoch)]
     assert in_order == sorted(in_order)
     assert orders(plan, 0) == orders(BatchPlan(lengths, config, 13, shuffle=False), 0)
 
@@ -109,7 +119,7 @@ def test_batch_tokens_too_small_names_fields_and_fix():
     with pytest.raises(DataError, match=r"batch_tokens 255 .*batch_multiple 8 .*256 or more"):
         BatchPlan(random_lengths(0, 101, 32), config, 0)
     fixed = DataConfig(batch_tokens=256, batch_multiple=8, max_length=32)
-    assert BatchPlan(random_lengths(0, 101, 32), fixed, 0).n_rows[-1] == 8
+    assert BatchPlan(random_lengths(0, 101, 32), fixed, 0).shapes[-1].rows == 8
 
 
 def test_a_million_examples_are_planned_in_seconds():
@@ -136,8 +146,8 @@ def all_rows(plan, epoch):
     """The row numbers of an epoch in their order."""
     n = plan.batches_per_epoch
     batches = [plan.rows(epoch * n + i) for i in range(n)]
-    assert {(length, rows) for length, rows, _ in batches} == {plan.shapes[0][::-1]}
-    return np.concatenate([numbers for *_, numbers in batches]).tolist()
+    assert {shape for shape, _ in batches} == set(plan.shapes)
+    return np.concatenate([numbers for _, numbers in batches]).tolist()
 
 
 def positions_of(plan, epoch, row):
@@ -190,9 +200,9 @@ def test_order_of_packed_rows_depends_on_seed_and_epoch_alone():
 
 def test_batches_of_packed_rows():
     plan = packed()
-    assert plan.shapes == [(3, 11)]
+    assert plan.shapes == [(3, (11,))] and str(plan.shapes[0]) == "3 x 11"
     assert plan.batches_per_epoch == 3
-    assert [len(plan.rows(i)[2]) for i in range(3)] == [3, 3, 1]
+    assert [len(plan.rows(i)[1]) for i in range(3)] == [3, 3, 1]
     assert plan.padding_share == pytest.approx(1 - 69 / (3 * 3 * 11))
     with pytest.raises(DataError, match=r"batch_tokens 7 .* 11 tokens"):
         packed(batch_tokens=7)
@@ -233,6 +243,6 @@ def test_millions_of_documents_are_packed_in_seconds():
     start = time.perf_counter()
     plan = PackedPlan(starts, DataConfig(max_length=128, batch_tokens=65_536), 0)
     for epoch in (0, 1):
-        _, _, rows = plan.rows(epoch * plan.batches_per_epoch)
+        _, rows = plan.rows(epoch * plan.batches_per_epoch)
         assert sum(stop - start for row in rows for _, start, stop in plan.spans(epoch, row)) > 65e3
     assert time.perf_counter() - start < 5

@@ -158,6 +158,33 @@ def test_freezing_goes_before_any_rate():
     assert found["encoder.blocks.self_attention.query.kernel"] == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("lora", [LoraConfig(), LORA.lora])
+def test_queries_learn_as_if_their_scores_were_scaled(lora: LoraConfig):
+    """Half the queries, and scores that nothing scales: the same model with H = 4, at all steps."""
+    scaled = dataclasses.replace(MODEL, dropout=0.0, lora=lora)
+    attention = dataclasses.replace(MODEL.attention, scaled=False)
+    unscaled = dataclasses.replace(scaled, attention=attention)
+    halved = ("query.kernel", "query.bias", "query.lora_b")
+
+    def ends(model: ModelConfig, size: float) -> tuple[Trained, dict[str, np.ndarray]]:
+        tree = toy.random_params(model, ONE, seed=0)
+        params = [leaf * size if name.endswith(halved) else leaf for name, leaf in named(tree)]
+        params = jax.tree.unflatten(jax.tree.structure(tree), params)
+        how = {"weight_decay": 0.0, "clip_norm": None, "epsilon": 1e-20}
+        trained = train(model, config(**how), ONE, params=params)
+        return trained, dict(named(jax.device_get(trained.state.params)))
+
+    ours, moved = ends(unscaled, 0.5)
+    theirs, expected = ends(scaled, 1.0)
+    np.testing.assert_allclose(losses(ours), losses(theirs), rtol=1e-5)
+    assert any(name.endswith(halved) for name in moved)
+    for name, values in moved.items():
+        if name.endswith("key.bias"):  # the softmax cancels it: its gradient is rounding
+            continue
+        wanted = expected[name] * (0.5 if name.endswith(halved) else 1.0)
+        np.testing.assert_allclose(values, wanted, atol=2e-4, err_msg=name)
+
+
 def test_an_update_is_proportional_to_its_factor():
     """Decay included; powers of two are exact."""
     rng = np.random.default_rng(0)

@@ -182,10 +182,12 @@ def _require_divisible(
 ) -> None:
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     for data, accumulate in ((train_data, config.accumulate), (valid_data, 1)):
-        for rows, length in data.train_plan.shapes:
-            if rows % (parts * accumulate) or length % mesh.shape["seq"]:
+        for shape in data.train_plan.shapes:
+            if shape.rows % (parts * accumulate) or any(
+                length % mesh.shape["seq"] for length in shape.lengths
+            ):
                 raise TrainError(
-                    f"batches of {rows} x {length} do not divide into {parts} devices x "
+                    f"batches of {shape} do not divide into {parts} devices x "
                     f"train.accumulate = {accumulate}, or the length into train.mesh.seq = "
                     f"{mesh.shape['seq']}: set data.batch_multiple to {parts * config.accumulate}"
                 )

@@ -39,7 +39,8 @@ def rate_factors(params: Any, model: ModelConfig, config: OptimizerConfig) -> An
     for name, leaf in named(params):
         names = layer_names(name, leaf.shape)
         values = [
-            _factor(part, len(names), layer, model, config) for layer, part in enumerate(names)
+            _factor(part, len(names), layer, model, config) * _query_factor(part, model)
+            for layer, part in enumerate(names)
         ]
         for layer, part in enumerate(names):
             fitting = [pattern for pattern in config.freeze if re.search(pattern, part)]
@@ -67,6 +68,16 @@ def _factor(  # as arXiv:2106.08254 §3.1 counts layers: the top block is one be
     is_last_norm = re.fullmatch(r"(encoder|decoder)\.norm\.\w+", name)
     deepest = max(model.layers, model.encoder_layers or 0)
     return 1.0 if is_last_norm else config.layer_decay ** (deepest + 1)
+
+
+def _query_factor(name: str, model: ModelConfig) -> float:
+    """Of queries whose scores nothing scales: Adam's steps fit values larger by sqrt(H).
+
+    With it they learn as if their scores were scaled. T5's AdaFactor makes all steps relative to
+    the size of the parameter (arXiv:1804.04235 §8).
+    """
+    is_small = re.search(r"attention\.query\.(kernel|bias|lora_b)$", name)
+    return model.head_dim**-0.5 if is_small and not model.attention.scaled else 1.0
 
 
 def split(params: Any, factors: Any) -> tuple[Any, Any]:
