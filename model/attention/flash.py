@@ -46,15 +46,12 @@ def flash(
         raise ValueError(f"shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}")
     if dropout_rate and dropout_key is None:
         raise ValueError(f"dropout at rate {dropout_rate} needs a key")
-    scale = H**-0.5 if scale is None else scale
-    if q.dtype == jnp.float32 or math.frexp(scale)[0] == 0.5:  # no digit is lost in q
-        q, scale = q * scale, 1.0
+    q = q.astype(jnp.float32) * (H**-0.5 if scale is None else scale)
     tiles = Tiles(
         q_length=T,
         kv_length=S,
-        q_block=q_block or _block(T),
-        kv_block=kv_block or _block(S),
-        scale=scale,
+        q_block=q_block or _block(T, 128),
+        kv_block=kv_block or _block(S, 256),
         dropout_rate=dropout_rate,
     )
     G = N // K
@@ -73,9 +70,9 @@ def flash(
     return out.reshape(B, -1, N, H)[:, :T]
 
 
-def _block(length: int) -> int:
-    """Blocks of nearly equal size, so that little is padded."""
-    return math.ceil(length / math.ceil(length / 256))
+def _block(length: int, most: int) -> int:
+    """Size of as few blocks as that allows, nearly equal, so that little is padded."""
+    return math.ceil(length / math.ceil(length / most))
 
 
 def _cut(x: Float[Array, "B T *heads H"], size: int) -> Float[Array, "i B *heads C H"]:
@@ -93,7 +90,6 @@ class Tiles:
     kv_length: int
     q_block: int
     kv_block: int
-    scale: float
     dropout_rate: float
 
     def visits(self, mask: AttentionMask, by_key: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -140,11 +136,12 @@ def by_group(tile: jax.Array, heads: Heads) -> jax.Array:
 
 
 def _at(blocks: jax.Array, i: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(blocks, i, keepdims=False)
+    """Block i in float32, in which all that is done with a tile is done."""
+    return jax.lax.dynamic_index_in_dim(blocks, i, keepdims=False).astype(jnp.float32)
 
 
 def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+    return jnp.einsum(spec, a, b)
 
 
 def _transpose(x: jax.Array) -> jax.Array:
@@ -163,8 +160,6 @@ def _forward(tiles: Tiles, q, k, v, values, mask: AttentionMask, bias, key):
             out, highest, total = state
             j = order[n]
             scores = _dot("BKRH,BKSH->BKRS", q, _at(k, j))
-            if tiles.scale != 1.0:
-                scores *= tiles.scale
             if bias is not None:
                 scores += tiles.bias(i, j, bias, values, heads)
             allowed = tiles.allowed(i, j, mask, heads)
@@ -176,7 +171,7 @@ def _forward(tiles: Tiles, q, k, v, values, mask: AttentionMask, bias, key):
             total = total * shrink + jnp.sum(weights, axis=-1)
             if key is not None:
                 weights *= tiles.kept(i, j, B, heads, key)
-            added = _dot("BKRS,BKSH->BKRH", weights.astype(v.dtype), _at(v, j))
+            added = _dot("BKRS,BKSH->BKRH", weights, _at(v, j))
             return out * shrink[..., None] + added, new_highest, total
 
         zeros = jnp.zeros(q.shape, jnp.float32)
@@ -185,7 +180,7 @@ def _forward(tiles: Tiles, q, k, v, values, mask: AttentionMask, bias, key):
         out, highest, total = jax.lax.fori_loop(0, count, step, start)
         # Rows that see nothing: 0 here, and exp(-inf) as weights backward.
         out = out / jnp.where(total > 0, total, 1.0)[..., None]
-        return out.astype(q.dtype), jnp.where(total > 0, highest + jnp.log(total), jnp.inf)
+        return out.astype(v.dtype), jnp.where(total > 0, highest + jnp.log(total), jnp.inf)
 
     return jax.lax.map(row, (jnp.arange(len(q)), q, order, counts))
 
@@ -196,18 +191,18 @@ def _backward(tiles: Tiles, saved, g):
     B, heads = k.shape[1], (k.shape[2], q.shape[3] // tiles.q_block)
     order, counts = tiles.visits(mask, by_key=True)
     delta = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    q_blocks, g_blocks, kT = q, g, _transpose(k)
+    q_blocks, g_blocks = q, g
 
     def column(state, column):
-        j, k, kT, v, order, count = column
+        j, k_block, v_block, order, count = column
+        k, v = k_block.astype(jnp.float32), v_block.astype(jnp.float32)
+        kT = _transpose(k)
 
         def step(n, state):
             dqT, dk, dv, dvalues = state
             i = order[n]
             q, g = _at(q_blocks, i), _at(g_blocks, i)
             scores = _dot("BKSH,BKRH->BKSR", k, q)
-            if tiles.scale != 1.0:
-                scores *= tiles.scale
             if bias is not None:
                 scores += _transpose(tiles.bias(i, j, bias, values, heads))
             weights = jnp.exp(scores - _at(lse, i)[..., None, :])
@@ -219,7 +214,7 @@ def _backward(tiles: Tiles, saved, g):
             if key is not None:
                 kept = _transpose(tiles.kept(i, j, B, heads, key))
                 used, dweights = weights * kept, dweights * kept
-            dv += _dot("BKSR,BKRH->BKSH", used.astype(g.dtype), g)
+            dv += _dot("BKSR,BKRH->BKSH", used, g)
             dscores = weights * (dweights - _at(delta, i)[..., None, :])
             if bias is not None:
                 tile, pull = jax.vjp(lambda x: tiles.bias(i, j, bias, x, heads), values)
@@ -227,7 +222,6 @@ def _backward(tiles: Tiles, saved, g):
                 if tile.shape[0] == 1:
                     given = jnp.sum(given, axis=0, keepdims=True)
                 dvalues += pull(given.astype(tile.dtype))[0]
-            dscores = dscores.astype(q.dtype)
             dk += _dot("BKSR,BKRH->BKSH", dscores, q)
             added = _at(dqT, i) + _dot("BKHS,BKSR->BKHR", kT, dscores)
             dqT = jax.lax.dynamic_update_index_in_dim(dqT, added, i, axis=0)
@@ -236,14 +230,13 @@ def _backward(tiles: Tiles, saved, g):
         dqT, dvalues = state
         zeros = jnp.zeros(k.shape, jnp.float32)
         dqT, dk, dv, dvalues = jax.lax.fori_loop(0, count, step, (dqT, zeros, zeros, dvalues))
-        return (dqT, dvalues), ((tiles.scale * dk).astype(k.dtype), dv.astype(v.dtype))
+        return (dqT, dvalues), (dk.astype(k_block.dtype), dv.astype(v_block.dtype))
 
     start = jnp.zeros(_transpose(q).shape, jnp.float32), jax.tree.map(jnp.zeros_like, values)
     (dqT, dvalues), (dk, dv) = jax.lax.scan(
-        column, start, (jnp.arange(len(k)), k, kT, v, order, counts)
+        column, start, (jnp.arange(len(k)), k, v, order, counts)
     )
-    dq = _transpose((tiles.scale * dqT).astype(q.dtype))
-    return dq, dk, dv, dvalues, None, None, None
+    return _transpose(dqT), dk, dv, dvalues, None, None, None
 
 
 def _attend_primal(tiles: Tiles, q, k, v, values, mask, bias, key):
