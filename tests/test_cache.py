@@ -119,8 +119,9 @@ def test_what_it_cannot_read_is_refused(unchecked):
     decode = partial(model.apply, {"params": params}, TOKENS[:, :2], method="decode", cache=cache)
     with pytest.raises(ValueError, match=r"\.at\(t\)"):
         decode()
+    further = WindowCache.zeros(tiny(attention_window=4), B, 4)
+    q, k, v = jnp.zeros((3, B, 1, 3, 2))
     with pytest.raises(ValueError, match=r"3 positions before a token, but .* \(4, 4\)"):
-        further = WindowCache.zeros(tiny(attention_window=4), B, 4)
-        further.attend(dense, *jnp.zeros((3, B, 1, 3, 2)), masks.sliding(4, 4).at(0))
+        further.attend(dense, q, k, v, masks.sliding(4, 4).at(0))
     with pytest.raises(ValueError, match="describes 2 kv positions, there are 5"):
         decode(offset=0, segment_ids=jnp.ones((B, 2), int))

@@ -16,6 +16,7 @@ from tiny_pretrained import (
     CLASSIFIER,
     GPT2,
     LLAMA,
+    LONGFORMER,
     MARIAN,
     MODELS,
     SPECIAL,
@@ -62,6 +63,10 @@ from model.pretrained import tensors as tensors_module
             ("model.head.pooling = mean", "bert"),
         ),
         (replace(BERT, head=replace(CLASSIFIER, pooler=False)), ("model.head.pooler = False",)),
+        (
+            replace(BERT, attention=replace(BERT.attention, window=3)),
+            ("model.attention.window = 3", "bert has None"),
+        ),
         (replace(MARIAN, norm=NormConfig()), ("model.norm.epsilon = 1e-06", "marian has 1e-05")),
         (
             replace(
@@ -83,6 +88,15 @@ def test_configs_that_cannot_be_exported(config: ModelConfig, parts: tuple[str, 
     refused(lambda: pretrained.config_to_hf(config), *parts)
     refused(lambda: write(tmp_path / "x", config, {}, special=SPECIAL), *parts)
     assert not (tmp_path / "x").exists()
+
+
+def test_positions_of_longformer_begin_after_its_padding(tmp_path):
+    params = random(LONGFORMER)
+    refused(
+        lambda: write(tmp_path / "x", LONGFORMER, params, special={"pad_token_id": 0}),
+        "pad_token_id = 0",
+        "in longformer it is 1",
+    )
 
 
 def test_what_only_training_knows_does_not_hinder():

@@ -206,13 +206,11 @@ def _block(band, rule, i, q, k, v, far, bias):
     positions = columns + rule.offset[..., None]
     counted = (positions >= 0) & (positions < rule.shape[-1])
     if far is not None:
-        places = rule.mask.global_index[:, None]
-        counted &= ~(positions[..., None] == places[..., None, :]).any(-1)
-        same = places[..., None] == places[..., None, :]
-        again = jnp.tril(same, k=-1).any(-1)
-        real = (places >= 0) & (places < rule.shape[-1]) & ~again
-        columns = _join(columns, places - rule.offset[..., None], axis=2)
-        counted = _join(counted, real, axis=2)
+        places = rule.mask.global_index
+        counted &= ~(positions[..., None] == places[:, None, None]).any(-1)
+        real = (places >= 0) & (places < rule.shape[-1]) & ~_again(places)
+        columns = _join(columns, (places - rule.offset)[:, None], axis=2)
+        counted = _join(counted, real[:, None], axis=2)
         k, v = (_join(x, y, axis=3) for x, y in zip((k, v), far, strict=True))
     return _attend(q, k, v, bias, rule, band.heads, rows, columns, counted)
 
@@ -254,8 +252,20 @@ def put_rows(
     x: Shaped[Array, "B T *n"], rows: Int[Array, "#B g"], new: Shaped[Array, "B g *n"]
 ) -> Shaped[Array, "B T *n"]:
     """`x` with these rows in place of its own; those beyond its ends are left out."""
-    rows = _repeat(jnp.where(rows < 0, x.shape[1], rows), len(x))
-    return jax.vmap(lambda x, rows, new: x.at[rows].set(new, mode="drop"))(x, rows, new)
+    rows = _repeat(jnp.where((rows < 0) | _again(rows), x.shape[1], rows), len(x))
+
+    def put(x: jax.Array, rows: jax.Array, new: jax.Array) -> jax.Array:
+        taken = jnp.zeros(len(x), bool).at[rows].set(True, mode="drop")
+        # Added to 0: the derivative of .set() would compare every element of x.
+        x = jnp.where(taken.reshape(-1, *[1] * (x.ndim - 1)), 0, x)
+        return x.at[rows].add(new, mode="drop")
+
+    return jax.vmap(put)(x, rows, new)
+
+
+def _again(rows: Int[Array, "b g"]) -> Bool[Array, "b g"]:
+    """Where an index stands that stood before."""
+    return jnp.tril(rows[:, :, None] == rows[:, None], k=-1).any(-1)
 
 
 def _repeat(x: jax.Array, batch: int) -> jax.Array:

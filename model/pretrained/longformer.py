@@ -119,9 +119,6 @@ def _window(keys: Keys) -> int:
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     head, attention = config.head, config.attention
-    require(
-        bool(attention.window), f"model.attention.window = {attention.window}: longformer has one"
-    )
     if head.kind == "language_model":
         name = "LongformerForMaskedLM"
     else:
@@ -136,7 +133,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "hidden_size": config.width,
         "num_hidden_layers": config.layers,
         "num_attention_heads": attention.heads,
-        "attention_window": [2 * (attention.window or 0)] * config.layers,
+        "attention_window": [2 * (attention.window or 256)] * config.layers,
         "global_tokens": attention.global_tokens,
         "intermediate_size": config.feed_forward.width,
         "hidden_act": ACTIVATION_NAMES[config.feed_forward.activation],

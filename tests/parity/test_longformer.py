@@ -50,10 +50,7 @@ def longformer(name: str) -> Any:
         attention_window=2 * WINDOW,
         num_labels=CLASSES,
     )
-    model = randomised(getattr(transformers, name)(config))
-    with torch.no_grad():  # The row of padding is 0 in every model of theirs.
-        model.get_input_embeddings().weight[PADDING] = 0
-    return model
+    return randomised(getattr(transformers, name)(config))
 
 
 @pytest.fixture(scope="module", params=HEADS)
@@ -105,8 +102,13 @@ def test_padded(models, tokens: int, core: str):
 def test_the_way_back(models, tmp_path):
     theirs, found = models
     again = back(type(theirs), export(found, tmp_path / "export"))
-    for one, other in zip(outputs(again, 1), outputs(theirs, 1), strict=True):
-        np.testing.assert_array_equal(one, other)
+    mine, expected = (outputs(model, 1, attention_mask=REAL) for model in (again, theirs))
+    real = REAL.astype(bool)  # The position of padding is not ours to keep.
+    np.testing.assert_array_equal(mine[1][:, real], expected[1][:, real])
+    if found.architecture == "LongformerForSequenceClassification":
+        np.testing.assert_array_equal(mine[0], expected[0])
+    else:
+        np.testing.assert_array_equal(mine[0][real], expected[0][real])
 
 
 def test_our_model_exported(tmp_path):
