@@ -168,7 +168,10 @@ def test_each_sharing_has_the_parameters_that_it_says(architecture, sharing: str
     assert ("projection" in encoder) == (sharing == "layers")
     if architecture == "encoder_decoder":
         assert ("projection" in params["decoder"]) == (sharing == "layers")
-        args, real = (TOKENS, SOURCE), {"encoder_segment_ids": np.minimum(SOURCE_SEGMENTS, 1)}
+        args, real = (
+            (TOKENS, SOURCE),
+            {"encoder_segment_ids": jnp.array(np.minimum(SOURCE_SEGMENTS, 1))},
+        )
     else:
         args, real = (TOKENS,), {}
     grads = jit(jax.grad(lambda p: jnp.sum(model.apply({"params": p}, *args, **real) ** 2)))(params)
