@@ -140,7 +140,7 @@ def test_several_documents_become_nan_and_packed_data_is_refused():
     two = KV_IDS.at[0, 2].set(2)
     out = np.asarray(jit(core.apply)(params, q, k, v, masks.cross(Q_IDS, two)))
     assert np.isnan(out).all((1, 2, 3)).tolist() == [True, False, False]
-    data = DataConfig(source="files", objective="masked_lm", packing=True)
+    data = DataConfig(source="files", train=("x",), objective="masked_lm", packing=True)
     model = tiny("encoder_only", attention_core="linformer")
     with pytest.raises(TrainError, match=r"model\.attention\.core linformer.*data\.packing"):
         require_fit(model, data, TrainConfig(label_smoothing=0.0))
@@ -168,7 +168,10 @@ def test_each_sharing_has_the_parameters_that_it_says(architecture, sharing: str
     assert ("projection" in encoder) == (sharing == "layers")
     if architecture == "encoder_decoder":
         assert ("projection" in params["decoder"]) == (sharing == "layers")
-        args, real = (TOKENS, SOURCE), {"encoder_segment_ids": np.minimum(SOURCE_SEGMENTS, 1)}
+        args, real = (
+            (TOKENS, SOURCE),
+            {"encoder_segment_ids": jnp.array(np.minimum(SOURCE_SEGMENTS, 1))},
+        )
     else:
         args, real = (TOKENS,), {}
     grads = jit(jax.grad(lambda p: jnp.sum(model.apply({"params": p}, *args, **real) ** 2)))(params)

@@ -348,7 +348,10 @@ def test_so_are_those_after_a_prefix_and_of_a_search(options: dict):
 
 def test_a_translation_reads_its_begin_token_once():
     translator = make_translator(positions="rotary", temperature=2.0)
-    model = dataclasses.replace(translator.model, attention=tiny(**CORE).attention)
+    attention = dataclasses.replace(
+        translator.model.attention, core="performer", performer=CORE["attention_performer"]
+    )
+    model = dataclasses.replace(translator.model, attention=attention)
     translator = type(translator)(
         model, translator.decode, translator.tokenizer, translator.params, translator.mesh
     )
@@ -379,13 +382,14 @@ def test_it_learns_to_copy(kernel: str, dtype: str):
     core = PerformerConfig(features=16, kernel=kernel, chunk=4)
     config = tiny("encoder_only", dtype=dtype, attention_core="performer", attention_performer=core)
     model, params = init(config)
+    real = jnp.array(np.minimum(SEGMENTS, 1))
     first = jnp.broadcast_to(TOKENS[:, :1], TOKENS.shape)
 
     @jit
     def step(params, key):
         def loss(params):
             rngs = {"features": key}
-            logits = model.apply({"params": params}, TOKENS, segment_ids=SEGMENTS > 0, rngs=rngs)
+            logits = model.apply({"params": params}, TOKENS, segment_ids=real, rngs=rngs)
             log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
             return -jnp.mean(jnp.take_along_axis(log_probs, first[..., None], -1))
 

@@ -373,7 +373,8 @@ def _causal(
 ) -> tuple[Sums, FeatureState]:
     """Over real keys up to a query (if strict, before it) in its segment, and `state`, which is of
     the first segment; the state of the last one."""
-    state = state or FeatureState.zeros(*rows.k.shape[:2], len(features.matrix), rows.k.shape[3])
+    B, K, _, H = rows.k.shape
+    state = state or FeatureState.zeros(B, K, len(features.matrix), H)
 
     @jax.checkpoint
     def step(carry: tuple[FeatureState, jax.Array], chunk: _Rows):
