@@ -153,7 +153,9 @@ def test_types_heads_and_platform_are_refused_with_the_fix():
     *arrays, _ = inputs(T)
     with pytest.raises(ModelError, match=r"needs a GPU and model.dtype bfloat16 .* not float32"):
         cudnn(*arrays, masks.causal())
-    with pytest.raises(ModelError, match=r"multiple of 8 up to 128, not model.attention.head_dim = 5"):
+    with pytest.raises(
+        ModelError, match=r"multiple of 8 up to 128, not model.attention.head_dim = 5"
+    ):
         cudnn(*(x[..., :5] for x in arrays), masks.causal())
     with pytest.raises(ModelError, match=r"core cudnn needs a GPU, not cpu"):
         cudnn(*(x.astype(jnp.bfloat16) for x in arrays), masks.causal())

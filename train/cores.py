@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from model import masks
 from model.attention import ATTENTION
 from model.cache import new_cache
 from model.config import AttentionConfig, ModelConfig, ModelError, Place
@@ -94,22 +96,29 @@ def refusal(core: str, row: Row) -> str | None:
     x = jnp.zeros((1, new, 16), jnp.bfloat16)
     source = jnp.zeros((1, T, 16), jnp.bfloat16) if row.place == "cross" else None
     mask, shared = row.mask(config), Shared(bias=row.bias)
-    cache = new_cache(config, 1, T) if row.has_cache else None
+    remembered = new_cache(config, 1, T) if row.has_cache else None
 
-    def run() -> Any:
-        keys = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
-        params = layer.init(keys, x, source, encoder_mask(config, None))
-        how = {"cache": cache, "deterministic": False, "rngs": keys}
+    def run(params: Any) -> Any:
+        how = {"cache": remembered, "deterministic": False, "rngs": {"dropout": jax.random.key(0)}}
         return layer.apply(params, x, source, mask, shared, **how)
 
     try:
-        jax.eval_shape(run)
+        jax.eval_shape(run, _params(core))
     except MaskNotSupported as error:
         return error.reason
     except ModelError:
         if core not in NEED_A_DEVICE:
             raise
     return NAN if row.what in DOCUMENTS and core in ("cudnn", "linformer") else None
+
+
+@cache
+def _params(core: str) -> Any:
+    """Shapes of the parameters of an attention, which no row changes."""
+    attention = AttentionConfig(heads=2, core=core)
+    layer = MultiHeadAttention(ModelConfig(width=16, attention=attention))
+    x = jnp.zeros((1, T, 16))
+    return jax.eval_shape(lambda: layer.init(jax.random.key(0), x, None, masks.full()))
 
 
 def table() -> str:

@@ -185,7 +185,7 @@ def _on_device(how: Ring, q, k, v, mask: AttentionMask, bias: PositionBias | Non
     q, k, v = (how.exchange(x) for x in (q, k, v))
     q = q.reshape(b, t, k.shape[2], -1, H)
     values = None if bias is None else bias.values
-    out = _attend(how, q, k, v, values, mask, bias, key)
+    out: Any = _attend(how, q, k, v, values, mask, bias, key)
     return how.exchange(out.reshape(b, t, n, H), back=True)
 
 

@@ -97,7 +97,7 @@ def _splash(
 
 
 def _sees(mask: AttentionMask, q_length: int, kv_length: int) -> Bool[Array, "b T"]:
-    """Which queries see anything; by blocks, as the compiler writes out the whole mask otherwise."""
+    """Which queries see anything, by blocks: the compiler writes out the whole mask otherwise."""
     rows = jnp.arange(q_length + -q_length % TILE).reshape(-1, TILE)
     columns = jnp.arange(kv_length)
     seen = jax.lax.map(lambda rows: mask.tile(rows, columns)[:, 0].any(-1), rows)  # [i, b, TILE]
