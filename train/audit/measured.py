@@ -158,7 +158,7 @@ class Probe:
     """A program with its parameters, compiled once for batches of one shape."""
 
     def __init__(self, config: ModelConfig, params: Any, program: Program):
-        self.config, self.params, self.program = config, params, program
+        self.config, self.params, self.program = config, jax.device_put(params), program
         self._run = jax.jit(program, compiler_options=FAST)
 
     def outputs(self, batch: Batch, deltas: dict | None = None) -> dict[str, np.ndarray]:

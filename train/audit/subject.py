@@ -16,7 +16,7 @@ from train.audit import declared, examples
 from train.audit.measured import random_params, shapes
 
 LENGTH = 16  # of the rows
-LAYERS, WIDTH, HEAD_DIM, HEADS, GROUP, RANK = 2, 16, 4, 2, 2, 8  # most of a small model
+LAYERS, WIDTH, HEAD_DIM, HEADS, GROUP, RANK = 2, 16, 8, 2, 2, 8  # most of a small model
 
 
 @dataclass(frozen=True)
