@@ -44,8 +44,9 @@ def flash(
     S, K = k.shape[1:3]
     if k.shape != (B, S, K, H) or k.shape != v.shape or N % K:
         raise ValueError(f"shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}")
-    if dropout_rate and dropout_key is None:
+    if dropout_key is None and dropout_rate:
         raise ValueError(f"dropout at rate {dropout_rate} needs a key")
+    key = None if dropout_key is None or not dropout_rate else jax.random.key_data(dropout_key)
     q = q.astype(jnp.float32) * (H**-0.5 if scale is None else scale)
     tiles = Tiles(
         q_length=T,
@@ -64,7 +65,7 @@ def flash(
         None if bias is None else bias.values,
         mask,
         bias,
-        jax.random.key_data(dropout_key) if dropout_rate else None,
+        key,
     )
     out = jnp.transpose(out.reshape(q.shape), (1, 0, 4, 2, 3, 5))
     return out.reshape(B, -1, N, H)[:, :T]
