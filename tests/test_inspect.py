@@ -13,7 +13,7 @@ from rich.console import Console
 from tiny import HEAD_DIM, HEADS, INNER, KV_HEADS, LAYERS, WIDTH, V, random_params, tiny
 
 from data.config import DataConfig, DataError, TokenizerConfig
-from model.config import ModelConfig
+from model.config import LinformerConfig, ModelConfig, PerformerConfig
 from model.transformer import build
 from train.attention_weights import attention_masks, attention_weights
 from train.config import MeshConfig, OptimizerConfig, TrainConfig, TrainError
@@ -366,3 +366,44 @@ def test_nothing_is_inspected_of_parameters_without_a_place():
     assert [(part.stack, part.name, part.parameters) for part in found] == [
         ("input", "embeddings", V * WIDTH), ("input", "other", 15)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({"attention_window": 2}, {"encoder": 5, "decoder": 3, "cross": 7}),
+        (
+            {
+                "attention_core": "performer",
+                "attention_performer": PerformerConfig(features=11),
+            },
+            {"encoder": 22, "decoder": 22, "cross": 22},
+        ),
+        (
+            {
+                "attention_core": "linformer",
+                "attention_decoder_core": "dense",
+                "attention_linformer": LinformerConfig(rank=3),
+            },
+            {"encoder": 6, "decoder": 7, "cross": 6},
+        ),
+    ],
+)
+def test_scores_cost_what_the_core_computes(changes, keys):
+    config = tiny("encoder_decoder", **changes)
+    found = {place: flops for place, (_, flops) in of(config, 7).items()}
+    per_key = LAYERS * 2 * 2 * HEADS * HEAD_DIM
+    assert found["encoder", "self-attention scores"] == keys["encoder"] * per_key
+    assert found["decoder", "self-attention scores"] == keys["decoder"] * per_key
+    assert found["decoder", "cross-attention scores"] == keys["cross"] * per_key
+
+
+def test_the_cache_of_a_performer_has_one_size():
+    config = tiny(
+        "decoder_only",
+        attention_core="performer",
+        attention_performer=PerformerConfig(features=11),
+    )
+    numbers = KV_HEADS * (11 * HEAD_DIM + 11 + 11)
+    assert memory(config, LM, TRAIN, set_up(config, TRAIN)).cache == LAYERS * numbers * 4
+    assert "cache, for any number of tokens: sums of features" in printed(config, LM)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from data.config import DataConfig
-from model.config import ModelConfig
+from model.attention.performer import FeatureState
+from model.config import ModelConfig, Place
 from model.stack import BlockCache
 from model.transformer import build, empty_cache
 from train.config import TrainConfig
@@ -52,7 +53,7 @@ def parts(config: ModelConfig, params: Any, length: int) -> list[Part]:
 
     FLOPs are two for each multiply-add of a matrix product, per token of a row of `length` tokens
     (arXiv:2001.08361 §2.1); lookups, norms, softmax and activations are left out. Every query is
-    multiplied with all `length` keys, those that a mask hides included, as the dense core does. In
+    multiplied with all `length` keys, or those of its window, those that a mask hides included. In
     an encoder-decoder a token is one of the target together with one of the source.
     """
     counts: dict[tuple[str, str], list[float]] = {}
@@ -71,7 +72,8 @@ def parts(config: ModelConfig, params: Any, length: int) -> list[Part]:
         add(stack, part, leaf.size, flops)
         if name.endswith("_attention.query.kernel"):
             features = leaf.size // config.width  # L N H
-            add(stack, f"{part} scores", 0, 2 * 2.0 * length * features)
+            keys = _keys(config, _attention_place(config, stack, part), length)
+            add(stack, f"{part} scores", 0, 2 * 2.0 * keys * features)
         if name == "embedding.table" and _is_tied(config):
             add("output", "head", 0, 2.0 * leaf.size)
     stacks = ("input", *STACKS.values())
@@ -81,6 +83,32 @@ def parts(config: ModelConfig, params: Any, length: int) -> list[Part]:
              flops=counts[stack, name][1])
         for stack, name in ordered
     ]  # fmt: skip
+
+
+def _attention_place(config: ModelConfig, stack: str, part: str) -> Place:
+    if part == "cross-attention":
+        return "cross"
+    is_beside = stack == "decoder" and config.architecture == "encoder_decoder"
+    return "decoder" if is_beside else "self"
+
+
+def _keys(config: ModelConfig, place: Place, length: int) -> int:
+    """Keys that a query's products with scores and values are worth.
+
+    Of random features and of projections along the length there are R, and as much work again goes
+    into what keys and values become (arXiv:2009.14794 §2.2, arXiv:2006.04768 §4).
+    """
+    attention = config.attention
+    core = attention.core_of(place)
+    if core == "performer":
+        return 2 * attention.performer.features
+    if core == "linformer":
+        return 2 * attention.linformer.rank
+    if attention.window is None or place == "cross":
+        return length
+    is_causal = place == "decoder" or config.architecture == "decoder_only"
+    sides = 1 if is_causal else 2
+    return min(length, sides * attention.window + 1 + attention.global_tokens)
 
 
 def _place(name: str) -> tuple[str, str]:
@@ -109,7 +137,8 @@ class Memory:
     outputs: int
     """Scores of one batch, in float32: [B, T, V], or [B, C] of a classifier."""
     cache: int
-    """Keys and values of one token of one text while decoding; 0: nothing is decoded."""
+    """Keys and values of one token of one text while decoding, or of a whole text where the cache
+    is of one size for any number of tokens; 0: nothing is decoded."""
     source_cache: int
     """The same for one token of the source of an encoder-decoder."""
 
@@ -129,9 +158,12 @@ def memory(config: ModelConfig, data: DataConfig, train: TrainConfig, setup: Set
     cache = _cache(config, state.params)
 
     def cached(rows: Any) -> int:
-        axes = ("layers", None, None, "kv_heads", "head_dim")
+        heads = ("kv_heads",) if isinstance(rows, FeatureState) else (None, "kv_heads")
+        axes = ("layers", None, *heads, None, None)
         return sum(
-            math.prod(resolve("the cache", axes, x.shape, setup.mesh).shard_shape(x.shape))
+            math.prod(
+                resolve("the cache", axes[: x.ndim], x.shape, setup.mesh).shard_shape(x.shape)
+            )
             * x.dtype.itemsize
             for x in jax.tree.leaves(rows)
         )

@@ -199,13 +199,14 @@ def _memory_table(
     table.add_row(f"outputs of a batch: {what}, float32", number(sizes.outputs, 1024) + "B")
     if sizes.cache:
         of = " of the target" if sizes.source_cache else ""
+        place = "decoder" if sizes.source_cache else "self"
         if (last := remembered(model)) is not None:
             of += f", for the last {last}"
-        table.add_row(
-            f"cache per token{of}: {model.kv_heads} key and value heads of {model.head_dim} in "
-            f"{model.layers} layers, {model.dtype}",
-            number(sizes.cache, 1024) + "B",
-        )
+        what = f"cache per token{of}: {model.kv_heads} key and value heads of {model.head_dim} in "
+        what += f"{model.layers} layers, {model.dtype}"
+        if model.attention.core_of(place) == "performer":
+            what = f"cache{of}, for any number of tokens: sums of features in {model.layers} layers"
+        table.add_row(what, number(sizes.cache, 1024) + "B")
     if sizes.source_cache:
         table.add_row("cache per token of the source", number(sizes.source_cache, 1024) + "B")
     table.caption = "activations, kept for the backward pass, come on top"
