@@ -1,6 +1,10 @@
-"""Corrupted spans of Shakespeare, letter by letter, with a tiny T5 1.1: minutes on a CPU.
+"""Corrupted spans of Shakespeare, letter by letter, with a tiny T5 1.1: 10 minutes of one CPU core.
 
 heedful train t5_tiny
+
+Gives a validation loss of 1.94 nats per target. A row has 14: 10 letters of 3.37 nats each if only
+their frequencies are known, 3 sentinels and an end. With those four known that is 2.41 per target;
+with where spans end unknown, one of 36 ways, 2.66.
 """
 
 import dataclasses
