@@ -219,7 +219,8 @@ class MultiHeadAttention(nn.Module):
         k = constrain(k, "act_batch", "act_length", "act_kv_heads", "act_head_dim")
         v = constrain(v, "act_batch", "act_length", "act_kv_heads", "act_head_dim")
 
-        name, _ = choose(attention.core_of(self.place), jax.default_backend(), k.shape[1])
+        place_core, platform = attention.core_of(self.place), jax.default_backend()
+        name, _ = choose(place_core, platform, k.shape[1], q.shape[1])
         core = ATTENTION[name](config)
         if self.is_initializing() and not isinstance(core, nn.Module):
             core = dense  # it has no parameters, and may need a mesh or a device that is not there

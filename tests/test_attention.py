@@ -225,7 +225,11 @@ def test_shapes_that_do_not_fit_are_refused(unchecked):
 
 def test_choice_of_a_core():
     for platform in ("cpu", "gpu", "tpu"):
-        name, reason = choose("auto", platform, 7)
-        assert name in ATTENTION
-        assert platform in reason
-    assert choose("dense", "cpu", 7) == ("dense", "chosen by model.attention.core")
+        for length in (7, 512):
+            name, reason = choose("auto", platform, length)
+            assert name in ATTENTION
+            assert platform in reason
+    assert choose("auto", "cpu", 511)[0] == "dense"
+    assert choose("auto", "cpu", 512)[0] == "flash"
+    assert choose("auto", "cpu", 4096, queries=1)[0] == "dense"  # decoding
+    assert choose("dense", "cpu", 512) == ("dense", "chosen by model.attention.core")

@@ -47,6 +47,7 @@ def reachable(architecture: str, segments: np.ndarray, prefix: np.ndarray) -> np
         ("encoder_decoder", {"norm_position": "pre", "remat": True}, True),
         ("decoder_only", {}, True),
         ("prefix", POSITIONS["rotary"], False),
+        ("prefix", {"attention_core": "flash", **POSITIONS["relative"]}, True),
         ("prefix", POSITIONS["relative"], True),
         ("encoder_only", POSITIONS["alibi"], True),
     ],
@@ -111,12 +112,13 @@ def test_padding_and_the_future_change_no_bit(dtype: str):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "kind"),
-    [(name, kind) for name in ("encoder_only", "decoder_only") for kind in POSITIONS]
+    ("architecture", "kind", "core"),
+    [(name, kind, "dense") for name in ("encoder_only", "decoder_only") for kind in POSITIONS]
     # Its stacks are of those two kinds, its inputs are its own.
-    + [("encoder_decoder", kind) for kind in ("sinusoidal", "rotary", "relative")],
+    + [("encoder_decoder", kind, "dense") for kind in ("sinusoidal", "rotary", "relative")]
+    + [("encoder_decoder", "relative", "flash"), ("decoder_only", "alibi", "flash")],
 )
-def test_packed_documents_give_what_they_give_alone(architecture: str, kind: str):
+def test_packed_documents_give_what_they_give_alone(architecture: str, kind: str, core: str):
     """Three documents packed into one row, and each by itself: in its place, and from the start.
 
     In its place, with padding where the others were, the arithmetic is the same and so is each bit.
@@ -130,7 +132,7 @@ def test_packed_documents_give_what_they_give_alone(architecture: str, kind: str
         packed[f"{name}inputs"] = rng.integers(0, V, sum(lengths[name]))[None]
         packed[f"{name}segment_ids"] = np.repeat([5, 2, 3], lengths[name])[None]
         packed[f"{name}positions"] = np.concatenate([np.arange(n) for n in lengths[name]])[None]
-    model = build(tiny(architecture, vocab_size=V, **POSITIONS[kind]))
+    model = build(tiny(architecture, vocab_size=V, attention_core=core, **POSITIONS[kind]))
     params = random_params(model, *(jnp.array(packed[f"{name}inputs"]) for name in names[::-1]))
     run = jit(lambda params, batch: model.apply({"params": params}, **batch))
     together = np.asarray(run(params, packed))

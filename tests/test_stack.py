@@ -34,9 +34,13 @@ close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
 # With a cache -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", POSITIONS)
-def test_a_decoder_decodes_with_a_cache_as_it_was_taught(kind: str):
-    config = tiny("decoder_only", **POSITIONS[kind])
+@pytest.mark.parametrize(
+    ("kind", "core"),
+    [(kind, "dense") for kind in POSITIONS]
+    + [(kind, "flash") for kind in ("rotary", "alibi", "relative")],  # which reach the core
+)
+def test_a_decoder_decodes_with_a_cache_as_it_was_taught(kind: str, core: str):
+    config = tiny("decoder_only", attention_core=core, **POSITIONS[kind])
     model, params = init(config)
     rows = np.arange(B)[:, None]
     # Chunks of columns per row: all together, then each row at a place of its own, where some go
@@ -161,9 +165,11 @@ def test_intermediates_are_those_of_the_pass():
 # In training ------------------------------------------------------------------------------------
 
 
-def test_remat_and_unroll_change_no_value_and_no_gradient():
+@pytest.mark.parametrize("core", ["dense", "flash"])
+def test_remat_and_unroll_change_no_value_and_no_gradient(core: str):
     def value_and_gradient(**changes):
         rates = {"dropout": 0.2, "attention_dropout": 0.3, "feed_forward_dropout": 0.4}
+        changes |= {"attention_core": core}
         model, params = init(tiny("decoder_only", **rates, **changes))
 
         @jit

@@ -31,10 +31,20 @@ WITHOUT_WEIGHTS = frozenset({"linformer", "performer"})
 """Cores that never compute what share a query takes of a key."""
 
 
-def choose(core: str, platform: str, length: int) -> tuple[str, str]:
-    """The name of the core to run on `platform` ("cpu", "gpu", "tpu") on `length` keys, and why."""
+FLASH_FROM = 512
+"""Queries and keys from which flash is faster than dense on a CPU, forward and backward."""
+
+
+def choose(core: str, platform: str, length: int, queries: int | None = None) -> tuple[str, str]:
+    """The name of the core to run on `platform` ("cpu", "gpu", "tpu") on `length` keys, and why.
+
+    There are as many queries, or `queries`: few when decoding.
+    """
     if core == "auto":
-        return "dense", f"the only core that runs every mask on {platform}"
+        pairs = length * (length if queries is None else queries)
+        if platform == "cpu" and pairs >= FLASH_FROM**2:
+            return "flash", f"exact, and faster than dense on {platform} from {FLASH_FROM} keys on"
+        return "dense", f"exact, and runs every mask on {platform}"
     if core not in ATTENTION:
         raise ModelError(
             f"unknown model.attention.core '{core}': choose auto or one of {sorted(ATTENTION)}"

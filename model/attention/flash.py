@@ -68,7 +68,7 @@ def flash(
         key,
     )
     out = jnp.transpose(out.reshape(q.shape), (1, 0, 4, 2, 3, 5))
-    return out.reshape(B, -1, N, H)[:, :T]
+    return out.reshape(B, -1, N, H)[:, :T].astype(v.dtype)
 
 
 def _block(length: int, most: int) -> int:
@@ -181,7 +181,7 @@ def _forward(tiles: Tiles, q, k, v, values, mask: AttentionMask, bias, key):
         out, highest, total = jax.lax.fori_loop(0, count, step, start)
         # Rows that see nothing: 0 here, and exp(-inf) as weights backward.
         out = out / jnp.where(total > 0, total, 1.0)[..., None]
-        return out.astype(v.dtype), jnp.where(total > 0, highest + jnp.log(total), jnp.inf)
+        return out, jnp.where(total > 0, highest + jnp.log(total), jnp.inf)
 
     return jax.lax.map(row, (jnp.arange(len(q)), q, order, counts))
 
@@ -191,7 +191,7 @@ def _backward(tiles: Tiles, saved, g):
     q, k, v, out, lse, values, mask, bias, key = saved
     B, heads = k.shape[1], (k.shape[2], q.shape[3] // tiles.q_block)
     order, counts = tiles.visits(mask, by_key=True)
-    delta = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    delta = jnp.sum(g * out, axis=-1)
     q_blocks, g_blocks = q, g
 
     def column(state, column):
