@@ -1,17 +1,23 @@
 """The expressions of ListOps: their values, their lengths, their splits."""
 
 import random
+import re
 import statistics
 from collections import Counter
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from configs import base
 from data import listops, sources
 from data.config import DataConfig, DataError, ListOpsConfig, TokenizerConfig
 from data.examples import SPLITS
 from data.pipeline import Dataset, tokenizer_texts
 from data.tokenizer import Tokenizer
+from model.transformer import build
+from train.flags import parse
 
 SHORT = ListOpsConfig(examples=211, held_out=53, min_length=11, max_length=37)
 
@@ -193,3 +199,23 @@ def test_what_cannot_be_found_ends(monkeypatch):
     few = ListOpsConfig(examples=401, min_length=3, max_length=5, max_depth=2, max_arguments=2)
     with pytest.raises(DataError, match=r"300 draws gave no new .*min_length 3 .*max_length 5"):
         sources.load(config(few), "train")
+
+
+@pytest.mark.parametrize("name", ["listops", "listops_tiny"])
+def test_each_core_trains_by_the_command_that_the_config_gives(name):
+    """As far as tracing goes, with dropout, where a core refuses what it cannot do."""
+    experiment, text = base.load(name)
+    commands = re.findall(rf"heedful train {name}((?:\s+--\S+ \S+)*)\n", text)
+    cores = set()
+    for command in commands:
+        model = parse(experiment, command.split(), "heedful train").model
+        cores.add(model.attention.core)
+        head = replace(model.head, outputs=10)
+        model = build(replace(model, vocab_size=19, head=head))
+        tokens = jnp.ones((2, experiment.data.max_length), jnp.int32)
+        keys = {stream: jax.random.key(0) for stream in ("params", "dropout", "features")}
+        train = lambda tokens, model=model, keys=keys: model.init_with_output(  # noqa: E731
+            keys, tokens, segment_ids=tokens, deterministic=False
+        )[0]
+        assert jax.eval_shape(train, tokens).shape == (2, 10)
+    assert cores == {"auto", "longformer", "performer", "linformer"}
