@@ -35,24 +35,27 @@ def flash(
     q_block: int | None = None,
     kv_block: int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """As `dense` up to rounding, down to the weights that are dropped; no forward-mode derivative.
+    """The result of `dense`, by tiles; dropout takes the same weights away.
 
-    Memory: some copies of the arguments and a few tiles [B, N, q_block, kv_block]. The blocks, by
-    default chosen by the lengths, change neither result nor dropout.
+    Inputs of any type are computed with in float32. Memory: some copies of the arguments and a few
+    tiles [B, N, q_block, kv_block]; the sizes, by default chosen by the lengths, change nothing
+    else. Can be differentiated once, in reverse.
     """
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     if k.shape != (B, S, K, H) or k.shape != v.shape or N % K:
         raise ValueError(f"shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}")
-    if dropout_key is None and dropout_rate:
-        raise ValueError(f"dropout at rate {dropout_rate} needs a key")
-    key = None if dropout_key is None or not dropout_rate else jax.random.key_data(dropout_key)
+    key = None
+    if dropout_rate:
+        if dropout_key is None:
+            raise ValueError(f"dropout at rate {dropout_rate} needs a key")
+        key = jax.random.key_data(dropout_key)
     q = q.astype(jnp.float32) * (H**-0.5 if scale is None else scale)
     tiles = Tiles(
         q_length=T,
         kv_length=S,
-        q_block=q_block or _block(T, 128),
-        kv_block=kv_block or _block(S, 256),
+        q_block=q_block or _block(T),
+        kv_block=kv_block or _block(S),
         dropout_rate=dropout_rate,
     )
     G = N // K
@@ -71,9 +74,9 @@ def flash(
     return out.reshape(B, -1, N, H)[:, :T].astype(v.dtype)
 
 
-def _block(length: int, most: int) -> int:
-    """Size of as few blocks as that allows, nearly equal, so that little is padded."""
-    return math.ceil(length / math.ceil(length / most))
+def _block(length: int) -> int:
+    """At most 128 (on a CPU tiles of 8 heads stay in its cache), nearly equal: little is padded."""
+    return math.ceil(length / math.ceil(length / 128))
 
 
 def _cut(x: Float[Array, "B T *heads H"], size: int) -> Float[Array, "i B *heads C H"]:
@@ -111,12 +114,12 @@ class Tiles:
         inside = columns[None] < self.kv_length if self.kv_length % self.kv_block else None
         if mask.is_full:
             return inside
-        allowed = by_group(mask.tile(rows, columns), heads)
+        allowed = _by_group(mask.tile(rows, columns), heads)
         return allowed if inside is None else allowed & inside
 
     def bias(self, i, j, bias: PositionBias, values: jax.Array, heads: Heads) -> jax.Array:
         tile = bias.replace(values=values).tile(*self.indices(i, j))  # type: ignore[attr-defined]
-        return by_group(tile, heads)
+        return _by_group(tile, heads)
 
     def kept(self, i, j, batch: int, heads: Heads, key: jax.Array) -> jax.Array:
         """What dropout multiplies the weights of a tile with."""
@@ -128,7 +131,7 @@ class Tiles:
         return jnp.where(stay, 1 / (1 - self.dropout_rate), 0.0)
 
 
-def by_group(tile: jax.Array, heads: Heads) -> jax.Array:
+def _by_group(tile: jax.Array, heads: Heads) -> jax.Array:
     """[b, N or 1, C, C] as [b, K or 1, G C, C]."""
     b, n, rows, columns = tile.shape
     K, G = heads if n > 1 else (1, heads[1])
@@ -139,10 +142,6 @@ def by_group(tile: jax.Array, heads: Heads) -> jax.Array:
 def _at(blocks: jax.Array, i: jax.Array) -> jax.Array:
     """Block i in float32, in which all that is done with a tile is done."""
     return jax.lax.dynamic_index_in_dim(blocks, i, keepdims=False).astype(jnp.float32)
-
-
-def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, a, b)
 
 
 def _transpose(x: jax.Array) -> jax.Array:
@@ -160,7 +159,7 @@ def _forward(tiles: Tiles, q, k, v, values, mask: AttentionMask, bias, key):
         def step(n, state):
             out, highest, total = state
             j = order[n]
-            scores = _dot("BKRH,BKSH->BKRS", q, _at(k, j))
+            scores = jnp.einsum("BKRH,BKSH->BKRS", q, _at(k, j))
             if bias is not None:
                 scores += tiles.bias(i, j, bias, values, heads)
             allowed = tiles.allowed(i, j, mask, heads)
@@ -172,7 +171,7 @@ def _forward(tiles: Tiles, q, k, v, values, mask: AttentionMask, bias, key):
             total = total * shrink + jnp.sum(weights, axis=-1)
             if key is not None:
                 weights *= tiles.kept(i, j, B, heads, key)
-            added = _dot("BKRS,BKSH->BKRH", weights, _at(v, j))
+            added = jnp.einsum("BKRS,BKSH->BKRH", weights, _at(v, j))
             return out * shrink[..., None] + added, new_highest, total
 
         zeros = jnp.zeros(q.shape, jnp.float32)
@@ -203,19 +202,19 @@ def _backward(tiles: Tiles, saved, g):
             dqT, dk, dv, dvalues = state
             i = order[n]
             q, g = _at(q_blocks, i), _at(g_blocks, i)
-            scores = _dot("BKSH,BKRH->BKSR", k, q)
+            scores = jnp.einsum("BKSH,BKRH->BKSR", k, q)
             if bias is not None:
                 scores += _transpose(tiles.bias(i, j, bias, values, heads))
             weights = jnp.exp(scores - _at(lse, i)[..., None, :])
             allowed = tiles.allowed(i, j, mask, heads)
             if allowed is not None:
                 weights = jnp.where(_transpose(allowed), weights, 0.0)
-            dweights = _dot("BKSH,BKRH->BKSR", v, g)
+            dweights = jnp.einsum("BKSH,BKRH->BKSR", v, g)
             used = weights
             if key is not None:
                 kept = _transpose(tiles.kept(i, j, B, heads, key))
                 used, dweights = weights * kept, dweights * kept
-            dv += _dot("BKSR,BKRH->BKSH", used, g)
+            dv += jnp.einsum("BKSR,BKRH->BKSH", used, g)
             dscores = weights * (dweights - _at(delta, i)[..., None, :])
             if bias is not None:
                 tile, pull = jax.vjp(lambda x: tiles.bias(i, j, bias, x, heads), values)
@@ -223,8 +222,8 @@ def _backward(tiles: Tiles, saved, g):
                 if tile.shape[0] == 1:
                     given = jnp.sum(given, axis=0, keepdims=True)
                 dvalues += pull(given.astype(tile.dtype))[0]
-            dk += _dot("BKSR,BKRH->BKSH", dscores, q)
-            added = _at(dqT, i) + _dot("BKHS,BKSR->BKHR", kT, dscores)
+            dk += jnp.einsum("BKSR,BKRH->BKSH", dscores, q)
+            added = _at(dqT, i) + jnp.einsum("BKHS,BKSR->BKHR", kT, dscores)
             dqT = jax.lax.dynamic_update_index_in_dim(dqT, added, i, axis=0)
             return dqT, dk, dv, dvalues
 
