@@ -284,7 +284,7 @@ def test_a_file_of_the_user_is_kept_and_a_former_picture_replaced(tmp_path):
     notes.write_text("mine")
     for path in (photo, notes):
         before = path.read_bytes()
-        with pytest.raises(TrainError, match="no picture of heedful attention"):
+        with pytest.raises(TrainError, match="no picture of heedful"):
             picture(run, "red", mean=True, output=path)
         assert path.read_bytes() == before
     path = picture(run, "red", mean=True, output=tmp_path / "new" / "a.png")

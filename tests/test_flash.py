@@ -52,13 +52,16 @@ def value_and_gradients(core, q, k, v, g, mask, bias=None, **how) -> tuple[jax.A
 
 
 def assert_close(actual, expected, tolerance: float = 2e-6) -> None:
-    """Relative to the largest magnitude of each array, which sums round to."""
+    """Relative to the largest magnitude of each array, which sums round to.
+
+    Or to 1, the size of the terms: in the gradient of a query that sees one key they cancel.
+    """
     for x, y in zip(actual, expected, strict=True):
         assert x.dtype == y.dtype
-        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max() + 1e-30)
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(np.abs(y).max(), 1.0))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     facts=facts_without_offset,
     offset=st.none() | some_offset,
