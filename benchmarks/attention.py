@@ -84,8 +84,9 @@ class Worker:
                 process.stdin.flush()
             if answer := process.stdout.readline():
                 return json.loads(answer)
-            last = process.stderr.read().strip().splitlines() or ["no error message"]
             timely = timer.is_alive()
+            last = process.stderr.read().strip().splitlines()
+            last = last or [f"the process ended with {process.wait()} and no message"]
             return {"skipped": last[-1][:200] if timely else f"over {self.patience:.0f} s"}
         except BrokenPipeError:
             return {"skipped": "the process has ended"}
