@@ -84,8 +84,9 @@ class Worker:
                 process.stdin.flush()
             if answer := process.stdout.readline():
                 return json.loads(answer)
-            last = process.stderr.read().strip().splitlines() or ["no error message"]
             timely = timer.is_alive()
+            last = process.stderr.read().strip().splitlines()
+            last = last or [f"the process ended with {process.wait()} and no message"]
             return {"skipped": last[-1][:200] if timely else f"over {self.patience:.0f} s"}
         except BrokenPipeError:
             return {"skipped": "the process has ended"}
@@ -157,7 +158,8 @@ def available_memory() -> int:
     return int(line.split()[1]) * 1024
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yields the results after each length, all so far."""
     interpreters = {name: sys.executable for name in arguments.core}
     if arguments.peers:
         interpreters |= {PEERS[name]: arguments.peers for name in arguments.core if name in PEERS}
@@ -169,6 +171,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             **ALLOCATOR,
         }
     }
+    settings = {name: value for name, value in vars(arguments).items() if name != "peers"}
     points: list[dict] = []
     for mask, mode, length in product(arguments.mask, arguments.mode, sorted(arguments.lengths)):
         cases = []
@@ -199,8 +202,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             if environment:
                 environments["peers" if point["name"] in PEERS.values() else "cores"] = environment
             points.append(point)
-    settings = {name: value for name, value in vars(arguments).items() if name != "peers"}
-    return {"environment": environments, "settings": settings, "points": points}
+        yield {"environment": environments, "settings": settings, "points": points}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -231,10 +233,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
-    results = run(arguments)
     out = Path(arguments.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(results, indent=1))
+    results = {}
+    for results in run(arguments):
+        out.with_suffix(".json").write_text(json.dumps(results, indent=1))
     print(tables(results, PEERS))
     plot(results, out.with_suffix(".png"))
     print(f"{out.with_suffix('.json')} has the raw numbers, {out.with_suffix('.png')} the plot")
