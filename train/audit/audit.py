@@ -221,15 +221,15 @@ def _whole_rows(subject: Subject, reading: Reading) -> declared.Batch:
         name: np.zeros_like(subject.batch[name])
         for name in model_inputs(subject.model, subject.batch)
     }
-    rows, length = batch["inputs"].shape
-    tokens = np.resize(subject.dataset.tokenizer.ordinary, (rows, length))
+    ordinary = subject.dataset.tokenizer.ordinary
     for side in ("", "encoder_") if "encoder_inputs" in batch else ("",):
-        batch[f"{side}inputs"][:] = tokens
+        shape = rows, length = batch[f"{side}inputs"].shape
+        batch[f"{side}inputs"][:] = np.resize(ordinary, shape)
         batch[f"{side}positions"][:] = np.arange(length)
         batch[f"{side}segment_ids"][:] = 1
-    if "encoder_inputs" in batch:
-        ends = length - 3 * np.arange(rows)[:, None]
-        batch["encoder_segment_ids"][np.arange(length) >= ends] = 0
+        if side:
+            ends = length - 3 * np.arange(rows)[:, None]
+            batch["encoder_segment_ids"][np.arange(length) >= ends] = 0
     if "prefix_len" in batch:
         batch["prefix_len"][:] = reading.lengths
     return batch
@@ -240,15 +240,17 @@ def _whole_rows(subject: Subject, reading: Reading) -> declared.Batch:
 
 def _masks(subject: Subject) -> dict[str, declared.Pairs]:
     """The masks that the model's cores are given."""
-    T = subject.batch["inputs"].shape[1]
+    lengths = {
+        kind: tuple(ids.shape[1] for ids in _ids(subject.batch, kind)) for kind in subject.pairs
+    }
 
     def whole(batch: dict) -> dict:
         found = attention_masks(subject.model, batch)
-        return {kind: mask.to_bool(T, T) for kind, mask in found.items()}
+        return {kind: mask.to_bool(*lengths[kind]) for kind, mask in found.items()}
 
     masks = jax.jit(whole, compiler_options=FAST)(model_inputs(subject.model, subject.batch))
-    shapes = {kind: (len(subject.batch["inputs"]), x.shape[1], T, T) for kind, x in masks.items()}
-    return {kind: np.broadcast_to(x, shapes[kind]) for kind, x in masks.items()}
+    rows = len(subject.batch["inputs"])
+    return {kind: np.broadcast_to(x, (rows, *x.shape[1:])) for kind, x in masks.items()}
 
 
 def _ids(batch: declared.Batch, kind: str) -> tuple[np.ndarray, np.ndarray]:

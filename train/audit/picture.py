@@ -93,7 +93,7 @@ def write_png(audit: Audit, title: str, path: Path, software: str) -> None:
     drawn = [(name, keys, row, pairs[row]) for name, keys, pairs in found for row in range(ROWS)]
     columns = ROWS * max(1, min(len(audit.masks), 3))
     lines = -(-len(drawn) // columns)
-    T = batch["inputs"].shape[1]
+    T = max(x.shape[1] for name, x in batch.items() if name.endswith("inputs"))
     size = max(CELL * T, PANEL) + 0.9
     figure = Figure(figsize=(columns * size, lines * (size + 0.3) + 1.4), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
