@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool
 
-from model.config import ModelError
+from model.config import AttentionConfig, ModelError
 from train.attention_weights import attention_masks
 from train.audit import declared
 from train.audit.data import in_data
@@ -50,11 +50,12 @@ def audit(subject: Subject, *, small: bool = False) -> Audit:
     Raises ModelError where the model cannot run at all.
     """
     model, batch = subject.model, subject.batch
-    probe = Probe(model, subject.params, forward(model, deterministic=True))
+    probe = Probe(model, subject.params, forward(model, deterministic=True), batch)
+    dropping = _dropping(subject)
     seen = _seen(subject, probe, batch, bits_only=small)
     found = [*in_data(model, subject.dataset), *_seen_wrong(subject, seen, batch, "dropout off")]
     found += [*_mixed(subject, probe), *_packed(subject, probe)]
-    found += _dropping(subject, bits_only=small)
+    found += _dropped(subject, dropping, bits_only=small)
     ways, left_out, masks = ["the data", "dropout off", "dropout on"], [], {}
     if not small:
         masks = _masks(subject)
@@ -101,7 +102,8 @@ def _seen(
         return seen
     if add(probe.by_gradient(batch)) and subject.is_trained:
         # What trained parameters overlook entirely they could still see.
-        add(Probe(subject.model, random_params(subject.model), probe.program).by_gradient(batch))
+        params = random_params(subject.model)
+        add(Probe(subject.model, params, probe.program, batch).by_gradient(batch))
     return seen
 
 
@@ -125,24 +127,27 @@ def _seen_wrong(
         yield from compared(where, how, does, can, queries, keys, can_be_blind=can_be_blind)
 
 
-def _dropping(subject: Subject, *, bits_only: bool) -> Iterator[Finding]:
-    """The leaks of training; blindness means nothing there: what is dropped is not seen."""
+def _dropping(subject: Subject) -> Probe:
+    """The model as it trains, with more weights dropped where few are."""
     attention = subject.model.attention
     more = dataclasses.replace(attention, dropout=max(attention.dropout, DROPPED))
-    probe = None
-    for config in (more, attention):
+
+    def probe(config: AttentionConfig) -> Probe:
         model = dataclasses.replace(subject.model, attention=config)
-        probe = Probe(model, subject.params, forward(model, deterministic=False))
-        try:
-            seen = probe.by_bits(subject.batch)
-        except ModelError:
-            if config == attention:
-                raise
-            continue  # a core that drops no weights, in a model that asks for none
-        if not bits_only:
-            seen = {key: seen[key] | x for key, x in probe.by_gradient(subject.batch).items()}
-        return _seen_wrong(subject, seen, subject.batch, "dropout on", can_be_blind=False)
-    return iter(())
+        return Probe(model, subject.params, forward(model, deterministic=False), subject.batch)
+
+    try:
+        return probe(more)
+    except ModelError:  # a core that drops no weights; the model may ask for none
+        return probe(attention)
+
+
+def _dropped(subject: Subject, probe: Probe, *, bits_only: bool) -> Iterator[Finding]:
+    """The leaks of training; blindness means nothing there: what is dropped is not seen."""
+    seen = probe.by_bits(subject.batch)
+    if not bits_only:
+        seen = {key: seen[key] | x for key, x in probe.by_gradient(subject.batch).items()}
+    return _seen_wrong(subject, seen, subject.batch, "dropout on", can_be_blind=False)
 
 
 # Values -----------------------------------------------------------------------------------------
@@ -208,7 +213,7 @@ def _cached(subject: Subject, probe: Probe, reading: Reading) -> Iterator[Findin
     """What is seen through the cache, and logits that are others than without one."""
     model, length = subject.model, subject.batch["inputs"].shape[1]
     batch = _whole_rows(subject, reading)
-    reader = Probe(model, subject.params, through_cache(model, reading))
+    reader = Probe(model, subject.params, through_cache(model, reading), batch)
     covered, how = reading.covered(length), f"cached, {reading}"
     seen = _seen(subject, reader, batch, covered, bits_only=True)  # nothing is trained through it
     yield from _seen_wrong(subject, seen, batch, how, covered)
@@ -253,7 +258,7 @@ def _masks(subject: Subject) -> dict[str, declared.Pairs]:
 
     masks = jax.jit(whole, compiler_options=FAST)(model_inputs(subject.model, subject.batch))
     rows = len(subject.batch["inputs"])
-    return {kind: np.broadcast_to(x, (rows, *x.shape[1:])) for kind, x in masks.items()}
+    return {k: np.broadcast_to(masks[k], (rows, *masks[k].shape[1:])) for k in subject.names}
 
 
 def _ids(batch: declared.Batch, kind: str) -> tuple[np.ndarray, np.ndarray]:
