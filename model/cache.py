@@ -52,9 +52,7 @@ class KVCache:
         self, core: Callable, q: jax.Array, k: jax.Array, v: jax.Array,
         mask: AttentionMask, is_real: jax.Array | None = None, **how: Any,
     ) -> tuple[jax.Array, "KVCache"]:  # fmt: skip
-        if mask.q_offset is None:
-            raise ValueError("decoding with a cache needs a mask with a position: .at(t)")
-        cache = self.write(k, v, mask.q_offset)
+        cache = self.write(k, v, _offset(mask))
         return core(q, cache.k, cache.v, mask, **how), cache
 
     def write(self, k: jax.Array, v: jax.Array, offset: jax.Array) -> "KVCache":
@@ -89,9 +87,7 @@ class WindowCache:
         self, core: Callable, q: jax.Array, k: jax.Array, v: jax.Array,
         mask: AttentionMask, is_real: jax.Array | None = None, **how: Any,
     ) -> tuple[jax.Array, "WindowCache"]:  # fmt: skip
-        if mask.q_offset is None:
-            raise ValueError("decoding with a cache needs a mask with a position: .at(t)")
-        (batch, new), past = k.shape[:2], self.k.shape[1] - 1
+        start, (batch, new), past = _offset(mask), k.shape[:2], self.k.shape[1] - 1
         left = None if mask.window is None else mask.window[0]
         if left is None or left * max(mask.dilation or (1,)) > past:
             raise ValueError(
@@ -100,7 +96,7 @@ class WindowCache:
             )
         mask.require_lengths(new, past + new)
         rows = jnp.arange(batch)[:, None]
-        offset = jnp.broadcast_to(mask.q_offset, batch)[:, None]
+        offset = jnp.broadcast_to(start, batch)[:, None]
         real = jnp.ones((batch, new), bool) if is_real is None else is_real
 
         # All that the new tokens can see, in order: what is remembered, the real new ones over it.
@@ -149,3 +145,10 @@ def remembered(config: ModelConfig) -> int | None:
     if attention.window is None or attention.global_tokens:
         return None
     return attention.window * max(attention.dilation or (1,)) + 1
+
+
+def _offset(mask: AttentionMask) -> jax.Array:
+    """Position of the first new token."""
+    if mask.q_offset is None:
+        raise ValueError("decoding with a cache needs a mask with a position: .at(t)")
+    return mask.q_offset

@@ -14,11 +14,17 @@ from jaxtyping import Array, Bool, Float, UInt32
 
 def dropout(x: Float[Array, "..."], rate: float, key: jax.Array | None) -> Float[Array, "..."]:
     """Zeroes a share `rate` of the elements and divides the others by 1 - rate."""
+    words = dropout_words(rate, key)
+    return x if words is None else jnp.where(keep(words, x.shape, rate), x / (1 - rate), 0)
+
+
+def dropout_words(rate: float, key: jax.Array | None) -> UInt32[Array, "2"] | None:
+    """What `keep` needs of the key; None where nothing is dropped."""
     if rate == 0.0:
-        return x
+        return None
     if key is None:
         raise ValueError(f"dropout at rate {rate} needs a key")
-    return jnp.where(keep(key, x.shape, rate), x / (1 - rate), 0)
+    return jax.random.key_data(key)
 
 
 def keep(key: jax.Array, shape: tuple[int, ...], rate: float) -> Bool[Array, "..."]:

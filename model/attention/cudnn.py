@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from model.attention.fused import band, fill, require_whole_rows, segment_ids
 from model.axes import mesh_axes
 from model.config import require
-from model.masks import AttentionMask, MaskNotSupported, Window
+from model.masks import AttentionMask, MaskNotSupported, Window, cross
 from model.positions import PositionBias
 
 
@@ -115,8 +115,7 @@ def attend(
 
 def _is_one_segment(q_ids: Int[Array, "B T"], kv_ids: Int[Array, "B S"]) -> Bool[Array, " B"]:
     """Where all that is real has one id, and padding comes after it."""
-    ids = jnp.concatenate([q_ids, kv_ids], axis=1)
-    one = jnp.all((ids == 0) | (ids == jnp.max(ids, axis=1, keepdims=True)), axis=1)
+    one = cross(q_ids, kv_ids).has_one_segment()
     for ids in (q_ids, kv_ids):
         one &= jnp.all((ids[:, :-1] != 0) | (ids[:, 1:] == 0), axis=1)
     return one

@@ -26,8 +26,7 @@ def dense(
     with gradient 0. Each key/value head serves N / K consecutive query heads.
     Memory: B * N * T * S.
     """
-    if k.shape != v.shape:
-        raise ValueError(f"shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}")
+    require_shapes(q, k, v)
     weights = attention_weights(q, k, mask, bias=bias, scale=scale)
     weights = dropout(weights, dropout_rate, dropout_key)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v)
@@ -45,8 +44,7 @@ def attention_weights(
     """What share each query takes of each key, in float32; all 0 where nothing may be seen."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    if k.shape != (B, S, K, H) or N % K:
-        raise ValueError(f"shapes do not fit: q {q.shape}, k {k.shape}")
+    require_shapes(q, k)
     q = q.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
     # The scale is applied here and not to q, which may be too coarse a type for it.
@@ -60,6 +58,14 @@ def attention_weights(
     if allowed.shape[1] == 1:
         return masked_softmax(scores, allowed[:, None])
     return masked_softmax(scores, allowed.reshape(allowed.shape[0], K, N // K, T, S))
+
+
+def require_shapes(q: jax.Array, k: jax.Array, v: jax.Array | None = None) -> None:
+    """Raises ValueError unless q is [B, T, N, H] and k and v are [B, S, K, H], K a divisor of N."""
+    (B, _, N, H), (S, K) = q.shape, k.shape[1:3]
+    if k.shape != (B, S, K, H) or N % K or (v is not None and v.shape != k.shape):
+        values = "" if v is None else f", v {v.shape}"
+        raise ValueError(f"shapes do not fit: q {q.shape}, k {k.shape}{values}")
 
 
 def masked_softmax(

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from model.dropout import keep_at
+from model.attention.dense import require_shapes
+from model.dropout import dropout_words, keep_at
 from model.masks import AttentionMask
 from model.positions import PositionBias
 
@@ -43,13 +44,8 @@ def flash(
     """
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    if k.shape != (B, S, K, H) or k.shape != v.shape or N % K:
-        raise ValueError(f"shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}")
-    key = None
-    if dropout_rate:
-        if dropout_key is None:
-            raise ValueError(f"dropout at rate {dropout_rate} needs a key")
-        key = jax.random.key_data(dropout_key)
+    require_shapes(q, k, v)
+    key = dropout_words(dropout_rate, dropout_key)
     q = q.astype(jnp.float32) * (H**-0.5 if scale is None else scale)
     tiles = Tiles(
         q_length=T,

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from model.attention.dense import require_shapes
 from model.axes import partitioned
 from model.config import LinformerConfig, ModelError
 from model.dropout import dropout
@@ -39,8 +40,7 @@ class Linformer(nn.Module):
         projection: Float[Array, "L R"] | None = None,
     ) -> Float[Array, "B T N H"]:
         (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
-        if k.shape != (B, S, K, H) or v.shape != k.shape or N % K:
-            raise ValueError(f"shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}")
+        require_shapes(q, k, v)
         _require_supported(mask, bias)
         mask.require_lengths(T, S)
         if self.config.max_length < S:

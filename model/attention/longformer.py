@@ -17,8 +17,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from model.attention.dense import masked_softmax
-from model.dropout import keep_at
+from model.attention.dense import masked_softmax, require_shapes
+from model.dropout import dropout_words, keep_at
 from model.masks import AttentionMask, MaskNotSupported
 from model.positions import PositionBias
 
@@ -42,17 +42,14 @@ def longformer(
     must depend on distances only. Raises MaskNotSupported for a mask without a window.
     """
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
-    if k.shape != (B, S, K, H) or k.shape != v.shape or N % K:
-        raise ValueError(f"shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}")
-    if dropout_rate and dropout_key is None:
-        raise ValueError(f"dropout at rate {dropout_rate} needs a key")
+    require_shapes(q, k, v)
     mask.require_lengths(T, S)
     left, right = _sides(mask)
     if bias is not None:  # distances stay when both ends move
         bias = bias.replace(q_offset=None)  # type: ignore[attr-defined]
     rule = Rule(
         mask=mask.replace(dilation=None),  # type: ignore[attr-defined]
-        key=dropout_key if dropout_rate else None,
+        key=dropout_words(dropout_rate, dropout_key),
         scale=H**-0.5 if scale is None else scale,
         rate=dropout_rate,
         shape=(B, K, N // K, T, S),

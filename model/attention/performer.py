@@ -20,6 +20,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from model.attention.dense import require_shapes
 from model.config import PerformerConfig
 from model.masks import AttentionMask, MaskNotSupported
 from model.positions import PositionBias
@@ -270,8 +271,7 @@ class _Rows(NamedTuple):
     def of(cls, q: jax.Array, k: jax.Array, v: jax.Array) -> "_Rows":
         """One segment of real keys."""
         (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
-        if k.shape != (B, S, K, H) or v.shape != k.shape or N % K:
-            raise ValueError(f"shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}")
+        require_shapes(q, k, v)
         by_head = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 3)
         ones = jnp.ones((B, S), jnp.int32)
         return cls(by_head, jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2), ones > 0, ones)

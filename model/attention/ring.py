@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from model.axes import mesh_axes
 from model.config import require
-from model.dropout import keep_at
+from model.dropout import dropout_words, keep_at
 from model.masks import AttentionMask, MaskNotSupported
 from model.positions import PositionBias
 
@@ -46,8 +46,7 @@ def ring(
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     mask.require_lengths(T, S)
-    if dropout_rate and dropout_key is None:
-        raise ValueError(f"dropout at rate {dropout_rate} needs a key")
+    key = dropout_words(dropout_rate, dropout_key)
     if mask.q_offset is not None:
         raise MaskNotSupported(
             "ring",
@@ -100,7 +99,7 @@ def ring(
         ),
         out_specs=by_token,
         check_vma=False,
-    )(q, k, v, mask, bias, jax.random.key_data(dropout_key) if dropout_rate else None)  # type: ignore
+    )(q, k, v, mask, bias, key)
 
 
 @dataclass(frozen=True)
