@@ -207,10 +207,34 @@ def test_the_target_is_the_models_own_output_unless_it_is_given(tmp_path, monkey
 def test_signs_of_formulas_are_drawn_as_they_stand(tmp_path, figures):
     labels = ["$\\frac$", "a_b^", "$x$"]  # the first is no formula that could be drawn
     figure, _ = draw(
-        np.full((1, 3, 3), 1 / 3, np.float32), np.ones((3, 3), bool), labels, labels, "$t$", ["h"]
+        np.full((1, 3, 3), 1 / 3, np.float32),
+        np.ones((1, 3, 3), bool),
+        labels,
+        labels,
+        "$t$",
+        ["h"],
     )
     figure.savefig(tmp_path / "a.png")
     assert [x.get_text() for x in figure.axes[0].get_xticklabels()] == labels
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_heads_of_another_dilation_are_drawn_with_their_own_mask(tmp_path, figures, mean: bool):
+    steps = (1, 2, 1, 1, 1, 1)
+    window = {"attention_window": 1, "attention_dilation": steps}
+    run = trained(tmp_path, "encoder_only", "masked_lm", **window)
+    picture(run, "red cat dog bird", mean=mean)
+    ((figure, _),) = figures
+    near, *others = (
+        ~np.ma.getmaskarray(panel.images[0].get_array())
+        for panel in figure.axes[: len(steps)]
+        if panel.images
+    )
+    back = abs(np.subtract.outer(np.arange(6), np.arange(6)))
+    np.testing.assert_array_equal(near, back <= (2 if mean else 1))
+    if not mean:
+        far = others[0]
+        np.testing.assert_array_equal(far, (back == 0) | (back == 2))
 
 
 # Inputs -----------------------------------------------------------------------------------------

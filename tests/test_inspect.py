@@ -322,6 +322,16 @@ def test_a_packed_row_is_drawn_as_two_triangles():
     assert (mask == wanted).all()
 
 
+def test_heads_that_differ_are_drawn_together():
+    steps = (1, 3, 1, 1, 1, 1)
+    config = tiny("decoder_only", attention_window=1, attention_dilation=steps)
+    (mask,) = drawn(config, dataclasses.replace(LM, packing=False))
+    back = np.subtract.outer(np.arange(ROW), np.arange(ROW))
+    wanted = np.isin(back, (0, 1, 3))
+    wanted[13:], wanted[:, 13:] = False, False
+    assert (mask == wanted).all()
+
+
 def test_a_prefix_is_drawn_as_a_block():
     (mask,) = drawn(MODELS["decoder_only"], dataclasses.replace(LM, objective="prefix_lm"))
     wanted = np.zeros((ROW, ROW), bool)

@@ -77,7 +77,7 @@ def attention_picture(
     with jax.set_mesh(trained.mesh):
         weights = np.asarray(attention_weights(model, trained.params, inputs)[which])[layer - 1, 0]
     heads, rows, columns = weights.shape
-    allowed = np.asarray(attention_masks(model, inputs)[which].to_bool(rows, columns))[0, 0]
+    allowed = np.asarray(attention_masks(model, inputs)[which].to_bool(rows, columns))[0]
     sides = {"encoder": ("encoder_inputs",) * 2, "cross": ("inputs", "encoder_inputs")}
     queries, keys = (
         pieces(trained.tokenizer, np.asarray(inputs[side])[0])
@@ -87,6 +87,7 @@ def attention_picture(
     names = [f"head {head} of {heads}" for head in range(1, heads + 1)]
     if mean:
         weights, names = weights.mean(0, keepdims=True), [f"mean of {heads} heads"]
+        allowed = allowed.any(0, keepdims=True)
     title = (
         f"{directory.resolve().name}: {what}\n{_origin(trained.steps)}\nqueries down, keys across"
     )
@@ -166,7 +167,7 @@ def _own_output(trained: Trained, source: np.ndarray) -> np.ndarray:
 
 def draw(
     weights: Float[np.ndarray, "N T S"],
-    allowed: Bool[np.ndarray, "T S"],
+    allowed: Bool[np.ndarray, "n T S"],
     queries: Sequence[str],
     keys: Sequence[str],
     title: str,
@@ -175,7 +176,7 @@ def draw(
     """A matplotlib figure with a panel for each head, and notes about what it cannot show.
 
     Queries go down, keys across. All share one colour scale from 0 to 1; pairs that are not allowed
-    are hatched.
+    are hatched; n is N, or 1 where all heads agree.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -199,7 +200,7 @@ def draw(
             panel.remove()
             continue
         panel.patch.set(**hidden)
-        shown = np.ma.masked_where(~allowed, weights[i])
+        shown = np.ma.masked_where(~np.broadcast_to(allowed, weights.shape)[i], weights[i])
         image = panel.imshow(shown, cmap=colormaps["viridis"], vmin=0.0, vmax=1.0)
         panel.set_title(heads[i], fontsize=FONT + 1)
         panel.xaxis.tick_top()

@@ -127,7 +127,7 @@ def _parts_table(found: list[Part], model: ModelConfig, parameters: int, length:
     table = Table(title=f"parameters, and FLOPs of the forward pass per {token}")
     table.caption = (
         f"FLOPs: 2 per multiply-add of a matrix product (arXiv:2001.08361 §2.1); scores of all "
-        f"pairs in rows of {length:,} tokens, masked ones too"
+        f"pairs that the core computes in rows of {length:,} tokens, masked ones too"
     )
     table.title_justify = table.caption_justify = "left"
     for name in ("stack", "part"):
@@ -243,12 +243,15 @@ def number(value: float, base: int = 1000) -> str:
 
 
 def masks_drawn(model: ModelConfig, data: DataConfig) -> Group:
-    """The masks of a row of 16 tokens with block characters, side by side where there is room."""
+    """The masks of a row of 16 tokens with block characters, side by side where there is room.
+
+    Where heads differ, a pair is drawn as allowed that any of them allows.
+    """
     batch, meaning = example(model, data)
     pictures = []
     names = attention_kinds(model)
     for kind, mask in attention_masks(model, batch).items():
-        allowed = np.asarray(mask.to_bool(ROW, ROW))[0, 0]
+        allowed = np.asarray(mask.to_bool(ROW, ROW))[0].any(0)
         lines = "\n".join("".join(MAY if may else MAY_NOT for may in row) for row in allowed)
         pictures.append(Text(f"{names[kind]}\n{lines}\n", no_wrap=True))
     legend = (
