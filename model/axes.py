@@ -65,6 +65,15 @@ def mesh_axes(*names: str) -> tuple[tuple[str, ...], ...]:
     return tuple(found)
 
 
+def target_platform() -> str:
+    """What the computation will run on, "cpu", "gpu" or "tpu": the mesh in force, or the default.
+
+    A mesh may be of devices that are not there, for which only a compiler is.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def _check(names: tuple[str, ...]) -> None:
     unknown = [name for name in names if name not in AXES]
     if unknown:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 from model.attention import ATTENTION, WITHOUT_WEIGHTS, choose
 from model.attention.dense import attention_weights, dense
 from model.attention.longformer import put_rows, take_rows
-from model.axes import constrain, partitioned
+from model.axes import constrain, partitioned, target_platform
 from model.cache import Cache, KVCache
 from model.config import ModelConfig, Place
 from model.dropout import dropout
@@ -219,7 +219,7 @@ class MultiHeadAttention(nn.Module):
         k = constrain(k, "act_batch", "act_length", "act_kv_heads", "act_head_dim")
         v = constrain(v, "act_batch", "act_length", "act_kv_heads", "act_head_dim")
 
-        place_core, platform = attention.core_of(self.place), jax.default_backend()
+        place_core, platform = attention.core_of(self.place), target_platform()
         name, _ = choose(place_core, platform, k.shape[1], q.shape[1])
         core = ATTENTION[name](config)
         if self.is_initializing() and not isinstance(core, nn.Module):

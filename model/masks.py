@@ -96,11 +96,12 @@ class AttentionMask:
 
     def blocks(
         self, q_length: int, kv_length: int, q_size: int, kv_size: int
-    ) -> Bool[Array, "b i j"]:
-        """Which blocks of `q_size` queries and `kv_size` keys may hold an allowed pair.
+    ) -> tuple[Bool[Array, "b i j"], Bool[Array, "c i j"]]:
+        """Which blocks of `q_size` queries and `kv_size` keys hold an allowed pair, and no other.
 
-        False is certain, so that such a block need not be computed; True may turn out empty. The
-        last blocks may be shorter. b is B, or 1 if all rows agree.
+        Of the first, False is certain: such a block need not be computed. Of the second, True is
+        certain: such a block needs no mask. The last blocks may be shorter. b and c are B, or 1
+        if all rows agree.
         """
         self.require_lengths(q_length, kv_length)
         first = jnp.arange(0, q_length, q_size)[None, :, None]
@@ -110,30 +111,38 @@ class AttentionMask:
             first, last = first + offset, last + offset
         begin = jnp.arange(0, kv_length, kv_size)[None, None, :]
         end = jnp.minimum(begin + kv_size, kv_length) - 1
-        some = jnp.ones((1, first.shape[1], begin.shape[2]), bool)
+        some = every = jnp.ones((1, first.shape[1], begin.shape[2]), bool)
         if self.causal:
-            past = begin <= last
+            past, all_past = begin <= last, end <= first
             if self.prefix_len is not None:
                 past |= begin < self.prefix_len[:, None, None]
-            some &= past
+                all_past |= end < self.prefix_len[:, None, None]
+            some, every = some & past, every & all_past
         if self.window is not None:
             left, right = self.window
             step = max(self.dilation or (1,))
-            near = jnp.ones_like(some)
+            near, all_near = jnp.ones_like(some), jnp.full_like(every, step == 1)
             if left is not None:
                 near &= end >= first - left * step
+                all_near &= begin >= last - left
             if right is not None:
                 near &= begin <= last + right * step
+                all_near &= end <= first + right
             if self.global_index is not None:
                 places = self.global_index[:, None, None, :]
                 for low, high in ((first, last), (begin, end)):
                     near |= ((low[..., None] <= places) & (places <= high[..., None])).any(-1)
-            some &= near
+            some, every = some & near, every & all_near
         if self.q_segment_ids is not None and self.kv_segment_ids is not None:
             low, high = _range_of_ids(self.q_segment_ids, q_size)
             begin, end = _range_of_ids(self.kv_segment_ids, kv_size)
             some &= (low[:, :, None] <= end[:, None]) & (begin[:, None] <= high[:, :, None])
-        return some
+            own, other = (
+                _only_id(self.q_segment_ids, q_size),
+                _only_id(self.kv_segment_ids, kv_size),
+            )
+            every &= (own[:, :, None] == other[:, None]) & (own != 0)[:, :, None]
+        return some, every
 
     def has_one_segment(self) -> Bool[Array, " B"]:
         """Which rows hold one segment and padding; of a mask that has segments."""
@@ -321,6 +330,17 @@ def _both_offsets(a: AttentionMask, b: AttentionMask) -> jax.Array | None:
 
 def _range_of_ids(ids: Int[Array, "B T"], size: int) -> tuple[jax.Array, jax.Array]:
     """Lowest and highest id in each block [B, blocks], padding not counted; (max, 0) if none."""
-    most = jnp.iinfo(ids.dtype).max
-    padded = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % size))).reshape(ids.shape[0], -1, size)
-    return jnp.min(jnp.where(padded == 0, most, padded), -1), jnp.max(padded, -1)
+    blocks, most = _blocks_of(ids, size), jnp.iinfo(ids.dtype).max
+    return jnp.min(jnp.where(blocks == 0, most, blocks), -1), jnp.max(blocks, -1)
+
+
+def _only_id(ids: Int[Array, "B T"], size: int) -> jax.Array:
+    """The id that a whole block [B, blocks] has, or 0."""
+    blocks = _blocks_of(ids, size)
+    return jnp.where((blocks == blocks[..., :1]).all(-1), blocks[..., 0], 0)
+
+
+def _blocks_of(ids: Int[Array, "B T"], size: int) -> Int[Array, "B i C"]:
+    """Filled up with padding."""
+    filled = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % size)))
+    return filled.reshape(ids.shape[0], -1, size)

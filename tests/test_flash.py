@@ -16,7 +16,7 @@ from tiny import jit
 
 from model import masks
 from model.attention.dense import dense
-from model.attention.flash import flash
+from model.attention.flash import TILE, flash
 from model.positions import PositionBias
 from train.config import MeshConfig
 from train.sharding import make_mesh
@@ -169,6 +169,25 @@ def test_neither_temptation_nor_size_changes_the_result():
     huge = value_and_gradients(cut, 1e9 * q, 1e9 * k, v, g, masks.causal())
     assert all(np.isfinite(x).all() for x in huge)
     np.testing.assert_array_equal(huge[0], dense(1e9 * q, 1e9 * k, v, masks.causal()))
+
+
+@pytest.mark.parametrize("held", [1, 2])
+def test_rows_in_turn_equal_rows_together(held: int, monkeypatch):
+    arrays = draw((6, 13, 4, H), (6, 13, 2, H), (6, 13, 2, H), (6, 13, 4, H))
+    ids = jnp.array([[1] * 4 + [2] * 9, [1] * 13, [3] * 13, [0] * 13, [1] * 12 + [2], [4] * 13])
+    starts = jnp.arange(6) % 4
+    packed = masks.causal() & masks.packed(ids)
+    how = {"dropout_rate": 0.3, "dropout_key": jax.random.key(2)}
+    cut = partial(flash, q_block=4, kv_block=5)
+    for mask, bias in (
+        (packed, BIASES["relative"].replace(values=draw((8, 4))[0])),  # type: ignore[attr-defined]
+        (masks.causal().at(starts), Given(draw((6, 4, 13, 13), seed=1)[0])),
+    ):
+        together = value_and_gradients(cut, *arrays, mask, bias, **how)
+        with monkeypatch.context() as patch:
+            patch.setitem(TILE, "cpu", held * 4 * 4 * 5)
+            in_turn = value_and_gradients(cut, *arrays, mask, bias, **how)
+        assert_close(in_turn, together)
 
 
 def test_blocks_that_the_mask_excludes_are_not_visited():

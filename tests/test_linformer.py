@@ -11,6 +11,7 @@ from tiny import SOURCE, SOURCE_SEGMENTS, TOKENS, init, jit, tiny
 
 from data.config import DataConfig
 from model import masks
+from model.attention import ONE_DOCUMENT
 from model.attention.linformer import Linformer
 from model.config import LinformerConfig, ModelError
 from model.dropout import keep
@@ -66,8 +67,10 @@ def naive(q, k, v, params, given, q_ids, kv_ids, scale, dropped=None):
     return out
 
 
+@pytest.mark.parametrize("block", [2, 256])
 @pytest.mark.parametrize("sharing", SHARING)
-def test_it_is_the_formula(sharing: str):
+def test_it_is_the_formula(sharing: str, block: int, monkeypatch):
+    monkeypatch.setattr("model.attention.linformer.BLOCK", block)
     core, params, given = linformer(sharing)
     q, k, v = inputs()
     how = {} if given is None else {"projection": jnp.float32(given)}
@@ -141,9 +144,10 @@ def test_several_documents_become_nan_and_packed_data_is_refused():
     out = np.asarray(jit(core.apply)(params, q, k, v, masks.cross(Q_IDS, two)))
     assert np.isnan(out).all((1, 2, 3)).tolist() == [True, False, False]
     data = DataConfig(source="files", train=("x",), objective="masked_lm", packing=True)
-    model = tiny("encoder_only", attention_core="linformer")
-    with pytest.raises(TrainError, match=r"model\.attention\.core linformer.*data\.packing"):
-        require_fit(model, data, TrainConfig(label_smoothing=0.0))
+    for name in ONE_DOCUMENT:
+        model = tiny("encoder_only", attention_core=name)
+        with pytest.raises(TrainError, match=rf"model\.attention\.core {name}.*data\.packing"):
+            require_fit(model, data, TrainConfig(label_smoothing=0.0))
 
 
 @pytest.mark.parametrize("sharing", SHARING)

@@ -108,12 +108,12 @@ def test_a_mask_says_what_its_builders_say_and_tiles_are_its_parts(facts, offset
     part = expected[:, :, q_index][..., kv_index]
     np.testing.assert_array_equal(np.broadcast_to(tile, part.shape), part)
     for q_size, kv_size in ((2, 3), (5, 1), (1, 7)):
-        some = np.broadcast_to(
-            mask.blocks(T, S, q_size, kv_size), (B, -(-T // q_size), -(-S // kv_size))
-        )
-        for b, i, j in zip(*np.nonzero(~some), strict=True):
+        shape = (B, -(-T // q_size), -(-S // kv_size))
+        some, every = (np.broadcast_to(x, shape) for x in mask.blocks(T, S, q_size, kv_size))
+        for b, i, j in np.ndindex(shape):
             block = expected[b, :, i * q_size : (i + 1) * q_size, j * kv_size : (j + 1) * kv_size]
-            assert not block.any()
+            assert some[b, i, j] or not block.any()
+            assert block.all() or not every[b, i, j]
 
 
 def test_blocks_that_need_no_work_are_found():
@@ -129,9 +129,13 @@ def test_blocks_that_need_no_work_are_found():
         masks.causal() & masks.packed(own),
     ):
         exact = as_array(mask, S, S)[:, 0]
-        np.testing.assert_array_equal(np.broadcast_to(mask.blocks(S, S, 1, 1), exact.shape), exact)
-    some = masks.causal().blocks(S, S, 3, 2)[0]
-    np.testing.assert_array_equal(some, [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]])
+        some, every = (np.broadcast_to(x, exact.shape) for x in mask.blocks(S, S, 1, 1))
+        np.testing.assert_array_equal(some, exact)
+        if mask.global_index is None:
+            np.testing.assert_array_equal(every, exact)
+    some, every = masks.causal().blocks(S, S, 3, 2)
+    np.testing.assert_array_equal(some[0], [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]])
+    np.testing.assert_array_equal(every[0], [[0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
 
 
 @settings(max_examples=50, deadline=None)

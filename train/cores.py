@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from model import masks
-from model.attention import ATTENTION
+from model.attention import ATTENTION, ONE_DOCUMENT
 from model.cache import new_cache
 from model.config import AttentionConfig, ModelConfig, ModelError, Place
 from model.layers import MultiHeadAttention, Shared
@@ -109,7 +109,7 @@ def refusal(core: str, row: Row) -> str | None:
     except ModelError:
         if core not in NEED_A_DEVICE:
             raise
-    return NAN if row.what in DOCUMENTS and core in ("cudnn", "linformer") else None
+    return NAN if row.what in DOCUMENTS and core in ONE_DOCUMENT else None
 
 
 @cache

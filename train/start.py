@@ -8,6 +8,7 @@ from rich.console import Console
 from data import pipeline
 from data.config import DataConfig
 from data.tokenizer import Tokenizer
+from model.attention import ONE_DOCUMENT
 from model.config import ModelConfig
 from train.config import TrainConfig, TrainError
 from train.init_from import open_source
@@ -63,7 +64,7 @@ def require_fit(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Non
         )
     for place in model.places if data.is_packed else ():
         core = model.attention.core_of(place)
-        if core == "linformer" or (core == "performer" and place == "cross"):
+        if core in ONE_DOCUMENT or (core == "performer" and place == "cross"):
             name = {"self": "core", "decoder": "decoder_core", "cross": "cross_core"}[place]
             raise TrainError(
                 f"model.attention.{name} {core} cannot tell the documents of a packed row apart: "

@@ -30,6 +30,8 @@ ATTENTION: dict[str, Callable[[ModelConfig], Callable]] = {
 WITHOUT_WEIGHTS = frozenset({"linformer", "performer"})
 """Cores that never compute what share a query takes of a key."""
 
+ONE_DOCUMENT = frozenset({"cudnn", "linformer"})
+"""Cores that cannot tell documents of one row apart: the row comes out as NaN."""
 
 FLASH_FROM = 512
 """Queries and keys from which flash is faster than dense on a CPU, forward and backward."""

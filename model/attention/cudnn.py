@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from model.attention.fused import band, fill, require_whole_rows, segment_ids
-from model.axes import mesh_axes
+from model.axes import mesh_axes, target_platform
 from model.config import require
 from model.masks import AttentionMask, MaskNotSupported, Window, cross
 from model.positions import PositionBias
@@ -40,7 +40,7 @@ def cudnn(
         q.dtype in (jnp.bfloat16, jnp.float16),
         f"core cudnn needs a GPU and model.dtype bfloat16 or float16, not {q.dtype}",
     )
-    platform = jax.default_backend()
+    platform = target_platform()
     require(
         platform == "gpu",
         f"core cudnn needs a GPU, not {platform}: choose model.attention.core auto",

@@ -7,13 +7,17 @@ keeps the maximum and the sum of its softmax so far and rescales when the maximu
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from model.attention.dense import require_shapes
+from model.axes import mesh_axes, target_platform
 from model.dropout import dropout_words, keep_at
 from model.masks import AttentionMask
 from model.positions import PositionBias
@@ -21,6 +25,12 @@ from model.positions import PositionBias
 Heads = tuple[int, int]  # K, G
 
 LOWEST = jnp.finfo(jnp.float32).min
+
+# On a CPU, products of this many multiplications are shared among its cores, smaller ones are not.
+SHARED_PRODUCT = 2**23
+KV_BLOCK = 256
+# Scores of a tile, over rows and heads: 4 MiB stay near a CPU's cores; others have more to fill.
+TILE = {"cpu": 2**20, "gpu": 2**26, "tpu": 2**26}
 
 
 def flash(
@@ -39,40 +49,84 @@ def flash(
     """The result of `dense`, by tiles; dropout takes the same weights away.
 
     Inputs of any type are computed with in float32. Memory: some copies of the arguments and a few
-    tiles [B, N, q_block, kv_block]; the sizes, by default chosen by the lengths, change nothing
-    else. Can be differentiated once, in reverse.
+    tiles [b, N, q_block, kv_block] of b rows at a time. The sizes, of which no more is used than
+    the lengths need, change rounding only. Can be differentiated once, in reverse.
     """
     B, T, N, H = q.shape
-    S, K = k.shape[1:3]
+    S = k.shape[1]
     require_shapes(q, k, v)
-    key = dropout_words(dropout_rate, dropout_key)
-    q = q.astype(jnp.float32) * (H**-0.5 if scale is None else scale)
     tiles = Tiles(
+        batch=B,
         q_length=T,
         kv_length=S,
-        q_block=q_block or _block(T),
-        kv_block=kv_block or _block(S),
+        q_block=_equal(T, q_block or max(512, SHARED_PRODUCT // (KV_BLOCK * H))),
+        kv_block=_equal(S, kv_block or KV_BLOCK),
         dropout_rate=dropout_rate,
     )
-    G = N // K
-    q = _cut(q.reshape(B, T, K, G, H), tiles.q_block)
+    attend = partial(_of_rows, tiles, bias, dropout_words(dropout_rate, dropout_key))
+    q = q.astype(jnp.float32) * (H**-0.5 if scale is None else scale)
+    rows = jnp.arange(B)
+    parts = _parts(B, N * tiles.q_block * tiles.kv_block)
+    if parts is None:
+        return attend(rows, q, k, v, mask).astype(v.dtype)
+    shards, count = parts
+
+    def split(x: jax.Array) -> jax.Array:
+        """Each part has rows of all shards."""
+        x = jnp.moveaxis(x.reshape(shards, count, -1, *x.shape[1:]), 1, 0)
+        return x.reshape(count, -1, *x.shape[3:])
+
+    facts, structure = jax.tree.flatten(mask)
+    by_row = [split(x) if x.ndim and len(x) == B else None for x in facts]
+
+    def part(given: tuple[Any, ...]) -> jax.Array:
+        *arrays, own = given
+        own = [x if y is None else y for x, y in zip(facts, own, strict=True)]
+        return attend(*arrays, structure.unflatten(own))
+
+    out = jax.lax.map(part, (split(rows), split(q), split(k), split(v), by_row))
+    out = jnp.moveaxis(out.reshape(count, shards, -1, T, N, H), 0, 1)
+    return out.reshape(q.shape).astype(v.dtype)
+
+
+def _parts(batch: int, scores: int) -> tuple[int, int] | None:
+    """Shards of the batch, and parts of each, one after the other, that a cache holds tiles of.
+
+    `scores` are those of a row's tile. None: all rows at once.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    (axes,) = mesh_axes("act_batch") or ((),)
+    shards = math.prod(sizes[axis] for axis in axes)
+    held = max(1, TILE[target_platform()] // scores)
+    count = min(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= held * shards)
+    return None if count == 1 or batch % (shards * count) else (shards, count)
+
+
+def _of_rows(
+    tiles: "Tiles", bias: PositionBias | None, key: jax.Array | None, rows, q, k, v, mask
+) -> Float[Array, "b T N H"]:
+    """Attention of some rows of the batch, in float32."""
+    b, _, N, H = q.shape
+    K = k.shape[2]
+    q = _cut(q.reshape(b, -1, K, N // K, H), tiles.q_block)
     out = _attend(
         tiles,
         q.reshape(*q.shape[:3], -1, H),
         _cut(k, tiles.kv_block),
         _cut(v, tiles.kv_block),
         None if bias is None else bias.values,
+        rows,
         mask,
         bias,
         key,
     )
     out = jnp.transpose(out.reshape(q.shape), (1, 0, 4, 2, 3, 5))
-    return out.reshape(B, -1, N, H)[:, :T].astype(v.dtype)
+    return out.reshape(b, -1, N, H)[:, : tiles.q_length]
 
 
-def _block(length: int) -> int:
-    """At most 128 (on a CPU tiles of 8 heads stay in its cache), nearly equal: little is padded."""
-    return math.ceil(length / math.ceil(length / 128))
+def _equal(length: int, most: int) -> int:
+    """Blocks of at most that size, nearly equal: little is padded."""
+    return math.ceil(length / math.ceil(length / most))
 
 
 def _cut(x: Float[Array, "B T *heads H"], size: int) -> Float[Array, "i B *heads C H"]:
@@ -86,45 +140,61 @@ def _cut(x: Float[Array, "B T *heads H"], size: int) -> Float[Array, "i B *heads
 class Tiles:
     """How the scores are cut, and what is added to, taken from and multiplied with a tile."""
 
+    batch: int
     q_length: int
     kv_length: int
     q_block: int
     kv_block: int
     dropout_rate: float
 
-    def visits(self, mask: AttentionMask, by_key: bool = False) -> tuple[jax.Array, jax.Array]:
-        """For each block of queries (or keys) those of the others to visit, first; their number."""
-        sizes = (self.q_length, self.kv_length, self.q_block, self.kv_block)
-        active = mask.blocks(*sizes).any(0)
-        active = active.T if by_key else active
-        return jnp.argsort(~active, axis=1, stable=True), jnp.sum(active, axis=1)
+    def visits(self, mask: AttentionMask, by_key: bool = False) -> "Visits":
+        """For each block of queries (or keys) which of the others to visit."""
+        some, every = mask.blocks(self.q_length, self.kv_length, self.q_block, self.kv_block)
+        some, every = some.any(0), every.all(0)
+        if self.kv_length % self.kv_block:
+            every = every.at[:, -1].set(False)
+        rank = jnp.where(every, 0, jnp.where(some, 1, 2))
+        rank = rank.T if by_key else rank
+        order = jnp.argsort(rank, axis=1, stable=True)
+        return Visits(order, jnp.sum(rank == 0, axis=1), jnp.sum(rank < 2, axis=1))
 
     def indices(self, i, j) -> tuple[jax.Array, jax.Array]:
         """Query rows and keys of a tile, which may lie beyond the end."""
         rows = i * self.q_block + jnp.arange(self.q_block)
         return rows, j * self.kv_block + jnp.arange(self.kv_block)
 
-    def allowed(self, i, j, mask: AttentionMask, heads: Heads) -> jax.Array | None:
-        """Which pairs count; None: all."""
+    def allowed(self, i, j, mask: AttentionMask, heads: Heads) -> jax.Array:
+        """Which pairs count."""
         rows, columns = self.indices(i, j)
-        inside = columns[None] < self.kv_length if self.kv_length % self.kv_block else None
-        if mask.is_full:
-            return inside
-        allowed = _by_group(mask.tile(rows, columns), heads)
-        return allowed if inside is None else allowed & inside
+        return _by_group(mask.tile(rows, columns) & (columns < self.kv_length), heads)
 
-    def bias(self, i, j, bias: PositionBias, values: jax.Array, heads: Heads) -> jax.Array:
+    def bias(self, i, j, batch, bias: PositionBias, values: jax.Array, heads: Heads) -> jax.Array:
         tile = bias.replace(values=values).tile(*self.indices(i, j))  # type: ignore[attr-defined]
-        return _by_group(tile, heads)
+        return _by_group(tile if len(tile) == 1 else tile[batch], heads)
 
-    def kept(self, i, j, batch: int, heads: Heads, key: jax.Array) -> jax.Array:
+    def kept(self, i, j, batch, heads: Heads, key: jax.Array) -> jax.Array:
         """What dropout multiplies the weights of a tile with."""
         rows, columns = self.indices(i, j)
         rows = (jnp.arange(heads[1])[:, None] * self.q_length + rows).reshape(-1)
-        shape = (batch, heads[0], heads[1] * self.q_length, self.kv_length)
-        index = jnp.ix_(jnp.arange(batch), jnp.arange(heads[0]), rows, columns)
+        shape = (self.batch, heads[0], heads[1] * self.q_length, self.kv_length)
+        index = jnp.ix_(batch, jnp.arange(heads[0]), rows, columns)
         stay = keep_at(key, index, shape, self.dropout_rate)
         return jnp.where(stay, 1 / (1 - self.dropout_rate), 0.0)
+
+
+class Visits(NamedTuple):
+    """The blocks to visit for each block: whole ones, then those that need the mask; the others."""
+
+    order: Int[Array, "i j"]
+    whole: Int[Array, " i"]
+    count: Int[Array, " i"]
+
+    def loop(self, step: Callable, state: Any) -> Any:
+        """step(other, state, is_whole) for each, where these are the visits of one block."""
+        for is_whole, first, last in ((True, 0, self.whole), (False, self.whole, self.count)):
+            one = partial(lambda is_whole, n, state: step(self.order[n], state, is_whole), is_whole)
+            state = jax.lax.fori_loop(first, last, one, state)
+        return state
 
 
 def _by_group(tile: jax.Array, heads: Heads) -> jax.Array:
@@ -144,76 +214,70 @@ def _transpose(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, -2, -1)
 
 
-def _forward(tiles: Tiles, q, k, v, values, mask: AttentionMask, bias, key):
+def _forward(tiles: Tiles, q, k, v, values, batch, mask: AttentionMask, bias, key):
     """Output [i, B, K, R, H] and the logarithm of the softmax' sum [i, B, K, R]."""
-    B, heads = k.shape[1], (k.shape[2], q.shape[3] // tiles.q_block)
-    order, counts = tiles.visits(mask)
+    heads = k.shape[2], q.shape[3] // tiles.q_block
 
     def row(row):
-        i, q, order, count = row
+        i, q, visits = row
 
-        def step(n, state):
+        def step(j, state, is_whole):
             out, highest, total = state
-            j = order[n]
             scores = jnp.einsum("BKRH,BKSH->BKRS", q, _at(k, j))
             if bias is not None:
-                scores += tiles.bias(i, j, bias, values, heads)
-            allowed = tiles.allowed(i, j, mask, heads)
-            if allowed is not None:
-                scores = jnp.where(allowed, scores, -jnp.inf)
+                scores += tiles.bias(i, j, batch, bias, values, heads)
+            if not is_whole:
+                scores = jnp.where(tiles.allowed(i, j, mask, heads), scores, -jnp.inf)
             new_highest = jnp.maximum(highest, jnp.max(scores, axis=-1))
             weights = jnp.exp(scores - new_highest[..., None])
             shrink = jnp.exp(highest - new_highest)
             total = total * shrink + jnp.sum(weights, axis=-1)
             if key is not None:
-                weights *= tiles.kept(i, j, B, heads, key)
+                weights *= tiles.kept(i, j, batch, heads, key)
             added = jnp.einsum("BKRS,BKSH->BKRH", weights, _at(v, j))
             return out * shrink[..., None] + added, new_highest, total
 
         zeros = jnp.zeros(q.shape, jnp.float32)
         # The lowest number and not -inf, whose difference from itself is no number.
         start = zeros, jnp.full(q.shape[:-1], LOWEST), zeros[..., 0]
-        out, highest, total = jax.lax.fori_loop(0, count, step, start)
+        out, highest, total = visits.loop(step, start)
         # Rows that see nothing: 0 here, and exp(-inf) as weights backward.
         out = out / jnp.where(total > 0, total, 1.0)[..., None]
         return out, jnp.where(total > 0, highest + jnp.log(total), jnp.inf)
 
-    return jax.lax.map(row, (jnp.arange(len(q)), q, order, counts))
+    return jax.lax.map(row, (jnp.arange(len(q)), q, tiles.visits(mask)))
 
 
 def _backward(tiles: Tiles, saved, g):
     """Tiles lie here with keys first, in which four of five products need no transposed copy."""
-    q, k, v, out, lse, values, mask, bias, key = saved
-    B, heads = k.shape[1], (k.shape[2], q.shape[3] // tiles.q_block)
-    order, counts = tiles.visits(mask, by_key=True)
+    q, k, v, out, lse, values, batch, mask, bias, key = saved
+    heads = k.shape[2], q.shape[3] // tiles.q_block
     delta = jnp.sum(g * out, axis=-1)
     q_blocks, g_blocks = q, g
 
     def column(state, column):
-        j, k_block, v_block, order, count = column
+        j, k_block, v_block, visits = column
         k, v = k_block.astype(jnp.float32), v_block.astype(jnp.float32)
         kT = _transpose(k)
 
-        def step(n, state):
+        def step(i, state, is_whole):
             dqT, dk, dv, dvalues = state
-            i = order[n]
             q, g = _at(q_blocks, i), _at(g_blocks, i)
             scores = jnp.einsum("BKSH,BKRH->BKSR", k, q)
             if bias is not None:
-                scores += _transpose(tiles.bias(i, j, bias, values, heads))
+                scores += _transpose(tiles.bias(i, j, batch, bias, values, heads))
             weights = jnp.exp(scores - _at(lse, i)[..., None, :])
-            allowed = tiles.allowed(i, j, mask, heads)
-            if allowed is not None:
-                weights = jnp.where(_transpose(allowed), weights, 0.0)
+            if not is_whole:
+                weights = jnp.where(_transpose(tiles.allowed(i, j, mask, heads)), weights, 0.0)
             dweights = jnp.einsum("BKSH,BKRH->BKSR", v, g)
             used = weights
             if key is not None:
-                kept = _transpose(tiles.kept(i, j, B, heads, key))
+                kept = _transpose(tiles.kept(i, j, batch, heads, key))
                 used, dweights = weights * kept, dweights * kept
             dv += jnp.einsum("BKSR,BKRH->BKSH", used, g)
             dscores = weights * (dweights - _at(delta, i)[..., None, :])
             if bias is not None:
-                tile, pull = jax.vjp(lambda x: tiles.bias(i, j, bias, x, heads), values)
+                tile, pull = jax.vjp(lambda x: tiles.bias(i, j, batch, bias, x, heads), values)
                 given = _transpose(dscores)
                 if tile.shape[0] == 1:
                     given = jnp.sum(given, axis=0, keepdims=True)
@@ -225,23 +289,23 @@ def _backward(tiles: Tiles, saved, g):
 
         dqT, dvalues = state
         zeros = jnp.zeros(k.shape, jnp.float32)
-        dqT, dk, dv, dvalues = jax.lax.fori_loop(0, count, step, (dqT, zeros, zeros, dvalues))
+        dqT, dk, dv, dvalues = visits.loop(step, (dqT, zeros, zeros, dvalues))
         return (dqT, dvalues), (dk.astype(k_block.dtype), dv.astype(v_block.dtype))
 
     start = jnp.zeros(_transpose(q).shape, jnp.float32), jax.tree.map(jnp.zeros_like, values)
-    (dqT, dvalues), (dk, dv) = jax.lax.scan(
-        column, start, (jnp.arange(len(k)), k, v, order, counts)
-    )
-    return _transpose(dqT), dk, dv, dvalues, None, None, None
+    visits = tiles.visits(mask, by_key=True)
+    (dqT, dvalues), (dk, dv) = jax.lax.scan(column, start, (jnp.arange(len(k)), k, v, visits))
+    return _transpose(dqT), dk, dv, dvalues, None, None, None, None
 
 
-def _attend_primal(tiles: Tiles, q, k, v, values, mask, bias, key):
-    return _forward(tiles, q, k, v, values, mask, bias, key)[0]
+def _attend_primal(tiles: Tiles, *given):
+    return _forward(tiles, *given)[0]
 
 
-def _attend_forward(tiles: Tiles, q, k, v, values, mask, bias, key):
-    out, lse = _forward(tiles, q, k, v, values, mask, bias, key)
-    return out, (q, k, v, out, lse, values, mask, bias, key)
+def _attend_forward(tiles: Tiles, *given):
+    q, k, v, *others = given
+    out, lse = _forward(tiles, *given)
+    return out, (q, k, v, out, lse, *others)
 
 
 _attend = jax.custom_vjp(_attend_primal, nondiff_argnums=(0,))

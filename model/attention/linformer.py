@@ -1,5 +1,7 @@
 """Attention to keys and values that are projected along the length (arXiv:2006.04768)."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,9 +10,11 @@ from jaxtyping import Array, Float
 from model.attention.dense import require_shapes
 from model.axes import partitioned
 from model.config import LinformerConfig, ModelError
-from model.dropout import dropout
+from model.dropout import dropout_words, keep_at
 from model.masks import AttentionMask, MaskNotSupported
 from model.positions import PositionBias
+
+BLOCK = 512  # Queries whose weights are held at once; from 512 on a CPU shares the products.
 
 
 class Linformer(nn.Module):
@@ -20,7 +24,7 @@ class Linformer(nn.Module):
     Masks: full and padding, whose keys count 0; a row with several documents, which is not known
     while tracing, becomes NaN, as each of the R columns holds a part of all of them. Dropout is of
     the weights [B, K, G, T, R]. A given `projection` is used instead of own parameters. Time and
-    memory are O(T R).
+    memory are O(T R), the weights' memory O(R).
     """
 
     config: LinformerConfig
@@ -58,11 +62,10 @@ class Linformer(nn.Module):
             )
             for x, p in ((k, keys), (v, values))
         )
-        by_group = q.reshape(B, T, K, N // K, H)
-        scores = jnp.einsum("BTKGH,BRKH->BKGTR", by_group, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores * (H**-0.5 if scale is None else scale))
-        weights = dropout(weights, dropout_rate, dropout_key)
-        out = jnp.einsum("BKGTR,BRKH->BTKGH", weights.astype(v.dtype), v).reshape(q.shape)
+        words = dropout_words(dropout_rate, dropout_key)
+        scale = H**-0.5 if scale is None else scale
+        out = _attend(q.reshape(B, T, K, N // K, H), k, v, scale, words, dropout_rate)
+        out = out.reshape(q.shape)
         return out if mask.q_segment_ids is None else _only_known(out, mask)
 
     def _projections(
@@ -84,6 +87,38 @@ class Linformer(nn.Module):
             self.param(name, projection_init(config, *axes), (*axes.values(),)) for name in names
         ]
         return jnp.asarray(made[0]), jnp.asarray(made[-1])
+
+
+def _attend(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B R K H"],
+    v: Float[Array, "B R K H"],
+    scale: float,
+    words: jax.Array | None,
+    dropout_rate: float,
+) -> Float[Array, "B T K G H"]:
+    """By blocks of queries, whose weights [B, K, G, C, R] are computed again backward."""
+    B, T, K, G, _ = q.shape
+    R = k.shape[1]
+    C = math.ceil(T / math.ceil(T / BLOCK))
+
+    @jax.checkpoint
+    def block(i, q):
+        scores = jnp.einsum("BCKGH,BRKH->BKGCR", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores * scale)
+        if words is not None:
+            rows = i * C + jnp.arange(C)
+            index = jnp.ix_(jnp.arange(B), jnp.arange(K), jnp.arange(G), rows, jnp.arange(R))
+            stay = keep_at(words, index, (B, K, G, T, R), dropout_rate)
+            weights = jnp.where(stay, weights / (1 - dropout_rate), 0)
+        return jnp.einsum("BKGCR,BRKH->BCKGH", weights.astype(v.dtype), v)
+
+    if T <= BLOCK:
+        return block(0, q)
+    padded = jnp.pad(q, [(0, 0), (0, -T % C), (0, 0), (0, 0), (0, 0)])
+    blocks = jnp.moveaxis(padded.reshape(B, -1, C, *q.shape[2:]), 1, 0)
+    out = jax.lax.map(lambda x: block(*x), (jnp.arange(len(blocks)), blocks))
+    return jnp.moveaxis(out, 0, 1).reshape(padded.shape)[:, :T]
 
 
 def projection_init(config: LinformerConfig, *axes: str):

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from model.attention.fused import TILE, band, fill, require_whole_rows, segment_ids
-from model.axes import mesh_axes
+from model.axes import mesh_axes, target_platform
 from model.config import require
 from model.masks import AttentionMask, Window
 from model.positions import PositionBias
@@ -36,7 +36,7 @@ def splash(
     T, S = q.shape[1], k.shape[1]
     window = band("splash", mask, bias, dropout_rate)
     mask.require_lengths(T, S)
-    platform = jax.default_backend()
+    platform = target_platform()
     require(
         platform in ("tpu", "cpu"),
         f"core splash needs a TPU, not {platform}: choose cudnn or flash",
