@@ -68,9 +68,23 @@ class EncoderOnly(nn.Module):
         positions: Tokens | None = None,
         type_ids: Tokens | None = None,
         deterministic: bool = True,
+        scored: bool = True,
     ) -> Float[Array, "B *T C"]:
-        """Scores [B, T, V] of a language model, [B, C] of a classifier."""
+        """Scores [B, T, V] of a language model, [B, C] of a classifier; or what they are made of.
+
+        That is hidden states, to be given to `score`.
+        """
         x = self.encode(inputs, segment_ids, positions, type_ids, deterministic=deterministic)
+        return self.score(x, segment_ids, deterministic=deterministic) if scored else x
+
+    def score(
+        self,
+        x: Float[Array, "B T D"],
+        segment_ids: Tokens | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Float[Array, "B *T C"]:
+        """Scores of hidden states."""
         return self.head(x, self.embedding, segment_ids, deterministic=deterministic)
 
     def encode(
@@ -114,17 +128,21 @@ class DecoderOnly(nn.Module):
         type_ids: Tokens | None = None,
         prefix_len: Int[Array, " B"] | None = None,
         deterministic: bool = True,
+        scored: bool = True,
     ) -> Float[Array, "B *T C"]:
-        """Scores for the next tokens [B, T, V] of a language model, [B, C] of a classifier."""
-        scores, _ = self.decode(
+        """Scores for the next tokens [B, T, V], or [B, C] of a classifier; or hidden states."""
+        outputs, _ = self.decode(
             inputs,
             segment_ids=segment_ids,
             positions=positions,
             type_ids=type_ids,
             prefix_len=prefix_len,
             deterministic=deterministic,
+            scored=scored,
         )
-        return scores
+        return outputs
+
+    score = EncoderOnly.score
 
     def decode(
         self,
@@ -138,6 +156,7 @@ class DecoderOnly(nn.Module):
         is_real: Bool[Array, "B T"] | None = None,
         offset: jax.Array | int | None = None,
         deterministic: bool = True,
+        scored: bool = True,
     ) -> tuple[Float[Array, "B *T C"], BlockCache | None]:
         """Scores for the token after each of `inputs`, which start at position `offset`.
 
@@ -150,7 +169,7 @@ class DecoderOnly(nn.Module):
         x, cache = self.decoder(
             x, positions, mask, cache=cache, is_real=is_real, deterministic=deterministic
         )
-        return self.head(x, self.embedding, segment_ids, deterministic=deterministic), cache
+        return self.score(x, segment_ids, deterministic=deterministic) if scored else x, cache
 
 
 class EncoderDecoder(nn.Module):
@@ -177,19 +196,24 @@ class EncoderDecoder(nn.Module):
         encoder_segment_ids: Int[Array, "B S"] | None = None,
         encoder_positions: Int[Array, "B S"] | None = None,
         deterministic: bool = True,
-    ) -> Float[Array, "B T V"]:
+        scored: bool = True,
+    ) -> Float[Array, "B T C"]:
+        """Scores for the next tokens [B, T, V], or hidden states."""
         encoded = self.encode(
             encoder_inputs, encoder_segment_ids, encoder_positions, deterministic=deterministic
         )
-        logits, _ = self.decode(
+        outputs, _ = self.decode(
             inputs,
             encoded,
             encoder_segment_ids,
             segment_ids=segment_ids,
             positions=positions,
             deterministic=deterministic,
+            scored=scored,
         )
-        return logits
+        return outputs
+
+    score = EncoderOnly.score
 
     def encode(
         self,
@@ -218,7 +242,8 @@ class EncoderDecoder(nn.Module):
         is_real: Bool[Array, "B T"] | None = None,
         offset: jax.Array | int | None = None,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T V"], BlockCache | None]:
+        scored: bool = True,
+    ) -> tuple[Float[Array, "B T C"], BlockCache | None]:
         """Scores for the token after each of `inputs`, which start at position `offset`.
 
         With a cache, its first call takes `encoded` and later ones None: the projected source is in
@@ -236,7 +261,7 @@ class EncoderDecoder(nn.Module):
             is_real=is_real,
             deterministic=deterministic,
         )
-        return self.head(x, self.embedding), cache
+        return self.score(x) if scored else x, cache
 
 
 ARCHITECTURES: dict[str, type[nn.Module]] = {

@@ -16,7 +16,7 @@ from rich.console import Console
 from test_cli import fails
 
 from data.config import DataError, TokenizerConfig
-from model.config import AttentionConfig, LoraConfig, ModelConfig, PositionConfig
+from model.config import AttentionConfig, LoraConfig, ModelConfig, PerformerConfig, PositionConfig
 from model.pretrained import merge_lora
 from model.transformer import build
 from train import cli
@@ -237,6 +237,28 @@ def test_an_exact_model_is_converted_to_windows(architecture: Any, source):
                 assert f"self_attention.global_{name}.{leaf}" in line
     logits = build(model).apply({"params": longer}, jnp.tile(tokens, (1, 3))[:, :21])
     assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("architecture", ["encoder_only", "decoder_only"])
+def test_an_exact_model_is_converted_to_random_features(architecture: Any, source):
+    """All parameters are taken over; with 256 times the features the outputs are much nearer."""
+    old = dataclasses.replace(OLD, architecture=architecture)
+    params = jax.tree.map(np.asarray, toy.random_params(old, make_mesh(toy.TRAIN.mesh), seed=0))
+    old_source = Source("old", old, source.tokenizer, lambda: params)
+    tokens = jnp.array(np.random.default_rng(0).integers(0, 19, (2, 8)))
+    expected = build(old).apply({"params": params}, tokens)
+
+    def error(features: int) -> float:
+        model = adopt(toy.model(architecture), old)
+        attention = dataclasses.replace(
+            model.attention, core="performer", performer=PerformerConfig(features=features)
+        )
+        model = dataclasses.replace(model, attention=attention)
+        found = take_over(fresh(model), old_source, model, (), toy.QUIET)
+        jax.tree.map(np.testing.assert_array_equal, found, params)
+        return float(abs(build(model).apply({"params": found}, tokens) - expected).max())
+
+    assert error(4096) < error(16) / 4
 
 
 def test_a_model_with_windows_keeps_them_where_the_new_run_has_none(source):

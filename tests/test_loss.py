@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.loss import cross_entropy, squared_error
+from train.loss import cross_entropy, cross_entropy_in_chunks, squared_error
 
 B, T, V = 3, 5, 7
 
@@ -30,6 +30,29 @@ def test_sum_weight_and_gradient(smoothing: float, shape: tuple[int, ...]):
     np.testing.assert_allclose(weight, weights.sum(), rtol=1e-6)
     expected_gradient = (probabilities - wanted) * weights[..., None]
     np.testing.assert_allclose(gradient, expected_gradient, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_chunks_change_nothing(size: int):
+    rng = np.random.default_rng(0)
+    hidden, kernel = jnp.float32(rng.normal(size=(B, T, 2))), jnp.float32(rng.normal(size=(2, V)))
+    targets, weights = jnp.asarray(rng.integers(0, V, (B, T))), jnp.float32(rng.random((B, T)))
+    score = lambda kernel, x: jnp.einsum("BTD,DV->BTV", x, kernel)  # noqa: E731
+
+    def whole(kernel, x):
+        loss, weight = cross_entropy(score(kernel, x), targets, weights, 0.1)
+        return 3 * loss, weight
+
+    def chunks(kernel, x):
+        loss, weight = cross_entropy_in_chunks(score, kernel, x, targets, weights, size, 0.1)
+        return 3 * loss, weight
+
+    expected = jax.value_and_grad(whole, (0, 1), has_aux=True)(kernel, hidden)
+    found = jax.value_and_grad(chunks, (0, 1), has_aux=True)(kernel, hidden)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), found, expected
+    )
+    np.testing.assert_allclose(chunks(kernel, hidden), whole(kernel, hidden), rtol=1e-6)
 
 
 def test_huge_logits_and_bfloat16():

@@ -4,17 +4,18 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
-from test_sharding import CLASSIFIER, MODEL, PACKED, TRAIN, Trained, batch, train
+from test_sharding import CLASSIFIER, MODEL, PACKED, TRAIN, Trained, batch, prepare, train
 
-from model.config import HeadConfig, ModelConfig
+from model.config import HeadConfig, ModelConfig, PerformerConfig
 from train.config import MeshConfig, OptimizerConfig, TrainConfig
 from train.metrics import NonFiniteLoss, require_finite
 from train.sharding import make_mesh, to_devices
-from train.state import parameter_count
-from train.step import make_eval_step
+from train.state import first_state, parameter_count, set_up
+from train.step import make_eval_step, make_train_step
 
 ONE = MeshConfig()
 REGRESSION = dataclasses.replace(CLASSIFIER, head=HeadConfig(kind="classifier", outputs=1))
@@ -45,6 +46,57 @@ def test_accumulation_equals_the_large_batch(model: ModelConfig):
         parts.state.params,
         whole.state.params,
     )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model", [MODEL, PACKED], ids=["pairs", "packed"])
+def test_a_loss_in_chunks_changes_nothing(model: ModelConfig, tied: bool):
+    model = dataclasses.replace(model, tie_embeddings=tied)
+    chunked = dataclasses.replace(TRAIN, loss_chunk=4)  # of 6 positions
+    ours, whole = run(model, chunked, steps=2), run(model, steps=2)
+    for name in ("loss", "weight", "grad_norm"):
+        for a, b in zip(ours.metrics, whole.metrics, strict=True):
+            np.testing.assert_allclose(a[name], b[name], rtol=2e-6)
+    mesh = whole.setup.mesh
+    with jax.set_mesh(mesh):
+        placed = to_devices(batch(np.random.default_rng(3), model), mesh)
+        for steps in zip(
+            make_eval_step(model, mesh, 4)(whole.state.params, placed)[:2],
+            make_eval_step(model, mesh)(whole.state.params, placed)[:2],
+            strict=True,
+        ):
+            np.testing.assert_allclose(*steps, rtol=2e-6)
+
+
+def test_a_loss_in_chunks_never_holds_all_scores():
+    """Of a vocabulary beside which the rest of the model is small."""
+    model = dataclasses.replace(PACKED, vocab_size=4999, dropout=0.0)
+
+    def memory(chunk: int | None) -> int:
+        config = dataclasses.replace(TRAIN, loss_chunk=chunk)
+        mesh = make_mesh(ONE, jax.devices()[:1])
+        setup = set_up(model, config, mesh)
+        with jax.set_mesh(mesh):
+            placed = to_devices(batch(np.random.default_rng(3), model, rows=16, length=64), mesh)
+            step: Any = make_train_step(model, config, setup)
+            return step.lower(setup.abstract, placed).compile().memory_analysis().temp_size_in_bytes
+
+    scores = 16 * 64 * 4999 * 4
+    assert memory(None) > scores
+    assert memory(8) < scores / 2
+
+
+def test_a_first_moment_of_half_the_size():
+    optimizer = dataclasses.replace(TRAIN.optimizer, first_moment="bfloat16")
+    ours, whole = (
+        run(MODEL, dataclasses.replace(TRAIN, optimizer=optimizer), 3),
+        run(MODEL, steps=3),
+    )
+    first, second = ours.state.opt_state[0].mu, ours.state.opt_state[0].nu
+    assert {x.dtype for x in jax.tree.leaves(first)} == {np.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in jax.tree.leaves(second)} == {np.dtype("float32")}
+    for a, b in zip(ours.metrics, whole.metrics, strict=True):
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-3)  # 8 bits of mantissa
 
 
 def test_the_gradient_is_clipped_and_its_norm_reported_before():
@@ -96,6 +148,24 @@ def test_dropout_follows_seed_and_step():
         for seed in (0, 0, 1)
     ]
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_random_features_are_drawn_again_every_redraw_steps():
+    """By the step alone, so that a run which resumes draws what it would have drawn."""
+    attention = dataclasses.replace(
+        MODEL.attention, core="performer", performer=PerformerConfig(features=5, redraw_steps=2)
+    )
+    model = dataclasses.replace(MODEL, dropout=0.0, attention=attention)
+    mesh = make_mesh(ONE, jax.devices()[:1])
+    setup, step = prepare(model, TRAIN, mesh)
+    params = jax.device_get(initial(model))
+    found = []
+    with jax.set_mesh(mesh):
+        placed = to_devices(batch(np.random.default_rng(3), model), mesh)
+        for number in range(5):
+            state = first_state(setup, jax.device_put(params)).replace(step=jnp.int32(number))
+            found.append(float(step(state, placed)[1]["loss"]))
+    assert found[0] == found[1] != found[2] == found[3] != found[4]
 
 
 @pytest.mark.parametrize("model", [CLASSIFIER, REGRESSION], ids=["classes", "numbers"])

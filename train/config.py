@@ -38,6 +38,9 @@ class OptimizerConfig:
     """Decay of the first moment."""
     b2: float = 0.98
     """Decay of the second moment."""
+    first_moment: Literal["float32", "bfloat16"] = "float32"
+    """How the first moment is stored. The second stays in float32: in bfloat16 its small steps,
+    1 - b2 of itself, would be rounded away."""
     epsilon: float = 1e-9
     """Added to the root of the second moment."""
     weight_decay: float = 0.0
@@ -185,6 +188,9 @@ class TrainConfig:
     """Of the initial parameters, the dropout and the order of the data."""
     label_smoothing: float = 0.1
     """Share of the target's probability that is spread over the vocabulary (§5.4)."""
+    loss_chunk: int | None = None
+    """Positions of a row whose scores for the vocabulary exist at once, in float32: saves memory
+    and changes no result; None: all. Rows that are shorter need none."""
     accumulate: int = 1
     """Parts into which a batch is split to save memory; the update stays the same."""
     log_every: int = 20
@@ -214,6 +220,10 @@ class TrainConfig:
         require(
             self.patience is None or self.patience > 0,
             f"train.patience must be positive or None, not {self.patience}",
+        )
+        require(
+            self.loss_chunk is None or self.loss_chunk > 0,
+            f"train.loss_chunk must be positive or None, not {self.loss_chunk}",
         )
         require(
             not self.reinit or self.init_from is not None,

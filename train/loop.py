@@ -64,7 +64,7 @@ def fit(run: Run, console: Console, *, fallback: bool = False) -> None:
                 )
             batches.set_state(position["iterator"])
         step = make_train_step(run.model, config, setup)
-        eval_step = make_eval_step(run.model, mesh)
+        eval_step = make_eval_step(run.model, mesh, config.loss_chunk)
 
         def save(state: TrainState) -> dict[str, float]:
             measured = measure(eval_step, state.params, valid_data, mesh)

@@ -1,6 +1,9 @@
 """Losses as a sum and a weight, so that parts can be added and divided once."""
 
+import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +23,64 @@ def cross_entropy(
     """
     losses: jax.Array = token_losses(logits.astype(jnp.float32), targets, label_smoothing)  # type: ignore[assignment]
     return jnp.sum(losses * weights), jnp.sum(weights)
+
+
+def cross_entropy_in_chunks(
+    score: Callable[[Any, jax.Array], jax.Array],
+    params: Any,
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    size: int,
+    label_smoothing: float = 0.0,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """`cross_entropy` of score(params, hidden), with the scores of `size` positions a row at once.
+
+    Gradients are taken together with the values, so that no score is computed twice. `score` must
+    depend on its arguments only.
+    """
+    T = hidden.shape[1]
+    count = math.ceil(T / size)
+
+    def split(x: jax.Array) -> jax.Array:
+        """Positions are dealt out in turn, so that devices that share a row all have their part."""
+        x = jnp.pad(x, [(0, 0), (0, -T % count), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, count, *x.shape[2:]), 2, 0)
+
+    def one(params: Any, hidden: jax.Array, others: tuple[jax.Array, jax.Array]):
+        return cross_entropy(score(params, hidden), *others, label_smoothing)
+
+    return _summed(one, params, split(hidden), (split(targets), split(weights)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(one: Callable, params: Any, hidden: jax.Array, others: Any):
+    """Sums of one(params, hidden, others) over their first axis."""
+
+    def add(total: Any, chunk: Any):
+        return jax.tree.map(jnp.add, total, one(params, *chunk)), None
+
+    zero = jnp.float32(0)
+    return jax.lax.scan(add, (zero, zero), (hidden, others))[0]
+
+
+def _summed_forward(one: Callable, params: Any, hidden: jax.Array, others: Any):
+    gradient = jax.value_and_grad(one, argnums=(0, 1), has_aux=True)
+
+    def add(total: Any, chunk: Any):
+        (loss, weight), (of_params, of_hidden) = gradient(params, *chunk)
+        return jax.tree.map(jnp.add, total, (loss, weight, of_params)), of_hidden
+
+    zeros = jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
+    (loss, weight, of_params), of_hidden = jax.lax.scan(add, zeros, (hidden, others))
+    return (loss, weight), (of_params, of_hidden)
+
+
+def _summed_backward(one: Callable, saved: Any, g: tuple[jax.Array, jax.Array]):
+    return *jax.tree.map(lambda x: (x * g[0]).astype(x.dtype), saved), None
+
+
+_summed.defvjp(_summed_forward, _summed_backward)
 
 
 def squared_error(

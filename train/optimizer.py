@@ -39,12 +39,14 @@ def make_optimizer(
     `factors` multiply the rate by parameter (`trainable.rate_factors`); those of 0 are frozen.
     """
     schedule = learning_rate(config, steps)
-    b1, b2, epsilon = config.b1, config.b2, config.epsilon
+    how: dict[str, Any] = {"b1": config.b1, "b2": config.b2, "eps": config.epsilon}
+    if config.first_moment != "float32":
+        how["mu_dtype"] = config.first_moment
     if config.kind == "adam":
-        optimizer = optax.adam(schedule, b1, b2, epsilon)
+        optimizer = optax.adam(schedule, **how)
     else:
         decay = config.weight_decay
-        optimizer = optax.adamw(schedule, b1, b2, epsilon, weight_decay=decay, mask=_decayed)
+        optimizer = optax.adamw(schedule, weight_decay=decay, mask=_decayed, **how)
     if factors is None or all(
         isinstance(f, float) and f in (0, 1) for f in jax.tree.leaves(factors)
     ):

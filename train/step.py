@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from model.config import ModelConfig
 from model.transformer import build
 from train.config import TrainConfig
-from train.loss import cross_entropy, squared_error
+from train.loss import cross_entropy, cross_entropy_in_chunks, squared_error
 from train.optimizer import learning_rate
 from train.sharding import flax_rules
 from train.state import Setup, TrainState
@@ -43,8 +43,9 @@ def make_train_step(
         def loss_sum(trainable: Any, batch: Batch, key: jax.Array):
             params = join(trainable, frozen)
             rngs = {"dropout": key} | features
-            outputs = _forward(model, params, batch, deterministic=False, rngs=rngs)
-            return _loss(outputs, batch, config.label_smoothing)
+            smoothing, chunk = config.label_smoothing, config.loss_chunk
+            how = {"deterministic": False, "rngs": rngs}
+            return _loss(model, params, batch, chunk, smoothing, **how)[:2]
 
         # The rules are not part of jit's cache key: enter them inside the traced function.
         with nn.logical_axis_rules(flax_rules()):
@@ -87,7 +88,9 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))
 
 
-def make_eval_step(model_config: ModelConfig, mesh: Mesh) -> Callable[[Any, Batch], tuple]:
+def make_eval_step(
+    model_config: ModelConfig, mesh: Mesh, loss_chunk: int | None = None
+) -> Callable[[Any, Batch], tuple]:
     """(params, batch) -> (sum of losses, sum of weights, predicted), jitted, without smoothing.
 
     `predicted` is None for a language model; for a classifier its outputs [B, C] beside the
@@ -98,19 +101,38 @@ def make_eval_step(model_config: ModelConfig, mesh: Mesh) -> Callable[[Any, Batc
 
     def step(params: Any, batch: Batch) -> tuple:
         with nn.logical_axis_rules(flax_rules()):
-            outputs = _forward(model, params, batch, deterministic=True)
+            *sums, outputs = _loss(model, params, batch, loss_chunk)
         predicted = (outputs, batch["targets"], batch["weights"]) if is_classifier else None
-        return *_loss(outputs, batch), predicted
+        return *sums, predicted
 
     return jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def _loss(outputs: jax.Array, batch: Batch, label_smoothing: float = 0.0):
-    """Cross-entropy where the targets are numbers of classes, squared error where they are real."""
+def _loss(
+    model: nn.Module,
+    params: Any,
+    batch: Batch,
+    chunk: int | None,
+    label_smoothing: float = 0.0,
+    **how: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Loss sum, weight sum, and the outputs, None where they exist in chunks only.
+
+    Cross-entropy where the targets are numbers of classes, squared error where they are real.
+    """
     targets, weights = batch["targets"], batch["weights"]
+    if chunk is not None and targets.ndim == 2 and targets.shape[1] > chunk:
+        hidden = _forward(model, params, batch, scored=False, **how)
+        of_head = {name: params[name] for name in ("embedding", "head") if name in params}
+        score = lambda params, x: model.apply({"params": params}, x, method="score")  # noqa: E731
+        sums = cross_entropy_in_chunks(
+            score, of_head, hidden, targets, weights, chunk, label_smoothing
+        )
+        return *sums, None
+    outputs = _forward(model, params, batch, **how)
     if jnp.issubdtype(targets.dtype, jnp.floating):
-        return squared_error(outputs, targets, weights)
-    return cross_entropy(outputs, targets, weights, label_smoothing)
+        return *squared_error(outputs, targets, weights), outputs
+    return *cross_entropy(outputs, targets, weights, label_smoothing), outputs
 
 
 def summed_gradients(loss_sum: Callable, params: Any, batch: Batch, key: jax.Array, parts: int):

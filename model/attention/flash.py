@@ -22,14 +22,13 @@ from model.dropout import dropout_words, keep_at
 from model.masks import AttentionMask
 from model.positions import PositionBias
 
-Heads = tuple[int, int]  # K, G
-
 LOWEST = jnp.finfo(jnp.float32).min
 
-# On a CPU, products of this many multiplications are shared among its cores, smaller ones are not.
-SHARED_PRODUCT = 2**23
-KV_BLOCK = 256
-# Scores of a tile, over rows and heads: 4 MiB stay near a CPU's cores; others have more to fill.
+# Queries and keys of a tile, for rows of less than 8,192 and of more. On a CPU all cores share a
+# product of 2**23 multiplications (these have as many with heads of 64), and larger products are
+# faster; smaller tiles waste less on the edge of a causal mask.
+SHORT, LONG = (512, 256), (1024, 512)
+# Scores of a tile: 4 MiB on a CPU, whose cores they stay near; others have more cores to fill.
 TILE = {"cpu": 2**20, "gpu": 2**26, "tpu": 2**26}
 
 
@@ -52,76 +51,81 @@ def flash(
     tiles [b, N, q_block, kv_block] of b rows at a time. The sizes, of which no more is used than
     the lengths need, change rounding only. Can be differentiated once, in reverse.
     """
-    B, T, N, H = q.shape
-    S = k.shape[1]
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     require_shapes(q, k, v)
+    sizes = SHORT if max(T, S) < 8192 else LONG
     tiles = Tiles(
-        batch=B,
-        q_length=T,
-        kv_length=S,
-        q_block=_equal(T, q_block or max(512, SHARED_PRODUCT // (KV_BLOCK * H))),
-        kv_block=_equal(S, kv_block or KV_BLOCK),
+        shape=(B, K, N // K, T, S),
+        q_block=_equal(T, q_block or max(sizes[0], 2**23 // (sizes[1] * H))),
+        kv_block=_equal(S, kv_block or sizes[1]),
         dropout_rate=dropout_rate,
     )
-    attend = partial(_of_rows, tiles, bias, dropout_words(dropout_rate, dropout_key))
+    held = TILE[target_platform()] // (N // K * tiles.q_block * tiles.kv_block)
+    key = dropout_words(dropout_rate, dropout_key)
+    by_row = lambda x: x.ndim > 0 and len(x) == B  # noqa: E731
+
+    def some_heads(rows: jax.Array, heads: jax.Array, *qkv: jax.Array) -> jax.Array:
+        own = jax.tree.map(lambda x: x[rows] if by_row(x) else x, mask)
+        return _of_part(tiles, Part(rows, heads[0, 0]), *qkv, own, bias, key)
+
+    def some_rows(rows: jax.Array, *qkv: jax.Array) -> jax.Array:
+        heads = jnp.arange(K)[None, None]
+        return _in_turn(partial(some_heads, rows), held, "act_kv_heads", 2, heads, *qkv)
+
     q = q.astype(jnp.float32) * (H**-0.5 if scale is None else scale)
-    rows = jnp.arange(B)
-    parts = _parts(B, N * tiles.q_block * tiles.kv_block)
-    if parts is None:
-        return attend(rows, q, k, v, mask).astype(v.dtype)
-    shards, count = parts
-
-    def split(x: jax.Array) -> jax.Array:
-        """Each part has rows of all shards."""
-        x = jnp.moveaxis(x.reshape(shards, count, -1, *x.shape[1:]), 1, 0)
-        return x.reshape(count, -1, *x.shape[3:])
-
-    facts, structure = jax.tree.flatten(mask)
-    by_row = [split(x) if x.ndim and len(x) == B else None for x in facts]
-
-    def part(given: tuple[Any, ...]) -> jax.Array:
-        *arrays, own = given
-        own = [x if y is None else y for x, y in zip(facts, own, strict=True)]
-        return attend(*arrays, structure.unflatten(own))
-
-    out = jax.lax.map(part, (split(rows), split(q), split(k), split(v), by_row))
-    out = jnp.moveaxis(out.reshape(count, shards, -1, T, N, H), 0, 1)
+    by_group = q.reshape(B, T, K, N // K, H)
+    out = _in_turn(some_rows, held // K, "act_batch", 0, jnp.arange(B), by_group, k, v)
     return out.reshape(q.shape).astype(v.dtype)
 
 
-def _parts(batch: int, scores: int) -> tuple[int, int] | None:
-    """Shards of the batch, and parts of each, one after the other, that a cache holds tiles of.
+def _in_turn(f: Callable, held: int, name: str, axis: int, *arrays: jax.Array) -> jax.Array:
+    """f(*arrays), along this axis for at most `held` (at least one) of each device at a time."""
+    size, shards = arrays[0].shape[axis], 1
+    for over in mesh_axes(name):
+        shards = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in over)
+    if size % shards:
+        return f(*arrays)
+    own = size // shards
+    count = min(n for n in range(1, own + 1) if own % n == 0 and own // n <= max(held, 1))
+    if count == 1:
+        return f(*arrays)
 
-    `scores` are those of a row's tile. None: all rows at once.
-    """
-    sizes = jax.sharding.get_abstract_mesh().shape
-    (axes,) = mesh_axes("act_batch") or ((),)
-    shards = math.prod(sizes[axis] for axis in axes)
-    held = max(1, TILE[target_platform()] // scores)
-    count = min(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= held * shards)
-    return None if count == 1 or batch % (shards * count) else (shards, count)
+    def split(x: jax.Array) -> jax.Array:
+        before, after = x.shape[:axis], x.shape[axis + 1 :]
+        x = jnp.moveaxis(x.reshape(*before, shards, count, -1, *after), axis + 1, 0)
+        return x.reshape(count, *before, -1, *after)
+
+    out = jax.lax.map(lambda part: f(*part), tuple(split(x) for x in arrays))
+    before, after = out.shape[1 : axis + 1], out.shape[axis + 2 :]
+    out = jnp.moveaxis(out.reshape(count, *before, shards, -1, *after), 0, axis + 1)
+    return out.reshape(*before, size, *after)
 
 
-def _of_rows(
-    tiles: "Tiles", bias: PositionBias | None, key: jax.Array | None, rows, q, k, v, mask
-) -> Float[Array, "b T N H"]:
-    """Attention of some rows of the batch, in float32."""
-    b, _, N, H = q.shape
-    K = k.shape[2]
-    q = _cut(q.reshape(b, -1, K, N // K, H), tiles.q_block)
+class Part(NamedTuple):
+    """Which rows of the batch, and which key/value heads."""
+
+    rows: Int[Array, " b"]
+    heads: Int[Array, " k"]
+
+
+def _of_part(
+    tiles: "Tiles", part: Part, q, k, v, mask: AttentionMask, bias: PositionBias | None, key
+) -> Float[Array, "b T k G H"]:
+    """Attention of a part, in float32."""
+    q = _cut(q, tiles.q_block)
     out = _attend(
         tiles,
-        q.reshape(*q.shape[:3], -1, H),
+        q.reshape(*q.shape[:3], -1, q.shape[5]),
         _cut(k, tiles.kv_block),
         _cut(v, tiles.kv_block),
         None if bias is None else bias.values,
-        rows,
+        part,
         mask,
         bias,
         key,
     )
     out = jnp.transpose(out.reshape(q.shape), (1, 0, 4, 2, 3, 5))
-    return out.reshape(b, -1, N, H)[:, : tiles.q_length]
+    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, : tiles.shape[3]]
 
 
 def _equal(length: int, most: int) -> int:
@@ -140,18 +144,18 @@ def _cut(x: Float[Array, "B T *heads H"], size: int) -> Float[Array, "i B *heads
 class Tiles:
     """How the scores are cut, and what is added to, taken from and multiplied with a tile."""
 
-    batch: int
-    q_length: int
-    kv_length: int
+    shape: tuple[int, int, int, int, int]
+    """Of all scores: B, K, G, T, S."""
     q_block: int
     kv_block: int
     dropout_rate: float
 
     def visits(self, mask: AttentionMask, by_key: bool = False) -> "Visits":
         """For each block of queries (or keys) which of the others to visit."""
-        some, every = mask.blocks(self.q_length, self.kv_length, self.q_block, self.kv_block)
+        T, S = self.shape[3:]
+        some, every = mask.blocks(T, S, self.q_block, self.kv_block)
         some, every = some.any(0), every.all(0)
-        if self.kv_length % self.kv_block:
+        if S % self.kv_block:
             every = every.at[:, -1].set(False)
         rank = jnp.where(every, 0, jnp.where(some, 1, 2))
         rank = rank.T if by_key else rank
@@ -163,23 +167,31 @@ class Tiles:
         rows = i * self.q_block + jnp.arange(self.q_block)
         return rows, j * self.kv_block + jnp.arange(self.kv_block)
 
-    def allowed(self, i, j, mask: AttentionMask, heads: Heads) -> jax.Array:
-        """Which pairs count."""
+    def allowed(self, i, j, part: Part, mask: AttentionMask) -> jax.Array:
+        """Which pairs count; the mask is that of the part's rows."""
         rows, columns = self.indices(i, j)
-        return _by_group(mask.tile(rows, columns) & (columns < self.kv_length), heads)
+        return self._by_group(mask.tile(rows, columns) & (columns < self.shape[4]), part)
 
-    def bias(self, i, j, batch, bias: PositionBias, values: jax.Array, heads: Heads) -> jax.Array:
+    def bias(self, i, j, part: Part, bias: PositionBias, values: jax.Array) -> jax.Array:
         tile = bias.replace(values=values).tile(*self.indices(i, j))  # type: ignore[attr-defined]
-        return _by_group(tile if len(tile) == 1 else tile[batch], heads)
+        return self._by_group(tile if len(tile) == 1 else tile[part.rows], part)
 
-    def kept(self, i, j, batch, heads: Heads, key: jax.Array) -> jax.Array:
+    def kept(self, i, j, part: Part, key: jax.Array) -> jax.Array:
         """What dropout multiplies the weights of a tile with."""
+        B, K, G, T, S = self.shape
         rows, columns = self.indices(i, j)
-        rows = (jnp.arange(heads[1])[:, None] * self.q_length + rows).reshape(-1)
-        shape = (self.batch, heads[0], heads[1] * self.q_length, self.kv_length)
-        index = jnp.ix_(batch, jnp.arange(heads[0]), rows, columns)
-        stay = keep_at(key, index, shape, self.dropout_rate)
+        rows = (jnp.arange(G)[:, None] * T + rows).reshape(-1)
+        index = jnp.ix_(part.rows, part.heads, rows, columns)
+        stay = keep_at(key, index, (B, K, G * T, S), self.dropout_rate)
         return jnp.where(stay, 1 / (1 - self.dropout_rate), 0.0)
+
+    def _by_group(self, tile: jax.Array, part: Part) -> jax.Array:
+        """[b, N or 1, C, C] as [b, k or 1, G C, C]."""
+        b, n, rows, columns = tile.shape
+        G = self.shape[2]
+        tile = tile.reshape(b, -1, G if n > 1 else 1, rows, columns)
+        tile = tile[:, part.heads] if n > 1 else jnp.repeat(tile, G, axis=2)
+        return tile.reshape(b, -1, G * rows, columns)
 
 
 class Visits(NamedTuple):
@@ -197,14 +209,6 @@ class Visits(NamedTuple):
         return state
 
 
-def _by_group(tile: jax.Array, heads: Heads) -> jax.Array:
-    """[b, N or 1, C, C] as [b, K or 1, G C, C]."""
-    b, n, rows, columns = tile.shape
-    K, G = heads if n > 1 else (1, heads[1])
-    tile = tile.reshape(b, K, -1, rows, columns)
-    return jnp.broadcast_to(tile, (b, K, G, rows, columns)).reshape(b, K, G * rows, columns)
-
-
 def _at(blocks: jax.Array, i: jax.Array) -> jax.Array:
     """Block i in float32, in which all that is done with a tile is done."""
     return jax.lax.dynamic_index_in_dim(blocks, i, keepdims=False).astype(jnp.float32)
@@ -214,9 +218,8 @@ def _transpose(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, -2, -1)
 
 
-def _forward(tiles: Tiles, q, k, v, values, batch, mask: AttentionMask, bias, key):
+def _forward(tiles: Tiles, q, k, v, values, part: Part, mask: AttentionMask, bias, key):
     """Output [i, B, K, R, H] and the logarithm of the softmax' sum [i, B, K, R]."""
-    heads = k.shape[2], q.shape[3] // tiles.q_block
 
     def row(row):
         i, q, visits = row
@@ -225,15 +228,15 @@ def _forward(tiles: Tiles, q, k, v, values, batch, mask: AttentionMask, bias, ke
             out, highest, total = state
             scores = jnp.einsum("BKRH,BKSH->BKRS", q, _at(k, j))
             if bias is not None:
-                scores += tiles.bias(i, j, batch, bias, values, heads)
+                scores += tiles.bias(i, j, part, bias, values)
             if not is_whole:
-                scores = jnp.where(tiles.allowed(i, j, mask, heads), scores, -jnp.inf)
+                scores = jnp.where(tiles.allowed(i, j, part, mask), scores, -jnp.inf)
             new_highest = jnp.maximum(highest, jnp.max(scores, axis=-1))
             weights = jnp.exp(scores - new_highest[..., None])
             shrink = jnp.exp(highest - new_highest)
             total = total * shrink + jnp.sum(weights, axis=-1)
             if key is not None:
-                weights *= tiles.kept(i, j, batch, heads, key)
+                weights *= tiles.kept(i, j, part, key)
             added = jnp.einsum("BKRS,BKSH->BKRH", weights, _at(v, j))
             return out * shrink[..., None] + added, new_highest, total
 
@@ -250,8 +253,7 @@ def _forward(tiles: Tiles, q, k, v, values, batch, mask: AttentionMask, bias, ke
 
 def _backward(tiles: Tiles, saved, g):
     """Tiles lie here with keys first, in which four of five products need no transposed copy."""
-    q, k, v, out, lse, values, batch, mask, bias, key = saved
-    heads = k.shape[2], q.shape[3] // tiles.q_block
+    q, k, v, out, lse, values, part, mask, bias, key = saved
     delta = jnp.sum(g * out, axis=-1)
     q_blocks, g_blocks = q, g
 
@@ -265,19 +267,19 @@ def _backward(tiles: Tiles, saved, g):
             q, g = _at(q_blocks, i), _at(g_blocks, i)
             scores = jnp.einsum("BKSH,BKRH->BKSR", k, q)
             if bias is not None:
-                scores += _transpose(tiles.bias(i, j, batch, bias, values, heads))
+                scores += _transpose(tiles.bias(i, j, part, bias, values))
             weights = jnp.exp(scores - _at(lse, i)[..., None, :])
             if not is_whole:
-                weights = jnp.where(_transpose(tiles.allowed(i, j, mask, heads)), weights, 0.0)
+                weights = jnp.where(_transpose(tiles.allowed(i, j, part, mask)), weights, 0.0)
             dweights = jnp.einsum("BKSH,BKRH->BKSR", v, g)
             used = weights
             if key is not None:
-                kept = _transpose(tiles.kept(i, j, batch, heads, key))
+                kept = _transpose(tiles.kept(i, j, part, key))
                 used, dweights = weights * kept, dweights * kept
             dv += jnp.einsum("BKSR,BKRH->BKSH", used, g)
             dscores = weights * (dweights - _at(delta, i)[..., None, :])
             if bias is not None:
-                tile, pull = jax.vjp(lambda x: tiles.bias(i, j, batch, bias, x, heads), values)
+                tile, pull = jax.vjp(lambda x: tiles.bias(i, j, part, bias, x), values)
                 given = _transpose(dscores)
                 if tile.shape[0] == 1:
                     given = jnp.sum(given, axis=0, keepdims=True)
