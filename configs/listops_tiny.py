@@ -33,16 +33,16 @@ def get_config() -> Experiment:
         ),
         data=dataclasses.replace(
             base.data,
-            listops=ListOpsConfig(examples=40_000, min_length=100, max_length=200),
+            listops=ListOpsConfig(examples=16_000, min_length=100, max_length=200),
             max_length=208,
             batch_tokens=32 * 208,
         ),
         train=dataclasses.replace(
             base.train,
-            steps=2000,
+            steps=500,
             checkpoint_every=250,
             optimizer=OptimizerConfig(
-                peak_lr=1e-3, warmup_steps=200, schedule="linear", weight_decay=0.1
+                peak_lr=1e-3, warmup_steps=50, schedule="linear", weight_decay=0.1
             ),
         ),
     )

@@ -311,7 +311,10 @@ class Embedding(nn.Module):
         self.table = self.param("table", partitioned(init, "vocab", "embed"), (vocab_size, width))
 
     def __call__(self, tokens: jax.Array) -> Float[Array, "B T D"]:
-        x = jnp.asarray(self.table)[tokens].astype(self.config.dtype)
+        # Whole vectors on every device: else the result would be split by vector, not by token.
+        table = constrain(jnp.asarray(self.table), "act_vocab", "act_embed")
+        x = table[tokens].astype(self.config.dtype)
+        x = constrain(x, *("act_batch", "act_length")[: x.ndim - 1], "act_embed")
         return x * math.sqrt(self.config.width) if self.config.scale_embeddings else x
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -228,3 +230,52 @@ def test_a_parameter_without_axis_names_is_refused():
 def test_a_mesh_that_does_not_fit_says_both_numbers():
     with pytest.raises(TrainError, match=r"tensor 3 devices, but there are 8"):
         make_mesh(MeshConfig(tensor=3), jax.devices()[:8])
+
+
+def compiled_step(model: ModelConfig, mesh: Mesh, rows: int, length: int) -> str:
+    """What one device runs: its shapes are those of the device's parts."""
+    setup, step = prepare(model, TRAIN, mesh)
+    with jax.set_mesh(mesh):
+        arrays = batch(np.random.default_rng(3), model, rows=rows, length=length)
+        lowered: Any = step.lower(setup.abstract, to_devices(arrays, mesh))  # type: ignore[attr-defined]
+        return lowered.compile().as_text()
+
+
+def shapes(text: str) -> set[tuple[int, ...]]:
+    return {tuple(map(int, x.split(","))) for x in re.findall(r"= \(?\w+\[([\d,]+)\]", text)}
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2), EVERY_AXIS],
+    ids=str,
+)
+def test_nothing_large_is_replicated(mesh: MeshConfig, capfd):
+    """Neither activations, where rows are long, nor stacked parameters, where the model is wide."""
+    rows, length = 16, 32
+    found = shapes(compiled_step(PACKED, eight(mesh), rows, length))
+    scores = rows * PACKED.attention.heads * length**2  # of a layer: the largest activation
+    assert max(map(math.prod, found)) == PACKED.layers * scores / 8
+
+    wide = dataclasses.replace(
+        PACKED,
+        vocab_size=512,
+        width=64,
+        layers=3,
+        attention=AttentionConfig(heads=8, kv_heads=4),
+        feed_forward=FeedForwardConfig(width=96),
+    )
+    setup, _ = prepare(wide, TRAIN, eight(mesh))
+    parts = mesh.fsdp * mesh.tensor
+    for tree in (setup.abstract.params, setup.abstract.opt_state):
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            if x.ndim > 1 and "kernel" in jax.tree_util.keystr(path):
+                assert math.prod(x.sharding.shard_shape(x.shape)) * parts == x.size
+    found = shapes(compiled_step(wide, eight(mesh), 8, 2))
+    # To use a parameter a device gathers its parts over fsdp, one layer at a time.
+    kernels = jax.tree.leaves(setup.abstract.params["decoder"])
+    of_layers = {x.shape for x in kernels if x.size > 4096}
+    assert len(of_layers) == 5
+    assert not of_layers & found
+    assert max(map(math.prod, found)) <= 512 * 64 // mesh.tensor
+    assert "full rematerialization" not in capfd.readouterr().err
