@@ -29,20 +29,29 @@ def dropout_words(rate: float, key: jax.Array | None) -> UInt32[Array, "2"] | No
 
 def keep(key: jax.Array, shape: tuple[int, ...], rate: float) -> Bool[Array, "..."]:
     """True where an element of an array of this shape stays."""
-    axes = range(len(shape))
-    return keep_at(key, [jax.lax.broadcasted_iota(jnp.uint32, shape, i) for i in axes], shape, rate)
+    return keep_at(key, indices(shape), shape, rate)
 
 
 def keep_at(
     key: jax.Array, index: Sequence[jax.Array | np.ndarray], shape: Sequence[int], rate: float
 ) -> Bool[Array, "..."]:
     """What `keep` gives for an array of `shape`, at one index array for each of its axes."""
-    flat, stride = jnp.uint32(0), 1
-    for places, size in zip(reversed(index), reversed(shape), strict=True):
-        flat += jnp.asarray(places).astype(jnp.uint32) * jnp.uint32(stride % 2**32)
-        stride *= size
     first, second = jax.random.key_data(key)
-    return mix(mix(flat ^ first) ^ second) >= jnp.uint32(round(rate * 2**32))
+    return mix(mix(place(index, shape) ^ first) ^ second) >= jnp.uint32(round(rate * 2**32))
+
+
+def indices(shape: tuple[int, ...]) -> list[jax.Array]:
+    """For each axis the index along it, everywhere."""
+    return [jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(len(shape))]
+
+
+def place(index: Sequence[jax.Array | np.ndarray], shape: Sequence[int]) -> UInt32[Array, "..."]:
+    """Where elements of an array of `shape` stand, counted row by row, modulo 2^32."""
+    flat, stride = jnp.uint32(0), 1
+    for along, size in zip(reversed(index), reversed(shape), strict=True):
+        flat += jnp.asarray(along).astype(jnp.uint32) * jnp.uint32(stride % 2**32)
+        stride *= size
+    return flat
 
 
 def mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:

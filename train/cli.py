@@ -25,6 +25,8 @@ USAGE = """usage: heedful COMMAND ...
   heedful attention RUN "text"          a picture of who looks at whom
   heedful inspect CONFIG|RUN            parameters by part, memory, arithmetic, the mask
   heedful masks CONFIG|RUN [--length N] draws the masks and proves them: leaks and blindness
+  heedful reproduce RUN [--steps N]     train again from the record, and compare every bit
+  heedful verify RUN [--checkpoint N]   train on from a checkpoint, and compare every bit
   heedful import hf:DIR [--flags]       a run from a Hugging Face model
   heedful export RUN DIR                a Hugging Face model from a run
 
@@ -49,7 +51,7 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Runs a command and returns its exit code.
 
-    0; 1 where an audit finds something; 2 for a user's error; 130 when interrupted.
+    0; 1 where an audit finds something or bits differ; 2 for a user's error; 130 when interrupted.
     """
     try:
         return _dispatch(arguments)
@@ -67,6 +69,8 @@ COMMANDS = {
     "generate": commands.generate,
     "classify": commands.classify,
     "attention": commands.attention,
+    "reproduce": commands.reproduce,
+    "verify": commands.verify,
     "import": commands.import_,
     "export": commands.export,
 }
@@ -102,7 +106,7 @@ def _dispatch(arguments: list[str]) -> int:
         experiment = base.load(rest[0])[0] if rest[0] in base.names() else None
         return getattr(commands, command)(rest[0], experiment, rest[1:]) or 0
     else:
-        COMMANDS[command](rest[0], rest[1:])
+        return COMMANDS[command](rest[0], rest[1:]) or 0
     return 0
 
 

@@ -194,6 +194,24 @@ def masks(name: str, experiment: Any, arguments: list[str]) -> int:
     return int(not report.masks(name, model, data, console(), trained=trained, **own))
 
 
+def reproduce(directory: str, arguments: list[str]) -> int:
+    """heedful reproduce RUN; returns the exit code, 1 where the bits differ"""
+    keep_compiled()
+    from train import reproduce as again
+
+    chosen = parse(again.ReproduceArguments(), arguments, f"heedful reproduce {directory}")
+    return int(not again.reproduce(Path(directory), chosen, console()))
+
+
+def verify(directory: str, arguments: list[str]) -> int:
+    """heedful verify RUN; returns the exit code, 1 where the bits differ"""
+    keep_compiled()
+    from train import reproduce as again
+
+    chosen = parse(again.VerifyArguments(), arguments, f"heedful verify {directory}")
+    return int(not again.verify(Path(directory), chosen, console()))
+
+
 def import_(source: str, arguments: list[str]) -> None:
     """heedful import hf:DIR --run-dir RUN"""
     keep_compiled()

@@ -205,6 +205,11 @@ class TrainConfig:
     """What decides on the validation data which checkpoint is the best."""
     patience: int | None = None
     """Stop after so many checkpoints without a better one; None: never."""
+    deterministic: bool = True
+    """The same bits in every run on the same devices: free on CPUs and TPUs, slower on GPUs."""
+    fingerprint_every: int = 100
+    """Steps between two fingerprints of parameters and loss, beside those of checkpoints, which
+    heedful reproduce and verify compare."""
     samples: int = 10
     """Translations shown at the end."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -213,7 +218,8 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in (
-            "steps", "accumulate", "log_every", "checkpoint_every", "keep", "average"
+            "steps", "accumulate", "log_every", "checkpoint_every", "keep", "average",
+            "fingerprint_every",
         ):  # fmt: skip
             value = getattr(self, name)
             require(value > 0, f"train.{name} must be positive, not {value}")

@@ -59,7 +59,9 @@ def report(
     `stride` long documents are read in windows that overlap (`strided_loss`).
     """
     run, tokenizer = trained.run, trained.tokenizer
-    eval_step = make_eval_step(run.model, trained.mesh, run.train.loss_chunk)
+    eval_step = make_eval_step(
+        run.model, trained.mesh, run.train.loss_chunk, run.train.deterministic
+    )
     result: dict[str, float] = {}
     for split in ("valid", "test"):
         dataset = Dataset.prepare(run.data, tokenizer, split, seed=run.train.seed)

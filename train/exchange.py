@@ -15,6 +15,7 @@ from train.checkpoint import Checkpoints
 from train.config import DecodeConfig, MeshConfig, TrainConfig, TrainError
 from train.init_from import Source
 from train.load import Trained
+from train.record import add_environment, environment
 from train.run import Run, write_json
 from train.sharding import make_mesh
 from train.start import require_fit
@@ -61,6 +62,7 @@ def import_run(
         source.params(),
     )
     run.start(source.tokenizer)
+    add_environment(run, environment(run, mesh, {}), 0, console)
     checkpoints = Checkpoints(run.checkpoints, source.tokenizer.fingerprint, keep=1)
     checkpoints.save_params(params)
     checkpoints.close()

@@ -18,21 +18,36 @@ from model.config import ModelConfig
 from train.checkpoint import Checkpoints, CorruptCheckpoint
 from train.config import Interrupted, TrainConfig, TrainError
 from train.evaluate import measure
+from train.fingerprint import make_fingerprint
 from train.init_from import open_source, take_over
 from train.metrics import MetricsWriter, require_finite
+from train.record import FingerprintWriter, Witness, add_environment, environment
 from train.run import Run
 from train.sharding import to_devices
 from train.state import Setup, TrainState, first_state, init_params, parameter_count, set_up
 from train.step import make_eval_step, make_train_step
-from train.trainable import split
+from train.trainable import named, split
 
+DETERMINISM = {
+    True: "deterministic: no atomic additions, no kernels chosen by timing them; that costs speed "
+    "(--train.no-deterministic)",
+    False: "not deterministic: another run gives other bits (--train.deterministic)",
+}
 AHEAD = 2  # steps that are dispatched before the loss of an earlier one is read
 
 
-def fit(run: Run, console: Console, *, fallback: bool = False) -> None:
-    """Trains until `train.steps`, from the newest checkpoint if there is one.
+def fit(
+    run: Run,
+    console: Console,
+    *,
+    fallback: bool = False,
+    start: tuple[TrainState, dict] | None = None,
+    witness: Witness | None = None,
+) -> None:
+    """Trains until `train.steps`, from the newest checkpoint if there is one, or from `start`.
 
-    `fallback` allows to start from an earlier checkpoint when the newest is corrupt. Raises
+    `fallback` allows to start from an earlier checkpoint when the newest is corrupt. The `witness`
+    sees the environment and each fingerprint, and what it raises ends the training. Raises
     NonFiniteLoss, CorruptCheckpoint, TrainError for what cannot be saved, and Interrupted on SIGINT
     or SIGTERM, after saving.
     """
@@ -47,12 +62,18 @@ def fit(run: Run, console: Console, *, fallback: bool = False) -> None:
     mesh = setup.mesh
     _require_divisible(config, train_data, valid_data, mesh)
     describe(run.model, run.data.max_length, setup, console)
+    if mesh.devices.flat[0].platform == "gpu":
+        console.print(DETERMINISM[config.deterministic])
+    data = {"train": train_data.data_fingerprint, "valid": valid_data.data_fingerprint}
+    now = environment(run, mesh, data)
+    if witness is not None:
+        witness.environment(now)
 
     with (
         closing(Checkpoints(run.checkpoints, tokenizer.fingerprint, config.keep)) as checkpoints,
         closing(train_data.train_iterator(jax.process_index(), jax.process_count())) as batches,
     ):
-        restored = _restore(checkpoints, setup.abstract, fallback, console)
+        restored = start or _restore(checkpoints, setup.abstract, fallback, console)
         if restored is None:
             state = first_state(setup, _first_params(run, setup, console))
         else:
@@ -64,7 +85,9 @@ def fit(run: Run, console: Console, *, fallback: bool = False) -> None:
                 )
             batches.set_state(position["iterator"])
         step = make_train_step(run.model, config, setup)
-        eval_step = make_eval_step(run.model, mesh, config.loss_chunk)
+        eval_step = make_eval_step(run.model, mesh, config.loss_chunk, config.deterministic)
+        if (first := int(state.step)) < config.steps:
+            add_environment(run, now, first, console)
 
         def save(state: TrainState) -> dict[str, float]:
             measured = measure(eval_step, state.params, valid_data, mesh)
@@ -77,7 +100,7 @@ def fit(run: Run, console: Console, *, fallback: bool = False) -> None:
 
         patience = _Patience(config, checkpoints.best_score() if checkpoints.steps else None)
         with jax.set_mesh(mesh):
-            _loop(run, state, step, batches, save, patience, mesh, console)
+            _loop(run, state, step, batches, save, patience, mesh, console, witness)
         checkpoints.wait()
 
 
@@ -105,24 +128,31 @@ def _loop(
     patience: "_Patience",
     mesh: jax.sharding.Mesh,
     console: Console,
+    witness: Witness | None,
 ) -> None:
     """Steps from `state` to the end; raises Interrupted when a signal has come, after saving."""
     config, first = run.train, int(state.step)
+    fingerprint = make_fingerprint(mesh)
+    names = [name for name, _ in named(state.params)]
     columns = [
         TextColumn("step"), MofNCompleteColumn(), BarColumn(),
         TextColumn("{task.description}"), TimeRemainingColumn(),
     ]  # fmt: skip
     with (
         closing(MetricsWriter(run.directory, first)) as writer,
+        closing(FingerprintWriter(run, first or -1, names, witness)) as fingerprints,
         _StopSignal() as stop,
         Progress(*columns, console=console) as bar,
     ):
         task = bar.add_task("compiling", total=config.steps, completed=first)
         meter = _Meter(
             writer,
+            fingerprints,
             config.log_every,
             lambda step, text: bar.update(task, completed=step, description=text),
         )
+        if first == 0:
+            fingerprints.write(0, fingerprint(state.params))
         for step in range(first + 1, config.steps + 1):
             if patience.is_over(step - 1):
                 console.print(f"no better checkpoint since step {patience.best_step:,}: stopped")
@@ -131,9 +161,12 @@ def _loop(
             batch = to_devices(next(batches), mesh)
             waited = time.perf_counter() - waited
             state, metrics = train_step(state, batch)
-            meter.add(step, metrics, waited)
             is_last = step == config.steps
-            if step % config.checkpoint_every == 0 or is_last or stop.asked:
+            saves = step % config.checkpoint_every == 0 or is_last or stop.asked
+            if saves or step % config.fingerprint_every == 0:
+                metrics["fingerprint"] = fingerprint(state.params)
+            meter.add(step, metrics, waited)
+            if saves:
                 meter.drain()
                 measured = save(state)
                 patience.add(step, _score(measured, config.metric))
@@ -211,8 +244,15 @@ class _Patience:
 class _Meter:
     """Reads metrics some steps late, so that the device never waits for the host, and logs them."""
 
-    def __init__(self, writer: MetricsWriter, log_every: int, show: Callable[[int, str], None]):
-        self.writer, self.log_every, self.show = writer, log_every, show
+    def __init__(
+        self,
+        writer: MetricsWriter,
+        fingerprints: FingerprintWriter,
+        log_every: int,
+        show: Callable[[int, str], None],
+    ):
+        self.writer, self.fingerprints, self.log_every = writer, fingerprints, log_every
+        self.show = show
         self._pending: deque = deque()
         self.restart()
 
@@ -234,6 +274,8 @@ class _Meter:
     def _read(self) -> None:
         step, metrics = self._pending.popleft()
         require_finite(step, metrics)
+        if "fingerprint" in metrics:
+            self.fingerprints.write(step, metrics["fingerprint"], metrics)
         self._loss += float(metrics["loss"])
         self._weight += float(metrics["weight"])
         if step % self.log_every:

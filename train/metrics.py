@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -31,14 +31,7 @@ class MetricsWriter:
         self._events = self._lines = None
         if jax.process_index():
             return
-        path = directory / "metrics.jsonl"
-        if path.exists():
-            lines = [line for line in path.read_text("utf-8").splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= from_step]
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(line + "\n" for line in kept), "utf-8")
-            partial.replace(path)
-        self._lines = path.open("a", encoding="utf-8", buffering=1)
+        self._lines = append_after(directory / "metrics.jsonl", from_step)
         self._events = SummaryWriter(str(directory), purge_step=from_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -52,6 +45,17 @@ class MetricsWriter:
         if self._lines is not None and self._events is not None:
             self._lines.close()
             self._events.close()
+
+
+def append_after(path: Path, from_step: int) -> TextIO:
+    """Opens a file of JSON lines to go on after this step: later lines and halves are dropped."""
+    if path.exists():
+        lines = [line for line in path.read_text("utf-8").splitlines() if line.endswith("}")]
+        kept = [line for line in lines if json.loads(line)["step"] <= from_step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in kept), "utf-8")
+        partial.replace(path)
+    return path.open("a", encoding="utf-8", buffering=1)
 
 
 def require_finite(step: int, metrics: dict[str, Any]) -> None:

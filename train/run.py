@@ -2,27 +2,17 @@
 
 import dataclasses
 import json
-import platform
-import sys
 import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from data.config import DataConfig
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from train.config import TrainConfig, TrainError
-
-PACKAGES = (
-    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers",
-    "safetensors",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,6 +51,10 @@ class Run:
         return self.directory / "metrics.jsonl"
 
     @property
+    def fingerprints(self) -> Path:
+        return self.directory / "fingerprints.jsonl"
+
+    @property
     def tokenizer_path(self) -> Path:
         return self.directory / "tokenizer.json"
 
@@ -75,10 +69,9 @@ class Run:
         if not (self.directory / "config.json").exists():
             self.directory.mkdir(parents=True, exist_ok=True)
             tokenizer.save(self.tokenizer_path)
-            write_json(self.directory / "environment.json", environment())
-            write_json(self.directory / "config.json", self._values())
+            write_json(self.directory / "config.json", self.values())
             return
-        others = list(differences(self._values(), Run.open(self.directory)._values()))
+        others = list(differences(self.values(), Run.open(self.directory).values()))
         if others:
             listed = "; ".join(others[:3]) + ("; ..." if len(others) > 3 else "")
             raise TrainError(
@@ -86,7 +79,8 @@ class Run:
                 "give another --run-dir, or the same config to resume it"
             )
 
-    def _values(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
+        """The three configs as JSON values."""
         parts = {"model": self.model, "data": self.data, "train": self.train}
         return {name: to_json(part) for name, part in parts.items()}
 
@@ -107,17 +101,6 @@ def from_json(cls: Any, value: Any) -> Any:
         inner = next((a for a in typing.get_args(cls) if dataclasses.is_dataclass(a)), None)
         return value if value is None or inner is None else from_json(inner, value)
     return value
-
-
-def environment() -> dict[str, Any]:
-    """Versions and devices: what a result depends on besides its config."""
-    return {
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "devices": [device.device_kind for device in jax.devices()],
-        "packages": {name: version(name) for name in PACKAGES},
-    }
 
 
 def differences(ours: Any, theirs: Any, name: str = "") -> Iterator[str]:

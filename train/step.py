@@ -85,11 +85,19 @@ def make_train_step(
 
     shardings = jax.tree.map(lambda x: x.sharding, setup.abstract)
     whole = NamedSharding(shardings.step.mesh, PartitionSpec())
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings, whole),
+        compiler_options=compiler_options(setup.mesh, config.deterministic),
+    )
 
 
 def make_eval_step(
-    model_config: ModelConfig, mesh: Mesh, loss_chunk: int | None = None
+    model_config: ModelConfig,
+    mesh: Mesh,
+    loss_chunk: int | None = None,
+    deterministic: bool = False,
 ) -> Callable[[Any, Batch], tuple]:
     """(params, batch) -> (sum of losses, sum of weights, predicted), jitted, without smoothing.
 
@@ -105,7 +113,25 @@ def make_eval_step(
         predicted = (outputs, batch["targets"], batch["weights"]) if is_classifier else None
         return *sums, predicted
 
-    return jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(
+        step,
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+        compiler_options=compiler_options(mesh, deterministic),
+    )
+
+
+def compiler_options(mesh: Mesh, deterministic: bool) -> dict[str, Any]:
+    """What makes XLA's programs give the same bits in every run on the devices of this mesh.
+
+    Nothing on CPUs and TPUs, whose programs do. On GPUs `xla_gpu_deterministic_ops` gives up
+    atomic additions, and kernels that are chosen by timing them when they are compiled
+    (xla/xla.proto; github.com/openxla/xla/pull/12520); the second is said once more because
+    versions differ in how far the first goes. Options of one program, not XLA_FLAGS: those are
+    read before it is known which devices there are.
+    """
+    if not deterministic or mesh.devices.flat[0].platform != "gpu":
+        return {}
+    return {"xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0}
 
 
 def _loss(

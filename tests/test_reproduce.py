@@ -1,0 +1,264 @@
+"""A run that is trained again goes through the same bits, and what differs is named."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from model.dropout import mix
+from train import cli, loop, record
+from train.config import MeshConfig
+from train.fingerprint import make_fingerprint, words
+from train.run import Run
+from train.sharding import make_mesh
+from train.trainable import named
+
+STEPS, EVERY = 6, 4
+
+
+# Fingerprints ------------------------------------------------------------------------------------
+
+
+def naive(x: np.ndarray) -> list[int]:
+    """The definition, an element at a time."""
+    hashed = lambda value: int(mix(jnp.uint32(value)))  # noqa: E731
+    bits = x.ravel().view(f"uint{8 * x.dtype.itemsize}")
+    first = [hashed(int(b) ^ hashed(place)) for place, b in enumerate(bits)]
+    return [sum(first) % 2**32, sum(hashed(h ^ 0x9E3779B9) for h in first) % 2**32]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+@pytest.mark.parametrize("shape", [(), (3, 5, 2)])
+def test_words_are_sums_of_hashes_of_bits_and_places(dtype: str, shape: tuple[int, ...]):
+    x = jnp.asarray(np.random.default_rng(0).normal(0, 9, shape)).astype(dtype)
+    assert words(x).tolist() == naive(np.asarray(x))
+
+
+def test_a_bit_and_a_swap_change_both_words():
+    x = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
+    flipped, swapped = x.copy(), x.copy()
+    flipped.view(np.uint32)[3, 2] ^= 1
+    swapped[[1, 2]] = swapped[[2, 1]]
+    for other in (flipped, swapped, -x, x.reshape(7, 5).T):
+        assert (words(jnp.asarray(other)) != words(jnp.asarray(x))).all()
+    assert (words(jnp.asarray(-0.0)) != words(jnp.asarray(0.0))).all()
+
+
+def test_fingerprints_do_not_depend_on_the_mesh():
+    model = toy.model(vocab_size=24)
+    alone = make_mesh(MeshConfig(), jax.devices()[:1])
+    params = toy.random_params(model, alone, seed=3)
+    wanted = np.asarray(make_fingerprint(alone)(params))
+    assert wanted.shape == (len(named(params)), 2) and len(np.unique(wanted)) == wanted.size
+    for config in (MeshConfig(fsdp=8), MeshConfig(fsdp=2, tensor=2), MeshConfig(fsdp=4, tensor=2)):
+        mesh = make_mesh(config, jax.devices()[:8])
+        split = toy.random_params(model, mesh, seed=3)
+        assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(split))
+        np.testing.assert_array_equal(make_fingerprint(mesh)(split), wanted)
+
+
+# Runs --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run of 6 steps whose parameters are split over 8 devices."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    flags = toy.flags(toy.write_corpus(folder / "corpus"), folder / "run", STEPS, EVERY)
+    flags += [
+        "--train.fingerprint-every",
+        "2",
+        "--train.mesh.fsdp",
+        "2",
+        "--train.mesh.tensor",
+        "2",
+    ]
+    assert cli.run(["train", *flags]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def copy(trained, tmp_path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture
+def heedful(capsys):
+    """Runs a command, and returns its exit code and what it has printed."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        capsys.readouterr()
+        code = cli.run([str(argument) for argument in arguments])
+        return code, "".join(capsys.readouterr())
+
+    return run
+
+
+def change(run: Path, step: int, name: str, value: str) -> None:
+    """Puts another value into a line of the fingerprints."""
+    path = run / "fingerprints.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if line["step"] == step:
+            part = line if name in line else line["parameters"]
+            part[name] = value
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def change_environment(run: Path, part: str, name: str, value: object) -> None:
+    path = run / "environment.json"
+    environments = json.loads(path.read_text())
+    environments[-1][part][name] = value
+    path.write_text(json.dumps(environments))
+
+
+def test_a_run_records_what_its_bits_depend_on(trained):
+    (environment,) = record.environments(trained)
+    assert environment["from_step"] == 0
+    assert environment["config"] == Run.open(trained).values()
+    assert environment["data"].keys() == {"train", "valid", "tokenizer"}
+    assert environment["packages"].keys() >= {"jax", "jaxlib", "flax", "orbax-checkpoint"}
+    assert "device_count=8" in environment["variables"]["XLA_FLAGS"]
+    assert environment["devices"]["mesh"] == {"data": 2, "fsdp": 2, "seq": 1, "tensor": 2}
+    assert environment["processor"]["name"] and environment["processor"]["cores"]
+    assert len(environment["code"]["sources"]) == 64
+    lines = record.fingerprints(Run.open(trained))
+    assert list(lines) == [0, 2, 4, 6]
+    assert "loss" not in lines[0] and np.frombuffer(bytes.fromhex(lines[2]["loss"]), ">f4")[0] > 0
+
+
+def test_a_run_is_reproduced_to_the_bit(trained, heedful, tmp_path):
+    code, out = heedful("reproduce", trained, "--run-dir", tmp_path / "again")
+    assert code == 0, out
+    assert "this environment is that of the record" in out
+    assert "step 0: identical" in out and "identical to step 6" in out
+    again = (tmp_path / "again" / "fingerprints.jsonl").read_text()
+    assert again == (trained / "fingerprints.jsonl").read_text()
+    code, out = heedful("reproduce", trained, "--run-dir", tmp_path / "again")
+    assert code == 2 and "holds a run already" in out
+
+
+def test_a_changed_seed_is_found_at_once_and_named(copy, heedful):
+    values = json.loads((copy / "config.json").read_text())
+    values["train"]["seed"] = 1
+    (copy / "config.json").write_text(json.dumps(values))
+    code, out = heedful("reproduce", copy)
+    assert code == 1 and "step 0 differs: parameters " in out
+    assert out.count("config.train.seed is 0 there and 1 here") == 2  # before, and in the end
+
+
+def test_a_changed_version_flag_and_source_are_named(copy, heedful, monkeypatch):
+    change_environment(copy, "packages", "jax", "0.9.0")
+    change_environment(copy, "code", "sources", "other")
+    change(copy, 2, "loss", "00000000")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    code, out = heedful("reproduce", copy, "--steps", 3)
+    assert code == 1 and "step 2 differs: no parameter and the loss\n" in out
+    after = out.partition("step 2 differs")[2]
+    for words_ in (
+        f"packages.jax is '0.9.0' there and '{jax.__version__}' here",
+        "variables.XLA_FLAGS is",
+        "--xla_cpu_enable_fast_math=true' here",
+        "code.sources is 'other' there",
+    ):
+        assert words_ in after, out
+
+
+def test_other_versions_that_give_the_same_bits_reproduce(copy, heedful):
+    change_environment(copy, "packages", "numpy", "1.0")
+    code, out = heedful("reproduce", copy, "--steps", 3)
+    assert code == 0 and "packages.numpy is '1.0' there" in out and "identical to step 2\n" in out
+
+
+def test_a_parameter_that_differs_in_a_bit_is_named(trained, heedful, monkeypatch):
+    make, name = loop.make_train_step, "decoder.norm.scale"
+
+    def broken(*arguments):
+        step = make(*arguments)
+
+        def flip(state, batch):
+            state, metrics = step(state, batch)
+            if int(state.step) == 4:
+                scale = state.params["decoder"]["norm"]["scale"]
+                state.params["decoder"]["norm"]["scale"] = scale.at[5].set(
+                    jnp.nextafter(scale[5], 9.0)
+                )
+            return state, metrics
+
+        return flip
+
+    monkeypatch.setattr(loop, "make_train_step", broken)
+    code, out = heedful("reproduce", trained)
+    assert code == 1 and f"step 4 differs: parameters {name} (1 of " in out
+    assert "identical to step 2\n" in out
+    assert "the environments do not differ in anything that is recorded" in out
+
+
+def test_changed_data_is_said_before_training(trained, copy, heedful):
+    corpus = Path(json.loads((copy / "config.json").read_text())["data"]["train"][0])
+    before = corpus.read_text()
+    try:
+        corpus.write_text(before.replace("red", "green", 1))
+        code, out = heedful("reproduce", copy)
+        assert code == 1 and "nothing was trained: data.train has changed" in out
+        assert "data.train is " in out and "step 0" not in out
+    finally:
+        corpus.write_text(before)
+
+
+def test_a_fine_tuned_run_is_reproduced_from_where_it_began(trained, heedful, tmp_path):
+    flags = toy.flags(toy.write_corpus(tmp_path / "corpus"), tmp_path / "tuned", 2, 2)
+    flags += ["--init-from", str(trained), "--train.optimizer.warmup-steps", "0"]
+    assert cli.run(["train", *flags]) == 0
+    code, out = heedful("reproduce", tmp_path / "tuned")
+    assert code == 0 and "identical to step 2" in out
+
+
+def test_what_cannot_be_compared_is_an_error(copy, heedful):
+    code, out = heedful("reproduce", copy, "--steps", 1)
+    assert code == 2 and "no fingerprint within 1 steps after step 0: it has those of 0, 2" in out
+    (copy / "fingerprints.jsonl").unlink()
+    code, out = heedful("reproduce", copy)
+    assert code == 2 and "no fingerprints.jsonl" in out
+
+
+# From a checkpoint -------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_a_run_is_verified_from_a_checkpoint_and_left_alone(trained, heedful):
+    before = contents(trained)
+    code, out = heedful("verify", trained)
+    assert code == 0 and "from its checkpoint of step 4" in out and "step 4: identical" in out
+    assert "identical to step 6" in out
+    assert contents(trained) == before
+    code, out = heedful("verify", trained, "--checkpoint", 6)
+    assert code == 2 and "no fingerprint within 4 steps after step 6" in out
+
+
+def test_a_checkpoint_that_is_not_what_was_written_is_named(copy, heedful):
+    change(copy, 4, "decoder.norm.scale", "0" * 16)
+    code, out = heedful("verify", copy)
+    assert code == 1 and "step 4 differs: parameters decoder.norm.scale (1 of " in out
+    assert "the checkpoint is not what was recorded when it was written" in out
+
+
+def test_another_environment_is_added_and_none_is_lost(copy, capsys):
+    run, (first,) = Run.open(copy), record.environments(copy)
+    now = {name: value for name, value in first.items() if name != "from_step"}
+    record.add_environment(run, now, 4, toy.QUIET)
+    assert record.environments(copy) == [first]
+    other = now | {"packages": now["packages"] | {"jax": "0.9.0"}}
+    record.add_environment(run, other, 4, toy.QUIET)
+    record.add_environment(run, other, 5, toy.QUIET)
+    assert record.environments(copy) == [first, {"from_step": 4, **other}]
