@@ -4,10 +4,9 @@ import dataclasses
 
 import jax
 import pytest
-import toy
 
 from configs import base
-from train import cli, step
+from train import step
 from train.audit.subject import Subject
 from train.config import MeshConfig
 from train.sharding import make_mesh, to_devices

@@ -1,9 +1,11 @@
 """A run that is trained again goes through the same bits, and what differs is named."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +15,13 @@ import toy
 
 from model.dropout import mix
 from train import cli, loop, record
-from train.config import MeshConfig
+from train.commands import keep_compiled
+from train.config import MeshConfig, OptimizerConfig
 from train.fingerprint import make_fingerprint, words
 from train.run import Run
 from train.sharding import make_mesh
+from train.start import start_run
 from train.trainable import named
-
-STEPS, EVERY = 6, 4
-
 
 # Fingerprints ------------------------------------------------------------------------------------
 
@@ -56,7 +57,7 @@ def test_fingerprints_do_not_depend_on_the_mesh():
     params = toy.random_params(model, alone, seed=3)
     wanted = np.asarray(make_fingerprint(alone)(params))
     assert wanted.shape == (len(named(params)), 2) and len(np.unique(wanted)) == wanted.size
-    for config in (MeshConfig(fsdp=8), MeshConfig(fsdp=2, tensor=2), MeshConfig(fsdp=4, tensor=2)):
+    for config in (MeshConfig(fsdp=4), MeshConfig(fsdp=2, tensor=2)):
         mesh = make_mesh(config, jax.devices()[:8])
         split = toy.random_params(model, mesh, seed=3)
         assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(split))
@@ -66,21 +67,31 @@ def test_fingerprints_do_not_depend_on_the_mesh():
 # Runs --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+def train(directory: Path, text: Path, **values: Any) -> Path:
     """A run of 6 steps whose parameters are split over 8 devices."""
-    folder = tmp_path_factory.mktemp("reproduce")
-    flags = toy.flags(toy.write_corpus(folder / "corpus"), folder / "run", STEPS, EVERY)
-    flags += [
-        "--train.fingerprint-every",
-        "2",
-        "--train.mesh.fsdp",
-        "2",
-        "--train.mesh.tensor",
-        "2",
-    ]
-    assert cli.run(["train", *flags]) == 0
-    return folder / "run"
+    config = dataclasses.replace(
+        toy.TRAIN,
+        steps=6,
+        checkpoint_every=4,
+        fingerprint_every=2,
+        mesh=MeshConfig(fsdp=2, tensor=2),
+        optimizer=OptimizerConfig(warmup_steps=2),
+        **values,
+    )
+    keep_compiled()  # as the commands do: then they need not compile it again
+    model, data = toy.model("decoder_only"), toy.data(text, "causal_lm", batch_multiple=8)
+    loop.fit(start_run(directory, model, data, config, toy.QUIET), toy.QUIET)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    return toy.write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def trained(text, tmp_path_factory) -> Path:
+    return train(tmp_path_factory.mktemp("reproduce") / "run", text)
 
 
 @pytest.fixture
@@ -112,6 +123,7 @@ def change(run: Path, step: int, name: str, value: str) -> None:
 
 
 def change_environment(run: Path, part: str, name: str, value: object) -> None:
+    """Puts another value into the newest environment."""
     path = run / "environment.json"
     environments = json.loads(path.read_text())
     environments[-1][part][name] = value
@@ -153,21 +165,20 @@ def test_a_changed_seed_is_found_at_once_and_named(copy, heedful):
     assert out.count("config.train.seed is 0 there and 1 here") == 2  # before, and in the end
 
 
-def test_a_changed_version_flag_and_source_are_named(copy, heedful, monkeypatch):
+def test_a_changed_version_flag_and_source_are_named(copy, heedful):
     change_environment(copy, "packages", "jax", "0.9.0")
     change_environment(copy, "code", "sources", "other")
+    change_environment(copy, "variables", "XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
     change(copy, 2, "loss", "00000000")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
     code, out = heedful("reproduce", copy, "--steps", 3)
     assert code == 1 and "step 2 differs: no parameter and the loss\n" in out
     after = out.partition("step 2 differs")[2]
-    for words_ in (
+    for word in (
         f"packages.jax is '0.9.0' there and '{jax.__version__}' here",
-        "variables.XLA_FLAGS is",
-        "--xla_cpu_enable_fast_math=true' here",
+        "variables.XLA_FLAGS is '--xla_cpu_enable_fast_math=true' there",
         "code.sources is 'other' there",
     ):
-        assert words_ in after, out
+        assert word in after, out
 
 
 def test_other_versions_that_give_the_same_bits_reproduce(copy, heedful):
@@ -200,24 +211,23 @@ def test_a_parameter_that_differs_in_a_bit_is_named(trained, heedful, monkeypatc
     assert "the environments do not differ in anything that is recorded" in out
 
 
-def test_changed_data_is_said_before_training(trained, copy, heedful):
-    corpus = Path(json.loads((copy / "config.json").read_text())["data"]["train"][0])
-    before = corpus.read_text()
+def test_changed_data_is_said_before_training(text, trained, heedful):
+    before = text.read_text()
     try:
-        corpus.write_text(before.replace("red", "green", 1))
-        code, out = heedful("reproduce", copy)
+        text.write_text(before.replace("red", "green", 1))
+        code, out = heedful("reproduce", trained)
         assert code == 1 and "nothing was trained: data.train has changed" in out
         assert "data.train is " in out and "step 0" not in out
     finally:
-        corpus.write_text(before)
+        text.write_text(before)
 
 
-def test_a_fine_tuned_run_is_reproduced_from_where_it_began(trained, heedful, tmp_path):
-    flags = toy.flags(toy.write_corpus(tmp_path / "corpus"), tmp_path / "tuned", 2, 2)
-    flags += ["--init-from", str(trained), "--train.optimizer.warmup-steps", "0"]
-    assert cli.run(["train", *flags]) == 0
-    code, out = heedful("reproduce", tmp_path / "tuned")
-    assert code == 0 and "identical to step 2" in out
+def test_a_fine_tuned_run_is_reproduced_from_where_it_began(trained, text, heedful, tmp_path):
+    tuned = train(tmp_path / "tuned", text, init_from=str(trained))
+    code, out = heedful("reproduce", tuned, "--steps", 2)
+    assert code == 0 and "step 0: identical" in out and "identical to step 2\n" in out
+    lines, others = record.fingerprints(Run.open(tuned)), record.fingerprints(Run.open(trained))
+    assert lines[0] != others[0]
 
 
 def test_what_cannot_be_compared_is_an_error(copy, heedful):

@@ -1,12 +1,12 @@
 """What is measured during training, and where it is written."""
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from train.config import TrainError
 
@@ -28,21 +28,27 @@ class MetricsWriter:
 
     def __init__(self, directory: Path, from_step: int):
         """Lines of steps after `from_step` are dropped: the run goes through them again."""
-        self._events = self._lines = None
-        if jax.process_index():
-            return
-        self._lines = append_after(directory / "metrics.jsonl", from_step)
-        self._events = SummaryWriter(str(directory), purge_step=from_step + 1)
+        self._directory, self._from_step = directory, from_step
+        self._lines = None
+        if jax.process_index() == 0:
+            self._lines = append_after(directory / "metrics.jsonl", from_step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        if self._lines is None or self._events is None:
+        if self._lines is None:
             return
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 
+    @cached_property
+    def _events(self) -> Any:
+        # Not before the first step: where torch is installed tensorboardX takes seconds to load it.
+        from tensorboardX import SummaryWriter
+
+        return SummaryWriter(str(self._directory), purge_step=self._from_step + 1)
+
     def close(self) -> None:
-        if self._lines is not None and self._events is not None:
+        if self._lines is not None:
             self._lines.close()
             self._events.close()
 

@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import sklearn.metrics
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
-from scipy import stats
 
 # What is reported of each task of GLUE (arXiv:1804.07461 table 1), and decides between models.
 GLUE = {
@@ -29,6 +27,8 @@ def classification(outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]
 
     F1 is that of class 1 where there are two (GLUE), else the mean over classes.
     """
+    import sklearn.metrics  # a second, which most runs need not wait for
+
     predicted = outputs.argmax(-1)
     average = "binary" if outputs.shape[-1] == 2 else "macro"
     f1 = sklearn.metrics.f1_score(targets, predicted, average=average, zero_division=0.0)  # type: ignore[arg-type]
@@ -43,6 +43,8 @@ def regression(outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     """Pearson and Spearman correlation of outputs [E, 1] with numbers [E]; 0 if one is constant."""
     if len(targets) < 2:
         return {"pearson": 0.0, "spearman": 0.0}
+    from scipy import stats  # as above
+
     predicted = outputs[:, 0].astype(np.float64)  # their differences may be tiny
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.ConstantInputWarning)
