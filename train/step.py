@@ -37,7 +37,7 @@ def make_train_step(
     model, factors = build(model_config), setup.factors
     schedule = learning_rate(config.optimizer, config.steps)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         trainable, frozen = split(state.params, factors)
 
         def loss_sum(trainable: Any, batch: Batch, key: jax.Array):
@@ -86,7 +86,7 @@ def make_train_step(
     shardings = jax.tree.map(lambda x: x.sharding, setup.abstract)
     whole = NamedSharding(shardings.step.mesh, PartitionSpec())
     return jax.jit(
-        step,
+        train_step,
         donate_argnums=0,
         out_shardings=(shardings, whole),
         compiler_options=compiler_options(setup.mesh, config.deterministic),
@@ -107,14 +107,14 @@ def make_eval_step(
     model = build(model_config)
     is_classifier = model_config.head.kind == "classifier"
 
-    def step(params: Any, batch: Batch) -> tuple:
+    def eval_step(params: Any, batch: Batch) -> tuple:
         with nn.logical_axis_rules(flax_rules()):
             *sums, outputs = _loss(model, params, batch, loss_chunk)
         predicted = (outputs, batch["targets"], batch["weights"]) if is_classifier else None
         return *sums, predicted
 
     return jax.jit(
-        step,
+        eval_step,
         out_shardings=NamedSharding(mesh, PartitionSpec()),
         compiler_options=compiler_options(mesh, deterministic),
     )
