@@ -19,13 +19,9 @@ from train.state import first_state, set_up
 
 COMPILED: list[str] = []
 """Names of the functions that have been compiled, or read from the cache of what was."""
-OTHER_SIZES = {
-    "gpt2_medium",
-    "gpt2_large",
-    "gpt2_xl",
-    "vaswani_big",
-    "listops_tiny",
-}  # but for the sizes
+ALIKE = {"bert_tiny", "gpt2_medium", "gpt2_large", "gpt2_xl", "listops_tiny", "shakespeare_char",
+         "t5_tiny", "vaswani_big"}  # fmt: skip
+"""Configs that differ from another one in sizes and rates only, or nearly so."""
 
 
 def _listen(event: str, seconds: float, **facts: str) -> None:
@@ -44,7 +40,7 @@ def fast(monkeypatch):
     COMPILED.clear()
 
 
-@pytest.mark.parametrize("name", sorted(set(base.names()) - OTHER_SIZES))
+@pytest.mark.parametrize("name", sorted(set(base.names()) - ALIKE))
 def test_the_step_of_a_shipped_config_is_compiled_once_for_each_shape(name: str):
     experiment, _ = base.load(name)
     subject = Subject.of(experiment.model, experiment.data)

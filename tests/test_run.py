@@ -33,8 +33,6 @@ def test_a_run_can_be_opened_again(tokenizer, tmp_path):
     run.start(tokenizer)
     assert Run.open(tmp_path / "run") == run
     assert run.tokenizer().fingerprint == tokenizer.fingerprint
-    written = json.loads((run.directory / "environment.json").read_text())
-    assert written["packages"].keys() >= {"jax", "flax", "orbax-checkpoint"}
 
 
 def test_another_config_is_refused_and_every_difference_named(tokenizer, tmp_path):
