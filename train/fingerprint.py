@@ -29,4 +29,7 @@ def words(x: Shaped[Array, "..."]) -> UInt32[Array, "2"]:
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
     first = mix(bits.astype(jnp.uint32) ^ mix(place(indices(x.shape), x.shape)))
     second = mix(first ^ jnp.uint32(0x9E3779B9))  # 2^32 / golden ratio: a constant of no pattern
-    return jnp.stack([jnp.sum(part, dtype=jnp.uint32) for part in (first, second)])
+    zero, axes = jnp.uint32(0), tuple(range(x.ndim))
+    # Both in one pass: two sums would keep the first hashes, as many bytes as the parameters.
+    add = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
+    return jnp.stack(jax.lax.reduce((first, second), (zero, zero), add, axes))

@@ -143,8 +143,10 @@ class _Comparison:
         names = [name for name in ours | others if ours.get(name) != others.get(name)]
         sums = [key for key in ("loss", "weight") if key in line and line[key] != theirs.get(key)]
         if names or sums:
-            where = f"parameters {', '.join(names)} ({len(names)} of {len(ours)})"
-            what = [where if names else "no parameter", *(f"the {key}" for key in sums)]
+            which = f"parameters {', '.join(names)} ({len(names)} of {len(ours)})"
+            if len(names) in (0, len(ours)):
+                which = f"all {len(names)} parameters" if names else "no parameter"
+            what = [which, *(f"the {key}" for key in sums)]
             self.differs = step, f"step {step:,} differs: {' and '.join(what)}"
             raise _Over
         self.same = step
