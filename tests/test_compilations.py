@@ -19,9 +19,10 @@ from train.state import first_state, set_up
 
 COMPILED: list[str] = []
 """Names of the functions that have been compiled, or read from the cache of what was."""
-ALIKE = {"bert_tiny", "gpt2_medium", "gpt2_large", "gpt2_xl", "listops_tiny", "shakespeare_char",
-         "t5_tiny", "vaswani_big"}  # fmt: skip
-"""Configs that differ from another one in sizes and rates only, or nearly so."""
+ALIKE = {"bert_tiny", "gpt2_medium", "gpt2_large", "gpt2_xl", "listops_tiny", "sentiment_tiny",
+         "shakespeare_char", "shakespeare_char_gpu", "t5_tiny", "vaswani_base",
+         "vaswani_big"}  # fmt: skip
+"""Configs that differ from another one in sizes, rates and places of norms only, or nearly so."""
 
 
 def _listen(event: str, seconds: float, **facts: str) -> None:

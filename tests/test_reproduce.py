@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from train.fingerprint import make_fingerprint, words
 from train.run import Run
 from train.sharding import make_mesh
 from train.start import start_run
+from train.step import compiler_options
 from train.trainable import named
 
 # Fingerprints ------------------------------------------------------------------------------------
@@ -272,3 +274,15 @@ def test_another_environment_is_added_and_none_is_lost(copy, capsys):
     record.add_environment(run, other, 4, toy.QUIET)
     record.add_environment(run, other, 5, toy.QUIET)
     assert record.environments(copy) == [first, {"from_step": 4, **other}]
+
+
+def test_what_makes_gpus_deterministic_is_known_to_xla():
+    """Also where there is no GPU: an unknown or misspelt option does not compile."""
+    cpu = make_mesh(MeshConfig(), jax.devices()[:1])
+    gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
+    options = compiler_options.__wrapped__(gpu, True)
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
+    assert options["xla_gpu_deterministic_ops"] is True
+    assert compiler_options(cpu, True) == compiler_options.__wrapped__(gpu, False) == {}
+    with pytest.raises(RuntimeError, match="xla_gpu_deterministic_opz"):
+        jax.jit(lambda x: x + 1, compiler_options={"xla_gpu_deterministic_opz": True})(1)
