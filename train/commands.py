@@ -194,6 +194,23 @@ def masks(name: str, experiment: Any, arguments: list[str]) -> int:
     return int(not report.masks(name, model, data, console(), trained=trained, **own))
 
 
+def plan(name: str, experiment: Any, arguments: list[str]) -> int:
+    """heedful plan CONFIG|RUN; returns the exit code, 1 where it does not fit"""
+    from train.plan import report
+    from train.plan.search import search
+    from train.run import Run
+
+    whole = experiment or Run.open(name)
+    model = _adopted(whole.model, whole.train, arguments) if experiment else whole.model
+    default = report.PlanArguments(model=model, data=whole.data, train=whole.train)
+    chosen = parse(default, arguments, f"heedful plan {name}")
+    own = {"topology": chosen.topology}
+    if chosen.search:
+        own["compiles"] = chosen.compiles
+    make = search if chosen.search else report.plan
+    return int(not make(name, chosen.model, chosen.data, chosen.train, console(), **own))
+
+
 def import_(source: str, arguments: list[str]) -> None:
     """heedful import hf:DIR --run-dir RUN"""
     keep_compiled()
