@@ -27,13 +27,11 @@ class Chip:
 
 GIB = 2.0**30
 
-# TPUs: compute and memory from https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e; links and
+# TPUs: compute and memory from https://cloud.google.com/tpu/docs/v5e, /v5p and /v6e; links and
 # where they close to rings from https://jax-ml.github.io/scaling-book/tpus. The memory that a
 # program may use is less than the chip's: it is what libtpu's compiler gives as its limit.
 # GPUs: the data sheets of NVIDIA A100 80GB SXM, H100 SXM and H200 SXM (dense, not sparse, rates).
 CHIPS = (
-    Chip(name="v4", kind="TPU v4", flops=275e12, memory=30.75 * GIB, bandwidth=1.2e12,
-         link=4.5e10, wraps=4),
     Chip(name="v5e", kind="TPU v5 lite", flops=197e12, memory=15.75 * GIB, bandwidth=8.19e11,
          link=4.5e10, wraps=16),
     Chip(name="v5p", kind="TPU v5", flops=459e12, memory=95.74 * GIB, bandwidth=2.765e12,
@@ -52,4 +50,4 @@ CHIPS = (
 def chip_of(device: Any) -> Chip | None:
     """The figures of a jax device; None where the table has none."""
     kind = device.device_kind
-    return next((chip for chip in CHIPS if kind == chip.kind or kind == f"{chip.kind}p"), None)
+    return next((chip for chip in CHIPS if kind in (chip.kind, f"{chip.kind}p")), None)

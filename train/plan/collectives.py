@@ -12,6 +12,9 @@ from train.plan.hlo import Computation, Instruction, Program, Step
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
 IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+AXIS = re.compile(r"'(\w+)'(?:=(\d+)|:\((\d+)\)(\d+))?")
+CHAIN = re.compile(r'chain_id="(\d+)"')
 PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
 
 
@@ -33,21 +36,26 @@ class Collective:
 def collectives(program: Program, devices: int) -> list[Collective]:
     """All of a step, fused and asynchronous ones included."""
     found = []
+    chains = set()
     for step in program.steps():
         for instruction, computation, hint in _inside(program, step):
             kind = hint or instruction.opcode.removesuffix("-start")
             group = _group(instruction, devices)
-            if len(group) > 1:
-                found.append(
-                    Collective(
-                        kind=kind,
-                        group=group,
-                        sent=_sent(kind, instruction, computation, len(group)),
-                        times=step.times,
-                        is_async=step.instruction.opcode.endswith("-start")
-                        or "async" in step.instruction.name,
-                    )
+            # A TPU goes on with one exchange in several fusions, which share the number of a chain.
+            chain = CHAIN.search(instruction.attributes)
+            key = (step.computation.name, chain and chain[1])
+            if len(group) < 2 or (chain and key in chains):
+                continue
+            chains.add(key)
+            found.append(
+                Collective(
+                    kind=kind,
+                    group=group,
+                    sent=_sent(kind, instruction, computation, len(group)),
+                    times=step.times,
+                    is_async=chain is not None or step.instruction.opcode.endswith("-start"),
                 )
+            )
     return found
 
 
@@ -86,10 +94,26 @@ def _group(instruction: Instruction, devices: int) -> tuple[int, ...]:
         numbers = np.arange(np.prod(dims)).reshape(dims)
         numbers = numbers.transpose(order) if order else numbers
         return tuple(map(int, numbers.reshape(shape)[0]))
+    if found := MESH.search(attributes):
+        return _group_of_mesh(*found.groups())
     if found := LISTED.search(attributes) or PAIRS.search(attributes):
         first = found[1].strip("{}").split("}")[0]
         return tuple(int(n) for n in first.split(",") if n)
     return tuple(range(devices))
+
+
+def _group_of_mesh(sizes: str, along: str) -> tuple[int, ...]:
+    """Of devices that differ in these axes only; of an axis "a:(m)n" in n parts, after m."""
+    names = {name: int(size) for name, size, *_ in AXIS.findall(sizes)}
+    numbers = np.arange(np.prod(list(names.values()))).reshape(tuple(names.values()))
+    index: list[np.ndarray] = [np.array([0]) for _ in names]
+    for name, _, before, size in AXIS.findall(along):
+        whole = names[name]
+        part = np.arange(whole)
+        if size:
+            part = part.reshape(int(before), int(size), -1)[0, :, 0]
+        index[list(names).index(name)] = part
+    return tuple(map(int, numbers[np.ix_(*index)].ravel()))
 
 
 def seconds(collective: Collective, chip: Chip, coordinates: Sequence[tuple[int, ...]]) -> float:

@@ -23,7 +23,11 @@ from train.sharding import batch_sharding, make_mesh, require_divisible
 from train.state import Setup, set_up
 from train.step import make_train_step
 
+# What the TPU's compiler says when a program is too large: two messages of two of its passes.
 USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+TEMPORARIES = re.compile(
+    r"required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"
+)
 UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": GIB, "T": 2.0**40}
 
 
@@ -128,11 +132,12 @@ def compile_step(
         with jax.set_mesh(mesh):
             compiled = make_train_step(model, train, setup).lower(setup.abstract, batch).compile()
     except jax.errors.JaxRuntimeError as error:
-        if (found := USED.search(str(error))) is None:
+        used, temporaries = USED.search(str(error)), TEMPORARIES.search(str(error))
+        if (found := used or temporaries) is None:
             raise
-        used, limit = (float(found[i]) * UNITS[found[i + 1]] for i in (1, 3))
-        rest = used - sum(known.values())
-        memory = Memory(**known, arguments=None, temporaries=rest, program=0, capacity=limit)
+        size, limit = (float(found[i]) * UNITS[found[i + 1]] for i in (1, 3))
+        size -= sum(known.values()) if used else 0.0
+        memory = Memory(**known, arguments=None, temporaries=size, program=0, capacity=limit)
         text = None
     else:
         sizes = compiled.memory_analysis()

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-# Collectives may be hidden in these, or be split into a start and a done.
 CALLS = re.compile(r"\b(?:calls|to_apply|called_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)")
-BODY = re.compile(r"\bbody=%?([\w.\-]+)")
+BODY = re.compile(r"\bcondition=%?([\w.\-]+), body=%?([\w.\-]+)")
 TRIPS = re.compile(r'"?known_trip_count"?\s*:\s*\{\s*"?n"?\s*:\s*"?(\d+)"?')
 SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 BITS = re.compile(r"\d+")
@@ -44,6 +43,8 @@ class Instruction:
     shapes: tuple[Shape, ...]
     """What it gives: one array, or the arrays of a tuple."""
     operands: tuple[str, ...]
+    literal: str
+    """What stands between the brackets: of a constant its value."""
     attributes: str
     is_root: bool
 
@@ -127,17 +128,28 @@ class Program:
     def _walk(self, computation: Computation, times: int) -> Iterator[Step]:
         for instruction in computation.instructions:
             if instruction.opcode == "while":
-                trips = TRIPS.search(instruction.attributes)
+                trips = self._trips(instruction)
                 self.loops_of_unknown_length += trips is None
-                body = BODY.search(instruction.attributes)
-                if body is not None:
-                    inner = self.computations[body[1]]
-                    yield from self._walk(inner, times * (int(trips[1]) if trips else 1))
+                inner = self.computations[BODY.findall(instruction.attributes)[0][1]]
+                yield from self._walk(inner, times * (1 if trips is None else trips))
             elif instruction.opcode in ("call", "conditional"):
                 for inner in self.called(instruction):
                     yield from self._walk(inner, times)
             else:
                 yield Step(instruction, computation, times)
+
+    def _trips(self, loop: Instruction) -> int | None:
+        """As the compiler states it, or as a counter from 0 is compared with a constant."""
+        if stated := TRIPS.search(loop.attributes):
+            return int(stated[1])
+        condition = self.computations[BODY.findall(loop.attributes)[0][0]]
+        parts = [condition, *(c for one in condition.instructions for c in self.called(one))]
+        inside = [one for part in parts for one in part.instructions]
+        compared = [one for one in inside if one.opcode == "compare"]
+        limits = [one for one in inside if one.opcode == "constant" and one.literal.isdigit()]
+        if len(compared) == len(limits) == 1 and "direction=LT" in compared[0].attributes:
+            return int(limits[0].literal)
+        return None
 
 
 def _instruction(line: str) -> Instruction:
@@ -157,6 +169,7 @@ def _instruction(line: str) -> Instruction:
         opcode=rest[:begin],
         shapes=shapes,
         operands=tuple(operands),
+        literal=rest[begin + 1 : close],
         attributes=rest[close + 1 :],
         is_root=left.startswith("ROOT "),
     )

@@ -10,8 +10,14 @@ import jax
 
 from train.config import TrainError
 
-FORMS = "v4:2x2x1 ... 16x16x16, v5e:2x2 ... 16x16, v5p:2x2x1 ... 16x20x28, v6e:2x2 ... 16x16"
-DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
+FORMS = "v5e:2x2 ... 16x16, v5p:2x2x1 ... 16x20x28, v6e:2x2 ... 16x16"
+ABSENT = {
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # nor a host that would know, whatever the topology is
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nor a TPU to share
+}
+DIMENSIONS = {"v5e": 2, "v5p": 3, "v6e": 2}
 
 
 def devices_of(topology: str | None) -> Sequence[Any]:
@@ -30,8 +36,7 @@ def devices_of(topology: str | None) -> Sequence[Any]:
             f"--topology {topology} needs the compiler for TPUs, libtpu, which is not installed: "
             "pip install -e .[plan]"
         )
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor a TPU to share
+    os.environ.update({name: os.environ.get(name, value) for name, value in ABSENT.items()})
     from jax.experimental import topologies
 
     try:

@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from train.plan.hlo import Computation, Instruction, Program, Step
 
 FREE = (
@@ -14,7 +16,8 @@ FREE = (
 ELSEWHERE = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
-GROUPS = re.compile(r"(?:feature|batch)_group_count=(\d+)")
+GROUPS = re.compile(r"batch_group_count=(\d+)")
+WINDOW = re.compile(r"window=\{([^}]*)\}")
 KERNEL = re.compile(r'"flops":\s*"?(\d+)')
 
 
@@ -61,12 +64,57 @@ def _dot(instruction: Instruction, computation: Computation) -> float:
 
 
 def _convolution(instruction: Instruction, computation: Computation) -> float:
-    """The TPU's matrix products. Each output is a sum over the kernel but for its outputs."""
-    _, (kernel, *_), *_ = computation.shapes(instruction)
+    """The TPU's matrix products: some of their dimensions are windows that hardly overlap."""
+    (left, *_), (kernel, *_), *_ = computation.shapes(instruction)
     labels = LABELS.search(instruction.attributes)
-    outputs = kernel.dims[labels[2].index("o")] if labels else 1
+    assert labels is not None, instruction.attributes
+    lhs, rhs, out = labels.groups()
+    (result, *_) = instruction.shapes
     groups = math.prod(int(n) for n in GROUPS.findall(instruction.attributes))
-    return 2.0 * instruction.shapes[0].size * kernel.size / outputs / groups
+    total = left.dims[lhs.index("b")] / groups
+    total *= kernel.dims[rhs.index("i")] * kernel.dims[rhs.index("o")]
+    for number, window in enumerate(_windows(instruction)):
+        axis = str(number)
+        sizes = (x.dims[names.index(axis)] for x, names in ((left, lhs), (result, out)))
+        total *= window.pairs(*sizes)
+    return 2.0 * total
+
+
+class _Window(NamedTuple):
+    """How a kernel moves along one dimension."""
+
+    size: int
+    stride: int
+    low: int
+    lhs_dilate: int
+    rhs_dilate: int
+
+    def pairs(self, given: int, results: int) -> int:
+        """Pairs of a result and a place of the kernel that meet an element, not padding."""
+        at = np.arange(results)[:, None] * self.stride - self.low
+        at = at + np.arange(self.size) * self.rhs_dilate
+        is_inside = (at >= 0) & (at <= (given - 1) * self.lhs_dilate)
+        return int((is_inside & (at % self.lhs_dilate == 0)).sum())
+
+
+def _windows(instruction: Instruction) -> list[_Window]:
+    found = WINDOW.search(instruction.attributes)
+    if found is None:
+        return []
+    values = dict(item.split("=", 1) for item in found[1].split())
+    sizes = values["size"].split("x")
+
+    def of(name: str, default: str) -> list[int]:
+        listed = values[name].split("x") if name in values else [default] * len(sizes)
+        return [int(value.split("_")[0]) for value in listed]
+
+    return [
+        _Window(*one)
+        for one in zip(
+            of("size", "1"), of("stride", "1"), of("pad", "0"), of("lhs_dilate", "1"),
+            of("rhs_dilate", "1"), strict=True,
+        )
+    ]  # fmt: skip
 
 
 def _bytes(program: Program, step: Step) -> float:
@@ -97,6 +145,8 @@ def _fused(instruction: Instruction, outer: Computation, inner: Computation) -> 
     parts = [inner.by_name[n] for n in root.operands] if root.opcode == "tuple" else [root]
     for part, shape in zip(parts, instruction.shapes, strict=False):
         origin = _behind(part, inner)
+        if origin.opcode == "parameter" or origin.opcode.startswith(ELSEWHERE):
+            continue  # it only passes by
         if origin.opcode == "dynamic-update-slice":
             updated.add(_behind(inner.by_name[origin.operands[0]], inner).name)
             results.append((inner.shapes(origin)[1][0].bytes, shape.is_far))
@@ -106,12 +156,17 @@ def _fused(instruction: Instruction, outer: Computation, inner: Computation) -> 
     for parameter in parameters:
         if parameter.name in updated or not any(s.is_far for s in parameter.shapes):
             continue
-        users = _users(parameter, inner)
+        users = [one for one in _users(parameter, inner) if not _passes(one)]
         if users and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in users):
             total += sum(user.bytes for user in users)
-        else:
+        elif users:
             total += _far(parameter)
     return total
+
+
+def _passes(instruction: Instruction) -> bool:
+    """Whether it hands on what it is given, or sends it to other chips."""
+    return instruction.opcode == "tuple" or instruction.opcode.startswith(ELSEWHERE)
 
 
 def _behind(instruction: Instruction, computation: Computation) -> Instruction:
