@@ -13,7 +13,7 @@ class Chip:
     """What its jax device calls itself (`device_kind`)."""
     flops: float
     """Of bfloat16 matrix products, a second."""
-    memory: float
+    memory: int
     """Bytes that a program may use."""
     bandwidth: float
     """Bytes a second between the chip and its memory."""
@@ -32,18 +32,30 @@ GIB = 2.0**30
 # program may use is less than the chip's: it is what libtpu's compiler gives as its limit.
 # GPUs: the data sheets of NVIDIA A100 80GB SXM, H100 SXM and H200 SXM (dense, not sparse, rates).
 CHIPS = (
-    Chip(name="v5e", kind="TPU v5 lite", flops=197e12, memory=15.75 * GIB, bandwidth=8.19e11,
-         link=4.5e10, wraps=16),
-    Chip(name="v5p", kind="TPU v5", flops=459e12, memory=95.74 * GIB, bandwidth=2.765e12,
-         link=9e10, wraps=4),
-    Chip(name="v6e", kind="TPU v6 lite", flops=918e12, memory=31.25 * GIB, bandwidth=1.638e12,
-         link=9e10, wraps=16),
-    Chip(name="a100", kind="NVIDIA A100-SXM4-80GB", flops=312e12, memory=80e9, bandwidth=2.039e12,
-         link=3e11, network=2.5e10),
-    Chip(name="h100", kind="NVIDIA H100 80GB HBM3", flops=989e12, memory=80e9, bandwidth=3.35e12,
-         link=4.5e11, network=5e10),
-    Chip(name="h200", kind="NVIDIA H200", flops=989e12, memory=141e9, bandwidth=4.8e12,
-         link=4.5e11, network=5e10),
+    Chip(
+        name="v5e", kind="TPU v5 lite", flops=197e12, memory=int(15.75 * GIB),
+        bandwidth=8.19e11, link=4.5e10, wraps=16,
+    ),
+    Chip(
+        name="v5p", kind="TPU v5", flops=459e12, memory=int(95.74 * GIB),
+        bandwidth=2.765e12, link=9e10, wraps=4,
+    ),
+    Chip(
+        name="v6e", kind="TPU v6 lite", flops=918e12, memory=int(31.25 * GIB),
+        bandwidth=1.638e12, link=9e10, wraps=16,
+    ),
+    Chip(
+        name="a100", kind="NVIDIA A100-SXM4-80GB", flops=312e12, memory=80 * 10**9,
+        bandwidth=2.039e12, link=3e11, network=2.5e10,
+    ),
+    Chip(
+        name="h100", kind="NVIDIA H100 80GB HBM3", flops=989e12, memory=80 * 10**9,
+        bandwidth=3.35e12, link=4.5e11, network=5e10,
+    ),
+    Chip(
+        name="h200", kind="NVIDIA H200", flops=989e12, memory=141 * 10**9,
+        bandwidth=4.8e12, link=4.5e11, network=5e10,
+    ),
 )  # fmt: skip
 
 

@@ -75,12 +75,8 @@ def _inside(program: Program, step: Step) -> Iterator[tuple[Instruction, Computa
 
 def _sent(kind: str, instruction: Instruction, computation: Computation, n: int) -> float:
     given = sum(shape.bytes for shapes in computation.shapes(instruction) for shape in shapes)
-    share = (n - 1) / n
-    if kind == "all-gather":  # the result of a start holds what was given, too
-        return given * (n - 1)
-    if kind == "all-reduce":
-        return 2 * given * share
-    return given if kind == "collective-permute" else given * share
+    factors = {"all-gather": n - 1.0, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}
+    return given * factors.get(kind, (n - 1) / n)
 
 
 def _group(instruction: Instruction, devices: int) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from train.step import make_train_step
 # What the TPU's compiler says when a program is too large: two messages of two of its passes.
 USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 TEMPORARIES = re.compile(
-    r"required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"
+    r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"
 )
 UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": GIB, "T": 2.0**40}
 
@@ -35,19 +35,19 @@ UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": GIB, "T": 2.0**40}
 class Memory:
     """Bytes on each chip during a step."""
 
-    parameters: float
-    moments: float
+    parameters: int
+    moments: int
     """The state of the optimizer."""
-    batch: float
-    arguments: float | None
+    batch: int
+    arguments: int | None
     """What the compiler says of these three together, with their padding; None: it gave up."""
-    temporaries: float
+    temporaries: int
     """Activations, gradients and all else that lives within the step."""
-    program: float
-    capacity: float | None
+    program: int
+    capacity: int | None
 
     @property
-    def total(self) -> float:
+    def total(self) -> int:
         given = self.parameters + self.moments + self.batch
         return (self.arguments or given) + self.temporaries + self.program
 
@@ -107,7 +107,7 @@ def compile_step(
     data: DataConfig,
     train: TrainConfig,
     devices: Sequence[Any],
-    capacity: float | None = None,
+    capacity: int | None = None,
 ) -> Compiled:
     """Compiles the step of `heedful train` on its largest batch.
 
@@ -135,20 +135,18 @@ def compile_step(
         used, temporaries = USED.search(str(error)), TEMPORARIES.search(str(error))
         if (found := used or temporaries) is None:
             raise
-        size, limit = (float(found[i]) * UNITS[found[i + 1]] for i in (1, 3))
-        size -= sum(known.values()) if used else 0.0
+        size, limit = (int(float(found[i]) * UNITS[found[i + 1]]) for i in (1, 3))
+        size -= sum(known.values()) if used else 0
         memory = Memory(**known, arguments=None, temporaries=size, program=0, capacity=limit)
         text = None
     else:
         sizes = compiled.memory_analysis()
+        given = sizes.argument_size_in_bytes
+        # Where outputs take the place of arguments the size of the temporaries counts some twice.
+        most = sizes.peak_memory_in_bytes or given + sizes.temp_size_in_bytes
+        program = sizes.generated_code_size_in_bytes
         memory = Memory(
-            **known,
-            arguments=sizes.argument_size_in_bytes,
-            # Outputs that reuse no argument live beside the temporaries.
-            temporaries=sizes.temp_size_in_bytes
-            + max(0, sizes.output_size_in_bytes - sizes.alias_size_in_bytes),
-            program=sizes.generated_code_size_in_bytes,
-            capacity=capacity,
+            **known, arguments=given, temporaries=most - given, program=program, capacity=capacity
         )
         text = compiled.as_text()
     return Compiled(

@@ -27,11 +27,11 @@ class Shape(NamedTuple):
         return math.prod(self.dims)
 
     @property
-    def bytes(self) -> float:
+    def bytes(self) -> int:
         if self.dtype in ("token", "opaque"):
-            return 0.0
+            return 0
         bits = BITS.search(self.dtype)
-        return self.size * (int(bits[0]) / 8 if bits else 1)
+        return -(-self.size * int(bits[0]) // 8) if bits else self.size  # pred has no number
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Instruction:
     is_root: bool
 
     @property
-    def bytes(self) -> float:
+    def bytes(self) -> int:
         return sum(shape.bytes for shape in self.shapes)
 
 

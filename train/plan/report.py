@@ -75,7 +75,7 @@ def make_plan(
     return Plan(
         compiled=compiled,
         exchanges=exchanges,
-        flops=len(devices) * sum(one.flops * one.times for one in works),
+        flops=len(devices) * sum((one.flops * one.times for one in works), 0.0),
         useful=useful_flops(model, data, compiled),
         roofline=time,
         unknown_loops=unknown,
@@ -97,11 +97,11 @@ def useful_flops(model: ModelConfig, data: DataConfig, compiled: Compiled) -> fl
     return forward * (1 + BACKWARD) * compiled.shape.rows * compiled.shape.lengths[-1]
 
 
-def _capacity(chip: Chip | None, devices: Sequence[Any]) -> float | None:
+def _capacity(chip: Chip | None, devices: Sequence[Any]) -> int | None:
     if chip is not None:
         return chip.memory
     if devices[0].platform == "cpu":  # the devices of a machine share its memory
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
     return (devices[0].memory_stats() or {}).get("bytes_limit")
 
 

@@ -35,7 +35,7 @@ def ways_out(
     """At most three ways to need less memory, the cheapest first; those that save a tenth first."""
     memory, sizes = compiled.memory, compiled.mesh.shape
     gradients = device_bytes(split(compiled.setup.abstract.params, compiled.setup.factors)[0])
-    activations = max(0.0, memory.temporaries - gradients)
+    activations = float(max(0, memory.temporaries - gradients))
     rows = compiled.shape.rows // (sizes["data"] * sizes["fsdp"] * train.accumulate)
     ways = []
 
@@ -115,9 +115,9 @@ def memory_table(memory: Memory, chips: str) -> Table:
     return table
 
 
-def _bytes(size: float) -> str:
+def _bytes(size: int | float) -> str:
     sign = "-" if size < 0 else ""
-    return f"{sign}{number(abs(size), 1024)}B"
+    return f"{sign}{number(float(abs(size)), 1024)}B"
 
 
 def print_ways(ways: list[Way], console: Console) -> None:

@@ -17,7 +17,7 @@ from train.plan.compiled import largest_batch
 from train.plan.report import Plan, make_plan
 from train.plan.topology import devices_of
 from train.sharding import MESH_AXES, require_divisible
-from train.state import set_up
+from train.state import Setup, set_up
 
 REMAT = ("none", "dots", "attention", "full")
 TENSOR = (1, 2, 4, 8, 16)
@@ -43,10 +43,12 @@ def candidates(
     for mesh in _meshes(chips, train.mesh.seq):
         trained = replace(train, mesh=mesh)
         try:
-            for remat in REMAT:
-                found.append(_guess(replace(model, remat=remat), data, trained, chip))
+            require_divisible(largest_batch(data), train.accumulate, layout(mesh))
+            setup = set_up(model, trained, layout(mesh))
         except TrainError:  # something does not divide
             continue
+        for remat in REMAT:
+            found.append(_guess(replace(model, remat=remat), data, trained, setup, chip))
     return sorted(found, key=lambda one: (one.memory > chip.memory, one.seconds))
 
 
@@ -59,18 +61,17 @@ def _meshes(chips: int, seq: int) -> Iterator[MeshConfig]:
             yield MeshConfig(data=rest // fsdp, fsdp=fsdp, seq=seq, tensor=tensor)
 
 
-def _guess(model: ModelConfig, data: DataConfig, train: TrainConfig, chip: Chip) -> Candidate:
+def _guess(
+    model: ModelConfig, data: DataConfig, train: TrainConfig, setup: Setup, chip: Chip
+) -> Candidate:
     """Rough: the state is exact, activations and exchanges are counted on the back of an envelope.
 
     https://jax-ml.github.io/scaling-book/training: FSDP gathers the parameters twice and scatters
     the gradients once, data parallelism adds the gradients up, tensor parallelism exchanges the
     residual stream four times a layer in each direction.
     """
-    mesh = layout(train.mesh)
-    shape = largest_batch(data)
-    require_divisible(shape, train.accumulate, mesh)
-    setup = set_up(model, train, mesh)
-    sizes, state = mesh.shape, setup.abstract
+    shape, mesh, state = largest_batch(data), setup.mesh, setup.abstract
+    sizes = mesh.shape
     params, moments = device_bytes(state.params), device_bytes(state.opt_state)
     tokens = shape.rows * max(shape.lengths) / (mesh.size // sizes["tensor"])
     at_once = tokens / train.accumulate

@@ -27,7 +27,7 @@ class Work(NamedTuple):
     name: str
     flops: float
     """Two for each multiply-add of a matrix product; nothing else counts."""
-    bytes: float
+    bytes: int
     """Between the chip and its large memory."""
     times: int
 
@@ -49,11 +49,8 @@ def _flops(program: Program, step: Step) -> float:
         return _convolution(instruction, computation)
     if instruction.opcode == "custom-call" and (stated := KERNEL.search(instruction.attributes)):
         return float(stated[1])
-    return sum(
-        _flops(program, Step(one, inner, 1))
-        for inner in program.called(instruction)
-        for one in inner.instructions
-    )
+    inside = [(one, inner) for inner in program.called(instruction) for one in inner.instructions]
+    return sum((_flops(program, Step(one, inner, 1)) for one, inner in inside), 0.0)
 
 
 def _dot(instruction: Instruction, computation: Computation) -> float:
@@ -117,7 +114,7 @@ def _windows(instruction: Instruction) -> list[_Window]:
     ]  # fmt: skip
 
 
-def _bytes(program: Program, step: Step) -> float:
+def _bytes(program: Program, step: Step) -> int:
     """Of operands and results in the large memory; of a slice only what is sliced."""
     instruction, computation, _ = step
     opcode = instruction.opcode
@@ -127,7 +124,8 @@ def _bytes(program: Program, step: Step) -> float:
     if opcode in ("dynamic-slice", "slice", "gather"):
         return _far(instruction) + instruction.bytes
     if opcode == "dynamic-update-slice":
-        return 2 * sum(shape.bytes for shape in computation.shapes(instruction)[1] if shape.is_far)
+        update = computation.shapes(instruction)[1]
+        return 2 * sum(shape.bytes for shape in update if shape.is_far)
     given = [shape for shapes in computation.shapes(instruction) for shape in shapes]
     results = list(instruction.shapes)
     if opcode in ("copy-start", "async-start", "slice-start"):
@@ -136,8 +134,8 @@ def _bytes(program: Program, step: Step) -> float:
     return sum(shape.bytes for shape in (*given, *results) if shape.is_far)
 
 
-def _fused(instruction: Instruction, outer: Computation, inner: Computation) -> float:
-    total = 0.0
+def _fused(instruction: Instruction, outer: Computation, inner: Computation) -> int:
+    total = 0
     parameters = [i for i in inner.instructions if i.opcode == "parameter"]
     updated = set()  # written in place: only the update moves
     results = []
@@ -154,9 +152,11 @@ def _fused(instruction: Instruction, outer: Computation, inner: Computation) -> 
             results.append((shape.bytes, shape.is_far))
     total += sum(size for size, is_far in results if is_far)
     for parameter in parameters:
-        if parameter.name in updated or not any(s.is_far for s in parameter.shapes):
+        if not any(shape.is_far for shape in parameter.shapes):
             continue
         users = [one for one in _users(parameter, inner) if not _passes(one)]
+        if parameter.name in updated:
+            users = [one for one in users if one.opcode != "dynamic-update-slice"]
         if users and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in users):
             total += sum(user.bytes for user in users)
         elif users:
@@ -183,5 +183,5 @@ def _users(instruction: Instruction, computation: Computation) -> list[Instructi
     return users
 
 
-def _far(instruction: Instruction) -> float:
+def _far(instruction: Instruction) -> int:
     return sum(shape.bytes for shape in instruction.shapes if shape.is_far)
