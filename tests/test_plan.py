@@ -193,10 +193,9 @@ def experiment(architecture: Any = "decoder_only", **changes: Any) -> tuple[Any,
     return model, data, TrainConfig(mesh=MeshConfig(data=2, fsdp=2, tensor=2))
 
 
-@pytest.mark.parametrize("architecture", ["encoder_only", "encoder_decoder"])
-def test_a_plan_for_this_machine(architecture):
+def test_a_plan_for_this_machine():
     found = make_plan(
-        *experiment(architecture, vocab_size=12, feed_forward_width=14), jax.devices()
+        *experiment("encoder_decoder", vocab_size=12, feed_forward_width=14), jax.devices()
     )
     memory = found.compiled.memory
     known = memory.parameters + memory.moments + memory.batch
@@ -319,7 +318,7 @@ def test_a_plan_for_tpus_that_are_not_there(core, mesh):
     memory = found.compiled.memory
     assert memory.fits and found.roofline is not None and found.exchanges
     known = memory.parameters + memory.moments + memory.batch
-    assert known <= memory.arguments
+    np.testing.assert_allclose(known, memory.arguments, rtol=0.02)
     assert 0 < found.utilisation(chip) < 1
     assert found.unknown_loops == 0
     assert ("tpu_custom_call" in str(found.compiled.text)) == (core == "splash")

@@ -204,9 +204,8 @@ def plan(name: str, experiment: Any, arguments: list[str]) -> int:
     model = _adopted(whole.model, whole.train, arguments) if experiment else whole.model
     default = report.PlanArguments(model=model, data=whole.data, train=whole.train)
     chosen = parse(default, arguments, f"heedful plan {name}")
-    own = {"topology": chosen.topology}
-    if chosen.search:
-        own["compiles"] = chosen.compiles
+    own: dict[str, Any] = {"topology": chosen.topology}
+    own |= {"compiles": chosen.compiles} if chosen.search else {}
     make = search if chosen.search else report.plan
     return int(not make(name, chosen.model, chosen.data, chosen.train, console(), **own))
 

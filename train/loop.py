@@ -79,7 +79,7 @@ def fit(run: Run, console: Console, *, fallback: bool = False) -> None:
             return measured
 
         patience = _Patience(config, checkpoints.best_score() if checkpoints.steps else None)
-        with jax.set_mesh(mesh), explained(run, mesh.devices.ravel(), console):
+        with jax.set_mesh(mesh), explained(run, list(mesh.devices.flat), console):
             _loop(run, state, step, batches, save, patience, mesh, console)
         checkpoints.wait()
 

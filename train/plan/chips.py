@@ -18,11 +18,9 @@ class Chip:
     bandwidth: float
     """Bytes a second between the chip and its memory."""
     link: float
-    """Bytes a second to one neighbour, one way."""
+    """Bytes a second to one neighbour, one way; of a GPU to all others of its host together."""
     wraps: int = 0
     """An axis of the torus closes to a ring when its length is a multiple of this; 0: no torus."""
-    network: float = 0.0
-    """Bytes a second to other hosts, where those have links of their own."""
 
 
 GIB = 2.0**30
@@ -30,7 +28,8 @@ GIB = 2.0**30
 # TPUs: compute and memory from https://cloud.google.com/tpu/docs/v5e, /v5p and /v6e; links and
 # where they close to rings from https://jax-ml.github.io/scaling-book/tpus. The memory that a
 # program may use is less than the chip's: it is what libtpu's compiler gives as its limit.
-# GPUs: the data sheets of NVIDIA A100 80GB SXM, H100 SXM and H200 SXM (dense, not sparse, rates).
+# GPUs: the data sheets of NVIDIA A100 80GB SXM, H100 SXM and H200 SXM (dense, not sparse, rates;
+# links of one host).
 CHIPS = (
     Chip(
         name="v5e", kind="TPU v5 lite", flops=197e12, memory=int(15.75 * GIB),
@@ -46,15 +45,15 @@ CHIPS = (
     ),
     Chip(
         name="a100", kind="NVIDIA A100-SXM4-80GB", flops=312e12, memory=80 * 10**9,
-        bandwidth=2.039e12, link=3e11, network=2.5e10,
+        bandwidth=2.039e12, link=3e11,
     ),
     Chip(
         name="h100", kind="NVIDIA H100 80GB HBM3", flops=989e12, memory=80 * 10**9,
-        bandwidth=3.35e12, link=4.5e11, network=5e10,
+        bandwidth=3.35e12, link=4.5e11,
     ),
     Chip(
         name="h200", kind="NVIDIA H200", flops=989e12, memory=141 * 10**9,
-        bandwidth=4.8e12, link=4.5e11, network=5e10,
+        bandwidth=4.8e12, link=4.5e11,
     ),
 )  # fmt: skip
 

@@ -1,5 +1,7 @@
 """A training step compiled for devices that need not be there, and what its compiler says of it."""
 
+import itertools
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -17,7 +19,6 @@ from data.objectives import OBJECTIVES
 from data.packing import LENGTH_MULTIPLE, Shape, batch_rows
 from model.config import ModelConfig
 from train.config import TrainConfig, TrainError
-from train.costs import device_bytes
 from train.plan.chips import GIB
 from train.sharding import batch_sharding, make_mesh, require_divisible
 from train.state import Setup, set_up
@@ -28,19 +29,20 @@ USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 TEMPORARIES = re.compile(
     r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"
 )
+TILE = (8, 128)
 UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": GIB, "T": 2.0**40}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on each chip during a step."""
+    """Bytes on each chip during a step; those of arrays with the padding of their tiles."""
 
     parameters: int
     moments: int
     """The state of the optimizer."""
     batch: int
     arguments: int | None
-    """What the compiler says of these three together, with their padding; None: it gave up."""
+    """What the compiler says of these three together; None: it gave up."""
     temporaries: int
     """Activations, gradients and all else that lives within the step."""
     program: int
@@ -102,6 +104,28 @@ def abstract_batch(data: DataConfig, shape: Shape, mesh: Mesh) -> dict[str, Any]
     return {name: one(name) for name in names}
 
 
+def stored_bytes(tree: Any, platform: str) -> int:
+    """Bytes of each device's part of these arrays, with their padding.
+
+    A TPU stores two dimensions in tiles of 8 x 128, and chooses those two that leave the least of
+    them empty.
+    """
+
+    def one(x: jax.ShapeDtypeStruct) -> int:
+        assert x.sharding is not None
+        dims = x.sharding.shard_shape(x.shape)
+        size = math.prod(dims)
+        if platform == "tpu" and len(dims) > 1:
+            up = lambda n, tile: -(-n // tile) * tile  # noqa: E731
+            size = min(
+                size // max(a * b, 1) * up(a, TILE[0]) * up(b, TILE[1])
+                for a, b in itertools.permutations(dims, 2)
+            )
+        return size * x.dtype.itemsize
+
+    return sum(one(leaf) for leaf in jax.tree.leaves(tree))
+
+
 def compile_step(
     model: ModelConfig,
     data: DataConfig,
@@ -122,10 +146,11 @@ def compile_step(
     require_divisible(shape, train.accumulate, mesh)
     setup = set_up(model, train, mesh)
     batch = abstract_batch(data, shape, mesh)
+    platform = devices[0].platform
     known = {
-        "parameters": device_bytes(setup.abstract.params),
-        "moments": device_bytes(setup.abstract.opt_state),
-        "batch": device_bytes(batch),
+        "parameters": stored_bytes(setup.abstract.params, platform),
+        "moments": stored_bytes(setup.abstract.opt_state, platform),
+        "batch": stored_bytes(batch, platform),
     }
     began = time.perf_counter()
     try:

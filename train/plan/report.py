@@ -20,7 +20,7 @@ from train.plan.hlo import Program
 from train.plan.rescue import memory_table, print_ways, ways_out
 from train.plan.roofline import Roofline, roofline
 from train.plan.topology import devices_of
-from train.plan.work import work
+from train.plan.work import Work, silent_kernels, work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,8 @@ def make_plan(
         program = Program(compiled.text)
         exchanges, works = collectives(program, len(devices)), list(work(program))
         unknown = program.loops_of_unknown_length
+        if silent_kernels(program):
+            works.append(attention_kernels(model, data, compiled))
     time = None
     if chip is not None and works:
         time = roofline(works, exchanges, chip, coordinates(compiled))
@@ -95,6 +97,22 @@ def useful_flops(model: ModelConfig, data: DataConfig, compiled: Compiled) -> fl
         is_causal &= model.attention.window is None
         forward += part.flops / (2 if is_causal else 1)
     return forward * (1 + BACKWARD) * compiled.shape.rows * compiled.shape.lengths[-1]
+
+
+def attention_kernels(model: ModelConfig, data: DataConfig, compiled: Compiled) -> Work:
+    """The scores of a step on each chip, for kernels that do not state their arithmetic.
+
+    Backward they are computed again, and then take two and a half times as much (arXiv:2205.14135
+    §3.1); with `model.remat` once more.
+    """
+    scores = 0.0
+    for part in parts(model, compiled.setup.abstract.params, data.max_length):
+        if part.name.endswith("scores"):
+            is_causal = part.stack == "decoder" and part.name.startswith("self")
+            scores += part.flops / (2 if is_causal and model.attention.window is None else 1)
+    tokens = compiled.shape.rows * compiled.shape.lengths[-1] / compiled.mesh.size
+    passes = 3.5 + (model.remat != "none")
+    return Work("attention kernels", scores * passes * tokens, 0, 1)
 
 
 def _capacity(chip: Chip | None, devices: Sequence[Any]) -> int | None:

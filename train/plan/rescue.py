@@ -95,17 +95,17 @@ def memory_table(memory: Memory, chips: str) -> Table:
     table.add_column("what")
     table.add_column("bytes", justify="right")
     known = memory.parameters + memory.moments + memory.batch
-    rows = [
+    rows: list[tuple[str, int | None]] = [
         ("parameters", memory.parameters),
         ("optimizer state", memory.moments),
         ("batch", memory.batch),
     ]
     if memory.arguments is not None:
-        rows.append(("padding of these", memory.arguments - known))
+        rows.append((f"(the compiler's sum of these: {_share(memory.arguments, known)})", None))
     rows.append(("activations, gradients and other temporaries", memory.temporaries))
     rows.append(("program", memory.program))
     for what, size in rows:
-        table.add_row(what, _bytes(size))
+        table.add_row(what, "" if size is None else _bytes(size))
     table.add_section()
     table.add_row("together", _bytes(memory.total))
     if memory.capacity is not None:
@@ -113,6 +113,10 @@ def memory_table(memory: Memory, chips: str) -> Table:
         left = memory.capacity - memory.total
         table.add_row("left" if memory.fits else "missing", _bytes(abs(left)), style="bold")
     return table
+
+
+def _share(stated: int, predicted: int) -> str:
+    return f"{_bytes(stated)}, {stated / predicted - 1:+.2%}"
 
 
 def _bytes(size: int | float) -> str:

@@ -41,6 +41,16 @@ def work(program: Program) -> Iterator[Work]:
         yield Work(step.instruction.name, _flops(program, step), _bytes(program, step), step.times)
 
 
+def silent_kernels(program: Program) -> int:
+    """Kernels, written by hand, that do not state their arithmetic."""
+    return sum(
+        step.instruction.opcode == "custom-call"
+        and "tpu_custom_call" in step.instruction.attributes
+        and KERNEL.search(step.instruction.attributes) is None
+        for step in program.steps()
+    )
+
+
 def _flops(program: Program, step: Step) -> float:
     instruction, computation, _ = step
     if instruction.opcode == "dot":
