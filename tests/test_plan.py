@@ -184,11 +184,13 @@ def test_the_roofline_takes_the_longer_of_each_and_hides_what_is_asynchronous():
 # The compiler of this machine -------------------------------------------------------------------
 
 
-def experiment(architecture: Any = "decoder_only", **changes: Any) -> tuple[Any, ...]:
+def experiment(
+    architecture: Any = "decoder_only", width: int = 16, **changes: Any
+) -> tuple[Any, ...]:
     objective = {
         "decoder_only": "causal_lm", "encoder_only": "masked_lm", "encoder_decoder": "translation"
     }[architecture]  # fmt: skip
-    model = tiny(architecture, width=16, attention_heads=4, attention_kv_heads=2, **changes)
+    model = tiny(architecture, width=width, attention_heads=4, attention_kv_heads=2, **changes)
     data = DataConfig(objective=objective, batch_tokens=8 * 16, batch_multiple=8, max_length=16)
     return model, data, TrainConfig(mesh=MeshConfig(data=2, fsdp=2, tensor=2))
 
@@ -307,9 +309,8 @@ def test_layouts_are_guessed_in_order_and_all_divide(unchecked):
     ("core", "mesh"), [("splash", {"fsdp": 2, "tensor": 2}), ("ring", {"seq": 4})]
 )
 def test_a_plan_for_tpus_that_are_not_there(core, mesh):
-    model, data, _ = experiment(
-        vocab_size=128, feed_forward_width=128, dtype="bfloat16", attention_core=core
-    )
+    sizes = {"width": 256, "vocab_size": 640, "feed_forward_width": 384}
+    model, data, _ = experiment(**sizes, dtype="bfloat16", attention_core=core)
     data = DataConfig(objective="causal_lm", batch_tokens=8 * 512, batch_multiple=8, max_length=512)
     devices = devices_of("v5e:2x2")
     chip = chip_of(devices[0])

@@ -107,8 +107,8 @@ def abstract_batch(data: DataConfig, shape: Shape, mesh: Mesh) -> dict[str, Any]
 def stored_bytes(tree: Any, platform: str) -> int:
     """Bytes of each device's part of these arrays, with their padding.
 
-    A TPU stores two dimensions in tiles of 8 x 128, and chooses those two that leave the least of
-    them empty.
+    A TPU stores two dimensions in tiles of 8 x 128, or of fewer rows where there are fewer, and
+    chooses those two that leave the least of them empty.
     """
 
     def one(x: jax.ShapeDtypeStruct) -> int:
@@ -117,8 +117,9 @@ def stored_bytes(tree: Any, platform: str) -> int:
         size = math.prod(dims)
         if platform == "tpu" and len(dims) > 1:
             up = lambda n, tile: -(-n // tile) * tile  # noqa: E731
+            rows = lambda n: min(TILE[0], 1 << (n - 1).bit_length())  # noqa: E731
             size = min(
-                size // max(a * b, 1) * up(a, TILE[0]) * up(b, TILE[1])
+                size // max(a * b, 1) * up(a, rows(a)) * up(b, TILE[1])
                 for a, b in itertools.permutations(dims, 2)
             )
         return size * x.dtype.itemsize
