@@ -33,7 +33,7 @@ def get_config() -> Experiment:
             scale_embeddings=False,
             init="normal",
             dtype="bfloat16",
-            remat=True,
+            remat="full",
         ),
         data=DataConfig(
             source="tfds:c4/en",

@@ -104,7 +104,7 @@ class BatchPlan:
         self._members = [np.flatnonzero(bucket == b).astype(numbers) for b in range(len(longest))]
         self.shapes = [
             Shape(
-                _rows(length, config),
+                batch_rows(length, config),
                 tuple(int(_round_up(side[m].max(), config.max_length)) for side in lengths),
             )
             for length, m in zip(longest, self._members, strict=True)
@@ -168,7 +168,7 @@ class PackedPlan:
         self.seed = seed
         self.shuffle = shuffle
         self.length = config.max_length
-        shape = Shape(_rows(self.length, config), (self.length,))
+        shape = Shape(batch_rows(self.length, config), (self.length,))
         self.shapes = [shape]
         self._positions = int(starts[-1])
         self._count = -(-self._positions // self.length)
@@ -278,7 +278,8 @@ class _Recent:
         return made[epoch]
 
 
-def _rows(length: int, config: DataConfig) -> int:
+def batch_rows(length: int, config: DataConfig) -> int:
+    """Rows of a batch whose rows have this length."""
     rows = config.batch_tokens // length // config.batch_multiple * config.batch_multiple
     if not rows:
         raise DataError(

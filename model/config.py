@@ -337,12 +337,16 @@ class ModelConfig:
     matrix of each sublayer smaller by sqrt(2 layers) (GPT-2)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type; parameters, softmax, norms and loss stay in float32."""
-    remat: bool = False
-    """Recompute each block in the backward pass: memory for one block, a third more time."""
+    remat: Literal["none", "dots", "attention", "full"] = "none"
+    """What the backward pass computes again to save memory: none; dots: all but what linear maps
+    give; attention: all but what those of attention give; full: all but each block's input, a third
+    more time (arXiv:1604.06174)."""
     unroll: int = 1
     """Layers per iteration of the loop over layers: more is faster and compiles longer."""
 
     def __post_init__(self):
+        if isinstance(self.remat, bool):  # in runs from before it had names
+            object.__setattr__(self, "remat", "full" if self.remat else "none")
         _require_choices("model", self)
         heads = self.attention.heads
         for name in ("width", "layers", "unroll"):

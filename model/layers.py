@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from model.attention import ATTENTION, WITHOUT_WEIGHTS, choose
@@ -90,7 +91,7 @@ class Linear(nn.Module):
         if self.use_bias:
             zeros = partitioned(nn.initializers.zeros, *self.outputs)
             y += jnp.asarray(self.param("bias", zeros, out_shape), dtype)
-        return y
+        return checkpoint_name(y, str(self.name))  # by which model.remat keeps it
 
 
 def _initializer(kind: str, gain: float, inputs: int, outputs: int) -> Callable:

@@ -19,6 +19,13 @@ from model.positions import (
     rotation,
 )
 
+KEPT = {
+    "full": (),
+    "attention": ("query", "key", "value", "out"),
+    "dots": ("query", "key", "value", "out", "up", "gate", "down"),
+}
+"""Linear maps whose outputs the backward pass finds, by `config.remat`."""
+
 
 @struct.dataclass
 class BlockCache:
@@ -119,9 +126,8 @@ class Stack(nn.Module):
         is_real: Bool[Array, "B T"] | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], BlockCache | None]:
-        block = nn.remat(Block, prevent_cse=False, static_argnums=7) if self.config.remat else Block
         scanned = nn.scan(
-            block,
+            self._block(),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True, "features": True},
             in_axes=(0, *[nn.broadcast] * 5),  # type: ignore[arg-type]
@@ -137,6 +143,13 @@ class Stack(nn.Module):
         if self.config.norm.position == "pre":
             x = Norm(self.config, name="norm")(x)
         return x, cache
+
+    def _block(self) -> type[Block]:
+        """With what `config.remat` leaves of it for the backward pass."""
+        if self.config.remat == "none":
+            return Block
+        policy = jax.checkpoint_policies.save_only_these_names(*KEPT[self.config.remat])
+        return nn.remat(Block, policy=policy, prevent_cse=False, static_argnums=7)
 
     def _projection(self) -> Float[Array, "S R"] | None:
         """Of the core linformer, where all layers have one."""

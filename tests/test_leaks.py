@@ -44,7 +44,7 @@ def reachable(architecture: str, segments: np.ndarray, prefix: np.ndarray) -> np
 @pytest.mark.parametrize(
     ("architecture", "changes", "has_segments"),
     [
-        ("encoder_decoder", {"norm_position": "pre", "remat": True}, True),
+        ("encoder_decoder", {"norm_position": "pre", "remat": "full"}, True),
         ("decoder_only", {}, True),
         ("prefix", POSITIONS["rotary"], False),
         ("prefix", {"attention_core": "flash", **POSITIONS["relative"]}, True),

@@ -32,6 +32,7 @@ NAN = float("nan")
         (lambda: tiny(feed_forward_dropout=-0.1), "feed_forward.dropout", "-0.1"),
         (lambda: tiny(feed_forward_activation="swiglu"), "feed_forward.activation", "swiglu"),
         (lambda: tiny(norm_epsilon=0.0), "norm.epsilon", "0.0"),
+        (lambda: tiny(remat="some"), "model.remat", "some"),
         (lambda: tiny(norm_kind="batchnorm"), "norm.kind", "batchnorm"),
         (lambda: tiny(norm_position="sandwich"), "norm.position", "sandwich"),
         (lambda: tiny(positions_kind="rope"), "positions.kind", "rope"),
@@ -120,3 +121,7 @@ def test_a_model_without_vocabulary_says_where_it_comes_from():
     model = build(tiny("decoder_only", vocab_size=None))
     with pytest.raises(ValueError, match="vocab_size is not set"):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+
+
+def test_remat_was_once_a_bool():
+    assert (tiny(remat=True).remat, tiny(remat=False).remat) == ("full", "none")

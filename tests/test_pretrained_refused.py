@@ -100,7 +100,7 @@ def test_positions_of_longformer_begin_after_its_padding(tmp_path):
 
 
 def test_what_only_training_knows_does_not_hinder():
-    config = replace(LLAMA, dropout=0.3, remat=True, unroll=2, dtype="bfloat16", init="glorot")
+    config = replace(LLAMA, dropout=0.3, remat="full", unroll=2, dtype="bfloat16", init="glorot")
     assert pretrained.config_to_hf(config) == pretrained.config_to_hf(LLAMA)
 
 

@@ -119,7 +119,7 @@ def meet(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def test_intermediates_are_those_of_the_pass():
-    config = tiny(norm_position="pre", remat=True, encoder_layers=LAYERS + 1)
+    config = tiny(norm_position="pre", remat="full", encoder_layers=LAYERS + 1)
     model, params = init(config)
     watch = jit(partial(model.apply, mutable="intermediates"))
     segments, source_segments = jnp.array(SEGMENTS), jnp.array(SOURCE_SEGMENTS)
@@ -182,11 +182,22 @@ def test_remat_and_unroll_change_no_value_and_no_gradient(core: str):
         return loss(params)
 
     value, gradient = value_and_gradient()
-    other_value, other_gradient = value_and_gradient(remat=True, unroll=2)
-    np.testing.assert_allclose(other_value, value, rtol=1e-5)
-    jax.tree.map(
-        partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), other_gradient, gradient
-    )
+    for remat, unroll in (("full", 2), ("attention", 1), ("dots", 1)):
+        other_value, other_gradient = value_and_gradient(remat=remat, unroll=unroll)
+        np.testing.assert_allclose(other_value, value, rtol=1e-5)
+        jax.tree.map(
+            partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), other_gradient, gradient
+        )
+
+
+def test_each_rematerialisation_keeps_less_than_the_one_before():
+    kept = []
+    for remat in ("none", "dots", "attention", "full"):
+        model, params = init(tiny("decoder_only", norm_position="pre", remat=remat))
+        loss = lambda params, model=model: jnp.sum(model.apply({"params": params}, TOKENS))  # noqa: E731
+        _, pull = jax.eval_shape(partial(jax.vjp, loss), params)
+        kept.append(sum(leaf.size for leaf in jax.tree.leaves(pull)))
+    assert kept == sorted(set(kept), reverse=True)
 
 
 def test_dropout_acts_at_each_place_in_training_only():

@@ -24,6 +24,8 @@ USAGE = """usage: heedful COMMAND ...
   heedful classify RUN ["text"]         the class of a text, or of each line of standard input
   heedful attention RUN "text"          a picture of who looks at whom
   heedful inspect CONFIG|RUN            parameters by part, memory, arithmetic, the mask
+  heedful plan CONFIG|RUN [--flags]     memory, exchanges and time of a step, on chips to come
+      --topology v5e:16x16 [--search]   compiled for TPUs that are not there
   heedful masks CONFIG|RUN [--length N] draws the masks and proves them: leaks and blindness
   heedful reproduce RUN [--steps N]     train again from the record, and compare every bit
   heedful verify RUN [--checkpoint N]   train on from a checkpoint, and compare every bit
@@ -51,7 +53,8 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Runs a command and returns its exit code.
 
-    0; 1 where an audit finds something or bits differ; 2 for a user's error; 130 when interrupted.
+    0; 1 where an audit finds something, bits differ or a plan does not fit; 2 for a user's error;
+    130 when interrupted.
     """
     try:
         return _dispatch(arguments)
@@ -78,7 +81,7 @@ COMMANDS = {
 
 def _dispatch(arguments: list[str]) -> int:
     command, rest = (arguments or ["--help"])[0], arguments[1:]
-    known = ["configs", "cores", "train", "inspect", "masks", *COMMANDS]
+    known = ["configs", "cores", "train", "inspect", "masks", "plan", *COMMANDS]
     if command in ("--help", "-h"):
         print(USAGE)
     elif command == "configs":
@@ -94,7 +97,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(USAGE)
     elif not rest or rest[0].startswith("-"):
         either = "a config or a run directory"
-        wanted = {"train": "a config", "inspect": either, "masks": either}
+        wanted = {"train": "a config", "inspect": either, "masks": either, "plan": either}
         wanted["import"] = "hf:DIR, a directory with a Hugging Face model,"
         raise TrainError(
             f"heedful {command} needs {wanted.get(command, 'a run directory')} first: "
@@ -102,7 +105,7 @@ def _dispatch(arguments: list[str]) -> int:
         )
     elif command == "train":
         commands.train(rest[0], *base.load(rest[0]), rest[1:])
-    elif command in ("inspect", "masks"):
+    elif command in ("inspect", "masks", "plan"):
         experiment = base.load(rest[0])[0] if rest[0] in base.names() else None
         return getattr(commands, command)(rest[0], experiment, rest[1:]) or 0
     else:

@@ -212,6 +212,22 @@ def verify(directory: str, arguments: list[str]) -> int:
     return int(not again.verify(Path(directory), chosen, console()))
 
 
+def plan(name: str, experiment: Any, arguments: list[str]) -> int:
+    """heedful plan CONFIG|RUN; returns the exit code, 1 where it does not fit"""
+    from train.plan import report
+    from train.plan.search import search
+    from train.run import Run
+
+    whole = experiment or Run.open(name)
+    model = _adopted(whole.model, whole.train, arguments) if experiment else whole.model
+    default = report.PlanArguments(model=model, data=whole.data, train=whole.train)
+    chosen = parse(default, arguments, f"heedful plan {name}")
+    own: dict[str, Any] = {"topology": chosen.topology}
+    own |= {"compiles": chosen.compiles} if chosen.search else {}
+    make = search if chosen.search else report.plan
+    return int(not make(name, chosen.model, chosen.data, chosen.train, console(), **own))
+
+
 def import_(source: str, arguments: list[str]) -> None:
     """heedful import hf:DIR --run-dir RUN"""
     keep_compiled()

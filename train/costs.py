@@ -19,6 +19,7 @@ from train.trainable import named, split
 
 BACKWARD = 2  # forward passes that the arithmetic of a backward pass is worth
 
+STACKED = ("encoder", "decoder")
 STACKS = {"encoder": "encoder", "decoder": "decoder", "head": "output"}
 PARTS = {
     "embedding": "embeddings",
@@ -83,6 +84,14 @@ def parts(config: ModelConfig, params: Any, length: int) -> list[Part]:
              flops=counts[stack, name][1])
         for stack, name in ordered
     ]  # fmt: skip
+
+
+def recomputed(config: ModelConfig, found: list[Part]) -> float:
+    """FLOPs per token that the backward pass does again, as `config.remat` says."""
+    scores = ("self-attention scores", "cross-attention scores")
+    again = {"none": (), "dots": scores, "attention": (*scores, "feed-forward"), "full": ORDER}
+    names = again[config.remat]
+    return sum(part.flops for part in found if part.stack in STACKED and part.name in names)
 
 
 def _attention_place(config: ModelConfig, stack: str, part: str) -> Place:
@@ -169,9 +178,9 @@ def memory(config: ModelConfig, data: DataConfig, train: TrainConfig, setup: Set
         )
 
     return Memory(
-        parameters=_bytes(state.params),
-        gradients=_bytes(trainable),
-        moments=_bytes(state.opt_state),
+        parameters=device_bytes(state.params),
+        gradients=device_bytes(trainable),
+        moments=device_bytes(state.opt_state),
         # Rows are split over data and fsdp, the length over seq, the vocabulary over tensor.
         outputs=math.ceil(outputs / setup.mesh.size) * 4,
         cache=cached(cache and cache.self_attention),
@@ -179,8 +188,8 @@ def memory(config: ModelConfig, data: DataConfig, train: TrainConfig, setup: Set
     )
 
 
-def _bytes(tree: Any) -> int:
-    """Of the part of each array that one device holds."""
+def device_bytes(tree: Any) -> int:
+    """Bytes of the part of each array that one device holds."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )

@@ -19,12 +19,11 @@ from model.cache import remembered
 from model.config import ModelConfig
 from train.attention_weights import attention_kinds, attention_masks
 from train.config import MeshConfig, TrainConfig, require
-from train.costs import BACKWARD, Memory, Part, memory, parts
+from train.costs import BACKWARD, STACKED, Memory, Part, memory, parts, recomputed
 from train.sharding import MESH_AXES
 from train.state import Setup, parameter_count, set_up
 from train.trainable import named
 
-STACKED = ("encoder", "decoder")
 ROW = 16  # tokens of the example whose masks are drawn
 MAY, MAY_NOT = "██", "··"
 
@@ -168,9 +167,8 @@ def _flops_text(
         f"{data.batch_tokens:,} positions {number(training * data.batch_tokens)}, "
         f"{train.steps:,} steps {number(training * data.batch_tokens * train.steps)}",
     ]
-    if model.remat:
-        again = sum(part.flops for part in found if part.stack in STACKED)
-        lines.append(f"model.remat computes blocks twice: {number(again)}FLOPs per token more")
+    if again := recomputed(model, found):
+        lines.append(f"model.remat {model.remat}: {number(again)}FLOPs per token more, done twice")
     if not all(np.any(factor) for factor in jax.tree.leaves(setup.factors)):
         lines.append("frozen parameters need no gradient: training costs less than that")
     return "\n".join(lines)

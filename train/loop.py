@@ -21,9 +21,10 @@ from train.evaluate import measure
 from train.fingerprint import make_fingerprint
 from train.init_from import open_source, take_over
 from train.metrics import MetricsWriter, require_finite
+from train.plan.rescue import explained
 from train.record import FingerprintWriter, Witness, add_environment, environment
 from train.run import Run
-from train.sharding import to_devices
+from train.sharding import require_divisible, to_devices
 from train.state import Setup, TrainState, first_state, init_params, parameter_count, set_up
 from train.step import make_eval_step, make_train_step
 from train.trainable import named, split
@@ -60,7 +61,9 @@ def fit(
 
     setup = set_up(run.model, config)
     mesh = setup.mesh
-    _require_divisible(config, train_data, valid_data, mesh)
+    for shapes, accumulate in ((train_data, config.accumulate), (valid_data, 1)):
+        for shape in shapes.train_plan.shapes:
+            require_divisible(shape, accumulate, mesh)
     describe(run.model, run.data.max_length, setup, console)
     if mesh.devices.flat[0].platform == "gpu":
         console.print(DETERMINISM[config.deterministic])
@@ -99,7 +102,7 @@ def fit(
             return measured
 
         patience = _Patience(config, checkpoints.best_score() if checkpoints.steps else None)
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), explained(run, list(mesh.devices.flat), console):
             _loop(run, state, step, batches, save, patience, mesh, console, witness)
         checkpoints.wait()
 
@@ -208,22 +211,6 @@ def _restore(
         console.print(f"resuming from the checkpoint of step {step:,}")
         return state, position
     return None
-
-
-def _require_divisible(
-    config: TrainConfig, train_data: Dataset, valid_data: Dataset, mesh: jax.sharding.Mesh
-) -> None:
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    for data, accumulate in ((train_data, config.accumulate), (valid_data, 1)):
-        for shape in data.train_plan.shapes:
-            if shape.rows % (parts * accumulate) or any(
-                length % mesh.shape["seq"] for length in shape.lengths
-            ):
-                raise TrainError(
-                    f"batches of {shape} do not divide into {parts} devices x "
-                    f"train.accumulate = {accumulate}, or the length into train.mesh.seq = "
-                    f"{mesh.shape['seq']}: set data.batch_multiple to {parts * config.accumulate}"
-                )
 
 
 class _Patience:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from data.packing import Shape
 from model.axes import AXES
 from train.config import MeshConfig, TrainError
 
@@ -101,6 +102,17 @@ def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
 
     is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
     return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=is_box)
+
+
+def require_divisible(shape: Shape, accumulate: int, mesh: Mesh) -> None:
+    """Raises TrainError unless the devices, and the parts of a batch, divide its rows."""
+    parts, seq = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["seq"]
+    if shape.rows % (parts * accumulate) or any(length % seq for length in shape.lengths):
+        raise TrainError(
+            f"batches of {shape} do not divide into {parts} devices x train.accumulate = "
+            f"{accumulate}, or the length into train.mesh.seq = {seq}: set data.batch_multiple to "
+            f"{parts * accumulate}"
+        )
 
 
 def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:

@@ -150,7 +150,10 @@ def _loss(
     if chunk is not None and targets.ndim == 2 and targets.shape[1] > chunk:
         hidden = _forward(model, params, batch, scored=False, **how)
         of_head = {name: params[name] for name in ("embedding", "head") if name in params}
-        score = lambda params, x: model.apply({"params": params}, x, method="score")  # noqa: E731
+
+        def score(params: Any, x: jax.Array) -> jax.Array:
+            return model.apply({"params": params}, x, method="score")  # type: ignore[return-value]
+
         sums = cross_entropy_in_chunks(
             score, of_head, hidden, targets, weights, chunk, label_smoothing
         )

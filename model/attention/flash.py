@@ -64,9 +64,9 @@ def flash(
     key = dropout_words(dropout_rate, dropout_key)
     by_row = lambda x: x.ndim > 0 and len(x) == B  # noqa: E731
 
-    def some_heads(rows: jax.Array, heads: jax.Array, *qkv: jax.Array) -> jax.Array:
+    def some_heads(rows: jax.Array, heads, q, k, v) -> jax.Array:
         own = jax.tree.map(lambda x: x[rows] if by_row(x) else x, mask)
-        return _of_part(tiles, Part(rows, heads[0, 0]), *qkv, own, bias, key)
+        return _of_part(tiles, Part(rows, heads[0, 0]), q, k, v, own, bias, key)
 
     def some_rows(rows: jax.Array, *qkv: jax.Array) -> jax.Array:
         heads = jnp.arange(K)[None, None]

@@ -63,7 +63,6 @@ class Linformer(nn.Module):
             for x, p in ((k, keys), (v, values))
         )
         words = dropout_words(dropout_rate, dropout_key)
-        scale = H**-0.5 if scale is None else scale
         out = _attend(q.reshape(B, T, K, N // K, H), k, v, scale, words, dropout_rate)
         out = out.reshape(q.shape)
         return out if mask.q_segment_ids is None else _only_known(out, mask)
@@ -93,19 +92,20 @@ def _attend(
     q: Float[Array, "B T K G H"],
     k: Float[Array, "B R K H"],
     v: Float[Array, "B R K H"],
-    scale: float,
+    scale: float | None,
     words: jax.Array | None,
     dropout_rate: float,
 ) -> Float[Array, "B T K G H"]:
     """By blocks of queries, whose weights [B, K, G, C, R] are computed again backward."""
-    B, T, K, G, _ = q.shape
+    B, T, K, G, H = q.shape
     R = k.shape[1]
+    factor = H**-0.5 if scale is None else scale
     C = math.ceil(T / math.ceil(T / BLOCK))
 
     @jax.checkpoint
     def block(i, q):
         scores = jnp.einsum("BCKGH,BRKH->BKGCR", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores * scale)
+        weights = jax.nn.softmax(scores * factor)
         if words is not None:
             rows = i * C + jnp.arange(C)
             index = jnp.ix_(jnp.arange(B), jnp.arange(K), jnp.arange(G), rows, jnp.arange(R))

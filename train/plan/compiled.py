@@ -1,0 +1,185 @@
+"""A training step compiled for devices that need not be there, and what its compiler says of it."""
+
+import itertools
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from data.batch import FIELDS, PER_ROW
+from data.config import DataConfig
+from data.objectives import OBJECTIVES
+from data.packing import LENGTH_MULTIPLE, Shape, batch_rows
+from model.config import ModelConfig
+from train.config import TrainConfig, TrainError
+from train.plan.chips import GIB
+from train.sharding import batch_sharding, make_mesh, require_divisible
+from train.state import Setup, set_up
+from train.step import make_train_step
+
+# What the TPU's compiler says when a program is too large: two messages of two of its passes.
+USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+TEMPORARIES = re.compile(
+    r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"
+)
+TILE = (8, 128)
+UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": GIB, "T": 2.0**40}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on each chip during a step; those of arrays with the padding of their tiles."""
+
+    parameters: int
+    moments: int
+    """The state of the optimizer."""
+    batch: int
+    arguments: int | None
+    """What the compiler says of these three together; None: it gave up."""
+    temporaries: int
+    """Activations, gradients and all else that lives within the step."""
+    program: int
+    capacity: int | None
+
+    @property
+    def total(self) -> int:
+        given = self.parameters + self.moments + self.batch
+        return (self.arguments or given) + self.temporaries + self.program
+
+    @property
+    def fits(self) -> bool:
+        return self.capacity is None or self.total <= self.capacity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """A step and its memory; `text` is None where the compiler ran out of memory."""
+
+    mesh: Mesh
+    setup: Setup
+    shape: Shape
+    memory: Memory
+    text: str | None
+    seconds: float
+    """That compiling took."""
+
+
+def largest_batch(data: DataConfig) -> Shape:
+    """The batch of the longest rows that the config allows."""
+    lengths: tuple[int, ...] = (data.max_length,)
+    if data.objective == "translation":
+        lengths = (data.max_length, data.max_length)
+    elif data.objective == "span_corruption":
+        sides = OBJECTIVES[data.objective].lengths({"text": np.arange(1, 2 * max(lengths))}, data)
+        longest = sides[:, (sides <= data.max_length).all(0)][:, -1]
+        up = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        lengths = tuple(int(n) for n in np.minimum(up, data.max_length))
+    return Shape(batch_rows(data.max_length, data), lengths)
+
+
+def abstract_batch(data: DataConfig, shape: Shape, mesh: Mesh) -> dict[str, Any]:
+    """The arrays of a batch, as the pipeline makes them, without their values."""
+    is_labelled = data.objective in ("classification", "regression")
+    names = ["inputs", "targets", "weights", "segment_ids", "positions"]
+    names += ["type_ids"] if is_labelled else []
+    names += ["prefix_len"] if data.objective == "prefix_lm" else []
+    if len(shape.lengths) > 1:
+        names += ["encoder_inputs", "encoder_segment_ids", "encoder_positions"]
+    per_row = (*PER_ROW, "targets", "weights") if is_labelled else PER_ROW
+
+    def one(name: str) -> jax.ShapeDtypeStruct:
+        length = shape.lengths[0 if name.startswith("encoder_") else -1]
+        dims = (shape.rows,) if name in per_row else (shape.rows, length)
+        is_number = name == "targets" and data.objective == "regression"
+        dtype = jnp.float32 if is_number else FIELDS[name].dtype
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=batch_sharding(mesh, len(dims)))
+
+    return {name: one(name) for name in names}
+
+
+def stored_bytes(tree: Any, platform: str) -> int:
+    """Bytes of each device's part of these arrays, with their padding.
+
+    A TPU stores two dimensions in tiles of 8 x 128, or of fewer rows where there are fewer, and
+    chooses those two that leave the least of them empty.
+    """
+
+    def one(x: jax.ShapeDtypeStruct) -> int:
+        assert x.sharding is not None
+        dims = x.sharding.shard_shape(x.shape)
+        size = math.prod(dims)
+        if platform == "tpu" and len(dims) > 1:
+            up = lambda n, tile: -(-n // tile) * tile  # noqa: E731
+            rows = lambda n: min(TILE[0], 1 << (n - 1).bit_length())  # noqa: E731
+            size = min(
+                size // max(a * b, 1) * up(a, rows(a)) * up(b, TILE[1])
+                for a, b in itertools.permutations(dims, 2)
+            )
+        return size * x.dtype.itemsize
+
+    return sum(one(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def compile_step(
+    model: ModelConfig,
+    data: DataConfig,
+    train: TrainConfig,
+    devices: Sequence[Any],
+    capacity: int | None = None,
+) -> Compiled:
+    """Compiles the step of `heedful train` on its largest batch.
+
+    `capacity` is what fits on a chip, unless the compiler knows better. Raises TrainError where the
+    mesh does not fit the devices, a parameter or the batch.
+    """
+    try:
+        mesh = make_mesh(train.mesh, devices)
+    except NotImplementedError as error:  # of jax, about the links between the devices
+        raise TrainError(f"train.mesh cannot be laid out on these chips: {error}") from error
+    shape = largest_batch(data)
+    require_divisible(shape, train.accumulate, mesh)
+    setup = set_up(model, train, mesh)
+    batch = abstract_batch(data, shape, mesh)
+    platform = devices[0].platform
+    known = {
+        "parameters": stored_bytes(setup.abstract.params, platform),
+        "moments": stored_bytes(setup.abstract.opt_state, platform),
+        "batch": stored_bytes(batch, platform),
+    }
+    began = time.perf_counter()
+    try:
+        with jax.set_mesh(mesh):
+            compiled = make_train_step(model, train, setup).lower(setup.abstract, batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        used, temporaries = USED.search(str(error)), TEMPORARIES.search(str(error))
+        if (found := used or temporaries) is None:
+            raise
+        size, limit = (int(float(found[i]) * UNITS[found[i + 1]]) for i in (1, 3))
+        size -= sum(known.values()) if used else 0
+        memory = Memory(**known, arguments=None, temporaries=size, program=0, capacity=limit)
+        text = None
+    else:
+        sizes = compiled.memory_analysis()
+        given = sizes.argument_size_in_bytes
+        # Where outputs take the place of arguments the size of the temporaries counts some twice.
+        most = sizes.peak_memory_in_bytes or given + sizes.temp_size_in_bytes
+        program = sizes.generated_code_size_in_bytes
+        memory = Memory(
+            **known, arguments=given, temporaries=most - given, program=program, capacity=capacity
+        )
+        text = compiled.as_text()
+    return Compiled(
+        mesh=mesh,
+        setup=setup,
+        shape=shape,
+        memory=memory,
+        text=text,
+        seconds=time.perf_counter() - began,
+    )

@@ -1,0 +1,172 @@
+"""Other meshes and rematerialisations: guessed at first, the likeliest compiled, and ranked."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from data.config import DataConfig
+from model.config import ModelConfig
+from train.config import MeshConfig, TrainConfig, TrainError
+from train.costs import BACKWARD, device_bytes, parts, recomputed
+from train.inspect import complete, describe, layout, number
+from train.plan.chips import Chip, chip_of
+from train.plan.compiled import largest_batch
+from train.plan.report import Plan, make_plan
+from train.plan.topology import devices_of
+from train.sharding import MESH_AXES, require_divisible
+from train.state import Setup, set_up
+
+REMAT = ("none", "dots", "attention", "full")
+TENSOR = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One way to lay a step out, and what it should need."""
+
+    model: ModelConfig
+    train: TrainConfig
+    memory: float
+    """Bytes per chip: a guess."""
+    seconds: float
+    """Of a step: a guess, to choose what is worth compiling."""
+
+
+def candidates(
+    model: ModelConfig, data: DataConfig, train: TrainConfig, chips: int, chip: Chip
+) -> list[Candidate]:
+    """All layouts that divide, the fastest of those that should fit first; train.mesh.seq stays."""
+    found = []
+    for mesh in _meshes(chips, train.mesh.seq):
+        trained = replace(train, mesh=mesh)
+        try:
+            require_divisible(largest_batch(data), train.accumulate, layout(mesh))
+            setup = set_up(model, trained, layout(mesh))
+        except TrainError:  # something does not divide
+            continue
+        for remat in REMAT:
+            found.append(_guess(replace(model, remat=remat), data, trained, setup, chip))
+    return sorted(found, key=lambda one: (one.memory > chip.memory, one.seconds))
+
+
+def _meshes(chips: int, seq: int) -> Iterator[MeshConfig]:
+    for tensor in TENSOR:
+        rest = chips // (seq * tensor)
+        if rest * seq * tensor != chips:
+            continue
+        for fsdp in (n for n in range(1, rest + 1) if rest % n == 0):
+            yield MeshConfig(data=rest // fsdp, fsdp=fsdp, seq=seq, tensor=tensor)
+
+
+def _guess(
+    model: ModelConfig, data: DataConfig, train: TrainConfig, setup: Setup, chip: Chip
+) -> Candidate:
+    """Rough: the state is exact, activations and exchanges are counted on the back of an envelope.
+
+    https://jax-ml.github.io/scaling-book/training: FSDP gathers the parameters twice and scatters
+    the gradients once, data parallelism adds the gradients up, tensor parallelism exchanges the
+    residual stream four times a layer in each direction.
+    """
+    shape, mesh, state = largest_batch(data), setup.mesh, setup.abstract
+    sizes = mesh.shape
+    params, moments = device_bytes(state.params), device_bytes(state.opt_state)
+    tokens = shape.rows * max(shape.lengths) / (mesh.size // sizes["tensor"])
+    at_once = tokens / train.accumulate
+    layers = model.layers + (model.encoder_layers or 0)
+    heads = model.head_dim * (2 * model.attention.heads + 2 * model.kv_heads) / sizes["tensor"]
+    inner = model.feed_forward.width * (2 if model.feed_forward.gated else 1) / sizes["tensor"]
+    kept = {"full": model.width, "attention": 2 * model.width + heads}
+    kept["dots"] = kept["attention"] + inner + model.width
+    kept["none"] = 2.5 * kept["dots"]
+    size = 2 if model.dtype == "bfloat16" else 4
+    activations = at_once * kept[model.remat] * size * layers
+    outputs = at_once * (model.vocab_size or 1) * 8 / sizes["tensor"]
+
+    forward = parts(model, state.params, data.max_length)
+    per_token = sum(part.flops for part in forward) * (1 + BACKWARD) + recomputed(model, forward)
+    compute = per_token * shape.rows * max(shape.lengths) / (mesh.size * chip.flops)
+    gathered = 3 * params * (sizes["fsdp"] - 1) * train.accumulate
+    added = 2 * params * (sizes["data"] > 1)
+    moved = 8 * layers * tokens * model.width * size * (sizes["tensor"] > 1)
+    return Candidate(
+        model=model,
+        train=train,
+        memory=2 * params + moments + activations + outputs,
+        seconds=max(compute, (gathered + added) / (2 * chip.link)) + moved / (2 * chip.link),
+    )
+
+
+def search(
+    title: str,
+    model: ModelConfig,
+    data: DataConfig,
+    train: TrainConfig,
+    console: Console,
+    *,
+    topology: str | None,
+    compiles: int,
+) -> bool:
+    """Compiles the likeliest layouts and prints them ranked; True if any fits."""
+    devices = devices_of(topology)
+    chip = chip_of(devices[0])
+    if chip is None:
+        raise TrainError(
+            f"--search needs figures of {devices[0].device_kind}, which train/plan/chips.py does "
+            "not have: give --topology"
+        )
+    model, notes = complete(model, data)
+    for line in (f"{title}: {describe(model)}", *notes):
+        console.print(line, markup=False)
+    found = candidates(model, data, train, len(devices), chip)
+    console.print(
+        f"{len(devices):,} x {devices[0].device_kind}: {len(found)} layouts divide, the likeliest "
+        f"{min(compiles, len(found))} are compiled"
+    )
+    plans = []
+    for one in found[:compiles]:
+        with console.status(f"compiling {_flags(one)}"):
+            try:
+                plans.append((one, make_plan(one.model, data, one.train, devices)))
+            except TrainError as error:
+                console.print(f"{_flags(one)}: {error}", markup=False)
+    if not plans:
+        raise TrainError("no layout divides: change data.batch_multiple, or the number of chips")
+    plans.sort(key=lambda pair: _rank(pair[1]))
+    console.print(_table(plans, chip))
+    best, plan = plans[0]
+    if plan.compiled.memory.fits:
+        console.print(f"best: {_flags(best)}", markup=False)
+    return plan.compiled.memory.fits
+
+
+def _rank(plan: Plan) -> tuple:
+    memory = plan.compiled.memory
+    time = plan.roofline.step if plan.roofline else 0.0
+    return (not memory.fits, time if memory.fits else memory.total)
+
+
+def _flags(one: Candidate) -> str:
+    mesh = " ".join(f"--train.mesh.{axis} {getattr(one.train.mesh, axis)}" for axis in MESH_AXES)
+    return f"{mesh} --model.remat {one.model.remat}"
+
+
+def _table(plans: Sequence[tuple[Candidate, Plan]], chip: Chip) -> Table:
+    table = Table(title="layouts, the fastest that fits first")
+    table.title_justify = "left"
+    for name in (*MESH_AXES, "remat", "memory", "left", "step", "utilisation", "bottleneck"):
+        table.add_column(name, justify="left" if name in ("remat", "bottleneck") else "right")
+    for one, plan in plans:
+        memory, time = plan.compiled.memory, plan.roofline
+        left: Any = (memory.capacity or 0.0) - memory.total
+        row = [str(getattr(one.train.mesh, axis)) for axis in MESH_AXES]
+        row += [one.model.remat, number(memory.total, 1024) + "B"]
+        row.append(number(left, 1024) + "B" if left >= 0 else "does not fit")
+        if time is None:
+            row += ["", "", ""]
+        else:
+            row += [f"{time.step * 1e3:,.0f} ms", f"{plan.utilisation(chip):.1%}", time.bottleneck]
+        table.add_row(*row)
+    return table
