@@ -124,34 +124,37 @@ class Dataset:
     def batches_per_epoch(self) -> int:
         return self.train_plan.batches_per_epoch
 
-    def train_iterator(self, process_index: int = 0, process_count: int = 1) -> "TrainIterator":
-        """Returns the endless batches of this process, `{name: [B / process_count, ...]}`."""
-        return TrainIterator(self._reader(self.train_plan, process_index, process_count))
+    def train_iterator(self, parts: Sequence[int] = (0,), count: int = 1) -> "TrainIterator":
+        """Returns the endless batches of a process, `{name: [B * len(parts) / count, ...]}`.
 
-    def eval_batches(self, process_index: int = 0, process_count: int = 1) -> Iterator[Arrays]:
-        """Returns the batches of this process in a fixed order, every example exactly once."""
-        read = self._reader(self.eval_plan, process_index, process_count)
+        It reads these parts of the rows of each batch, out of `count`, in ascending order.
+        """
+        return TrainIterator(self._reader(self.train_plan, parts, count))
+
+    def eval_batches(self, parts: Sequence[int] = (0,), count: int = 1) -> Iterator[Arrays]:
+        """Returns the batches of a process in a fixed order, every example exactly once."""
+        read = self._reader(self.eval_plan, parts, count)
         return read(0, self.batches_per_epoch)
 
-    def _reader(self, plan: Plan, process_index: int, process_count: int) -> Reader:
-        """Returns read(start, stop), which yields this process's part of those global batches."""
-        if self.config.batch_multiple % process_count:
+    def _reader(self, plan: Plan, parts: Sequence[int], count: int) -> Reader:
+        """Returns read(start, stop), which yields these parts of those global batches."""
+        if self.config.batch_multiple % count:
             raise DataError(
-                f"{process_count} processes do not divide data.batch_multiple "
-                f"{self.config.batch_multiple}: give a multiple of {process_count}"
+                f"{count} parts do not divide data.batch_multiple "
+                f"{self.config.batch_multiple}: give a multiple of {count}"
             )
-        batch = partial(self.batch, plan, process_index, process_count)
+        batch = partial(self.batch, plan, parts=parts, count=count)
         return partial(_read_ahead, batch, self.config.workers)
 
-    def batch(self, plan: Plan, process_index: int, process_count: int, index: int) -> Arrays:
-        """Returns this process's rows of global batch `index`."""
+    def batch(self, plan: Plan, index: int, parts: Sequence[int] = (0,), count: int = 1) -> Arrays:
+        """Returns these parts of the rows of global batch `index`."""
         shape, numbers = plan.rows(index)
-        n, lengths = shape.rows // process_count, shape.lengths[::-1]
-        mine = numbers[process_index * n : (process_index + 1) * n]
-        epoch = index // plan.batches_per_epoch
+        size, lengths = shape.rows // count, shape.lengths[::-1]
+        mine = np.concatenate([numbers[part * size : (part + 1) * size] for part in parts])
+        n, epoch = size * len(parts), index // plan.batches_per_epoch
         if len(mine):
             return pad_and_stack([self._row(plan, epoch, int(i)) for i in mine], n, *lengths)
-        # The last batch of a bucket has rows for some processes only.
+        # The last batch of a bucket has rows for some parts only.
         batch = pad_and_stack([self._row(plan, epoch, int(numbers[0]))], n, *lengths)
         return {name: np.zeros_like(array) for name, array in batch.items()}
 

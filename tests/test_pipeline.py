@@ -157,7 +157,7 @@ def test_processes_together_see_what_one_sees(dataset, processes):
     for read in ("train_iterator", "eval_batches"):
         count = n if read == "train_iterator" else dataset.batches_per_epoch
         alone = take(getattr(dataset, read)(), count)
-        parts = [take(getattr(dataset, read)(p, processes), count) for p in range(processes)]
+        parts = [take(getattr(dataset, read)([p], processes), count) for p in range(processes)]
         joined = [
             {name: np.concatenate([part[name] for part in step]) for name in step[0]}
             for step in zip(*parts, strict=True)
@@ -165,11 +165,21 @@ def test_processes_together_see_what_one_sees(dataset, processes):
         same(joined, alone)
 
 
-def test_processes_must_divide_the_rows(dataset):
-    with pytest.raises(DataError, match=r"4 processes .*data.batch_multiple 6"):
-        dataset.train_iterator(0, 4)
-    with pytest.raises(DataError, match=r"4 processes"):
-        dataset.eval_batches(0, 4)
+def test_a_process_may_read_several_parts(dataset):
+    """As where the devices of a host do not lie next to each other in the mesh."""
+    for index in range(dataset.batches_per_epoch):
+        whole = dataset.batch(dataset.eval_plan, index)
+        mine = dataset.batch(dataset.eval_plan, index, [0, 2], 3)
+        for name, array in whole.items():
+            first, _, last = np.split(array, 3)
+            np.testing.assert_array_equal(mine[name], np.concatenate([first, last]))
+
+
+def test_parts_must_divide_the_rows(dataset):
+    with pytest.raises(DataError, match=r"4 parts .*data.batch_multiple 6"):
+        dataset.train_iterator([0], 4)
+    with pytest.raises(DataError, match=r"4 parts"):
+        dataset.eval_batches([0], 4)
 
 
 def test_state_goes_on_bit_for_bit(dataset):
@@ -199,7 +209,7 @@ def test_worker_processes_give_the_same_batches(config, tokenizer, dataset):
     # The state knows nothing of workers.
     alone = dataset.train_iterator()
     alone.set_state(state)
-    same(take(alone, 1), [dataset.batch(dataset.train_plan, 0, 1, n + 2)])
+    same(take(alone, 1), [dataset.batch(dataset.train_plan, n + 2)])
 
 
 def test_nothing_left_says_why(config, tokenizer, tmp_path):
@@ -350,7 +360,7 @@ def test_text_does_not_depend_on_processes(prepare, objective):
     dataset = prepare(objective)
     n = dataset.batches_per_epoch + 2
     expected = take(dataset.train_iterator(), n)
-    parts = [take(dataset.train_iterator(process, 3), n) for process in range(3)]
+    parts = [take(dataset.train_iterator([process], 3), n) for process in range(3)]
     joined = [
         {name: np.concatenate([part[name] for part in step]) for name in step[0]}
         for step in zip(*parts, strict=True)
@@ -448,7 +458,7 @@ def test_regression_of_pairs(prepare):
     assert batch["targets"].dtype == np.float32
     assert batch["type_ids"].sum(1).tolist() == [5, 3, 0, 0, 0, 0]
     assert dataset.classes == ()
-    alone = list(dataset.eval_batches(2, 3))  # Its rows are all padding.
+    alone = list(dataset.eval_batches([2], 3))  # Its rows are all padding.
     assert [b["weights"].tolist() for b in alone] == [[0, 0]]
     assert alone[0]["inputs"].shape == (2, batch["inputs"].shape[1])
 

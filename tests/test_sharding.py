@@ -22,7 +22,7 @@ from model.config import (
     PositionConfig,
 )
 from train.config import MeshConfig, OptimizerConfig, TrainConfig, TrainError
-from train.sharding import make_mesh, parameter_shardings, resolve, to_devices
+from train.sharding import held, make_mesh, parameter_shardings, resolve, to_devices
 from train.state import Setup, TrainState, first_state, init_params, set_up
 from train.step import make_eval_step, make_train_step
 
@@ -279,3 +279,20 @@ def test_nothing_large_is_replicated(mesh: MeshConfig, capfd):
     assert not of_layers & found
     assert max(map(math.prod, found)) <= 512 * 64 // mesh.tensor
     assert "full rematerialization" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "owners, process, expected",
+    [
+        ([[0], [0], [0], [0]], 0, ((0,), 1)),
+        ([[0], [0], [1], [1]], 1, ((1,), 2)),
+        ([[0, 0], [0, 0], [1, 1]], 1, ((2,), 3)),
+        # Four hosts of 2 x 2 chips, their 4 x 4 in one row.
+        ([[h] for h in (0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3)], 1, ((1, 3), 8)),
+        # Tensor parallelism over two hosts: both have the same rows.
+        ([[0, 1], [0, 1]], 1, ((0,), 1)),
+        ([[0, 1], [0, 1], [2, 3], [2, 3]], 3, ((1,), 2)),
+    ],
+)
+def test_rows_that_a_process_holds(owners, process, expected):
+    assert held(np.array(owners), process) == expected

@@ -1,15 +1,19 @@
 """Checkpoints: parameters, optimizer state, data iterator and who they belong to, with orbax."""
 
 import re
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from train.config import TrainError
+from train.hosts import any_process, is_first, one_first, several
 from train.state import TrainState
 
 
@@ -20,25 +24,43 @@ class Checkpoints:
     the fingerprint of its tokenizer; opening it with another is an error.
     """
 
-    def __init__(self, directory: Path, tokenizer_fingerprint: str, keep: int | None = None):
-        self.directory = directory.absolute()
-        self.fingerprint = tokenizer_fingerprint
+    def __init__(
+        self, directory: epath.PathLike, tokenizer_fingerprint: str, keep: int | None = None
+    ):
+        path = epath.Path(directory)
+        self.directory = path if "://" in str(path) else path.absolute()
+        self.fingerprint, self._keep = tokenizer_fingerprint, keep
+        try:
+            exists = self.directory.is_dir()
+        except ImportError as error:
+            raise TrainError(f"{directory} cannot be reached: {error} (pip install it)") from error
+        if keep is None and not exists:
+            raise TrainError(f"{directory} does not exist: the run has no checkpoint yet")
+        one_first(self._make_directory)
+        self._manager, self._has_failed = self._open(clean=keep is not None), False
 
+    def _make_directory(self) -> None:
+        if self._keep is not None and is_first():
+            self.directory.mkdir(parents=True, exist_ok=True)
+
+    def _open(self, *, clean: bool) -> ocp.CheckpointManager:
         def score(metrics: Any) -> Any:
             return metrics["score"], -metrics["step"]  # the first of equals
 
+        # Named, all processes meet at barriers that end some day, also if one has failed.
+        processes = set(range(jax.process_count())) if several() else None
         options = ocp.CheckpointManagerOptions(
+            create=False,
             best_fn=score,  # what makes orbax store the metrics; the policy decides
             best_mode="max",
             preservation_policy=AnyPreservationPolicy(
-                [LatestN(keep), BestN(get_metric_fn=score, reverse=False, n=1)]
+                [LatestN(self._keep), BestN(get_metric_fn=score, reverse=False, n=1)]
             ),
-            read_only=keep is None,
-            cleanup_tmp_directories=keep is not None,  # what a kill or a full disk left half done
+            read_only=self._keep is None,
+            cleanup_tmp_directories=clean,  # what a kill or a full disk left half done
+            multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=processes),
         )
-        if keep is None and not directory.is_dir():
-            raise TrainError(f"{directory} does not exist: the run has no checkpoint yet")
-        self._manager = ocp.CheckpointManager(
+        return ocp.CheckpointManager(
             self.directory,
             options=options,
             item_names=("params", "opt_state", "data", "tokenizer"),
@@ -51,51 +73,64 @@ class Checkpoints:
 
     def best(self) -> int:
         """Step of the highest score, the first of equals."""
-        return self.best_score()[0]
+        best = self.best_score()
+        if best is None:
+            raise TrainError(f"{self.directory} has no checkpoint with a score")
+        return best[0]
 
-    def best_score(self) -> tuple[int, float]:
-        """Step and score of the best checkpoint."""
+    def best_score(self) -> tuple[int, float] | None:
+        """Step and score of the best checkpoint; None when none has a score."""
         metrics = {step: self._manager.metrics(step) for step in self.steps}
         known = {step: (m["score"], -step) for step, m in metrics.items() if m}
         if not known:
-            raise TrainError(f"{self.directory} has no checkpoint with a score")
+            return None
         step = max(known, key=lambda step: known[step])
         return step, known[step][0]
 
-    def set_aside(self, step: int) -> Path:
+    def set_aside(self, step: int) -> epath.Path:
         """Moves a checkpoint out of the way, and says where to; nothing is deleted."""
         target = self.directory.parent / f"{self.directory.name}.corrupt" / str(step)
-        target.parent.mkdir(exist_ok=True)
-        (self.directory / str(step)).rename(target)
+
+        def move() -> None:
+            if is_first():
+                target.parent.mkdir(exist_ok=True)
+                (self.directory / str(step)).rename(target)
+
+        one_first(move)
         self._manager.reload()
         return target
 
     def save(self, state: TrainState, iterator_state: dict, score: float | None) -> None:
-        """Begins to write a checkpoint; raises TrainError if the former could not be written.
+        """Begins to write a checkpoint; raises SaveFailed if it or the former could not be written.
 
         The higher the score the better; with none the checkpoint is never the best.
         """
-        step = int(state.step)
-        items = ocp.args.Composite(
+        self._begin(
+            int(state.step),
+            score,
             params=ocp.args.StandardSave(state.params),
             opt_state=ocp.args.PyTreeSave(state.opt_state),
             data=ocp.args.JsonSave(iterator_state),
-            tokenizer=ocp.args.JsonSave({"fingerprint": self.fingerprint}),
         )
-        metrics = None if score is None else {"score": score, "step": step}
-        self._guard(lambda: self._manager.save(step, args=items, metrics=metrics, force=True))
 
     def save_params(self, params: Any) -> None:
         """Begins to write parameters that nothing here has trained, as step 0."""
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
-            tokenizer=ocp.args.JsonSave({"fingerprint": self.fingerprint}),
-        )
-        metrics = {"score": 0.0, "step": 0}
-        self._guard(lambda: self._manager.save(0, args=items, metrics=metrics, force=True))
+        self._begin(0, 0.0, params=ocp.args.StandardSave(params))
+
+    def _begin(self, step: int, score: float | None, **items: Any) -> None:
+        if self._has_failed:
+            # It may go on failing. What still writes there is in the way of removing all of it.
+            for draft in self.directory.glob("*.orbax-checkpoint-tmp*") if is_first() else ():
+                with suppress(OSError):
+                    draft.rmtree()
+            self._manager, self._has_failed = self._open(clean=False), False
+        tokenizer = ocp.args.JsonSave({"fingerprint": self.fingerprint})
+        args = ocp.args.Composite(**items, tokenizer=tokenizer)
+        metrics = None if score is None else {"score": score, "step": step}
+        self._guard(lambda: self._manager.save(step, args=args, metrics=metrics, force=True))
 
     def wait(self) -> None:
-        """Returns when everything is on disk; raises TrainError if it could not be written."""
+        """Returns when everything is on disk; raises SaveFailed if it could not be written."""
         self._guard(self._manager.wait_until_finished)
 
     def close(self) -> None:
@@ -122,10 +157,10 @@ class Checkpoints:
             listed = ", ".join(map(str, self.steps)) or "none"
             raise TrainError(f"{self.directory} has no checkpoint {step}; it has {listed}")
         args = ocp.args.Composite(tokenizer=ocp.args.JsonRestore(), **items)
-        try:
-            restored: Any = self._manager.restore(step, args=args)
-        except Exception as error:  # orbax and tensorstore raise many kinds for a broken file
-            raise CorruptCheckpoint(self.directory / str(step), error) from error
+        restored: Any = None
+        # orbax and tensorstore raise many kinds for a broken file
+        with _shared(partial(CorruptCheckpoint, self.directory / str(step))):
+            restored = self._manager.restore(step, args=args)
         found = restored.tokenizer["fingerprint"]
         if found != self.fingerprint:
             raise TrainError(
@@ -134,26 +169,48 @@ class Checkpoints:
             )
         return restored
 
-    def _guard(self, action: Any) -> None:
+    def _guard(self, action: Callable[[], Any]) -> None:
         try:
-            action()
-        except Exception as error:  # whatever the storage raises: disk full, no permission, ...
-            steps = [step for step in self.steps if (self.directory / str(step)).is_dir()]
-            intact = f"checkpoint {steps[-1]} is intact" if steps else "there is none before it"
-            raise TrainError(
-                f"a checkpoint could not be written to {self.directory} ({_reason(error)}); "
-                f"{intact}: make room, then run the same command to resume"
-            ) from error
+            # Whatever the storage raises: disk full, no permission, ...
+            with _shared(partial(SaveFailed, self.directory)):
+                action()
+        except SaveFailed:
+            self._has_failed = True
+            raise
+
+
+class SaveFailed(TrainError):
+    """A checkpoint that could not be written."""
+
+    def __init__(self, directory: epath.Path, error: Exception):
+        steps = sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+        intact = f"checkpoint {steps[-1]} is intact" if steps else "there is none before it"
+        super().__init__(
+            f"a checkpoint could not be written to {directory} ({_reason(error)}): make room; "
+            f"{intact}"
+        )
 
 
 class CorruptCheckpoint(TrainError):
     """A checkpoint that is there and cannot be read."""
 
-    def __init__(self, path: Path, error: Exception):
+    def __init__(self, path: epath.Path, error: Exception):
         super().__init__(
             f"checkpoint {path} is corrupt ({_reason(error)}): "
             "give --fallback to use the one before it"
         )
+
+
+@contextmanager
+def _shared(describe: Callable[[Exception], TrainError]) -> Iterator[None]:
+    """What goes wrong on one process is raised on all of them, described."""
+    problem = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    if any_process(problem is not None):
+        raise describe(problem or RuntimeError("another process says why")) from problem
 
 
 def _tree_restore(abstract: Any) -> ocp.args.PyTreeRestore:

@@ -11,7 +11,7 @@ from model.transformer import build
 from train.config import TrainError
 from train.load import Trained
 from train.rows import shapes
-from train.sharding import to_devices
+from train.sharding import whole, whole_to_devices
 from train.step import model_inputs
 
 
@@ -27,7 +27,10 @@ class Classifier:
             )
         self.trained, self.config = trained, run.data
         model = build(run.model)
-        self._outputs = jax.jit(lambda params, batch: model.apply({"params": params}, **batch))
+        self._outputs = jax.jit(
+            lambda params, batch: model.apply({"params": params}, **batch),
+            out_shardings=whole(trained.mesh),
+        )
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
         """One line per text: class and probability, or the number of a regression.
@@ -56,7 +59,7 @@ class Classifier:
         for indices, count, length in shapes(lengths, config.batch_tokens, mesh, config.max_length):
             batch = pad_and_stack([rows[i] for i in indices], count, length)
             with jax.set_mesh(mesh):
-                batch = to_devices(batch, mesh)
+                batch = whole_to_devices(batch, mesh)
                 result = np.asarray(self._outputs(self.trained.params, batch))
             outputs[indices] = result[: len(indices)]
         return outputs

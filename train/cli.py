@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import traceback
 import warnings
 from typing import Any
 
@@ -11,6 +12,7 @@ from data.config import DataError
 from model.config import ModelError
 from train import commands
 from train.config import Interrupted, TrainError
+from train.flags import take
 
 USAGE = """usage: heedful COMMAND ...
 
@@ -32,6 +34,12 @@ USAGE = """usage: heedful COMMAND ...
   heedful import hf:DIR [--flags]       a run from a Hugging Face model
   heedful export RUN DIR                a Hugging Face model from a run
 
+train, evaluate, translate, generate, classify, export, reproduce and verify run in several
+processes, each started with the same command; in a Slurm step and on a TPU pod slice they find
+each other, elsewhere by
+      --coordinator HOST:PORT --processes N --process I
+(or HEEDFUL_COORDINATOR, HEEDFUL_PROCESSES, HEEDFUL_PROCESS).
+
 heedful COMMAND CONFIG|RUN --help lists every flag with its meaning."""
 
 # glibc gives freed memory back to the system between steps and asks for it again: twice the time.
@@ -47,14 +55,19 @@ def main() -> None:
     except BrokenPipeError:  # `heedful ... | head` is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    if code in (1, 2) and _of_several():
+        # At once: an ordinary exit waits for the other processes, which may wait for this one.
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
     """Runs a command and returns its exit code.
 
-    0; 1 where an audit finds something, bits differ or a plan does not fit; 2 for a user's error;
-    130 when interrupted.
+    0; 1 where an audit finds something, bits differ, a plan does not fit, or another process of the
+    run has died; 2 for a user's error; 75 (EX_TEMPFAIL: the same command resumes) when SIGTERM came
+    and the run is saved on all processes; 130 when SIGINT did.
     """
     try:
         return _dispatch(arguments)
@@ -63,7 +76,30 @@ def run(arguments: list[str]) -> int:
         return 2
     except Interrupted as interruption:
         print(f"heedful: {interruption}; the same command resumes it", file=sys.stderr)
-        return 130
+        return interruption.code
+    except Exception as error:
+        if not _of_several():
+            raise
+        return _failed(error)
+
+
+def _of_several() -> bool:
+    """Whether there are other processes; without importing jax where nothing has."""
+    return "train.hosts" in sys.modules and sys.modules["train.hosts"].several()
+
+
+def _failed(error: Exception) -> int:
+    """Says what has gone wrong in one of several processes; returns the exit code."""
+    if sys.modules["train.hosts"].lost(error):
+        reason = str(error).splitlines()[0][:200]
+        print(
+            f"heedful: error: another process has died or cannot be reached ({reason}): "
+            "start all of them again, the same command resumes a run",
+            file=sys.stderr,
+        )
+    else:
+        traceback.print_exception(error)
+    return 1
 
 
 COMMANDS = {
@@ -79,8 +115,24 @@ COMMANDS = {
 }
 
 
+OF_SEVERAL = (
+    "train", "evaluate", "translate", "generate", "classify", "export", "reproduce", "verify"
+)  # fmt: skip
+
+
+def _join(arguments: list[str]) -> list[str]:
+    """Makes this process one of several where the flags or the environment say so; other flags."""
+    from train import hosts
+
+    given, rest = take(arguments, hosts.FLAGS)
+    hosts.join(given)
+    return rest
+
+
 def _dispatch(arguments: list[str]) -> int:
     command, rest = (arguments or ["--help"])[0], arguments[1:]
+    if command in OF_SEVERAL and not commands.helps(rest):
+        rest = _join(rest)
     known = ["configs", "cores", "train", "inspect", "masks", "plan", *COMMANDS]
     if command in ("--help", "-h"):
         print(USAGE)

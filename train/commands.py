@@ -1,10 +1,12 @@
 """What each command of the command line does with a run."""
 
 import dataclasses
+import json
 import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +87,13 @@ def train(name: str, experiment: Any, description: str, arguments: list[str]) ->
     keep_compiled()
     from train.audit.report import audit_before_training
     from train.evaluate import report
+    from train.hosts import one_first
     from train.load import load
     from train.loop import fit
     from train.start import start_run
 
-    run = start_run(chosen.run_dir, chosen.model, chosen.data, chosen.train, console())
+    parts = chosen.run_dir, chosen.model, chosen.data, chosen.train
+    run = one_first(lambda: start_run(*parts, console()))
     if chosen.audit:
         audit_before_training(run.model, run.data, console())
     fit(run, console(), fallback=chosen.fallback)
@@ -120,6 +124,7 @@ def generate(directory: str, arguments: list[str]) -> None:
     text, arguments = _text(arguments)
     chosen = _parse_for_run(DecodeArguments, directory, arguments, "generate")
     from train.generate import Generator
+    from train.hosts import is_first
 
     lines = read_lines() if text is None else []
     trained = _load(directory, chosen, stderr=True)
@@ -129,10 +134,11 @@ def generate(directory: str, arguments: list[str]) -> None:
         whole = [line + rest for line, rest in zip(lines, generator(lines), strict=True)]
         _print(text.replace("\n", " ") for text in whole)
         return
-    print(text, end="", flush=True)
+    show = partial(print, end="", flush=True) if is_first() else lambda _: None
+    show(text)
     for piece in generator.stream(text):
-        print(piece, end="", flush=True)
-    print()
+        show(piece)
+    show("\n")
 
 
 def classify(directory: str, arguments: list[str]) -> None:
@@ -298,12 +304,22 @@ def _text(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _print(lines: Iterable[str]) -> None:
+    from train.hosts import is_first
+
     for line in lines:
-        print(line)
+        if is_first():
+            print(line)
 
 
 def read_lines() -> list[str]:
-    """The lines of standard input, in UTF-8."""
+    """The lines of standard input, in UTF-8; of several processes the first one reads."""
+    from train.hosts import from_first, is_first, one_first
+
+    lines = one_first(lambda: _lines_here() if is_first() else [])
+    return json.loads(from_first(json.dumps(lines)))
+
+
+def _lines_here() -> list[str]:
     lines = sys.stdin.buffer.read().split(b"\n")
     lines = lines[:-1] if lines and not lines[-1] else lines
     decoded = []
@@ -318,7 +334,9 @@ def read_lines() -> list[str]:
 def console(stderr: bool = False) -> Any:
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+    from train.hosts import is_first
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, quiet=not is_first())
 
 
 def keep_compiled() -> None:

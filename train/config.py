@@ -12,6 +12,10 @@ class TrainError(ValueError):
 class Interrupted(Exception):
     """The run was stopped by a signal, and saved."""
 
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
 
 def require(condition: bool, message: str) -> None:
     if not condition:
@@ -197,6 +201,9 @@ class TrainConfig:
     """Steps between two lines of metrics."""
     checkpoint_every: int = 500
     """Steps between two checkpoints, each with its validation loss."""
+    checkpoints: str | None = None
+    """Where checkpoints lie: a folder, or a bucket (gs://... with the package gcsfs, s3://... with
+    s3fs); None: in the run directory."""
     keep: int = 5
     """Newest checkpoints that are kept, besides the one of the lowest validation loss."""
     average: int = 5

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,10 +15,11 @@ from data import sources
 from data.pipeline import Dataset
 from train import scores
 from train.config import DecodeConfig
+from train.hosts import is_first, one_first
 from train.load import Trained
 from train.perplexity import strided_loss
 from train.run import write_json
-from train.sharding import to_devices
+from train.sharding import rows_here, to_devices
 from train.step import make_eval_step
 from train.translate import Translator
 
@@ -30,7 +32,7 @@ def measure(eval_step: Callable, params: Any, dataset: Dataset, mesh: Mesh) -> d
     losses, weights = 0.0, 0.0
     kept: list[tuple[np.ndarray, np.ndarray]] = []
     pending = []
-    for batch in dataset.eval_batches(jax.process_index(), jax.process_count()):
+    for batch in dataset.eval_batches(*rows_here(mesh)):
         pending.append(eval_step(params, to_devices(batch, mesh)))
     for loss, weight, predicted in jax.device_get(pending):
         losses, weights = losses + float(loss), weights + float(weight)
@@ -64,7 +66,8 @@ def report(
     )
     result: dict[str, float] = {}
     for split in ("valid", "test"):
-        dataset = Dataset.prepare(run.data, tokenizer, split, seed=run.train.seed)
+        prepare = partial(Dataset.prepare, run.data, tokenizer, split, seed=run.train.seed)
+        dataset = one_first(prepare)
         with jax.set_mesh(trained.mesh):
             if stride is None:
                 measured = measure(eval_step, trained.params, dataset, trained.mesh)
@@ -77,7 +80,8 @@ def report(
         result |= {f"{split}_{key}": value for key, value in measured.items()}
     if run.data.objective == "translation":
         result |= _translate(trained, decode, console, seed)
-    write_json(run.directory / "result.json", result)
+    if is_first():
+        write_json(run.directory / "result.json", result)
     console.print(f"\nthe run lies in {run.directory}")
     return result
 
@@ -123,7 +127,7 @@ def _translate(
         console.print(f"\n  source     {tokenizer.plain(examples[i]['source'])}", markup=False)
         console.print(f"  reference  {references[i]}", markup=False)
         console.print(f"  heedful    {translations[i]}", markup=False)
-    (run.directory / "translations.test.txt").write_text(
-        "".join(line + "\n" for line in translations), "utf-8"
-    )
+    if is_first():
+        text = "".join(line + "\n" for line in translations)
+        (run.directory / "translations.test.txt").write_text(text, "utf-8")
     return result

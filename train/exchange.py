@@ -13,6 +13,7 @@ from model import pretrained
 from model.config import ModelConfig
 from train.checkpoint import Checkpoints
 from train.config import DecodeConfig, MeshConfig, TrainConfig, TrainError
+from train.hosts import is_first, to_host
 from train.init_from import Source
 from train.load import Trained
 from train.record import add_environment, environment
@@ -91,7 +92,9 @@ def export_run(trained: Trained, directory: Path, console: Console) -> None:
     """
     if directory.is_dir() and any(directory.iterdir()):
         raise TrainError(f"{directory} is not empty: give another directory to export to")
-    model, params = pretrained.merge_lora(trained.run.model, jax.device_get(trained.params))
+    model, params = pretrained.merge_lora(trained.run.model, to_host(trained.params))
+    if not is_first():
+        return
     tokenizer = trained.tokenizer
     roles = {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
     special = {f"{role}_token_id": i for role, i in roles.items() if i is not None}

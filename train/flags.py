@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+from collections.abc import Collection
 from typing import TypeVar
 
 from train.config import TrainError
@@ -38,6 +39,21 @@ def early(arguments: list[str], flag: str) -> str | None:
         if name.replace("_", "-") == flag:
             value = inline if found else following
     return value
+
+
+def take(arguments: list[str], flags: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """(values of these flags, the other arguments)."""
+    values, others = {}, []
+    following = iter(arguments)
+    for argument in following:
+        name, found, value = argument.partition("=")
+        if name not in flags:
+            others.append(argument)
+            continue
+        values[name] = value if found else next(following, "")
+        if not values[name]:
+            raise TrainError(f"{name} needs a value")
+    return values, others
 
 
 def _one_line(box: str) -> str:

@@ -15,6 +15,7 @@ from model.decoding import Decoded, Sampling, Writing, advance, beam_search, beg
 from model.transformer import build, empty_cache
 from train.config import DecodeConfig, TrainError
 from train.rows import Rows, batches
+from train.sharding import whole
 
 CHUNK = 256  # positions of a prompt that are read at once
 PIECE = 16  # tokens that a batch writes between two looks for stop strings
@@ -41,8 +42,10 @@ class Generator:
         self.model, self.decode, self.tokenizer = model, decode, tokenizer
         self.params, self.mesh, self.seed, self.prefix = params, mesh, seed, prefix
         self._begin = jax.jit(self._read_prompts)
-        self._advance = jax.jit(self._write_on, donate_argnames="writing")
-        self._search = jax.jit(self._beam_search)
+        self._advance = jax.jit(
+            self._write_on, donate_argnames="writing", out_shardings=(None, whole(mesh))
+        )
+        self._search = jax.jit(self._beam_search, out_shardings=whole(mesh))
 
     def stream(self, prompt: str) -> Iterator[str]:
         """Yields the text after `prompt` piece by piece, as it is written.

@@ -17,6 +17,7 @@ from data.tokenizer import Tokenizer
 from model import pretrained
 from model.config import LoraConfig, ModelConfig
 from train.config import TrainError
+from train.hosts import to_host
 from train.load import load
 from train.run import Run, differences, to_json
 from train.trainable import named
@@ -59,7 +60,7 @@ def open_source(init_from: str, console: Console) -> Source:
         dataclasses.replace(run.model, lora=LoraConfig()),
         run.tokenizer(),
         # What low-rank updates have learned is part of the body.
-        lambda: pretrained.merge_lora(run.model, load(Path(init_from), console).params)[1],
+        lambda: pretrained.merge_lora(run.model, to_host(load(Path(init_from), console).params))[1],
         lambda: run.data.classes,
     )
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from data.tokenizer import Tokenizer
 from train.checkpoint import Checkpoints, CorruptCheckpoint
-from train.config import TrainError
+from train.config import MeshConfig, TrainError
 from train.run import Run
 from train.sharding import make_mesh
 from train.state import abstract_params
@@ -39,7 +39,7 @@ def load(
     checkpoints out, and says so. Raises TrainError, and CorruptCheckpoint.
     """
     run = Run.open(directory)
-    tokenizer, mesh = run.tokenizer(), make_mesh(run.train.mesh)
+    tokenizer, mesh = run.tokenizer(), _mesh(run.train.mesh, console)
     checkpoints = Checkpoints(run.checkpoints, tokenizer.fingerprint)
     which = checkpoint or ("average" if run.train.average > 1 else "best")
     candidates, count = _candidates(checkpoints, which, run.train.average)
@@ -48,6 +48,16 @@ def load(
     listed = ", ".join(f"{step:,}" for step in steps)
     console.print(f"parameters of step {listed}" + (" averaged" if len(steps) > 1 else ""))
     return Trained(run, tokenizer, mesh, params, steps)
+
+
+def _mesh(config: MeshConfig, console: Console) -> Mesh:
+    """The mesh of the run, or where its devices are not there one of those that are."""
+    try:
+        return make_mesh(config)
+    except TrainError:
+        mesh = make_mesh(MeshConfig())
+        console.print(f"mesh: data {mesh.size}, which is not that of the training")
+        return mesh
 
 
 def _candidates(checkpoints: Checkpoints, which: str, average: int) -> tuple[list[int], int]:

@@ -1,11 +1,11 @@
 """fit(): from a config to a trained model, resuming where a former call stopped."""
 
 import math
-import signal
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,17 +16,20 @@ from data.pipeline import Dataset, TrainIterator
 from model.attention import choose
 from model.config import ModelConfig
 from train.checkpoint import Checkpoints, CorruptCheckpoint
-from train.config import Interrupted, TrainConfig, TrainError
+from train.config import TrainConfig, TrainError
 from train.evaluate import measure
 from train.fingerprint import make_fingerprint
+from train.hosts import one_first, require_same, several
 from train.init_from import open_source, take_over
 from train.metrics import MetricsWriter, require_finite
 from train.plan.rescue import explained
 from train.record import FingerprintWriter, Witness, add_environment, environment
 from train.run import Run
-from train.sharding import require_divisible, to_devices
+from train.saving import Saving
+from train.sharding import require_divisible, rows_here, to_devices
 from train.state import Setup, TrainState, first_state, init_params, parameter_count, set_up
 from train.step import make_eval_step, make_train_step
+from train.stop import Stop
 from train.trainable import named, split
 
 DETERMINISM = {
@@ -49,13 +52,17 @@ def fit(
 
     `fallback` allows to start from an earlier checkpoint when the newest is corrupt. The `witness`
     sees the environment and each fingerprint, and what it raises ends the training. Raises
-    NonFiniteLoss, CorruptCheckpoint, TrainError for what cannot be saved, and Interrupted on SIGINT
-    or SIGTERM, after saving.
+    NonFiniteLoss, CorruptCheckpoint, SaveFailed for the last checkpoint, and Interrupted on SIGINT
+    or SIGTERM to any process, after saving.
     """
     config, tokenizer = run.train, run.tokenizer()
-    prepare = lambda split: Dataset.prepare(run.data, tokenizer, split, seed=config.seed)  # noqa: E731
+    prepare = partial(Dataset.prepare, run.data, tokenizer, seed=config.seed)
     with console.status("reading the data"):
-        train_data, valid_data = prepare("train"), prepare("valid")
+        train_data = one_first(lambda: prepare("train"))
+        valid_data = one_first(lambda: prepare("valid"))
+    require_same("config", repr((run.model, run.data, config)))
+    require_same("tokenizer", tokenizer.fingerprint)
+    require_same("data", train_data.data_fingerprint + valid_data.data_fingerprint)
     for line in train_data.report + valid_data.report:
         console.print(line)
 
@@ -74,37 +81,27 @@ def fit(
 
     with (
         closing(Checkpoints(run.checkpoints, tokenizer.fingerprint, config.keep)) as checkpoints,
-        closing(train_data.train_iterator(jax.process_index(), jax.process_count())) as batches,
+        closing(train_data.train_iterator(*rows_here(mesh))) as batches,
     ):
-        restored = start or _restore(checkpoints, setup.abstract, fallback, console)
+        saving = Saving(run, checkpoints, batches, train_data.data_fingerprint, console)
+        restored = start or _restore(checkpoints, setup.abstract, saving, fallback, console)
         if restored is None:
             state = first_state(setup, _first_params(run, setup, console))
         else:
             state, position = restored
-            if position["data_fingerprint"] != train_data.data_fingerprint:
-                raise TrainError(
-                    f"the training data has changed since {run.directory} was started: "
-                    "put it back, or give another --run-dir"
-                )
-            batches.set_state(position["iterator"])
+            saving.go_on(position)
         step = make_train_step(run.model, config, setup)
         eval_step = make_eval_step(run.model, mesh, config.loss_chunk, config.deterministic)
         if (first := int(state.step)) < config.steps:
             add_environment(run, now, first, console)
-
-        def save(state: TrainState) -> dict[str, float]:
-            measured = measure(eval_step, state.params, valid_data, mesh)
-            position = {
-                "iterator": batches.get_state(),
-                "data_fingerprint": train_data.data_fingerprint,
-            }
-            checkpoints.save(state, position, _score(measured, config.metric))
-            return measured
-
-        patience = _Patience(config, checkpoints.best_score() if checkpoints.steps else None)
+        validate = lambda state: measure(eval_step, state.params, valid_data, mesh)  # noqa: E731
+        patience = _Patience(config, checkpoints.best_score())
+        began = time.perf_counter()
         with jax.set_mesh(mesh), explained(run, list(mesh.devices.flat), console):
-            _loop(run, state, step, batches, save, patience, mesh, console, witness)
+            _loop(run, state, step, batches, validate, saving, patience, mesh, console, witness)
         checkpoints.wait()
+        share = saving.seconds / (time.perf_counter() - began)
+        console.print(f"saving held training up for {saving.seconds:.2f} s ({share:.1%})")
 
 
 def _first_params(run: Run, setup: Setup, console: Console) -> Any:
@@ -127,7 +124,8 @@ def _loop(
     state: TrainState,
     train_step: Callable,
     batches: TrainIterator,
-    save: Callable[[TrainState], dict[str, float]],
+    validate: Callable[[TrainState], dict[str, float]],
+    saving: Saving,
     patience: "_Patience",
     mesh: jax.sharding.Mesh,
     console: Console,
@@ -144,7 +142,7 @@ def _loop(
     with (
         closing(MetricsWriter(run.directory, first)) as writer,
         closing(FingerprintWriter(run, first or -1, names, witness)) as fingerprints,
-        _StopSignal() as stop,
+        Stop(mesh, AHEAD) as stop,
         Progress(*columns, console=console) as bar,
     ):
         task = bar.add_task("compiling", total=config.steps, completed=first)
@@ -165,20 +163,26 @@ def _loop(
             waited = time.perf_counter() - waited
             state, metrics = train_step(state, batch)
             is_last = step == config.steps
-            saves = step % config.checkpoint_every == 0 or is_last or stop.asked
-            if saves or step % config.fingerprint_every == 0:
+            is_stopped = stop.agreed() and not is_last
+            is_saved = step % config.checkpoint_every == 0 or is_last
+            if is_saved or is_stopped or step % config.fingerprint_every == 0:
                 metrics["fingerprint"] = fingerprint(state.params)
             meter.add(step, metrics, waited)
-            if saves:
+            if is_stopped:
+                # There may be seconds to save, and none to measure: it gets no score.
                 meter.drain()
-                measured = save(state)
-                patience.add(step, _score(measured, config.metric))
+                saving.save(state, None, last=True)
+                raise stop.interrupted(step)
+            if is_saved:
+                meter.drain()
+                measured = validate(state)
+                score = _score(measured, config.metric)
+                said = saving.save(state, score, last=is_last)
+                patience.add(step, score)
                 writer.write(step, {f"valid_{name}": value for name, value in measured.items()})
                 listed = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
-                console.print(f"step {step:,}: validation {listed}, checkpoint saved")
+                console.print(f"step {step:,}: validation {listed}, {said}")
                 meter.restart()
-            if stop.asked and not is_last:
-                raise Interrupted(f"stopped at step {step:,}, saved")
 
 
 def describe(model: ModelConfig, length: int, setup: Setup, console: Console) -> None:
@@ -193,11 +197,16 @@ def describe(model: ModelConfig, length: int, setup: Setup, console: Console) ->
     if training < parameter_count(params):
         count += f", of which {training:,} train"
     console.print(f"parameters: {count} ({model.architecture})")
-    console.print(f"devices: {devices.size} x {devices[0].device_kind} (mesh: {sizes})")
+    hosts = f" on {jax.process_count()} processes" if several() else ""
+    console.print(f"devices: {devices.size} x {devices[0].device_kind}{hosts} (mesh: {sizes})")
 
 
 def _restore(
-    checkpoints: Checkpoints, abstract: TrainState, fallback: bool, console: Console
+    checkpoints: Checkpoints,
+    abstract: TrainState,
+    saving: Saving,
+    fallback: bool,
+    console: Console,
 ) -> tuple[TrainState, dict] | None:
     """The newest state that can be read, older ones only if `fallback`; None: there is none."""
     for step in reversed(checkpoints.steps):
@@ -208,6 +217,7 @@ def _restore(
                 raise
             console.print(f"{error}\nset aside as {checkpoints.set_aside(step)}", style="yellow")
             continue
+        saving.require_ours(position)
         console.print(f"resuming from the checkpoint of step {step:,}")
         return state, position
     return None
@@ -278,21 +288,3 @@ class _Meter:
         self.writer.write(step, values)
         self.show(step, f"loss {values['loss']:.3f}  {values['tokens_per_second']:,.0f} tokens/s")
         self.restart()
-
-
-class _StopSignal:
-    """While entered, the first SIGINT or SIGTERM only sets `asked`; the second acts as usual."""
-
-    asked = False
-
-    def __enter__(self) -> "_StopSignal":
-        self._former = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: Any) -> None:
-        self.asked = True
-        self.__exit__()

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from train.config import TrainError
+from train.hosts import is_first
 
 
 class NonFiniteLoss(TrainError):
@@ -30,7 +31,7 @@ class MetricsWriter:
         """Lines of steps after `from_step` are dropped: the run goes through them again."""
         self._directory, self._from_step = directory, from_step
         self._lines = None
-        if jax.process_index() == 0:
+        if is_first():
             self._lines = append_after(directory / "metrics.jsonl", from_step)
 
     def write(self, step: int, values: dict[str, float]) -> None:

@@ -12,7 +12,7 @@ from data.batch import pad_and_stack
 from data.objectives import OBJECTIVES, Arrays
 from data.pipeline import Dataset
 from train.config import TrainError
-from train.sharding import to_devices
+from train.sharding import whole_to_devices
 
 
 def strided_loss(
@@ -37,7 +37,7 @@ def strided_loss(
     with jax.set_mesh(mesh):
         windows = _windows(dataset, stride)
         while rows := list(islice(windows, n_rows)):
-            batch = to_devices(pad_and_stack(rows, n_rows, config.max_length), mesh)
+            batch = whole_to_devices(pad_and_stack(rows, n_rows, config.max_length), mesh)
             losses, weights, _ = eval_step(params, batch)
             total, weight = total + float(losses), weight + float(weights)
     return total / weight

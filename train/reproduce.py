@@ -14,6 +14,7 @@ from rich.console import Console
 from train.checkpoint import Checkpoints
 from train.config import Interrupted, TrainError
 from train.fingerprint import make_fingerprint
+from train.hosts import any_process, one_first
 from train.loop import fit
 from train.record import changes, environments, fingerprints, named_words
 from train.run import Run
@@ -48,7 +49,8 @@ def reproduce(directory: Path, chosen: ReproduceArguments, console: Console) -> 
     original = Run.open(directory)
     witness = _Comparison(original, console, 0, chosen.steps)
     with _fresh_directory(chosen.run_dir) as fresh:
-        run = dataclasses.replace(original, directory=fresh)
+        train = dataclasses.replace(original.train, checkpoints=None)  # those are the original's
+        run = dataclasses.replace(original, directory=fresh, train=train)
         console.print(f"reproducing {directory} in {fresh}")
         return witness.watch(run)
 
@@ -75,7 +77,9 @@ def verify(directory: Path, chosen: VerifyArguments, console: Console) -> bool:
         return witness.verdict()
     with _fresh_directory(chosen.run_dir) as fresh:
         # What decides when to stop and what to keep has no part in the bits.
-        train = dataclasses.replace(original.train, patience=None, keep=1, average=1)
+        train = dataclasses.replace(
+            original.train, checkpoints=None, patience=None, keep=1, average=1
+        )
         run = dataclasses.replace(original, directory=fresh, train=train)
         return witness.watch(run, (state, position))
 
@@ -113,7 +117,7 @@ class _Comparison:
 
     def watch(self, run: Run, start: tuple[TrainState, dict] | None = None) -> bool:
         """Trains, and returns whether all was the same to the end."""
-        run.start(self.original.tokenizer())
+        one_first(lambda: run.start(self.original.tokenizer()))
         try:
             fit(run, self.console, start=start, witness=self)
         except _Over:
@@ -183,7 +187,7 @@ class _Comparison:
 @contextlib.contextmanager
 def _fresh_directory(chosen: Path | None) -> Iterator[Path]:
     if chosen is not None:
-        if (chosen / "config.json").exists():
+        if any_process((chosen / "config.json").exists()):
             raise TrainError(f"{chosen} holds a run already: give another --run-dir")
         yield chosen
     elif jax.process_count() > 1:

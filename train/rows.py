@@ -3,12 +3,11 @@
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, UInt32
 
-from train.sharding import RULES
+from train.sharding import RULES, place
 
 SHORTEST = 16  # lengths are 16, 32, 64, ...: one compilation each
 
@@ -38,7 +37,7 @@ def batches(
         for row, i in enumerate(chosen):
             inputs[row, : len(sequences[i])] = sequences[i]
             lengths[row], lines[row] = sizes[i], i
-        yield chosen, Rows(*jax.device_put((inputs, lengths, lines), sharding))
+        yield chosen, Rows(*(place(x, sharding) for x in (inputs, lengths, lines)))
 
 
 def shapes(

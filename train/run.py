@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from data.config import DataConfig
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from train.config import TrainConfig, TrainError
+
+MAY_DIFFER = ("train.mesh.", "train.checkpoints ")  # where a run goes on: the results stay
 
 
 @dataclass(frozen=True)
@@ -32,19 +36,23 @@ class Run:
         if not path.is_file():
             raise TrainError(f"{directory} is no run directory: it has no config.json")
         try:
-            values = json.loads(path.read_text("utf-8"))
-            return cls(
-                directory,
-                from_json(ModelConfig, values["model"]),
-                from_json(DataConfig, values["data"]),
-                from_json(TrainConfig, values["train"]),
-            )
+            return cls.of(directory, json.loads(path.read_text("utf-8")))
         except (KeyError, TypeError, ValueError) as error:
             raise TrainError(f"{path} cannot be read as the config of a run: {error}") from error
 
+    @classmethod
+    def of(cls, directory: Path, values: dict[str, Any]) -> "Run":
+        """The run whose `values` these are; what they do not have has its default."""
+        return cls(
+            directory,
+            from_json(ModelConfig, values["model"]),
+            from_json(DataConfig, values["data"]),
+            from_json(TrainConfig, values["train"]),
+        )
+
     @property
-    def checkpoints(self) -> Path:
-        return self.directory / "checkpoints"
+    def checkpoints(self) -> epath.Path:
+        return epath.Path(self.train.checkpoints or self.directory / "checkpoints")
 
     @property
     def metrics(self) -> Path:
@@ -64,25 +72,32 @@ class Run:
     def start(self, tokenizer: Tokenizer) -> None:
         """Writes what describes the run, unless the directory holds this very run already.
 
-        Raises TrainError when it holds a run of another config.
+        It may go on with another mesh. Raises TrainError when it holds a run of another config.
         """
         if not (self.directory / "config.json").exists():
             self.directory.mkdir(parents=True, exist_ok=True)
             tokenizer.save(self.tokenizer_path)
             write_json(self.directory / "config.json", self.values())
             return
-        others = list(differences(self.values(), Run.open(self.directory).values()))
-        if others:
-            listed = "; ".join(others[:3]) + ("; ..." if len(others) > 3 else "")
+        there = Run.open(self.directory)
+        if others := self.others(there):
             raise TrainError(
-                f"{self.directory} holds a run of another config ({listed}): "
+                f"{self.directory} holds a run of another config ({others}): "
                 "give another --run-dir, or the same config to resume it"
             )
+        if there != self:
+            write_json(self.directory / "config.json", self.values())
 
     def values(self) -> dict[str, Any]:
         """The three configs as JSON values."""
         parts = {"model": self.model, "data": self.data, "train": self.train}
         return {name: to_json(part) for name, part in parts.items()}
+
+    def others(self, there: "Run") -> str:
+        """What differs from the configs of another run, if any; the mesh may."""
+        found = differences(self.values(), there.values())
+        others = [line for line in found if not line.startswith(MAY_DIFFER)]
+        return "; ".join(others[:3]) + ("; ..." if len(others) > 3 else "")
 
 
 def to_json(config: Any) -> Any:

@@ -1,5 +1,6 @@
 """The device mesh, and which mesh axis each logical axis is split over."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -120,9 +121,60 @@ def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[RULES["act_batch"], RULES["act_length"]][:rank]))
 
 
+@functools.cache
+def rows_here(mesh: Mesh) -> tuple[tuple[int, ...], int]:
+    """Which parts of the rows of a batch the devices of this process hold, out of how many.
+
+    As few and as large as they can be. Where other axes than the batch's are split over processes,
+    several hold the same rows.
+    """
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    return held(owners.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1), jax.process_index())
+
+
+def held(owners: np.ndarray, process: int) -> tuple[tuple[int, ...], int]:
+    """`rows_here` of a process, where owners [parts, devices of each] are the processes of all."""
+    mine, count = np.flatnonzero((owners == process).any(1)), len(owners)
+    for size in range(count, 1, -1):
+        parts = np.unique(mine // size)
+        if count % size == 0 and len(parts) * size == len(mine):
+            return tuple(parts.tolist()), count // size
+    return tuple(mine.tolist()), count
+
+
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """The global batch, of which each process gives its own rows."""
-    return {
-        name: jax.make_array_from_process_local_data(batch_sharding(mesh, array.ndim), array)
-        for name, array in batch.items()
-    }
+    """The global batch, of which each process gives the rows that its devices hold: `rows_here`."""
+    parts, count = rows_here(mesh)
+
+    def gather(array: np.ndarray) -> jax.Array:
+        size = len(array) // len(parts)
+        shape = (size * count, *array.shape[1:])
+
+        def read(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(shape[0])
+            first = parts.index(start // size) * size + start % size
+            return array[(slice(first, first + stop - start), *index[1:])]
+
+        return jax.make_array_from_callback(shape, batch_sharding(mesh, array.ndim), read)
+
+    if count == 1:
+        return whole_to_devices(batch, mesh)
+    return {name: gather(array) for name, array in batch.items()}
+
+
+def whole_to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch that every process has whole."""
+    return {name: place(array, batch_sharding(mesh, array.ndim)) for name, array in batch.items()}
+
+
+def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has, of which each gives its devices what they hold."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    # Not `device_put`: it compares the values of all processes first.
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def whole(mesh: Mesh) -> NamedSharding:
+    """All of an array on every device, so that each process can read it."""
+    return NamedSharding(mesh, PartitionSpec())

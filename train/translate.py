@@ -14,6 +14,7 @@ from model.decoding import Decoded, Sampling, beam_search, sample
 from model.transformer import build, empty_cache
 from train.config import DecodeConfig, TrainError
 from train.rows import Rows, batches
+from train.sharding import whole
 
 
 class Translator:
@@ -37,7 +38,7 @@ class Translator:
         self.tokenizer, self.params, self.mesh = tokenizer, params, mesh
         self.model, self.decode, self.seed = model, decode, seed
         self.bos, self.eos = tokenizer.bos, tokenizer.eos
-        self._run = jax.jit(self._translate)
+        self._run = jax.jit(self._translate, out_shardings=whole(mesh))
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
         """The translation of each text; of a blank one, a blank one.

@@ -20,8 +20,8 @@ def in_data(model: ModelConfig, dataset: Dataset) -> list[Finding]:
     found: dict[tuple[str, str], Finding] = {}
     documents = _documents(dataset)
     kept, chosen = 0, 0
-    batches = [dataset.batch(dataset.eval_plan, 0, 1, 0)]
-    batches += [dataset.batch(dataset.train_plan, 0, 1, i) for i in range(BATCHES)]
+    batches = [dataset.batch(dataset.eval_plan, 0)]
+    batches += [dataset.batch(dataset.train_plan, i) for i in range(BATCHES)]
     for batch in batches:
         for finding in _in_batch(model, dataset, batch, documents):
             found.setdefault((finding.kind, finding.where), finding)

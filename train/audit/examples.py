@@ -93,7 +93,7 @@ def batch(dataset: Dataset) -> dict[str, np.ndarray]:
     """The rows in their order; those with a prefix of which a prefix leaves something to see."""
     made = {}
     for seed in range(100):
-        made = dataclasses.replace(dataset, seed=seed).batch(dataset.eval_plan, 0, 1, 0)
+        made = dataclasses.replace(dataset, seed=seed).batch(dataset.eval_plan, 0)
         if "prefix_len" not in made:
             break
         prefix, lengths = made["prefix_len"][:2], (made["segment_ids"] > 0).sum(1)[:2]

@@ -1,0 +1,159 @@
+"""Several processes that compute together: how they find each other, and what they agree on."""
+
+import importlib.util
+import itertools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
+from orbax.checkpoint import multihost
+
+from train.config import TrainError
+
+T = TypeVar("T")
+
+# Flag of a command, and the variable that stands for it.
+FLAGS = {
+    "--coordinator": "HEEDFUL_COORDINATOR",
+    "--processes": "HEEDFUL_PROCESSES",
+    "--process": "HEEDFUL_PROCESS",
+}
+HEARTBEAT = 60  # seconds without a sign of life after which a process counts as dead
+PATIENCE = 24 * 3600  # seconds that one process may prepare what the others wait for
+_turns = itertools.count()
+
+
+# How they find each other ------------------------------------------------------------------------
+
+
+def join(given: Mapping[str, str]) -> None:
+    """Makes this process one of several; alone where nothing says that there are others.
+
+    What says so: `FLAGS`, else their variables, else Slurm, Open MPI or a TPU; --processes 1 says
+    that it is alone. With a coordinator one process adds up over its CPU devices as several do, in
+    gloo's order: the same bits. To be called before anything is computed. Raises TrainError for
+    half of the flags, and when the others do not come.
+    """
+    values = [given.get(flag) or os.environ.get(name) for flag, name in FLAGS.items()]
+    coordinator, processes, process = values
+    is_alone = values == [None, "1", None] or not (any(values) or _is_in_cluster())
+    if is_alone or jax.distributed.is_initialized():
+        return
+    arguments: dict[str, Any] = {}
+    if coordinator == "auto":
+        pass
+    elif all(values):
+        count, index = _number("--processes", processes), _number("--process", process)
+        if index >= count:
+            raise TrainError(f"--process {index} of --processes {count}: they count from 0")
+        arguments = {
+            "coordinator_address": coordinator, "num_processes": count, "process_id": index
+        }  # fmt: skip
+    elif any(values):
+        lacking = [flag for flag, value in zip(FLAGS, values, strict=True) if not value]
+        raise TrainError(
+            f"{' and '.join(lacking)} missing: several processes need --coordinator HOST:PORT (of "
+            "process 0), --processes N and --process I, or --coordinator auto in a cluster"
+        )
+    # It would take SIGTERM away from `train.stop`, which also knows SIGINT.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT)
+    except (RuntimeError, ValueError) as error:
+        raise TrainError(
+            f"the processes do not find each other ({str(error).splitlines()[0][:200]}): give "
+            "--coordinator HOST:PORT (of process 0), --processes N and --process I"
+        ) from error
+
+
+def _is_in_cluster() -> bool:
+    """Whether the environment tells of other processes. A lone one must not wait for any."""
+    environment = os.environ
+    counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # a batch script has no step
+    if any(int(environment.get(name, 1)) > 1 for name in counts):
+        return True
+    # jax forbids asking for the TPU's metadata where it sees no chip.
+    has_chips = "TPU_SKIP_MDS_QUERY" not in environment
+    return has_chips and importlib.util.find_spec("libtpu") is not None
+
+
+def _number(flag: str, value: str | None) -> int:
+    if value is None or not value.isdigit():
+        raise TrainError(f"{flag} must be a number, not {value}")
+    return int(value)
+
+
+def several() -> bool:
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once."""
+    return not several() or jax.process_index() == 0
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error says that another process is gone."""
+    is_memory = "RESOURCE_EXHAUSTED" in str(error)
+    return several() and isinstance(error, jax.errors.JaxRuntimeError) and not is_memory
+
+
+# What they agree on ------------------------------------------------------------------------------
+
+
+def wait_for_all() -> None:
+    """Returns when every process has called it. Raises JaxRuntimeError when one is dead."""
+    key = f"heedful:{next(_turns)}"
+    multihost.get_barrier_sync_fn()(key=key, timeout_ms=PATIENCE * 1000)
+
+
+def any_process(value: bool) -> bool:
+    """Whether `value` is true on any process; the same answer on all."""
+    if not several():
+        return value
+    wait_for_all()  # which may take hours; a collective that long fails
+    return bool(process_allgather(np.array(value)).any())
+
+
+def one_first(action: Callable[[], T]) -> T:
+    """The result of `action`, which runs on the first process, and then on the others.
+
+    They find the files that the first has written, where they share a file system. Raises on all
+    when it fails on one.
+    """
+    if not several():
+        return action()
+    results, error = [], None
+    for turn in (True, False):
+        if is_first() == turn:
+            try:
+                results.append(action())
+            except Exception as problem:
+                error = problem
+        if any_process(error is not None):
+            raise error or TrainError("another process has failed, and says why")
+    return results[0]
+
+
+def require_same(what: str, value: str) -> None:
+    """Raises TrainError on all processes where `value` is not the same on all of them."""
+    if several() and any_process(value != from_first(value)):
+        raise TrainError(f"the processes do not have the same {what}: start all of them alike")
+
+
+def from_first(text: str) -> str:
+    """The text that the first process has."""
+    if not several():
+        return text
+    encoded = np.frombuffer(text.encode(), np.uint8) if is_first() else np.zeros(0, np.uint8)
+    size = int(broadcast_one_to_all(np.int32(len(encoded))))
+    sent = broadcast_one_to_all(np.resize(encoded, size) if size else encoded)
+    return np.asarray(sent, np.uint8).tobytes().decode()
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays whole in the memory of every process, however they are split over devices."""
+    return process_allgather(tree, tiled=True) if several() else jax.device_get(tree)

@@ -1,0 +1,89 @@
+"""Checkpoints while a run trains: written in the background, and no end of it when one fails."""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+
+from data.pipeline import TrainIterator
+from train.checkpoint import Checkpoints, SaveFailed
+from train.config import TrainError
+from train.run import Run
+from train.state import TrainState
+
+
+class Saving:
+    """Saves the state with all that it takes to go on, and counts what the loop waited for that."""
+
+    def __init__(
+        self,
+        run: Run,
+        checkpoints: Checkpoints,
+        batches: TrainIterator,
+        data_fingerprint: str,
+        console: Console,
+    ):
+        self._run, self._checkpoints, self._batches = run, checkpoints, batches
+        self._console = console
+        self._fixed = {
+            "data_fingerprint": data_fingerprint,
+            "config": run.values(),
+            "tokenizer": json.loads(run.tokenizer_path.read_text("utf-8")),
+        }
+        self.seconds = 0.0
+        """That the loop was held up: until the former checkpoint was on disk and this one copied
+        from the devices."""
+
+    def position(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the state."""
+        return {"iterator": self._batches.get_state(), **self._fixed}
+
+    def require_ours(self, position: dict[str, Any]) -> None:
+        """Raises TrainError for a checkpoint of a run of another config."""
+        there = Run.of(self._run.directory, position["config"])
+        if others := self._run.others(there):
+            raise TrainError(
+                f"the checkpoints in {self._checkpoints.directory} are of a run of another config "
+                f"({others}): give another --run-dir or train.checkpoints"
+            )
+
+    def go_on(self, position: dict[str, Any]) -> None:
+        """Puts the data where a checkpoint was; raises TrainError when it has changed."""
+        if position["data_fingerprint"] != self._fixed["data_fingerprint"]:
+            raise TrainError(
+                f"the training data has changed since {self._run.directory} was started: "
+                "put it back, or give another --run-dir"
+            )
+        self._batches.set_state(position["iterator"])
+
+    def save(self, state: TrainState, score: float | None, *, last: bool) -> str:
+        """Begins to save and returns what has happened, in words.
+
+        The `last` checkpoint of this process is on disk on return, and SaveFailed if it is not. Any
+        other may fail: that is told, training goes on, and the next one is tried.
+        """
+        began = time.perf_counter()
+        self._try(self._checkpoints.wait)
+        saved = True
+        if last:
+            self._checkpoints.save(state, self.position(), score)
+            self._checkpoints.wait()
+        else:
+            saved = self._try(lambda: self._checkpoints.save(state, self.position(), score))
+        seconds = time.perf_counter() - began
+        self.seconds += seconds
+        return f"checkpoint saved (held up {seconds:.2f} s)" if saved else "no checkpoint saved"
+
+    def _try(self, action: Callable[[], None]) -> bool:
+        try:
+            action()
+        except SaveFailed as error:
+            self._console.print(
+                f"{error}; training goes on and saves again at the next checkpoint",
+                style="bold red",
+                markup=False,
+            )
+            return False
+        return True

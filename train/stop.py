@@ -1,0 +1,54 @@
+"""When to stop: a signal to any process, known to all of them at the same step."""
+
+import signal
+from collections import deque
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from train.config import Interrupted
+from train.hosts import several
+from train.sharding import place, whole
+
+RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+class Stop:
+    """While entered, the first SIGINT or SIGTERM only asks to stop; the second acts as usual.
+
+    `late`: steps after which all processes learn what was asked on one, so that none waits for it.
+    """
+
+    def __init__(self, mesh: Mesh, late: int):
+        self._signal: int | None = None
+        self._late, self._asked = late, deque()
+        self._one_each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._any = jax.jit(jnp.any, out_shardings=whole(mesh))
+
+    def __enter__(self) -> "Stop":
+        self._former = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self._signal = number
+        self.__exit__()
+
+    def agreed(self) -> bool:
+        """Whether to stop after this step, the same on all processes; to be asked once a step."""
+        asked = self._signal is not None
+        if not several():
+            return asked
+        flags = np.full(self._one_each.mesh.size, asked)
+        self._asked.append(self._any(place(flags, self._one_each)))
+        return len(self._asked) > self._late and bool(self._asked.popleft())
+
+    def interrupted(self, step: int) -> Interrupted:
+        code = 128 + signal.SIGINT if self._signal == signal.SIGINT else RESUMABLE
+        return Interrupted(f"stopped at step {step:,}, saved", code)
