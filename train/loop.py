@@ -16,7 +16,7 @@ from data.pipeline import Dataset, TrainIterator
 from model.attention import choose
 from model.config import ModelConfig
 from train.checkpoint import Checkpoints, CorruptCheckpoint
-from train.config import TrainConfig, TrainError
+from train.config import TrainConfig
 from train.evaluate import measure
 from train.fingerprint import make_fingerprint
 from train.hosts import one_first, require_same, several
