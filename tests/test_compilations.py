@@ -52,7 +52,7 @@ def test_the_step_of_a_shipped_config_is_compiled_once_for_each_shape(name: str)
     data, shapes = subject.dataset, set()
     with jax.set_mesh(setup.mesh):
         for i in range(2 * data.batches_per_epoch + 2):
-            batch = data.batch(data.train_plan, 0, 1, i)
+            batch = data.batch(data.train_plan, i)
             shapes.add(tuple(x.shape for x in batch.values()))
             state, _ = train_step(state, to_devices(batch, setup.mesh))
     assert COMPILED.count("jit(train_step)") == len(shapes)
