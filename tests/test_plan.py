@@ -51,7 +51,7 @@ PROGRAM = """HloModule jit_step, is_scheduled=true, num_partitions=8
 %cond (state.1: (s32[], f32[5,7,11], bf16[3,13])) -> pred[] {
   %state.1 = (s32[], f32[5,7,11]{2,1,0}, bf16[3,13]{1,0}) parameter(0)
   %i.1 = s32[]{:T(128)} get-tuple-element(%state.1), index=0
-  %limit = s32[]{:T(128)} constant(5)
+  %limit = s32[]{:T(128)} constant(9)
   ROOT %less = pred[]{:T(512)} compare(%i.1, %limit), direction=LT
 }
 
@@ -60,12 +60,15 @@ PROGRAM = """HloModule jit_step, is_scheduled=true, num_partitions=8
   %i = s32[]{:T(128)} get-tuple-element(%state), index=0
   %x = f32[5,7,11]{2,1,0:T(8,128)} get-tuple-element(%state), index=1
   %w = bf16[3,13]{1,0:T(8,128)(2,1)} get-tuple-element(%state), index=2
+  %two = s32[]{:T(128)} constant(2)
+  %copy = s32[]{:T(128)} copy(%i)
+  %next = s32[]{:T(128)} add(%copy, %two)
   %near = f32[7,11]{1,0:T(8,128)S(1)} constant({...})
   %fusion.1 = f32[5,7,11]{2,1,0:T(8,128)} fusion(%x, %i, %near), kind=kLoop, calls=%fused
   %start = (bf16[3,13]{1,0}, bf16[12,13]{1,0}) all-gather-start(%w), channel_id=1, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}, use_global_device_ids=true
   %done = bf16[12,13]{1,0} all-gather-done(%start)
   %dot.1 = f32[3,3]{1,0} dot(%w, %w), lhs_contracting_dims={1}, rhs_contracting_dims={1}
-  ROOT %tuple = (s32[]{:T(128)}, f32[5,7,11]{2,1,0:T(8,128)}, bf16[3,13]{1,0:T(8,128)(2,1)}) tuple(%i, %fusion.1, %w)
+  ROOT %tuple = (s32[]{:T(128)}, f32[5,7,11]{2,1,0:T(8,128)}, bf16[3,13]{1,0:T(8,128)(2,1)}) tuple(%next, %fusion.1, %w)
 }
 
 ENTRY %main (p: bf16[8,128], q: bf16[8,128]) -> bf16[1,128] {
@@ -326,7 +329,7 @@ def test_a_plan_for_tpus_that_are_not_there(core, mesh):
 
 
 @needs_libtpu
-def test_what_a_tpu_cannot_hold_is_told(capsys):
+def test_what_a_tpu_cannot_hold_is_told(capsys, unchecked):
     arguments = ["--topology", "v5e:2x2", "--data.batch-tokens", str(2**21)]
     assert cli.run(["plan", "gpt2_small", *arguments]) == 1
     out = capsys.readouterr().out

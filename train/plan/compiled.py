@@ -142,7 +142,10 @@ def compile_step(
     try:
         mesh = make_mesh(train.mesh, devices)
     except NotImplementedError as error:  # of jax, about the links between the devices
-        raise TrainError(f"train.mesh cannot be laid out on these chips: {error}") from error
+        raise TrainError(
+            "train.mesh cannot be laid out along the links of these chips, give sizes that are "
+            f"products of whole sides of the topology: {error}"
+        ) from error
     shape = largest_batch(data)
     require_divisible(shape, train.accumulate, mesh)
     setup = set_up(model, train, mesh)

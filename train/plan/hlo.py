@@ -11,6 +11,7 @@ CALLS = re.compile(r"\b(?:calls|to_apply|called_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)")
 BODY = re.compile(r"\bcondition=%?([\w.\-]+), body=%?([\w.\-]+)")
 TRIPS = re.compile(r'"?known_trip_count"?\s*:\s*\{\s*"?n"?\s*:\s*"?(\d+)"?')
+INDEX = re.compile(r"\bindex=(\d+)")
 SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 BITS = re.compile(r"\d+")
 
@@ -139,17 +140,30 @@ class Program:
                 yield Step(instruction, computation, times)
 
     def _trips(self, loop: Instruction) -> int | None:
-        """As the compiler states it, or as a counter from 0 is compared with a constant."""
+        """As the compiler states it, or as its counter moves from 0 to a constant."""
         if stated := TRIPS.search(loop.attributes):
             return int(stated[1])
-        condition = self.computations[BODY.findall(loop.attributes)[0][0]]
-        parts = [condition, *(c for one in condition.instructions for c in self.called(one))]
-        inside = [one for part in parts for one in part.instructions]
-        compared = [one for one in inside if one.opcode == "compare"]
-        limits = [one for one in inside if one.opcode == "constant" and one.literal.isdigit()]
-        if len(compared) == len(limits) == 1 and "direction=LT" in compared[0].attributes:
-            return int(limits[0].literal)
-        return None
+        condition, body = (self.computations[name] for name in BODY.findall(loop.attributes)[0])
+        compare = condition.root
+        if compare.opcode != "compare" or "direction=LT" not in compare.attributes:
+            return None
+        counter, limit = (condition.by_name[name] for name in compare.operands)
+        number = INDEX.search(counter.attributes)
+        if number is None or not limit.literal.isdigit():
+            return None
+        step = self._step(body, int(number[1]))
+        return None if step is None else -(-int(limit.literal) // step)
+
+    @staticmethod
+    def _step(body: Computation, number: int) -> int | None:
+        """What a turn of a loop adds to this part of its state."""
+        added = body.by_name[body.root.operands[number]]
+        while added.opcode in ("copy", "bitcast"):
+            added = body.by_name[added.operands[0]]
+        if added.opcode != "add":
+            return None
+        steps = [body.by_name[name].literal for name in added.operands]
+        return next((int(literal) for literal in steps if literal.isdigit()), None)
 
 
 def _instruction(line: str) -> Instruction:

@@ -18,7 +18,7 @@ from train.plan.collectives import Collective, collectives, seconds
 from train.plan.compiled import Compiled, compile_step
 from train.plan.hlo import Program
 from train.plan.rescue import memory_table, print_ways, ways_out
-from train.plan.roofline import Roofline, roofline
+from train.plan.roofline import Roofline, milliseconds, roofline
 from train.plan.topology import devices_of
 from train.plan.work import Work, silent_kernels, work
 
@@ -183,7 +183,7 @@ def _exchange_table(exchanges: list[Collective], chip: Chip | None, compiled: Co
             f"{sum(one.times for one in some):,}",
             number(sent, 1024) + "B",
             f"{beside / sent:.0%}" if sent else "",
-            "" if time is None else f"{time * 1e3:,.1f} ms",
+            "" if time is None else milliseconds(time),
         )
     return table
 
@@ -202,9 +202,9 @@ def _print_time(found: Plan, chip: Chip | None, console: Console) -> None:
         return
     tokens = found.compiled.shape.rows * found.compiled.shape.lengths[-1]
     console.print(
-        f"at least {time.step * 1e3:,.0f} ms a step: compute {time.compute * 1e3:,.0f}, memory "
-        f"bandwidth {time.memory * 1e3:,.0f}, waiting for the interconnect "
-        f"{time.waiting * 1e3:,.0f} (beside other work {time.hidden * 1e3:,.0f})\n"
+        f"at least {milliseconds(time.step)} a step: compute {milliseconds(time.compute)}, memory "
+        f"bandwidth {milliseconds(time.memory)}, waiting for the interconnect "
+        f"{milliseconds(time.waiting)} (beside other work {milliseconds(time.hidden)})\n"
         f"bottleneck: {time.bottleneck}; {tokens / time.step:,.0f} tokens/s; utilisation at most "
         f"{found.utilisation(chip):.1%} (an estimate from the compiled program, not a measurement)"
     )

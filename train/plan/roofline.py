@@ -10,7 +10,7 @@ from train.plan.work import Work
 
 @dataclass(frozen=True, kw_only=True)
 class Roofline:
-    """Seconds of a step on each chip (arXiv: doi 10.1145/1498765.1498785)."""
+    """Seconds of a step on each chip (doi:10.1145/1498765.1498785)."""
 
     compute: float
     """Of instructions that the matrix units hold up."""
@@ -61,3 +61,8 @@ def roofline(
         else:
             exposed += time
     return Roofline(compute=compute, memory=memory, hidden=hidden, exposed=exposed)
+
+
+def milliseconds(time: float) -> str:
+    """Three digits or more."""
+    return f"{time * 1e3:,.0f} ms" if time >= 0.1 else f"{time * 1e3:.3g} ms"

@@ -15,6 +15,7 @@ from train.inspect import complete, describe, layout, number
 from train.plan.chips import Chip, chip_of
 from train.plan.compiled import largest_batch
 from train.plan.report import Plan, make_plan
+from train.plan.roofline import milliseconds
 from train.plan.topology import devices_of
 from train.sharding import MESH_AXES, require_divisible
 from train.state import Setup, set_up
@@ -129,9 +130,12 @@ def search(
     for one in found[:compiles]:
         with console.status(f"compiling {_flags(one)}"):
             try:
-                plans.append((one, make_plan(one.model, data, one.train, devices)))
+                plan = make_plan(one.model, data, one.train, devices)
             except TrainError as error:
                 console.print(f"{_flags(one)}: {error}", markup=False)
+                continue
+        plans.append((one, plan))
+        console.print(f"{_flags(one)}: {_outcome(plan)}", markup=False)
     if not plans:
         raise TrainError("no layout divides: change data.batch_multiple, or the number of chips")
     plans.sort(key=lambda pair: _rank(pair[1]))
@@ -153,6 +157,13 @@ def _flags(one: Candidate) -> str:
     return f"{mesh} --model.remat {one.model.remat}"
 
 
+def _outcome(plan: Plan) -> str:
+    if not plan.compiled.memory.fits:
+        return "does not fit"
+    time = f", {milliseconds(plan.roofline.step)} a step" if plan.roofline else ""
+    return f"fits{time} (compiled in {plan.compiled.seconds:.0f} s)"
+
+
 def _table(plans: Sequence[tuple[Candidate, Plan]], chip: Chip) -> Table:
     table = Table(title="layouts, the fastest that fits first")
     table.title_justify = "left"
@@ -167,6 +178,6 @@ def _table(plans: Sequence[tuple[Candidate, Plan]], chip: Chip) -> Table:
         if time is None:
             row += ["", "", ""]
         else:
-            row += [f"{time.step * 1e3:,.0f} ms", f"{plan.utilisation(chip):.1%}", time.bottleneck]
+            row += [milliseconds(time.step), f"{plan.utilisation(chip):.1%}", time.bottleneck]
         table.add_row(*row)
     return table
