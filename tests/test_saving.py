@@ -1,6 +1,11 @@
-"""A checkpoint that cannot be written is no end of the training."""
+"""A checkpoint that cannot be written is no end of the training, unless it is the last one."""
 
+import multiprocessing
 import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 import toy
@@ -11,7 +16,7 @@ from train.config import TrainError
 from train.run import Run
 from train.saving import Saving
 from train.start import start_run
-from train.state import first_state, init_params, set_up
+from train.state import TrainState, first_state, init_params, set_up
 
 
 class Screen:
@@ -20,37 +25,20 @@ class Screen:
     def __init__(self):
         self.said: list[str] = []
 
-    def print(self, text: str, **how) -> None:
+    def print(self, text: str, **how: Any) -> None:
         self.said.append(text)
 
 
-@pytest.fixture
-def full_disk():
-    """A limit on the size of a file stands for a full disk: both make write() fail."""
-    former = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limit(is_full: bool) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2048 if is_full else former[0], former[1]))
-
-    yield limit
-    limit(False)
+def new_run(folder: Path) -> Run:
+    data = toy.data(toy.write_text(folder), "causal_lm")
+    return start_run(folder / "run", toy.model("decoder_only"), data, toy.TRAIN, toy.QUIET)
 
 
-@pytest.fixture
-def run(tmp_path) -> Run:
-    path = toy.write_text(tmp_path / "text")
-    return start_run(
-        tmp_path / "run",
-        toy.model("decoder_only"),
-        toy.data(path, "causal_lm"),
-        toy.TRAIN,
-        toy.QUIET,
-    )
-
-
-@pytest.fixture
-def opened(run, unchecked):
-    """(saving, checkpoints, state at a step, what was said)"""
+@contextmanager
+def opened(
+    run: Run,
+) -> Iterator[tuple[Saving, Checkpoints, Callable[[int], TrainState], list[str]]]:
+    """What saves, where, a state at a step, and what was said."""
     setup, screen = set_up(run.model, run.train), Screen()
     state = first_state(setup, init_params(run.model, setup.mesh, 0))
     data = Dataset.prepare(run.data, run.tokenizer(), "train")
@@ -62,47 +50,65 @@ def opened(run, unchecked):
     batches.close()
 
 
-def test_training_goes_on_after_a_full_disk(run, opened, full_disk):
-    saving, checkpoints, at, said = opened
-    assert "saved" in saving.save(at(1), 0.0, last=False)
-    checkpoints.wait()
-    full_disk(True)
-    saving.save(at(2), 0.0, last=False)
-    saving.save(at(3), 0.0, last=False)
-    with pytest.raises(SaveFailed):
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """A limit on the size of a file stands for it: both make write() fail."""
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, former[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, former)
+
+
+def goes_on(folder: Path) -> None:
+    run = new_run(folder)
+    with opened(run) as (saving, checkpoints, at, said):
+        assert "saved" in saving.save(at(1), 0.0, last=False)
         checkpoints.wait()
-    full_disk(False)
-    assert "saved" in saving.save(at(4), 0.0, last=True)
-    assert checkpoints.steps == [1, 4]
+        with full_disk():
+            saving.save(at(2), 0.0, last=False)
+            saving.save(at(3), 0.0, last=False)
+            with pytest.raises(SaveFailed):
+                checkpoints.wait()
+        assert "saved" in saving.save(at(4), 0.0, last=True)
+        assert checkpoints.steps == [1, 4]
     (line,) = said
     for words in ("File too large", "checkpoint 1 is intact", "training goes on"):
         assert words in line
     assert Checkpoints(run.checkpoints, run.tokenizer().fingerprint).steps == [1, 4]
 
 
-def test_the_last_one_must_be_saved(opened, full_disk):
-    saving, checkpoints, at, said = opened
-    saving.save(at(1), 0.0, last=False)
-    checkpoints.wait()
-    full_disk(True)
-    with pytest.raises(SaveFailed, match=r"File too large\): make room; checkpoint 1 is intact"):
-        saving.save(at(2), 0.0, last=True)
-    full_disk(False)
+def must_save_the_last(folder: Path) -> None:
+    with opened(new_run(folder)) as (saving, checkpoints, at, said):
+        saving.save(at(1), 0.0, last=False)
+        checkpoints.wait()
+        expected = r"File too large\): make room; checkpoint 1 is intact"
+        with full_disk(), pytest.raises(SaveFailed, match=expected):
+            saving.save(at(2), 0.0, last=True)
     assert not said
 
 
-def test_checkpoints_of_another_run_are_refused(run, opened):
-    saving, *_ = opened
-    position = saving.position()
-    saving.require_ours(position)
-    config = position["config"]
-    other = {**config, "train": {**config["train"], "seed": 7}}
-    with pytest.raises(TrainError, match=r"another config \(train.seed is 7 there and 0 here\)"):
-        saving.require_ours({"config": other})
-    mesh = {**config["train"]["mesh"], "fsdp": 2}
-    saving.require_ours({"config": {**config, "train": {**config["train"], "mesh": mesh}}})
-    with pytest.raises(TrainError, match="the training data has changed"):
-        saving.go_on({**position, "data_fingerprint": "abc"})
+@pytest.mark.parametrize("what", [goes_on, must_save_the_last])
+def test_a_full_disk(what, tmp_path):
+    """In a process of its own: see test_cli.test_a_corrupt_checkpoint."""
+    process = multiprocessing.get_context("spawn").Process(target=what, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_checkpoints_of_another_run_are_refused(tmp_path, unchecked):
+    with opened(new_run(tmp_path)) as (saving, *_):
+        position = saving.position()
+        saving.require_ours(position)
+        config = position["config"]
+        other = {**config, "train": {**config["train"], "seed": 7}}
+        expected = r"another config \(train.seed is 7 there and 0 here\)"
+        with pytest.raises(TrainError, match=expected):
+            saving.require_ours({"config": other})
+        mesh = {**config["train"]["mesh"], "fsdp": 2}
+        saving.require_ours({"config": {**config, "train": {**config["train"], "mesh": mesh}}})
+        with pytest.raises(TrainError, match="the training data has changed"):
+            saving.go_on({**position, "data_fingerprint": "abc"})
 
 
 def test_a_bucket_needs_its_package(unchecked):
