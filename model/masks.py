@@ -137,11 +137,9 @@ class AttentionMask:
             low, high = _range_of_ids(self.q_segment_ids, q_size)
             begin, end = _range_of_ids(self.kv_segment_ids, kv_size)
             some &= (low[:, :, None] <= end[:, None]) & (begin[:, None] <= high[:, :, None])
-            own, other = (
-                _only_id(self.q_segment_ids, q_size),
-                _only_id(self.kv_segment_ids, kv_size),
-            )
-            every &= (own[:, :, None] == other[:, None]) & (own != 0)[:, :, None]
+            queries = _only_id(self.q_segment_ids, q_size)[:, :, None]
+            keys = _only_id(self.kv_segment_ids, kv_size)[:, None]
+            every &= (queries == keys) & (keys != 0)
         return some, every
 
     def has_one_segment(self) -> Bool[Array, " B"]:

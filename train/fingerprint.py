@@ -5,10 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Shaped, UInt32
 
 from model.dropout import indices, mix, place
+from train.sharding import whole
 
 
 def make_fingerprint(mesh: Mesh) -> Callable[[Any], jax.Array]:
@@ -17,7 +18,7 @@ def make_fingerprint(mesh: Mesh) -> Callable[[Any], jax.Array]:
     def fingerprint(params: Any) -> UInt32[Array, "arrays 2"]:
         return jnp.stack([words(x) for x in jax.tree.leaves(params)])
 
-    return jax.jit(fingerprint, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(fingerprint, out_shardings=whole(mesh))
 
 
 def words(x: Shaped[Array, "..."]) -> UInt32[Array, "2"]:

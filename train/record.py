@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+from train.hosts import is_first
 from train.metrics import append_after
 from train.run import Run, differences, write_json
 
@@ -63,7 +64,7 @@ def add_environment(run: Run, now: dict[str, Any], from_step: int, console: Cons
     new = changes(known[-1], now) if known else []
     for change in new:
         console.print(f"resuming in another environment: {change}", style="yellow")
-    if (new or not known) and jax.process_index() == 0:
+    if (new or not known) and is_first():
         write_json(run.directory / "environment.json", [*known, {"from_step": from_step, **now}])
 
 
@@ -96,7 +97,7 @@ class FingerprintWriter:
     def __init__(self, run: Run, from_step: int, names: Sequence[str], witness: Witness | None):
         """Lines of steps after `from_step` are dropped: the run goes through them again."""
         self._names, self._witness, self._lines = names, witness, None
-        if jax.process_index() == 0:
+        if is_first():
             self._lines = append_after(run.fingerprints, from_step)
 
     def write(self, step: int, words: jax.Array, metrics: Mapping[str, Any] | None = None) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from train.checkpoint import Checkpoints
 from train.config import Interrupted, TrainError
 from train.fingerprint import make_fingerprint
-from train.hosts import any_process, one_first
+from train.hosts import any_process, one_first, several
 from train.loop import fit
 from train.record import changes, environments, fingerprints, named_words
 from train.run import Run
@@ -190,7 +190,7 @@ def _fresh_directory(chosen: Path | None) -> Iterator[Path]:
         if any_process((chosen / "config.json").exists()):
             raise TrainError(f"{chosen} holds a run already: give another --run-dir")
         yield chosen
-    elif jax.process_count() > 1:
+    elif several():
         raise TrainError(
             f"{jax.process_count()} processes need one directory that all of them see: "
             "give --run-dir"

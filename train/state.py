@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from model.config import ModelConfig
 from model.transformer import build
 from train.config import TrainConfig
 from train.optimizer import make_optimizer
-from train.sharding import make_mesh, parameter_shardings
+from train.sharding import make_mesh, parameter_shardings, whole
 from train.trainable import rate_factors, split
 
 
@@ -53,11 +53,14 @@ def set_up(model: ModelConfig, config: TrainConfig, mesh: Mesh | None = None) ->
     trainable, _ = split(params, factors)
     opt_state = jax.eval_shape(optimizer.init, trainable)
     specs = jax.tree.map(lambda x: x.sharding, trainable)
-    whole = NamedSharding(mesh, PartitionSpec())
     opt_specs = optax.tree.map_params(
-        optimizer, lambda _, spec: spec, opt_state, specs, transform_non_params=lambda _: whole
+        optimizer,
+        lambda _, spec: spec,
+        opt_state,
+        specs,
+        transform_non_params=lambda _: whole(mesh),
     )
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole(mesh))
     state = TrainState(step, params, _placed(opt_state, opt_specs))  # type: ignore[arg-type]
     return Setup(mesh, factors, optimizer, state)
 

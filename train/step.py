@@ -7,14 +7,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from model.config import ModelConfig
 from model.transformer import build
 from train.config import TrainConfig
 from train.loss import cross_entropy, cross_entropy_in_chunks, squared_error
 from train.optimizer import learning_rate
-from train.sharding import flax_rules
+from train.sharding import flax_rules, whole
 from train.state import Setup, TrainState
 from train.trainable import join, split
 
@@ -84,11 +84,10 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     shardings = jax.tree.map(lambda x: x.sharding, setup.abstract)
-    whole = NamedSharding(shardings.step.mesh, PartitionSpec())
     return jax.jit(
         train_step,
         donate_argnums=0,
-        out_shardings=(shardings, whole),
+        out_shardings=(shardings, whole(setup.mesh)),
         compiler_options=compiler_options(setup.mesh, config.deterministic),
     )
 
@@ -115,7 +114,7 @@ def make_eval_step(
 
     return jax.jit(
         eval_step,
-        out_shardings=NamedSharding(mesh, PartitionSpec()),
+        out_shardings=whole(mesh),
         compiler_options=compiler_options(mesh, deterministic),
     )
 

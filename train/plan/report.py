@@ -11,7 +11,7 @@ from rich.table import Table
 from data.config import DataConfig
 from model.config import ModelConfig
 from train.config import TrainConfig
-from train.costs import BACKWARD, parts
+from train.costs import BACKWARD, Part, parts
 from train.inspect import complete, describe, number
 from train.plan.chips import Chip, chip_of
 from train.plan.collectives import Collective, collectives, seconds
@@ -89,13 +89,17 @@ def coordinates(compiled: Compiled) -> list[tuple[int, ...]]:
     return [tuple(getattr(d, "coords", ())) for d in compiled.mesh.devices.flat]
 
 
+def seen_flops(part: Part, model: ModelConfig) -> float:
+    """Of a part, per token, without the half of the scores that a causal mask hides."""
+    is_causal = part.stack == "decoder" and part.name == "self-attention scores"
+    return part.flops / (2 if is_causal and model.attention.window is None else 1)
+
+
 def useful_flops(model: ModelConfig, data: DataConfig, compiled: Compiled) -> float:
     """Of a step on full rows (arXiv:2204.02311 appendix B), half the scores where causal."""
     forward = 0.0
     for part in parts(model, compiled.setup.abstract.params, data.max_length):
-        is_causal = part.stack == "decoder" and part.name == "self-attention scores"
-        is_causal &= model.attention.window is None
-        forward += part.flops / (2 if is_causal else 1)
+        forward += seen_flops(part, model)
     return forward * (1 + BACKWARD) * compiled.shape.rows * compiled.shape.lengths[-1]
 
 
@@ -108,8 +112,7 @@ def attention_kernels(model: ModelConfig, data: DataConfig, compiled: Compiled) 
     scores = 0.0
     for part in parts(model, compiled.setup.abstract.params, data.max_length):
         if part.name.endswith("scores"):
-            is_causal = part.stack == "decoder" and part.name.startswith("self")
-            scores += part.flops / (2 if is_causal and model.attention.window is None else 1)
+            scores += seen_flops(part, model)
     tokens = compiled.shape.rows * compiled.shape.lengths[-1] / compiled.mesh.size
     passes = 3.5 + (model.remat != "none")
     return Work("attention kernels", scores * passes * tokens, 0, 1)
@@ -123,6 +126,14 @@ def _capacity(chip: Chip | None, devices: Sequence[Any]) -> int | None:
     return (devices[0].memory_stats() or {}).get("bytes_limit")
 
 
+def print_model(title: str, model: ModelConfig, data: DataConfig, console: Console) -> ModelConfig:
+    """Says what is planned, and returns it with the numbers that data would give it."""
+    model, notes = complete(model, data)
+    for line in (f"{title}: {describe(model)}", *notes):
+        console.print(line, markup=False)
+    return model
+
+
 def plan(
     title: str,
     model: ModelConfig,
@@ -134,13 +145,11 @@ def plan(
 ) -> bool:
     """Prints the plan; True if it fits."""
     devices = devices_of(topology)
-    model, notes = complete(model, data)
+    model = print_model(title, model, data, console)
     found = make_plan(model, data, train, devices)
     compiled, memory = found.compiled, found.compiled.memory
     chip = chip_of(devices[0])
     sizes = ", ".join(f"{axis} {size}" for axis, size in compiled.mesh.shape.items())
-    for line in (f"{title}: {describe(model)}", *notes):
-        console.print(line, markup=False)
     console.print(
         f"{len(devices):,} x {devices[0].device_kind} (mesh: {sizes}), batch {compiled.shape}, "
         f"model.remat {model.remat}; compiled in {compiled.seconds:.0f} s\n"

@@ -11,10 +11,10 @@ from data.config import DataConfig
 from model.config import ModelConfig
 from train.config import MeshConfig, TrainConfig, TrainError
 from train.costs import BACKWARD, device_bytes, parts, recomputed
-from train.inspect import complete, describe, layout, number
+from train.inspect import layout, number
 from train.plan.chips import Chip, chip_of
 from train.plan.compiled import largest_batch
-from train.plan.report import Plan, make_plan
+from train.plan.report import Plan, make_plan, print_model
 from train.plan.roofline import milliseconds
 from train.plan.topology import devices_of
 from train.sharding import MESH_AXES, require_divisible
@@ -118,9 +118,7 @@ def search(
             f"--search needs figures of {devices[0].device_kind}, which train/plan/chips.py does "
             "not have: give --topology"
         )
-    model, notes = complete(model, data)
-    for line in (f"{title}: {describe(model)}", *notes):
-        console.print(line, markup=False)
+    model = print_model(title, model, data, console)
     found = candidates(model, data, train, len(devices), chip)
     console.print(
         f"{len(devices):,} x {devices[0].device_kind}: {len(found)} layouts divide, the likeliest "
