@@ -153,7 +153,7 @@ def eight(config: MeshConfig) -> Mesh:
 
 @functools.cache
 def one_device(kind: str) -> tuple[Trained, float, Any]:
-    trained = train(MODELS[kind])
+    trained = train(MODELS[kind], steps=50)
     return trained, *evaluate(MODELS[kind], trained)
 
 
@@ -162,7 +162,7 @@ def test_eight_devices_equal_one(kind: str, mesh: MeshConfig):
     one, one_loss, one_predicted = one_device(kind)
     # To compile the initialisation takes as long as all the rest: once per model.
     params = None if mesh == EVERY_AXIS else one.initial
-    ours = train(MODELS[kind], mesh=eight(mesh), params=params)
+    ours = train(MODELS[kind], mesh=eight(mesh), steps=50, params=params)
     jax.tree.map(np.testing.assert_array_equal, ours.initial, one.initial)
     # Sums are taken in another order; dropout masks are the same.
     np.testing.assert_allclose(losses(ours), losses(one), rtol=1e-5)
