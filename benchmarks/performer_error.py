@@ -1,12 +1,17 @@
 """How far Performer's attention is from the exact one, by the number of random features.
 
-python -m benchmarks.performer_error
+python -m benchmarks.performer_error    # a minute on two CPU cores
 
 The setting of arXiv:2009.14794 Figure 4 (left): 4,096 tokens, heads of 16, the mean squared error
 of the output, its mean and deviation over 15 samples. Queries, keys and values are normal; the
 paper does not say how it normalises them, and all depends on it: a weight's relative variance is
 (exp(|q + k|^2) - 1) / features for q and k scaled by 16^-1/4. So the entries' deviation is a flag.
 The paper plots trigonometric features too, which are no kernel of ours.
+
+From 16 to 1,024 features the squared error falls from 5.6e-6 to 9.9e-8 with independent features
+and from 4.5e-6 to 6.7e-8 with orthogonal ones, which are ahead at each number; its root falls with
+exponent -0.49. With the deviation 0.5 a weight's relative variance is ten times as high: 6.2e-5 to
+2.3e-6, exponents -0.40 and -0.38, no difference at 1,024; with 1.0 it does not fall at all yet.
 """
 
 import argparse
@@ -42,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     add("--features", type=int, nargs="+", default=[2**i for i in range(4, 11)])
     add("--length", type=int, default=4096)
     add("--head-dim", type=int, default=16)
-    add("--deviation", type=float, default=0.5, help="of the entries of queries and keys")
+    add("--deviation", type=float, default=0.25, help="of the entries of queries and keys")
     add("--samples", type=int, default=15)
     add("--out", default="runs/performer_error", help="OUT.png is written")
     arguments = parser.parse_args(argv)
