@@ -168,6 +168,24 @@ def test_random_features_are_drawn_again_every_redraw_steps():
     assert found[0] == found[1] != found[2] == found[3] != found[4]
 
 
+def test_a_performer_is_measured_with_the_features_that_it_trains_with():
+    """A model adapts to its draw: with another one it would be worse than in training."""
+    attention = dataclasses.replace(
+        MODEL.attention, core="performer", performer=PerformerConfig(features=5)
+    )
+    model = dataclasses.replace(MODEL, dropout=0.0, attention=attention)
+    config = dataclasses.replace(TRAIN, label_smoothing=0.0)
+    mesh = make_mesh(ONE, jax.devices()[:1])
+    setup, step = prepare(model, config, mesh)
+    with jax.set_mesh(mesh):
+        placed = to_devices(batch(np.random.default_rng(3), model), mesh)
+        state = first_state(setup, initial(model))
+        measured, weight, _ = make_eval_step(model, mesh)(state.params, placed)
+        trained = step(state, placed)[1]
+    assert float(measured) == pytest.approx(float(trained["loss"]), rel=1e-6)
+    assert weight == trained["weight"]
+
+
 @pytest.mark.parametrize("model", [CLASSIFIER, REGRESSION], ids=["classes", "numbers"])
 def test_the_measurement_of_a_classifier_gives_its_outputs(model: ModelConfig):
     """The loss follows from what is predicted, in float64 and without the padding rows."""
