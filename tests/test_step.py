@@ -150,12 +150,14 @@ def test_dropout_follows_seed_and_step():
     assert losses[0] == losses[1] != losses[2]
 
 
+def with_performer(performer: PerformerConfig) -> ModelConfig:
+    attention = dataclasses.replace(MODEL.attention, core="performer", performer=performer)
+    return dataclasses.replace(MODEL, dropout=0.0, attention=attention)
+
+
 def test_random_features_are_drawn_again_every_redraw_steps():
     """By the step alone, so that a run which resumes draws what it would have drawn."""
-    attention = dataclasses.replace(
-        MODEL.attention, core="performer", performer=PerformerConfig(features=5, redraw_steps=2)
-    )
-    model = dataclasses.replace(MODEL, dropout=0.0, attention=attention)
+    model = with_performer(PerformerConfig(features=5, redraw_steps=2))
     mesh = make_mesh(ONE, jax.devices()[:1])
     setup, step = prepare(model, TRAIN, mesh)
     params = jax.device_get(initial(model))
@@ -170,10 +172,7 @@ def test_random_features_are_drawn_again_every_redraw_steps():
 
 def test_a_performer_is_measured_with_the_features_that_it_trains_with():
     """A model adapts to its draw: with another one it would be worse than in training."""
-    attention = dataclasses.replace(
-        MODEL.attention, core="performer", performer=PerformerConfig(features=5)
-    )
-    model = dataclasses.replace(MODEL, dropout=0.0, attention=attention)
+    model = with_performer(PerformerConfig(features=5))
     config = dataclasses.replace(TRAIN, label_smoothing=0.0)
     mesh = make_mesh(ONE, jax.devices()[:1])
     setup, step = prepare(model, config, mesh)
