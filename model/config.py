@@ -343,8 +343,9 @@ class ModelConfig:
     """What the backward pass computes again to save memory: none; dots: all but what linear maps
     give; attention: all but what those of attention give; full: all but each block's input, a third
     more time (arXiv:1604.06174)."""
-    unroll: int = 1
-    """Layers per iteration of the loop over layers: more is faster and compiles longer."""
+    unroll: int | None = None
+    """Layers per iteration of the loop over layers: more is faster and compiles longer; None: 12 on
+    CPUs, where the loop can cost as much as what is in it, 1 elsewhere."""
 
     def __post_init__(self):
         if isinstance(self.remat, bool):  # in runs from before it had names
@@ -353,7 +354,7 @@ class ModelConfig:
         heads = self.attention.heads
         for name in ("width", "layers", "unroll"):
             value = getattr(self, name)
-            require(value > 0, f"model.{name} must be positive, not {value}")
+            require(value is None or value > 0, f"model.{name} must be positive, not {value}")
         require(
             self.vocab_size is None or self.vocab_size > 0,
             f"model.vocab_size must be positive, not {self.vocab_size}",

@@ -7,7 +7,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from model.attention.linformer import projection_init
-from model.axes import constrain
+from model.axes import constrain, target_platform
 from model.cache import Cache, KVCache
 from model.config import ModelConfig, Place
 from model.layers import Dropout, FeedForward, MultiHeadAttention, Norm, Shared
@@ -25,6 +25,9 @@ KEPT = {
     "dots": ("query", "key", "value", "out", "up", "gate", "down"),
 }
 """Linear maps whose outputs the backward pass finds, by `config.remat`."""
+
+UNROLL = {"cpu": 12}
+"""Layers per iteration, by platform, where `config.unroll` leaves it open."""
 
 
 @struct.dataclass
@@ -132,7 +135,7 @@ class Stack(nn.Module):
             split_rngs={"params": True, "dropout": True, "features": True},
             in_axes=(0, *[nn.broadcast] * 5),  # type: ignore[arg-type]
             length=self.layers,
-            unroll=min(self.config.unroll, self.layers),
+            unroll=min(self.config.unroll or UNROLL.get(target_platform(), 1), self.layers),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         blocks = scanned(self.config, self.has_cross, name="blocks")

@@ -21,6 +21,7 @@ from model.layers import (
     Linear,
     MultiHeadAttention,
     Norm,
+    gelu,
     matmul,
 )
 
@@ -116,6 +117,12 @@ def test_feed_forward(activation: str, gated: bool):
     out = apply(module, params, jnp.float32(x))
     # The two forms of gelu differ by up to 5e-4 each: the tolerance has to tell them apart.
     np.testing.assert_allclose(out, linear("down", h), rtol=1e-5, atol=3e-5)
+
+
+def test_gelu_has_its_derivative():
+    x = np.linspace(-9, 9, 1009)
+    wanted = (ACTIVATIONS["gelu"](x + 1e-5) - ACTIVATIONS["gelu"](x - 1e-5)) / 2e-5
+    np.testing.assert_allclose(jax.vmap(jax.grad(gelu))(jnp.float32(x)), wanted, atol=2e-6)
 
 
 def test_dropout_in_training_only():

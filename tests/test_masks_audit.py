@@ -273,7 +273,7 @@ def test_finite_mask_value(monkeypatch, data, value):
     """Padding, which may see nothing, sees all; and scores below the value lose against it."""
 
     def softmax(scores, allowed):
-        return jax.nn.softmax(jnp.where(allowed, scores, value))
+        return jax.nn.softmax(scores if allowed is None else jnp.where(allowed, scores, value))
 
     monkeypatch.setattr(DENSE, "masked_softmax", softmax)
     result = audited(data)

@@ -1,10 +1,13 @@
 """Scaled dot-product attention that computes every pair: the reference for all other cores."""
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from model.dropout import dropout
+from model.dropout import dropout_words, keep
 from model.masks import AttentionMask
 from model.positions import PositionBias
 
@@ -27,10 +30,11 @@ def dense(
     Memory: B * N * T * S.
     """
     require_shapes(q, k, v)
-    weights = attention_weights(q, k, mask, bias=bias, scale=scale)
-    weights = dropout(weights, dropout_rate, dropout_key)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v)
-    return out.reshape(q.shape)
+    scores, allowed = _scores(q, k, mask, bias, scale)
+    words = dropout_words(dropout_rate, dropout_key)
+    kept = None if words is None else keep(words, scores.shape, dropout_rate)
+    out: Any = _average(dropout_rate, scores, allowed, kept, jnp.swapaxes(v, 1, 2))
+    return jnp.swapaxes(out.reshape(len(q), q.shape[2], -1, q.shape[3]), 1, 2)
 
 
 def attention_weights(
@@ -42,22 +46,80 @@ def attention_weights(
     scale: float | None = None,
 ) -> Float[Array, "B K G T S"]:
     """What share each query takes of each key, in float32; all 0 where nothing may be seen."""
+    require_shapes(q, k)
+    weights = masked_softmax(*_scores(q, k, mask, bias, scale))
+    return weights.reshape(*weights.shape[:2], -1, q.shape[1], k.shape[1])
+
+
+def _scores(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    mask: AttentionMask,
+    bias: PositionBias | None,
+    scale: float | None,
+) -> tuple[Float[Array, "B K R S"], Bool[Array, "b k R S"] | None]:
+    """What goes into the softmax, in float32, and where it counts; None: everywhere.
+
+    The R rows of a key/value head are its G query heads' T queries, one head after the other.
+    """
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    require_shapes(q, k)
-    q = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
-    # The scale is applied here and not to q, which may be too coarse a type for it.
-    scores *= H**-0.5 if scale is None else scale
+    q = jnp.swapaxes(q, 1, 2).reshape(B, K, -1, H)
+    k = jnp.swapaxes(k, 1, 2)
+    factor = H**-0.5 if scale is None else scale
+    is_fine = q.dtype == jnp.float32  # Otherwise q may be too coarse a type for the scale.
+    q = q * factor if is_fine else q
+    scores = jnp.einsum("BKRH,BKSH->BKRS", q, k, preferred_element_type=jnp.float32)
+    scores = scores if is_fine else scores * factor
     if bias is not None:
         tile = bias.tile(jnp.arange(T), jnp.arange(S))
-        scores += tile.reshape(tile.shape[0], K, N // K, T, S)
+        scores += tile.reshape(tile.shape[0], K, -1, S)
     if mask.is_full:
-        return jax.nn.softmax(scores)
+        return scores, None
     allowed = mask.to_bool(T, S)
     if allowed.shape[1] == 1:
-        return masked_softmax(scores, allowed[:, None])
-    return masked_softmax(scores, allowed.reshape(allowed.shape[0], K, N // K, T, S))
+        return scores, jnp.tile(allowed, (1, 1, N // K, 1))
+    return scores, allowed.reshape(allowed.shape[0], K, -1, S)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _average(
+    dropout_rate: float,
+    scores: Float[Array, "B K R S"],
+    allowed: Bool[Array, "b k R S"] | None,
+    kept: Bool[Array, "B K R S"] | None,
+    v: Float[Array, "B K S H"],
+) -> Float[Array, "B K R H"]:
+    """`v` weighted by the softmax of scores, of whose weights some are dropped.
+
+    The derivative of the softmax takes its sum over all keys from the result, which has H numbers
+    a query in place of S (arXiv:2205.14135 appendix B.2).
+    """
+    return _average_forward(dropout_rate, scores, allowed, kept, v)[0]
+
+
+def _average_forward(dropout_rate: float, scores, allowed, kept, v):
+    weights = masked_softmax(scores, allowed)
+    used = _dropped(weights, kept, dropout_rate).astype(v.dtype)
+    out = jnp.einsum("BKRS,BKSH->BKRH", used, v)
+    return out, (weights, kept, v, out)
+
+
+def _average_backward(dropout_rate: float, saved: tuple, g: jax.Array):
+    weights, kept, v, out = saved
+    used = _dropped(weights, kept, dropout_rate).astype(v.dtype)
+    dv = jnp.einsum("BKRS,BKRH->BKSH", used, g)
+    dweights = jnp.einsum("BKRH,BKSH->BKRS", g, v, preferred_element_type=jnp.float32)
+    dweights = _dropped(dweights, kept, dropout_rate)
+    delta = jnp.sum(g.astype(jnp.float32) * out, axis=-1, keepdims=True)
+    return weights * (dweights - delta), None, None, dv
+
+
+_average.defvjp(_average_forward, _average_backward)
+
+
+def _dropped(weights: jax.Array, kept: jax.Array | None, rate: float) -> jax.Array:
+    return weights if kept is None else jnp.where(kept, weights / (1 - rate), 0)
 
 
 def require_shapes(q: jax.Array, k: jax.Array, v: jax.Array | None = None) -> None:
@@ -69,9 +131,14 @@ def require_shapes(q: jax.Array, k: jax.Array, v: jax.Array | None = None) -> No
 
 
 def masked_softmax(
-    scores: Float[Array, "*b T S"], allowed: Bool[Array, "*#b T S"]
+    scores: Float[Array, "*b T S"], allowed: Bool[Array, "*#b T S"] | None
 ) -> Float[Array, "*b T S"]:
-    """Softmax over the allowed entries of the last axis; 0 for the others, and for an empty row."""
+    """Softmax over the allowed entries of the last axis; 0 for the others, and for an empty row.
+
+    `allowed` None: all.
+    """
+    if allowed is None:
+        return jax.nn.softmax(scores)
     # Excluded entries are replaced, not offset: no score is large enough to get around that.
     scores = jnp.where(allowed, scores, -jnp.inf)
     highest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
