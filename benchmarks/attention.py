@@ -21,26 +21,23 @@ all lengths take about an hour: choose --lengths, --core, --mask or --mode.
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from benchmarks.report import plot, tables
+from benchmarks.turns import Process
 from benchmarks.worker import RETURNS_MEMORY, Case
 from train.cli import ALLOCATOR
 
-ROOT = Path(__file__).parent.parent
 STARTUP = 120.0  # Seconds for a process to import, compile and run for the first time.
 ENVIRONMENT = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # On a GPU the processes share the memory.
@@ -56,59 +53,23 @@ PEERS = {
 }
 
 
-class Worker:
+def worker(case: Case, what: str, interpreter: str) -> Process:
     """A process that measures "memory" or "time" of one case."""
-
-    def __init__(self, case: Case, what: str, interpreter: str):
-        module = "attention_peers" if case.name in PEERS.values() else "attention_cores"
-        self.process = subprocess.Popen(
-            [interpreter, "-m", f"benchmarks.{module}", case.text(), what],
-            cwd=ROOT,
-            env=os.environ | ENVIRONMENT | (RETURNS_MEMORY if what == "memory" else ALLOCATOR),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.patience = STARTUP + 3 * case.budget
-
-    def ask(self, request: str = "") -> dict[str, Any]:
-        """Returns the next answer, or why there is none."""
-        process = self.process
-        assert process.stdin and process.stdout and process.stderr
-        timer = threading.Timer(self.patience, process.kill)
-        timer.start()
-        try:
-            if request:
-                process.stdin.write(request + "\n")
-                process.stdin.flush()
-            if answer := process.stdout.readline():
-                return json.loads(answer)
-            timely = timer.is_alive()
-            last = process.stderr.read().strip().splitlines()
-            last = last or [f"the process ended with {process.wait()} and no message"]
-            return {"skipped": last[-1][:200] if timely else f"over {self.patience:.0f} s"}
-        except BrokenPipeError:
-            return {"skipped": "the process has ended"}
-        finally:
-            timer.cancel()
-
-    def close(self) -> None:
-        assert self.process.stdin and self.process.stdout and self.process.stderr
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
-        self.process.stderr.close()
+    module = "attention_peers" if case.name in PEERS.values() else "attention_cores"
+    return Process(
+        [interpreter, "-m", f"benchmarks.{module}", case.text(), what],
+        ENVIRONMENT | (RETURNS_MEMORY if what == "memory" else ALLOCATOR),
+        STARTUP + 3 * case.budget,
+    )
 
 
 def measure(cases: Sequence[Case], interpreters: dict[str, str], rounds: int) -> Iterator[dict]:
     """Yields what was measured of each case, after all have taken turns."""
-    workers: dict[Case, Worker] = {}
+    workers: dict[Case, Process] = {}
     points: dict[Case, dict[str, Any]] = {}
 
     def ask(case: Case, what: str) -> dict[str, Any]:
-        workers[case] = Worker(case, what, interpreters[case.name])
+        workers[case] = worker(case, what, interpreters[case.name])
         return workers[case].ask()
 
     try:
@@ -124,8 +85,8 @@ def measure(cases: Sequence[Case], interpreters: dict[str, str], rounds: int) ->
                     point.setdefault("seconds", []).append(answer.pop("seconds", None))
                     point.update(answer)
     finally:
-        for worker in workers.values():
-            worker.close()
+        for process in workers.values():
+            process.close()
     for case, point in points.items():
         yield _place(case) | point
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import attention
+from benchmarks import attention, training
 from benchmarks.report import growth, plot, tables
 from benchmarks.worker import RETURNS_MEMORY, Case
 
@@ -101,13 +101,13 @@ for size in (64, 16, 32):
 def test_a_run_with_our_cores(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     out = tmp_path / "folder" / "attention"
-    flags = "--lengths 64 --core dense nothing --mask causal --mode forward+backward --rounds 2"
+    flags = "--lengths 256 --core dense nothing --mask causal --mode forward+backward --rounds 2"
     attention.main([*flags.split(), "--heads", "2", "--head-dim", "8", "--out", str(out)])
     results = json.loads(out.with_suffix(".json").read_text())
     dense, nothing = results["points"]
     assert len(dense["seconds"]) == 2 and min(dense["seconds"]) > 0
-    assert dense["causal"] and dense["backward"] and dense["length"] == 64
-    # Results, gradients and two [2, 64, 64] of scores are 0.1 MiB: far from what an import takes.
+    assert dense["causal"] and dense["backward"] and dense["length"] == 256
+    # Results, gradients and two [2, 256, 256] are 1.1 MiB: far from what an import takes.
     assert 0 < dense["memory"] < 16 * MIB
     assert "unknown model.attention.core 'nothing'" in nothing["skipped"]
     assert out.with_suffix(".png").exists()
@@ -121,3 +121,26 @@ def test_what_does_not_fit_into_memory_is_left_out(monkeypatch):
     )
     assert found["skipped"].startswith("needs ") and found["skipped"].endswith(" GiB")
     assert float(found["skipped"].split()[1]) > 8
+
+
+def test_training_steps_are_timed(tmp_path, capsys):
+    out = tmp_path / "training.json"
+    training.main(["--setting", "gpt 4x128", "--rounds", "1", "--out", str(out)])
+    found = json.loads(out.read_text())["gpt 4x128"]["heedful"]
+    assert found["parameters"] == 804_096  # nanoGPT says 0.80M, without the 8,192 of positions
+    # Six FLOPs for each parameter of a matrix product and token, and attention.
+    assert 0.9 < found["flops"] / (6 * 795_000 * 12 * 64) < 1.1
+    assert "gpt 4x128: 12 x 64 tokens" in capsys.readouterr().out
+
+
+def test_ratios_are_of_the_same_round():
+    facts = {"flops": 1e9, "ceiling": 1e10, "parameters": 1, "start": 1.0, "peak": 2**20}
+    found = {
+        "heedful": facts | {"seconds": [1.0, 2.0, 4.0]},
+        "peer": facts | {"seconds": [3.0, 4.0, 6.0]},
+        "absent": {"skipped": "no such module"},
+    }
+    rows = training.table("gpt2 124M", found).splitlines()
+    assert rows[2].split() == ["heedful", "2,000.0", "1,024", "1.00", "5%", "1.0", "1"]
+    assert rows[3].split()[3] == "2.00"
+    assert rows[4].split(maxsplit=1) == ["absent", "no such module"]

@@ -1,0 +1,120 @@
+"""The worker for other people's steps: `PYTHON -m benchmarks.training_peers SETTING LIBRARY`."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.turns import answer_with
+
+BEGAN = time.perf_counter()
+SIZES = {  # layers, heads, width
+    "shakespeare_char": (4, 4, 128),
+    "shakespeare_char_gpu": (6, 6, 384),
+    "gpt2_small": (12, 12, 768),
+    "bert_base": (12, 12, 768),
+    "vaswani_base": (6, 8, 512),
+}
+
+
+class Translator(nn.Module):
+    """torch.nn.Transformer between one matrix of embeddings, as in the paper."""
+
+    def __init__(self, layers: int, heads: int, width: int, vocab_size: int, dropout: float):
+        super().__init__()
+        self.table = nn.Embedding(vocab_size, width)
+        self.positions = nn.Parameter(torch.zeros(1024, width), requires_grad=False)
+        self.core = nn.Transformer(
+            width, heads, layers, layers, 4 * width, dropout, batch_first=True
+        )
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        causal = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
+        put = lambda x: self.drop(self.table(x) * 16 + self.positions[: x.shape[1]])  # noqa: E731
+        hidden = self.core(put(source), put(target), tgt_mask=causal, tgt_is_causal=True)
+        return hidden @ self.table.weight.T
+
+
+def prepare(given: dict[str, Any], library: str) -> tuple[Callable[[], object], dict[str, Any]]:
+    layers, heads, width = SIZES[given["config"]]
+    length, vocab_size, dropout = given["length"], given["vocab_size"], given["dropout"]
+    torch.manual_seed(0)
+    x, y, source = torch.randint(0, vocab_size, (3, given["rows"], length))
+    cross_entropy = lambda z: nn.functional.cross_entropy(z.flatten(0, 1), y.flatten())  # noqa: E731
+    if library.startswith("nanogpt"):
+        sys.path.insert(0, given["nanogpt"])
+        import model as nanogpt  # type: ignore[import-not-found]
+
+        config = nanogpt.GPTConfig(
+            block_size=length,
+            vocab_size=vocab_size,
+            n_layer=layers,
+            n_head=heads,
+            n_embd=width,
+            dropout=dropout,
+            bias=given["config"] == "gpt2_small",
+        )
+        model = nanogpt.GPT(config)
+        optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), "cpu")
+        network = torch.compile(model) if library.endswith("compiled") else model
+        loss = lambda: network(x, y)[1]  # noqa: E731
+    elif given["config"] == "vaswani_base":
+        model = Translator(layers, heads, width, vocab_size, dropout)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-4)
+        loss = lambda: cross_entropy(model(source, x))  # noqa: E731
+    else:
+        import transformers
+
+        if given["config"] == "bert_base":
+            config = transformers.BertConfig(vocab_size=vocab_size)
+            model: Any = transformers.BertForMaskedLM(config)
+        else:
+            config = transformers.GPT2Config(
+                vocab_size=vocab_size,
+                n_positions=length,
+                n_embd=width,
+                n_layer=layers,
+                n_head=heads,
+                resid_pdrop=dropout,
+                embd_pdrop=dropout,
+                attn_pdrop=dropout,
+            )
+            model = transformers.GPT2LMHeadModel(config)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+        loss = lambda: cross_entropy(model(x).logits)  # noqa: E731
+    model.train()
+
+    def run(steps: int = given["steps"]) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad(set_to_none=True)
+            value = loss()
+            value.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            value.item()
+
+    run(3)
+    start = time.perf_counter() - BEGAN
+    names = "torch", "transformers"
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    return run, {"start": start, "ceiling": ceiling(), "versions": versions}
+
+
+def ceiling() -> float:
+    """FLOP/s of a product of large matrices."""
+    x, best = torch.ones(2048, 2048), float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        x @ x
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048**3 / best
+
+
+if __name__ == "__main__":
+    answer_with(lambda: prepare(json.loads(sys.argv[1]), sys.argv[2]))

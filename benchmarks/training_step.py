@@ -1,0 +1,83 @@
+"""The worker for this library's step: `python -m benchmarks.training_step SETTING LIBRARY`."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.training import Setting
+from benchmarks.turns import answer_with
+from configs import base
+from train.costs import parts
+from train.state import first_state, init_params, parameter_count, set_up
+from train.step import make_train_step
+
+BEGAN = time.perf_counter()
+
+
+def prepare(setting: Setting) -> tuple[Callable[[], object], dict[str, Any]]:
+    experiment = base.load(setting.config)[0]
+    optimizer = dataclasses.replace(experiment.train.optimizer, clip_norm=1.0)
+    config = dataclasses.replace(experiment.train, optimizer=optimizer)
+    part, rate = experiment.model, setting.dropout
+    model = dataclasses.replace(
+        part,
+        vocab_size=setting.vocab_size,
+        dtype="float32",
+        dropout=rate,
+        attention=dataclasses.replace(part.attention, dropout=rate),
+        feed_forward=dataclasses.replace(part.feed_forward, dropout=rate),
+    )
+    setup = set_up(model, config)
+    step = make_train_step(model, config, setup)
+    random = np.random.default_rng(0)
+    shape = setting.rows, setting.length
+
+    def tokens() -> np.ndarray:
+        return random.integers(4, setting.vocab_size, shape, np.int32)
+
+    batch = {"inputs": tokens(), "targets": tokens(), "weights": np.ones(shape, np.float32)}
+    if model.architecture == "encoder_decoder":
+        batch["encoder_inputs"] = tokens()
+    held = [first_state(setup, init_params(model, setup.mesh, 0))]
+    keys = setting.length // (2 if model.architecture == "decoder_only" else 1)
+    flops = sum(part.flops for part in parts(model, held[0].params, keys))
+
+    def run(steps: int = setting.steps) -> None:
+        with jax.set_mesh(setup.mesh):
+            for _ in range(steps):
+                held[0], metrics = step(held[0], batch)
+                float(metrics["loss"])
+
+    run(3)
+    start = time.perf_counter() - BEGAN
+    return run, {
+        "start": start,
+        "flops": 3 * flops * setting.rows * setting.length,
+        "parameters": parameter_count(held[0].params),
+        "ceiling": ceiling(),
+        "versions": f"jax {jax.__version__}",
+    }
+
+
+def ceiling() -> float:
+    """FLOP/s of a product of large matrices."""
+    x = jnp.ones((2048, 2048))
+    product, best = jax.jit(jnp.matmul), float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048**3 / best
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    given.pop("nanogpt")
+    answer_with(lambda: prepare(Setting(**given)))
