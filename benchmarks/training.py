@@ -14,9 +14,9 @@ this library is faster.
 
 The utilisation is that of the floating-point operations of the model (attention of a GPT counted
 half, for what its mask hides; all of it elsewhere), of the best rate at which this library or torch
-multiplied two matrices of 2,048 x 2,048 in the same run. `start` is the time from importing the
-library to the end of the third step, with what it compiles not cached; `peak` is what the process
-held at most.
+multiplied two matrices of 2,048 x 2,048 in the same run. `start` is the time from when the library
+is imported to the end of the third step, with what it compiles not cached; `peak` is what the
+process held at most.
 """
 
 import argparse

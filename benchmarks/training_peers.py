@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks.turns import answer_with
+from benchmarks.worker import ceiling
 
 BEGAN = time.perf_counter()
 SIZES = {  # layers, heads, width
@@ -101,19 +102,10 @@ def prepare(given: dict[str, Any], library: str) -> tuple[Callable[[], object], 
 
     run(3)
     start = time.perf_counter() - BEGAN
+    large = torch.ones(2048, 2048)
     names = "torch", "transformers"
     versions = ", ".join(f"{name} {version(name)}" for name in names)
-    return run, {"start": start, "ceiling": ceiling(), "versions": versions}
-
-
-def ceiling() -> float:
-    """FLOP/s of a product of large matrices."""
-    x, best = torch.ones(2048, 2048), float("inf")
-    for _ in range(10):
-        start = time.perf_counter()
-        x @ x
-        best = min(best, time.perf_counter() - start)
-    return 2 * 2048**3 / best
+    return run, {"start": start, "ceiling": ceiling(lambda: large @ large), "versions": versions}
 
 
 if __name__ == "__main__":

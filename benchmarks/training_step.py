@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks.training import Setting
 from benchmarks.turns import answer_with
+from benchmarks.worker import ceiling
 from configs import base
 from train.costs import parts
 from train.state import first_state, init_params, parameter_count, set_up
@@ -57,24 +58,14 @@ def prepare(setting: Setting) -> tuple[Callable[[], object], dict[str, Any]]:
 
     run(3)
     start = time.perf_counter() - BEGAN
+    large, product = jnp.ones((2048, 2048)), jax.jit(jnp.matmul)
     return run, {
         "start": start,
         "flops": 3 * flops * setting.rows * setting.length,
         "parameters": parameter_count(held[0].params),
-        "ceiling": ceiling(),
+        "ceiling": ceiling(lambda: product(large, large).block_until_ready()),
         "versions": f"jax {jax.__version__}",
     }
-
-
-def ceiling() -> float:
-    """FLOP/s of a product of large matrices."""
-    x = jnp.ones((2048, 2048))
-    product, best = jax.jit(jnp.matmul), float("inf")
-    for _ in range(10):
-        start = time.perf_counter()
-        product(x, x).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return 2 * 2048**3 / best
 
 
 if __name__ == "__main__":

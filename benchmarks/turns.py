@@ -9,10 +9,11 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.worker import highest_resident, seconds
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,14 +69,5 @@ def answer_with(prepare: Callable[[], tuple[Callable[[], object], dict[str, Any]
     run, facts = prepare()
     print(json.dumps(facts), file=answers, flush=True)
     for _ in sys.stdin:
-        start = time.perf_counter()
-        run()
-        values = {"seconds": time.perf_counter() - start, "peak": peak_resident()}
-        print(json.dumps(values), file=answers, flush=True)
-
-
-def peak_resident() -> int:
-    """Bytes that this process has held at most (Linux)."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"seconds": seconds(run), "peak": highest_resident()}), file=answers)
+        answers.flush()

@@ -88,6 +88,11 @@ def seconds(run: Run) -> float:
     return time.perf_counter() - start
 
 
+def ceiling(product: Run) -> float:
+    """FLOP/s of `product`, which multiplies two matrices of 2,048 x 2,048; the best of ten."""
+    return 2 * 2048**3 / min(seconds(product) for _ in range(10))
+
+
 def limit_memory(n_bytes: int) -> None:
     """Lets an allocation fail that the machine has no room for, instead of ending other work."""
     resource.setrlimit(resource.RLIMIT_DATA, (n_bytes, n_bytes))
@@ -100,12 +105,13 @@ def peak_resident(run: Run) -> int:
     """
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # The peak begins anew, at what is resident now (man 5 proc).
-    before = _peak()
+    before = highest_resident()
     run()
-    return _peak() - before
+    return highest_resident() - before
 
 
-def _peak() -> int:
+def highest_resident() -> int:
+    """Bytes that this process has held at most (Linux)."""
     with open("/proc/self/status") as file:
         found = re.search(r"VmHWM:\s+(\d+) kB", file.read())
     assert found
