@@ -43,7 +43,12 @@ each other, elsewhere by
 heedful COMMAND CONFIG|RUN --help lists every flag with its meaning."""
 
 # glibc gives freed memory back to the system between steps and asks for it again: twice the time.
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+# In pages of 2 MiB, where the system has them, arrays of many MiB are written up to twice as fast.
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 
 
 def main() -> None:

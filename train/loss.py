@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from model.axes import mesh_axes
+
 
 def cross_entropy(
     logits: Float[Array, "*b V"],
@@ -100,8 +102,10 @@ def token_losses(
 
 
 def _forward(logits: jax.Array, targets: jax.Array, label_smoothing: float):
-    # A comparison instead of a gather, which would be slow where V is sharded.
-    score = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)
+    if any(mesh_axes("act_vocab")):  # A gather would be slow where V is sharded.
+        score = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)
+    else:
+        score = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     if label_smoothing:
         score = (1 - label_smoothing) * score + label_smoothing * jnp.mean(logits, axis=-1)
     log_total = jax.nn.logsumexp(logits, axis=-1)
