@@ -1,6 +1,7 @@
 """The worker for other people's steps: `PYTHON -m benchmarks.training_peers SETTING LIBRARY`."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -49,7 +50,7 @@ def prepare(given: dict[str, Any], library: str) -> tuple[Callable[[], object], 
     x, y, source = torch.randint(0, vocab_size, (3, given["rows"], length))
     cross_entropy = lambda z: nn.functional.cross_entropy(z.flatten(0, 1), y.flatten())  # noqa: E731
     if library.startswith("nanogpt"):
-        sys.path.insert(0, given["nanogpt"])
+        sys.path.insert(0, os.environ["NANOGPT"])
         import model as nanogpt  # type: ignore[import-not-found]
 
         config = nanogpt.GPTConfig(

@@ -64,10 +64,15 @@ class Process:
 
 
 def answer_with(prepare: Callable[[], tuple[Callable[[], object], dict[str, Any]]]) -> None:
-    """The other end: says what `prepare` tells beside a function, then times that, line by line."""
+    """The other end: says what `prepare` tells beside a function, then times that, line by line.
+
+    It runs once before the time is taken: after a pause, caches and memory that the system has
+    taken back are not what they are in the middle of work.
+    """
     answers, sys.stdout = sys.stdout, sys.stderr  # Libraries may print.
     run, facts = prepare()
     print(json.dumps(facts), file=answers, flush=True)
     for _ in sys.stdin:
+        run()
         print(json.dumps({"seconds": seconds(run), "peak": highest_resident()}), file=answers)
         answers.flush()

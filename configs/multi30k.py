@@ -3,8 +3,9 @@
 heedful train multi30k     # in the folder of the files, or with --data.train A B and so on
 
 The files are not part of the project: 29,000 pairs in the lower-cased form that papers use, split
-by 10,000 merges, pieces joined by `@@ `. Published, text only: 41.02 BLEU on test.2016 (lower-cased, tokenised, pieces
-joined again). An epoch has about 70 batches: the last ten, one checkpoint each, are averaged.
+by 10,000 merges, pieces joined by `@@ `. Published, text only: 41.02 BLEU on test.2016 (lower-cased
+and tokenised, pieces joined again). An epoch has about 70 batches: the last ten, one checkpoint
+each, are averaged.
 """
 
 from configs.base import Experiment

@@ -1,5 +1,8 @@
 """Blocks, and stacks of equal blocks."""
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -30,6 +33,11 @@ UNROLL = {"cpu": 12}
 """Layers per iteration, by platform, where `config.unroll` leaves it open."""
 
 
+def unroll(config: ModelConfig) -> int:
+    """Layers per iteration."""
+    return config.unroll or UNROLL.get(target_platform(), 1)
+
+
 @struct.dataclass
 class BlockCache:
     """What a block remembers while decoding; in a stack each array leads with the layers."""
@@ -45,6 +53,39 @@ class BlockCache:
         """Row r of the result continues row rows[r]; hypotheses share their source, which stays."""
         kept = jax.tree.map(lambda x: jnp.take(x, rows, axis=1), self.self_attention)
         return self.replace(self_attention=kept)  # type: ignore[attr-defined]
+
+
+@struct.dataclass
+class Apart:
+    """What a stack holds, parameters or a cache, as one tree for each layer.
+
+    A CPU copies what a layer needs of a stacked array whenever it needs it. A loop over tokens
+    therefore carries the layers apart, and puts them together for each token: the compiler sees
+    that the layers of the stack are what was apart, and copies nothing.
+    """
+
+    layers: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, stacked: Any) -> "Apart":
+        count = len(jax.tree.leaves(stacked)[0])
+        return cls(tuple(jax.tree.map(lambda x: x[i], stacked) for i in range(count)))  # noqa: B023
+
+    def together(self) -> Any:
+        return jax.tree.map(lambda *layers: jnp.stack(layers), *self.layers)
+
+    def repeat(self, times: int) -> "Apart":
+        """Of a cache."""
+        return self._each(lambda cache: cache.repeat(times))
+
+    def reorder(self, rows: Int[Array, " R"]) -> "Apart":
+        """Of a cache."""
+        return self._each(lambda cache: cache.reorder(rows))
+
+    def _each(self, change: Callable[[Any], Any]) -> "Apart":
+        """`change` of each layer as a stack of one."""
+        stacks = (change(jax.tree.map(lambda x: x[None], layer)) for layer in self.layers)
+        return Apart(tuple(jax.tree.map(lambda x: x[0], stack) for stack in stacks))
 
 
 class Block(nn.Module):
@@ -135,7 +176,7 @@ class Stack(nn.Module):
             split_rngs={"params": True, "dropout": True, "features": True},
             in_axes=(0, *[nn.broadcast] * 5),  # type: ignore[arg-type]
             length=self.layers,
-            unroll=min(self.config.unroll or UNROLL.get(target_platform(), 1), self.layers),
+            unroll=min(unroll(self.config), self.layers),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         blocks = scanned(self.config, self.has_cross, name="blocks")

@@ -1,19 +1,21 @@
 """The three architectures: embeddings, one or two stacks of blocks, a head."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from model import masks
-from model.axes import constrain, partitioned
+from model.axes import constrain, partitioned, target_platform
 from model.cache import new_cache
 from model.config import ModelConfig, ModelError
 from model.heads import HEADS
 from model.layers import Dropout, Embedding, Norm
 from model.masks import AttentionMask
 from model.positions import PositionEmbedding
-from model.stack import BlockCache, Stack
+from model.stack import Apart, BlockCache, Stack, unroll
 
 Tokens = Int[Array, "B T"]
 Positions = Int[Array, "b T"]  # b is B, or 1 where all rows agree
@@ -287,6 +289,32 @@ def empty_cache(config: ModelConfig, batch: int, length: int) -> BlockCache:
     one = new_cache(config, batch, length)
     repeat = lambda x: jnp.broadcast_to(x, (config.layers, *x.shape))  # noqa: E731
     return BlockCache(self_attention=jax.tree.map(repeat, one))
+
+
+def take_apart(config: ModelConfig, tree: Any) -> Any:
+    """Parameters, or a cache, for a loop over tokens; see `Apart`.
+
+    As they are where the layers of a token are in a loop themselves.
+    """
+    if target_platform() != "cpu" or unroll(config) < max(
+        config.layers, config.encoder_layers or 0
+    ):
+        return tree
+    if isinstance(tree, BlockCache):
+        return Apart.of(tree)
+    apart = {
+        name: part | {"blocks": Apart.of(part["blocks"])}
+        for name, part in tree.items()
+        if "blocks" in part
+    }
+    return tree | apart
+
+
+def put_together(tree: Any) -> Any:
+    """What `take_apart` was given."""
+    is_apart = lambda x: isinstance(x, Apart)  # noqa: E731
+    whole = lambda x: x.together() if isinstance(x, Apart) else x  # noqa: E731
+    return jax.tree.map(whole, tree, is_leaf=is_apart)
 
 
 def _or_range(positions: Positions | None, inputs: Tokens, offset=None) -> Positions:

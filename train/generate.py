@@ -1,6 +1,7 @@
 """Going on with a text: token by token to a terminal, or many prompts at once."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jaxtyping import Array, Int
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.decoding import Decoded, Sampling, Writing, advance, beam_search, begin
-from model.transformer import build, empty_cache
+from model.transformer import build, empty_cache, put_together, take_apart
 from train.config import DecodeConfig, TrainError
 from train.rows import Rows, batches
 from train.sharding import whole
@@ -40,7 +41,9 @@ class Generator:
     ):
         _require_decoder(model)
         self.model, self.decode, self.tokenizer = model, decode, tokenizer
-        self.params, self.mesh, self.seed, self.prefix = params, mesh, seed, prefix
+        self.mesh, self.seed, self.prefix = mesh, seed, prefix
+        with jax.set_mesh(mesh):
+            self.params = jax.jit(partial(take_apart, model))(params)
         self._begin = jax.jit(self._read_prompts)
         self._advance = jax.jit(
             self._write_on, donate_argnames="writing", out_shardings=(None, whole(mesh))
@@ -169,9 +172,9 @@ class Generator:
         model = build(self.model)
 
         def step(tokens: jax.Array, cache: Any, position: jax.Array):
-            options = {"cache": cache, "offset": position, "method": "decode"}
-            logits, cache = model.apply({"params": params}, tokens, **options)
-            return logits[:, -1], cache
+            options = {"cache": put_together(cache), "offset": position, "method": "decode"}
+            logits, cache = model.apply({"params": put_together(params)}, tokens, **options)
+            return logits[:, -1], take_apart(self.model, cache)
 
         return step
 
@@ -200,6 +203,7 @@ class Generator:
         last chunk may begin with tokens that were read before; each is remembered once.
         """
         model, length = build(self.model), inputs.shape[1]
+        whole_params = put_together(params)
         # A token that sees the whole prompt cannot be read before the rest of it.
         chunk = length if self.prefix else min(CHUNK, length)
         prefix = {"prefix_len": lengths} if self.prefix else {}
@@ -210,11 +214,11 @@ class Generator:
             position = start + jnp.arange(chunk)
             is_real = (position >= i * chunk) & (position < lengths[:, None] - 1)
             options = {"cache": cache, "is_real": is_real, "offset": start, "method": "decode"}
-            return model.apply({"params": params}, tokens, **prefix, **options)[1]
+            return model.apply({"params": whole_params}, tokens, **prefix, **options)[1]
 
         cache = empty_cache(self.model, len(lengths), length + self.decode.max_tokens)
         chunks = (jnp.max(lengths) - 1 + chunk - 1) // chunk
-        return jax.lax.fori_loop(0, chunks, read, cache)
+        return take_apart(self.model, jax.lax.fori_loop(0, chunks, read, cache))
 
 
 class Text:

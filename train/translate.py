@@ -1,6 +1,7 @@
 """From sentences to sentences: encode once, decode on the device, one line out per line in."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig, ModelError
 from model.decoding import Decoded, Sampling, beam_search, sample
-from model.transformer import build, empty_cache
+from model.transformer import build, empty_cache, put_together, take_apart
 from train.config import DecodeConfig, TrainError
 from train.rows import Rows, batches
 from train.sharding import whole
@@ -35,9 +36,11 @@ class Translator:
             raise TrainError(f"decode.stop = {decode.stop} ends texts after a prompt: leave it out")
         if tokenizer.bos is None or tokenizer.eos is None:
             raise TrainError("the tokenizer lacks the begin and end tokens of a translation")
-        self.tokenizer, self.params, self.mesh = tokenizer, params, mesh
+        self.tokenizer, self.mesh = tokenizer, mesh
         self.model, self.decode, self.seed = model, decode, seed
         self.bos, self.eos = tokenizer.bos, tokenizer.eos
+        with jax.set_mesh(mesh):
+            self.params = jax.jit(partial(take_apart, model))(params)
         self._run = jax.jit(self._translate, out_shardings=whole(mesh))
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
@@ -68,21 +71,21 @@ class Translator:
         batch, length = inputs.shape
         max_steps = length + config.extra_length
         segments = (jnp.arange(length) < lengths[:, None]).astype(jnp.int32)
-        encoded = model.apply({"params": params}, inputs, segments, method="encode")
+        encoded = model.apply({"params": put_together(params)}, inputs, segments, method="encode")
 
         def step(tokens: jax.Array, cache: Any, position: jax.Array, encoded=None, is_real=None):
             times = tokens.shape[0] // batch
             logits, cache = model.apply(
-                {"params": params},
+                {"params": put_together(params)},
                 tokens,
                 encoded,
                 jnp.repeat(segments, times, axis=0),
-                cache=cache,
+                cache=put_together(cache),
                 is_real=is_real,
                 offset=position,
                 method="decode",
             )
-            return logits[:, -1], cache
+            return logits[:, -1], take_apart(self.model, cache)
 
         last = jnp.full(batch, self.bos, jnp.int32)
         start = jnp.int32(0)

@@ -1,4 +1,4 @@
-"""The worker for this library's step: `python -m benchmarks.training_step SETTING LIBRARY`."""
+"""The worker for this library's step: `python -m benchmarks.training_ours SETTING LIBRARY`."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.training import Setting
+from benchmarks.beside import Setting
 from benchmarks.turns import answer_with
 from benchmarks.worker import ceiling
 from configs import base
@@ -69,6 +69,4 @@ def prepare(setting: Setting) -> tuple[Callable[[], object], dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    given.pop("nanogpt")
-    answer_with(lambda: prepare(Setting(**given)))
+    answer_with(lambda: prepare(Setting(**json.loads(sys.argv[1]))))

@@ -1,0 +1,126 @@
+"""Libraries side by side: each in a process of its own, one sample each in every round.
+
+A ratio is the median of those in each round, above 1 where this library is faster. `start` is the
+time from when a library is imported until it is ready, with what it compiles not cached; `peak` is
+what its process held at most.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.turns import Process
+from train.cli import ALLOCATOR
+
+PATIENCE = 600.0
+PAUSE = 0.5  # Threads of the process before may spin for a while when their work is done.
+
+
+class Setting(NamedTuple):
+    """A model, the shape of its batch, and how many steps are in one sample."""
+
+    config: str
+    rows: int
+    length: int
+    vocab_size: int
+    steps: int
+    peers: tuple[str, ...]
+    tokens: int
+    """That a step reads (in training) or writes (in decoding)."""
+    dropout: float = 0.0
+    beam: int = 1
+
+
+def measure(name: str, setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Samples and facts of each library; `name` is that of the benchmark's modules."""
+    libraries = ["heedful"]
+    if arguments.peers:
+        libraries += [p for p in setting.peers if arguments.nanogpt or "nanogpt" not in p]
+    found: dict[str, dict[str, Any]] = {}
+    processes: dict[str, Process] = {}
+    given = json.dumps(setting._asdict())
+    with tempfile.TemporaryDirectory() as cache:
+        fresh = {"TORCHINDUCTOR_CACHE_DIR": cache, "NANOGPT": arguments.nanogpt or ""}
+        try:
+            for library in libraries:
+                ours = library == "heedful"
+                module = f"benchmarks.{name}_ours" if ours else f"benchmarks.{name}_peers"
+                interpreter = sys.executable if ours else arguments.peers
+                command = [interpreter, "-m", module, given, library]
+                process = Process(command, ALLOCATOR if ours else fresh, PATIENCE)
+                processes[library] = process
+                found[library] = process.ask() | {"seconds": []}
+            for _ in range(arguments.rounds):
+                for library, process in processes.items():
+                    if "skipped" not in found[library]:
+                        time.sleep(PAUSE)
+                        answer = process.ask("again")
+                        found[library]["seconds"].append(answer.pop("seconds", None))
+                        found[library].update(answer)
+        finally:
+            for process in processes.values():
+                process.close()
+    return found
+
+
+def table(name: str, setting: Setting, found: dict[str, Any]) -> str:
+    """Lines for one setting; the utilisation is that of the best product of all libraries."""
+    ours = found["heedful"]
+    measured = {key: values for key, values in found.items() if "skipped" not in values}
+    ceiling = max(values["ceiling"] for values in measured.values())
+    lines = [
+        f"{name}: {setting.rows} x {setting.length} tokens, "
+        f"{ours['parameters']:,} parameters, ceiling {ceiling / 1e9:.0f} GFLOP/s",
+        f"{'':22}{'ms/step':>10}{'tokens/s':>10}{'ratio':>8}{'utilised':>10}"
+        f"{'start s':>9}{'peak MiB':>10}",
+    ]
+    for library, values in found.items():
+        if "skipped" in values:
+            lines.append(f"{library:22}{values['skipped']}")
+            continue
+        seconds = statistics.median(values["seconds"]) / setting.steps
+        pairs = zip(values["seconds"], ours["seconds"], strict=True)
+        ratio = statistics.median(theirs / own for theirs, own in pairs)
+        lines.append(
+            f"{library:22}{1000 * seconds:10,.1f}{setting.tokens / seconds:10,.0f}{ratio:8.2f}"
+            f"{ours['flops'] / seconds / ceiling:10.0%}{values['start']:9.1f}"
+            f"{values['peak'] / 2**20:10,.0f}"
+        )
+    return "\n".join(lines)
+
+
+def main(
+    name: str, description: str | None, settings: Mapping[str, Setting], argv: Sequence[str] | None
+) -> None:
+    """The command line of a benchmark."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=f"{description}\n{__doc__}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--setting", nargs="+", choices=list(settings), default=list(settings), metavar="NAME")
+    add("--peers", metavar="PYTHON", help="interpreter that has benchmarks/peers.txt")
+    add("--nanogpt", metavar="DIR", help="where nanoGPT's model.py lies")
+    add("--rounds", type=int, default=5)
+    add("--out", default=f"runs/{name}.json", help="where the raw numbers go")
+    arguments = parser.parse_args(argv)
+    print(f"{platform.platform()}, {len(os.sched_getaffinity(0))} cores", flush=True)
+    results = {}
+    for chosen in arguments.setting:
+        results[chosen] = measure(name, settings[chosen], arguments)
+        print("\n" + table(chosen, settings[chosen], results[chosen]), flush=True)
+        out = Path(arguments.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(results, indent=1))
+    facts = [values for found in results.values() for values in found.values()]
+    versions = {values["versions"] for values in facts if "versions" in values}
+    print("\n" + ", ".join(sorted(versions)))

@@ -1,0 +1,32 @@
+"""Decoding beside `generate` of transformers, on the same cores in the same run.
+
+python -m venv /tmp/peers
+/tmp/peers/bin/python -m pip install -r benchmarks/peers.txt
+python -m benchmarks.decoding --peers /tmp/peers/bin/python
+
+The same sizes with random parameters and float32 for all, with a cache: a GPT-2 goes on greedily
+with prompts, and an encoder-decoder of the size of the Transformer base (transformers: Marian)
+translates with a beam of 4. Nothing ends a text early, so that all write the same number of tokens;
+prompts are read and sources encoded within the time. Here the work includes what `heedful generate`
+and `heedful translate` do around it: batches, and texts of tokens. A step is one token of all rows.
+"""
+
+from collections.abc import Sequence
+
+from benchmarks import beside
+from benchmarks.beside import Setting
+
+PEERS = ("transformers",)
+SETTINGS = {
+    "gpt2 124M, 1 row": Setting("gpt2_small", 1, 64, 50_257, 64, PEERS, 1),
+    "gpt2 124M, 8 rows": Setting("gpt2_small", 8, 64, 50_257, 64, PEERS, 8),
+    "transformer base, beam 4": Setting("vaswani_base", 16, 32, 37_000, 33, PEERS, 16, beam=4),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    beside.main("decoding", __doc__, SETTINGS, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The worker for this library's decoding: `python -m benchmarks.decoding_ours SETTING LIBRARY`."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.beside import Setting
+from benchmarks.turns import answer_with
+from benchmarks.worker import ceiling
+from configs import base
+from train.config import DecodeConfig, MeshConfig
+from train.costs import parts
+from train.generate import Generator
+from train.sharding import make_mesh
+from train.state import init_params, parameter_count
+from train.translate import Translator
+
+BEGAN = time.perf_counter()
+TOKEN = 7
+
+
+class Numbers:
+    """A tokenizer of texts that are numbers of tokens; none of them ends a text."""
+
+    bos, eos = 0, -1
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[int(word) for word in text.split()] for text in texts]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return " ".join(map(str, tokens))
+
+
+def prepare(setting: Setting) -> tuple[Callable[[], object], dict[str, Any]]:
+    model = base.load(setting.config)[0].model
+    model = dataclasses.replace(model, vocab_size=setting.vocab_size, dtype="float32")
+    mesh = make_mesh(MeshConfig())
+    params = init_params(model, mesh, 0)
+    random, shape = np.random.default_rng(0), (setting.rows, setting.length)
+    tokens = random.integers(4, setting.vocab_size, shape, np.int32)
+    positions, tokenizer = setting.rows * setting.length, Numbers()
+    if model.architecture == "encoder_decoder":
+        extra = setting.steps - setting.length
+        decode = DecodeConfig(beam=setting.beam, extra_length=extra, batch_tokens=positions)
+        translator = Translator(model, decode, tokenizer, params, mesh)  # type: ignore[arg-type]
+
+        def run() -> int:
+            return sum(len(row) for _, row in translator.tokens(dict(enumerate(tokens))))
+    else:
+        decode = DecodeConfig(beam=setting.beam, max_tokens=setting.steps, batch_tokens=positions)
+        generator = Generator(model, decode, tokenizer, params, mesh)  # type: ignore[arg-type]
+        prompts = [tokenizer.decode(row[1:]) for row in tokens]
+
+        def run() -> int:
+            return sum(len(text.split()) for text in generator(prompts))
+
+    if run() != setting.rows * setting.steps:
+        raise SystemExit(f"{run()} tokens instead of {setting.rows} x {setting.steps}")
+    start = time.perf_counter() - BEGAN
+    large, product = jnp.ones((2048, 2048)), jax.jit(jnp.matmul)
+    keys = setting.length + setting.steps // 2
+    flops = sum(part.flops for part in parts(model, params, keys) if part.stack != "encoder")
+    return run, {
+        "start": start,
+        "flops": flops * setting.rows * setting.beam,
+        "parameters": parameter_count(params),
+        "ceiling": ceiling(lambda: product(large, large).block_until_ready()),
+        "versions": f"jax {jax.__version__}",
+    }
+
+
+if __name__ == "__main__":
+    answer_with(lambda: prepare(Setting(**json.loads(sys.argv[1]))))
