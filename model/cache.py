@@ -13,6 +13,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from model.attention.performer import FeatureState
+from model.axes import target_platform
 from model.config import ModelConfig
 from model.masks import AttentionMask, cross
 
@@ -38,32 +39,49 @@ class Cache(Protocol):
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of all positions. A row writes over its padding before it could see it."""
+    """Keys and values of all positions. A row writes over its padding before it could see it.
 
-    k: Float[Array, "B S K H"]
-    v: Float[Array, "B S K H"]
+    Each head's lie together, as a product with one query reads them.
+    """
+
+    k: Float[Array, "B K S H"]
+    v: Float[Array, "B K S H"]
 
     @classmethod
     def zeros(cls, config: ModelConfig, batch: int, length: int) -> "KVCache":
-        array = jnp.zeros((batch, length, config.kv_heads, config.head_dim), config.dtype)
-        return cls(k=array, v=array)
+        return cls.of(*_zeros(config, batch, length))
+
+    @classmethod
+    def of(cls, k: Float[Array, "B S K H"], v: Float[Array, "B S K H"]) -> "KVCache":
+        return cls(k=jnp.swapaxes(k, 1, 2), v=jnp.swapaxes(v, 1, 2))
+
+    def rows(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        """Keys and values as they were given."""
+        return jnp.swapaxes(self.k, 1, 2), jnp.swapaxes(self.v, 1, 2)
 
     def attend(
         self, core: Callable, q: jax.Array, k: jax.Array, v: jax.Array,
         mask: AttentionMask, is_real: jax.Array | None = None, **how: Any,
     ) -> tuple[jax.Array, "KVCache"]:  # fmt: skip
         cache = self.write(k, v, _offset(mask))
-        return core(q, cache.k, cache.v, mask, **how), cache
+        return core(q, *cache.rows(), mask, **how), cache
 
     def write(self, k: jax.Array, v: jax.Array, offset: jax.Array) -> "KVCache":
         """The cache with rows `k`, `v` [B, t, K, H] written from position `offset` ([] or [B])."""
 
         def put(rows: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(rows, new, start, axis=rows.ndim - 3)
+            if target_platform() == "cpu":
+                # A single update would be fused with its readers, each with a copy of all rows. So
+                # one more is written behind the end, where it is dropped.
+                index = jnp.append(start + jnp.arange(new.shape[-2]), rows.shape[-2])
+                new = jnp.concatenate([new, new[..., :1, :]], axis=-2)
+                return rows.at[..., index, :].set(new, mode="drop")
+            return jax.lax.dynamic_update_slice_in_dim(rows, new, start, axis=rows.ndim - 2)
 
         if offset.ndim:
             put = jax.vmap(put)
-        return KVCache(k=put(self.k, k, offset), v=put(self.v, v, offset))
+        new = KVCache.of(k, v)
+        return KVCache(k=put(self.k, new.k, offset), v=put(self.v, new.v, offset))
 
 
 @struct.dataclass
@@ -80,8 +98,8 @@ class WindowCache:
 
     @classmethod
     def zeros(cls, config: ModelConfig, batch: int, length: int) -> "WindowCache":
-        cache = KVCache.zeros(config, batch, length)
-        return cls(k=cache.k, v=cache.v, end=jnp.zeros(batch, jnp.int32))
+        k, v = _zeros(config, batch, length)
+        return cls(k=k, v=v, end=jnp.zeros(batch, jnp.int32))
 
     def attend(
         self, core: Callable, q: jax.Array, k: jax.Array, v: jax.Array,
@@ -145,6 +163,12 @@ def remembered(config: ModelConfig) -> int | None:
     if attention.window is None or attention.global_tokens:
         return None
     return attention.window * max(attention.dilation or (1,)) + 1
+
+
+def _zeros(config: ModelConfig, batch: int, length: int) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [B, S, K, H]."""
+    array = jnp.zeros((batch, length, config.kv_heads, config.head_dim), config.dtype)
+    return array, array
 
 
 def _offset(mask: AttentionMask) -> jax.Array:

@@ -238,7 +238,7 @@ class MultiHeadAttention(nn.Module):
         if self.place == "cross" and context is None:
             if not isinstance(cache, KVCache):
                 raise ValueError("cross-attention needs a context, or a cache that has seen it")
-            k, v = cache.k, cache.v
+            k, v = cache.rows()
         else:
             source = x if context is None else context
             k = rotate(Linear(config, model, kv_heads, attention.bias, name="key")(source))
@@ -261,7 +261,7 @@ class MultiHeadAttention(nn.Module):
             "dropout_key": self.make_rng("dropout") if rate else None,
         }
         if self.place == "cross":
-            y, cache = core(q, k, v, mask, **how), KVCache(k=k, v=v)
+            y, cache = core(q, k, v, mask, **how), KVCache.of(k, v)
         elif cache is None:
             y = core(q, k, v, mask, **how)
         else:

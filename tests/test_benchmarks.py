@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import attention, training
+from benchmarks import attention, beside, decoding, training
 from benchmarks.report import growth, plot, tables
 from benchmarks.worker import RETURNS_MEMORY, Case
 
@@ -133,6 +133,16 @@ def test_training_steps_are_timed(tmp_path, capsys):
     assert "gpt 4x128: 12 x 64 tokens" in capsys.readouterr().out
 
 
+def test_decoding_is_timed(tmp_path, capsys, monkeypatch):
+    small = beside.Setting("shakespeare_char", 2, 16, 65, 8, (), 2)
+    beam = beside.Setting("translate_tiny", 2, 16, 65, 17, (), 2, beam=3)
+    monkeypatch.setattr(decoding, "SETTINGS", {"small": small, "beam": beam})
+    out = tmp_path / "decoding.json"
+    decoding.main(["--rounds", "1", "--out", str(out)])
+    assert json.loads(out.read_text())["small"]["heedful"]["parameters"] == 804_096
+    assert "beam: 2 x 16 tokens" in capsys.readouterr().out
+
+
 def test_ratios_are_of_the_same_round():
     facts = {"flops": 1e9, "ceiling": 1e10, "parameters": 1, "start": 1.0, "peak": 2**20}
     found = {
@@ -140,7 +150,7 @@ def test_ratios_are_of_the_same_round():
         "peer": facts | {"seconds": [3.0, 4.0, 6.0]},
         "absent": {"skipped": "no such module"},
     }
-    rows = training.table("gpt2 124M", found).splitlines()
+    rows = beside.table("gpt2 124M", training.SETTINGS["gpt2 124M"], found).splitlines()
     assert rows[2].split() == ["heedful", "2,000.0", "1,024", "1.00", "5%", "1.0", "1"]
     assert rows[3].split()[3] == "2.00"
     assert rows[4].split(maxsplit=1) == ["absent", "no such module"]

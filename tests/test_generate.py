@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import POSITIONS, random_params, tiny
+from tiny import INNER, KV_HEADS, LAYERS, POSITIONS, WIDTH, random_params, tiny
 
 from data.config import TokenizerConfig
 from data.tokenizer import BOS, EOS, PAD, Tokenizer
@@ -16,7 +16,7 @@ from model import transformer
 from model.cache import KVCache
 from model.config import ModelConfig
 from model.decoding import length_penalty
-from model.transformer import build
+from model.transformer import build, put_together
 from train import generate
 from train.config import DecodeConfig, MeshConfig, TrainError
 from train.generate import Generator, Text
@@ -54,7 +54,8 @@ class Plain:
 
     def _forward(self, tokens: jax.Array, prefix: jax.Array) -> jax.Array:
         options: dict[str, Any] = {"prefix_len": prefix} if self.generator.prefix else {}
-        return self.model.apply({"params": self.generator.params}, tokens, **options)[0]
+        params = put_together(self.generator.params)
+        return self.model.apply({"params": params}, tokens, **options)[0]
 
     def prompt(self, text: str) -> list[int]:
         tokenizer = self.generator.tokenizer
@@ -223,6 +224,19 @@ def test_a_wide_beam_finds_the_best_of_all_texts():
     assert generator(prompts) == [tokenizer.decode(text) for text in best]
 
 
+@pytest.mark.parametrize("unroll", [None, 1])
+def test_layers_are_not_copied_for_each_token(unroll: int | None):
+    """On a CPU they are apart, unless they are in a loop themselves."""
+    generator = make(small(unroll=unroll))
+    (_, rows), *_ = generator._batches(generator._encode(["ab"]))
+    with jax.set_mesh(MESH):
+        writing = generator._begin(generator.params, rows)
+        program = generator._advance.lower(generator.params, writing, 11).compile().as_text()
+    kernel, cache = (LAYERS, WIDTH, INNER), (LAYERS, 1, KV_HEADS, len(rows.inputs[0]) + 11, 6)
+    stacked = [f"f32[{','.join(map(str, shape))}]" in program for shape in (kernel, cache)]
+    assert stacked == [unroll == 1] * 2
+
+
 def test_learned_positions_have_an_end():
     config = small(positions="learned", positions_max_length=LONGEST)
     generator = make(config, max_tokens=4)
@@ -243,16 +257,16 @@ def test_who_cannot_write_says_so():
         ("encoder_only", "encoder_only .* does not write"),
     ):
         with pytest.raises(TrainError, match=needed):
-            Generator(tiny(architecture), DecodeConfig(beam=1), CHARS, None, MESH)
+            Generator(tiny(architecture), DecodeConfig(beam=1), CHARS, {}, MESH)
     config = small(head_kind="classifier", head_pooling="last", head_outputs=3)
     with pytest.raises(TrainError, match="classifier does not write"):
-        Generator(config, DecodeConfig(beam=1), CHARS, None, MESH)
+        Generator(config, DecodeConfig(beam=1), CHARS, {}, MESH)
     with pytest.raises(TrainError, match=r"set decode\.beam = 1"):
-        Generator(small(), DecodeConfig(beam=2), CHARS, None, MESH).stream("ab")
+        Generator(small(), DecodeConfig(beam=2), CHARS, {}, MESH).stream("ab")
     nowhere = Tokenizer(CHARS._json)
     nowhere.bos = None
     with pytest.raises(TrainError, match="prompt 2 is empty"):
-        Generator(small(), DecodeConfig(beam=1), nowhere, None, MESH)(["ab", ""])
+        Generator(small(), DecodeConfig(beam=1), nowhere, {}, MESH)(["ab", ""])
 
 
 # Text -------------------------------------------------------------------------------------------

@@ -253,7 +253,7 @@ def test_cache_rows_at_their_own_positions():
     written = cache.write(new, 2 * new, jnp.array(starts))
     expected = np.zeros(cache.k.shape)
     for b, start in enumerate(starts):
-        expected[b, start : start + 2] = new[b]
+        expected[b, :, start : start + 2] = new[b].swapaxes(0, 1)
     np.testing.assert_allclose(written.k, expected, rtol=1e-6)
     np.testing.assert_allclose(written.v, 2 * expected, rtol=1e-6)
 

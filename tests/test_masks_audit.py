@@ -186,7 +186,7 @@ def test_cache_that_looks_one_ahead(monkeypatch):
 
     def attend(self, core, q, k, v, mask, is_real=None, **how):
         cache = self.write(k, v, mask.q_offset)
-        return core(q, cache.k, cache.v, mask.at(mask.q_offset + 1), **how), cache
+        return core(q, *cache.rows(), mask.at(mask.q_offset + 1), **how), cache
 
     monkeypatch.setattr(KVCache, "attend", attend)
     places = found(decoded(LM), "leak", "self-attention", "3 at a time")

@@ -26,7 +26,7 @@ from model.attention.performer import (
 from model.config import PerformerConfig
 from model.masks import AttentionMask, MaskNotSupported
 from model.positions import PositionBias
-from model.transformer import empty_cache
+from model.transformer import empty_cache, put_together
 from train import generate
 
 T, N, K, H, R = 13, 6, 3, 5, 11
@@ -353,7 +353,11 @@ def test_a_translation_reads_its_begin_token_once():
     )
     model = dataclasses.replace(translator.model, attention=attention)
     translator = type(translator)(
-        model, translator.decode, translator.tokenizer, translator.params, translator.mesh
+        model,
+        translator.decode,
+        translator.tokenizer,
+        put_together(translator.params),
+        translator.mesh,
     )
     expected = translate_plainly(translator, TEXTS)
     decode = translator.tokenizer.decode

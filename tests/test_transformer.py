@@ -144,7 +144,7 @@ def test_every_part_of_a_model_computes_in_bfloat16():
 
 def test_a_cache_cannot_outgrow_learned_positions():
     config = tiny(**POSITIONS["learned"])
-    shape = (LAYERS, B, 13, KV_HEADS, HEAD_DIM)
+    shape = (LAYERS, B, KV_HEADS, 13, HEAD_DIM)
     assert empty_cache(config, B, 13).self_attention.k.shape == shape
     with pytest.raises(ModelError, match=r"17 positions.*max_length is 13"):
         empty_cache(config, B, 17)

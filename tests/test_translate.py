@@ -10,7 +10,7 @@ from tiny import POSITIONS, random_params, tiny
 
 from data.config import TokenizerConfig
 from data.tokenizer import Tokenizer
-from model.transformer import build
+from model.transformer import build, put_together
 from train.config import DecodeConfig, MeshConfig, TrainError
 from train.rows import batches
 from train.sharding import make_mesh
@@ -41,7 +41,7 @@ def plain(translator: Translator, texts: list[str]) -> dict[int, tuple[list[int]
     @jax.jit
     def forward(tokens, source):
         segments = (jnp.cumsum(source[:, ::-1] == translator.eos, axis=1)[:, ::-1] > 0) * 1
-        variables = {"params": translator.params}
+        variables = {"params": put_together(translator.params)}
         return model.apply(variables, tokens, source, encoder_segment_ids=segments)[0]
 
     todo = {line: text for line, text in enumerate(texts) if text.strip()}

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from data.config import DataConfig
-from model.attention.performer import FeatureState
+from model.cache import WindowCache
 from model.config import ModelConfig, Place
 from model.stack import BlockCache
 from model.transformer import build, empty_cache
@@ -167,7 +167,7 @@ def memory(config: ModelConfig, data: DataConfig, train: TrainConfig, setup: Set
     cache = _cache(config, state.params)
 
     def cached(rows: Any) -> int:
-        heads = ("kv_heads",) if isinstance(rows, FeatureState) else (None, "kv_heads")
+        heads = (None, "kv_heads") if isinstance(rows, WindowCache) else ("kv_heads",)
         axes = ("layers", None, *heads, None, None)
         return sum(
             math.prod(
