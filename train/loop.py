@@ -158,16 +158,16 @@ def _loop(
             if patience.is_over(step - 1):
                 console.print(f"no better checkpoint since step {patience.best_step:,}: stopped")
                 return
-            waited = time.perf_counter()
+            began = time.perf_counter()
             batch = to_devices(next(batches), mesh)
-            waited = time.perf_counter() - waited
+            meter.fetched(time.perf_counter() - began)
             state, metrics = train_step(state, batch)
             is_last = step == config.steps
             is_stopped = stop.agreed() and not is_last
             is_saved = step % config.checkpoint_every == 0 or is_last
             if is_saved or is_stopped or step % config.fingerprint_every == 0:
                 metrics["fingerprint"] = fingerprint(state.params)
-            meter.add(step, metrics, waited)
+            meter.add(step, metrics)
             if is_stopped:
                 # There may be seconds to save, and none to measure: it gets no score.
                 meter.drain()
@@ -257,10 +257,14 @@ class _Meter:
         """Begins a new interval: what happened since the last one does not count as training."""
         self._since, self._loss, self._weight, self._waited = time.perf_counter(), 0.0, 0.0, 0.0
 
-    def add(self, step: int, metrics: dict, waited: float) -> None:
-        """Takes the metrics of a step and the seconds that it waited for its batch."""
+    def fetched(self, seconds: float) -> None:
+        """Takes the time that the next batch took; it counts where no step was left to work on."""
+        if not self._pending or self._pending[-1][1]["loss"].is_ready():
+            self._waited += seconds
+
+    def add(self, step: int, metrics: dict) -> None:
+        """Takes the metrics of a step that the devices work on."""
         self._pending.append((step, metrics))
-        self._waited += waited
         while len(self._pending) > AHEAD:
             self._read()
 
