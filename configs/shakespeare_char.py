@@ -2,9 +2,10 @@
 
 heedful train shakespeare_char --data.source files --data.train input.txt
 
-nanoGPT's small CPU setting: 4 layers, 2,000 steps of 12 rows of 64 letters. Its README gives a
-validation loss of 1.88 nats per letter on tinyshakespeare; without the flags the text is that of
-the package `shakespeare`.
+nanoGPT's small CPU setting: 4 layers, 2,000 steps of 12 rows of 64 letters, with three times its
+learning rate. On tinyshakespeare, with the last tenth for validation, 1.77 nats per letter in two
+minutes on 2 cores; its README gives 1.88. Without the flags the text is that of the package
+`shakespeare`.
 """
 
 from configs.base import Experiment
