@@ -296,9 +296,8 @@ def take_apart(config: ModelConfig, tree: Any) -> Any:
 
     As they are where the layers of a token are in a loop themselves.
     """
-    if target_platform() != "cpu" or unroll(config) < max(
-        config.layers, config.encoder_layers or 0
-    ):
+    most = max(config.layers, config.encoder_layers or 0)
+    if target_platform() != "cpu" or unroll(config) < most:
         return tree
     if isinstance(tree, BlockCache):
         return Apart.of(tree)
@@ -313,8 +312,7 @@ def take_apart(config: ModelConfig, tree: Any) -> Any:
 def put_together(tree: Any) -> Any:
     """What `take_apart` was given."""
     is_apart = lambda x: isinstance(x, Apart)  # noqa: E731
-    whole = lambda x: x.together() if isinstance(x, Apart) else x  # noqa: E731
-    return jax.tree.map(whole, tree, is_leaf=is_apart)
+    return jax.tree.map(lambda x: x.together() if is_apart(x) else x, tree, is_leaf=is_apart)
 
 
 def _or_range(positions: Positions | None, inputs: Tokens, offset=None) -> Positions:

@@ -203,7 +203,7 @@ class Generator:
         last chunk may begin with tokens that were read before; each is remembered once.
         """
         model, length = build(self.model), inputs.shape[1]
-        whole_params = put_together(params)
+        params = put_together(params)
         # A token that sees the whole prompt cannot be read before the rest of it.
         chunk = length if self.prefix else min(CHUNK, length)
         prefix = {"prefix_len": lengths} if self.prefix else {}
@@ -214,7 +214,7 @@ class Generator:
             position = start + jnp.arange(chunk)
             is_real = (position >= i * chunk) & (position < lengths[:, None] - 1)
             options = {"cache": cache, "is_real": is_real, "offset": start, "method": "decode"}
-            return model.apply({"params": whole_params}, tokens, **prefix, **options)[1]
+            return model.apply({"params": params}, tokens, **prefix, **options)[1]
 
         cache = empty_cache(self.model, len(lengths), length + self.decode.max_tokens)
         chunks = (jnp.max(lengths) - 1 + chunk - 1) // chunk
