@@ -33,10 +33,14 @@ class Setting(NamedTuple):
     vocab_size: int
     steps: int
     peers: tuple[str, ...]
-    tokens: int
-    """That a step reads (in training) or writes (in decoding)."""
     dropout: float = 0.0
-    beam: int = 1
+    beam: int = 0
+    """0: a step trains on all tokens; else it writes one for each row."""
+
+    @property
+    def tokens(self) -> int:
+        """That a step trains on or writes."""
+        return self.rows if self.beam else self.rows * self.length
 
 
 def measure(name: str, setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from benchmarks.beside import Setting
 
 PEERS = ("transformers",)
 SETTINGS = {
-    "gpt2 124M, 1 row": Setting("gpt2_small", 1, 64, 50_257, 64, PEERS, 1),
-    "gpt2 124M, 8 rows": Setting("gpt2_small", 8, 64, 50_257, 64, PEERS, 8),
-    "gpt2 124M, 8 long rows": Setting("gpt2_small", 8, 512, 50_257, 64, PEERS, 8),
-    "transformer base, beam 4": Setting("vaswani_base", 16, 32, 37_000, 33, PEERS, 16, beam=4),
+    "gpt2 124M, 1 row": Setting("gpt2_small", 1, 64, 50_257, 64, PEERS, beam=1),
+    "gpt2 124M, 8 rows": Setting("gpt2_small", 8, 64, 50_257, 64, PEERS, beam=1),
+    "gpt2 124M, 8 long rows": Setting("gpt2_small", 8, 512, 50_257, 64, PEERS, beam=1),
+    "transformer base, beam 4": Setting("vaswani_base", 16, 32, 37_000, 33, PEERS, beam=4),
 }
 
 

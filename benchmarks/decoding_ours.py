@@ -7,13 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.beside import Setting
+from benchmarks.training_ours import about_jax
 from benchmarks.turns import answer_with
-from benchmarks.worker import ceiling
 from configs import base
 from train.config import DecodeConfig, MeshConfig
 from train.costs import parts
@@ -23,7 +21,6 @@ from train.state import init_params, parameter_count
 from train.translate import Translator
 
 BEGAN = time.perf_counter()
-TOKEN = 7
 
 
 class Numbers:
@@ -61,18 +58,16 @@ def prepare(setting: Setting) -> tuple[Callable[[], object], dict[str, Any]]:
         def run() -> int:
             return sum(len(text.split()) for text in generator(prompts))
 
-    if run() != setting.rows * setting.steps:
-        raise SystemExit(f"{run()} tokens instead of {setting.rows} x {setting.steps}")
+    if (written := run()) != setting.rows * setting.steps:
+        raise SystemExit(f"{written} tokens instead of {setting.rows} x {setting.steps}")
     start = time.perf_counter() - BEGAN
-    large, product = jnp.ones((2048, 2048)), jax.jit(jnp.matmul)
     keys = setting.length + setting.steps // 2
     flops = sum(part.flops for part in parts(model, params, keys) if part.stack != "encoder")
     return run, {
         "start": start,
         "flops": flops * setting.rows * setting.beam,
         "parameters": parameter_count(params),
-        "ceiling": ceiling(lambda: product(large, large).block_until_ready()),
-        "versions": f"jax {jax.__version__}",
+        **about_jax(),
     }
 
 

@@ -4,14 +4,13 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 import torch
 import transformers
 
+from benchmarks.training_peers import about_torch
 from benchmarks.turns import answer_with
-from benchmarks.worker import ceiling
 
 BEGAN = time.perf_counter()
 
@@ -56,9 +55,7 @@ def prepare(given: dict[str, Any]) -> tuple[Callable[[], object], dict[str, Any]
     if written != new:
         raise SystemExit(f"{written} tokens instead of {new}")
     start = time.perf_counter() - BEGAN
-    large = torch.ones(2048, 2048)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    return run, {"start": start, "ceiling": ceiling(lambda: large @ large), "versions": versions}
+    return run, {"start": start} | about_torch()
 
 
 if __name__ == "__main__":

@@ -21,15 +21,13 @@ from benchmarks import beside
 from benchmarks.beside import Setting
 
 GPT = ("nanogpt", "nanogpt compiled", "transformers")
+BERT, TRANSLATION = ("transformers",), ("torch.nn.Transformer",)
 SETTINGS = {
-    name: Setting(config, rows, length, vocab_size, steps, peers, rows * length, dropout)
-    for name, config, rows, length, vocab_size, dropout, steps, peers in (
-        ("gpt 4x128", "shakespeare_char", 12, 64, 65, 0.0, 30, GPT),
-        ("gpt 6x384", "shakespeare_char_gpu", 12, 256, 65, 0.0, 2, GPT),
-        ("gpt2 124M", "gpt2_small", 2, 1024, 50_304, 0.0, 1, GPT),
-        ("bert base", "bert_base", 8, 128, 30_522, 0.1, 2, ("transformers",)),
-        ("transformer base", "vaswani_base", 16, 64, 37_000, 0.1, 2, ("torch.nn.Transformer",)),
-    )
+    "gpt 4x128": Setting("shakespeare_char", 12, 64, 65, 30, GPT),
+    "gpt 6x384": Setting("shakespeare_char_gpu", 12, 256, 65, 2, GPT),
+    "gpt2 124M": Setting("gpt2_small", 2, 1024, 50_304, 1, GPT),
+    "bert base": Setting("bert_base", 8, 128, 30_522, 2, BERT, dropout=0.1),
+    "transformer base": Setting("vaswani_base", 16, 64, 37_000, 2, TRANSLATION, dropout=0.1),
 }
 
 

@@ -58,14 +58,19 @@ def prepare(setting: Setting) -> tuple[Callable[[], object], dict[str, Any]]:
 
     run(3)
     start = time.perf_counter() - BEGAN
-    large, product = jnp.ones((2048, 2048)), jax.jit(jnp.matmul)
     return run, {
         "start": start,
         "flops": 3 * flops * setting.rows * setting.length,
         "parameters": parameter_count(held[0].params),
-        "ceiling": ceiling(lambda: product(large, large).block_until_ready()),
-        "versions": f"jax {jax.__version__}",
+        **about_jax(),
     }
+
+
+def about_jax() -> dict[str, Any]:
+    """Its ceiling and version."""
+    large, product = jnp.ones((2048, 2048)), jax.jit(jnp.matmul)
+    best = ceiling(lambda: product(large, large).block_until_ready())
+    return {"ceiling": best, "versions": f"jax {jax.__version__}"}
 
 
 if __name__ == "__main__":

@@ -103,10 +103,14 @@ def prepare(given: dict[str, Any], library: str) -> tuple[Callable[[], object], 
 
     run(3)
     start = time.perf_counter() - BEGAN
+    return run, {"start": start} | about_torch()
+
+
+def about_torch() -> dict[str, Any]:
+    """Its ceiling, and what is installed."""
     large = torch.ones(2048, 2048)
-    names = "torch", "transformers"
-    versions = ", ".join(f"{name} {version(name)}" for name in names)
-    return run, {"start": start, "ceiling": ceiling(lambda: large @ large), "versions": versions}
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    return {"ceiling": ceiling(lambda: large @ large), "versions": versions}
 
 
 if __name__ == "__main__":

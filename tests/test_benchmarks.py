@@ -134,8 +134,8 @@ def test_training_steps_are_timed(tmp_path, capsys):
 
 
 def test_decoding_is_timed(tmp_path, capsys, monkeypatch):
-    small = beside.Setting("shakespeare_char", 2, 16, 65, 8, (), 2)
-    beam = beside.Setting("translate_tiny", 2, 16, 65, 17, (), 2, beam=3)
+    small = beside.Setting("shakespeare_char", 2, 16, 65, 8, (), beam=1)
+    beam = beside.Setting("translate_tiny", 2, 16, 65, 17, (), beam=3)
     monkeypatch.setattr(decoding, "SETTINGS", {"small": small, "beam": beam})
     out = tmp_path / "decoding.json"
     decoding.main(["--rounds", "1", "--out", str(out)])
