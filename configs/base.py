@@ -25,9 +25,21 @@ def names() -> list[str]:
     return sorted(name for name in found if name != "base")
 
 
+def has(name: str) -> bool:
+    """Whether this is the name of an experiment, or of a row of one: NAME:ROW."""
+    return name.partition(":")[0] in names()
+
+
 def load(name: str) -> tuple[Experiment, str]:
     """An experiment by name, and its description; raises TrainError for an unknown one."""
-    if name not in names():
+    if not has(name):
         raise TrainError(f"unknown config '{name}': choose one of {', '.join(names())}")
-    module = importlib.import_module(f"configs.{name}")
-    return module.get_config(), module.__doc__ or ""
+    file, colon, row = name.partition(":")
+    module = importlib.import_module(f"configs.{file}")
+    if not colon:
+        return module.get_config(), module.__doc__ or ""
+    rows = getattr(module, "ROWS", {})
+    if row not in rows:
+        known = f"choose one of {', '.join(rows)}" if rows else "this config has no rows"
+        raise TrainError(f"unknown row '{row}' of config '{file}': {known}")
+    return module.get_config(row), module.__doc__ or ""

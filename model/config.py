@@ -91,6 +91,9 @@ class AttentionConfig:
     """Key and value heads (K), a divisor of the query heads; None: as many (arXiv:2305.13245)."""
     head_dim: int | None = None
     """Size of one head (H); None: width / heads."""
+    key_dim: int | None = None
+    """Size of a head's queries and keys (d_k); None: head_dim, which its values have. Cores get
+    them filled up with zeros: a smaller one saves parameters, not time."""
     bias: bool = True
     """Whether the four projections have a bias."""
     scaled: bool = True
@@ -133,6 +136,10 @@ class AttentionConfig:
         require(
             self.head_dim is None or self.head_dim > 0,
             f"attention.head_dim must be positive, not {self.head_dim}",
+        )
+        require(
+            self.key_dim is None or self.key_dim > 0,
+            f"attention.key_dim must be positive, not {self.key_dim}",
         )
         _require_rate("attention.dropout", self.dropout)
         used = {self.core, self.decoder_core, self.cross_core}
@@ -369,9 +376,14 @@ class ModelConfig:
             f"model.width = {self.width} must be even for sinusoidal positions",
         )
         require(
-            self.positions.kind != "rotary" or self.head_dim % 2 == 0,
-            f"the head size {self.head_dim} (width / heads or attention.head_dim) must be even for "
-            "rotary positions",
+            self.key_dim <= self.head_dim,
+            f"model.attention.key_dim = {self.key_dim} must be at most the head size "
+            f"{self.head_dim} (width / heads or attention.head_dim)",
+        )
+        require(
+            self.positions.kind != "rotary" or self.key_dim % 2 == 0,
+            f"the size {self.key_dim} of a key (width / heads, attention.head_dim or "
+            "attention.key_dim) must be even for rotary positions",
         )
         require(self.types >= 0, f"model.types must be at least 0, not {self.types}")
         require(
@@ -421,6 +433,10 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.attention.head_dim or self.width // self.attention.heads
+
+    @property
+    def key_dim(self) -> int:
+        return self.attention.key_dim or self.head_dim
 
     @property
     def places(self) -> tuple[Place, ...]:

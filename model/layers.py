@@ -227,22 +227,24 @@ class MultiHeadAttention(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         config, attention = self.config, self.config.attention
         model = {"embed": config.width}
-        q_heads = {"heads": attention.heads, "head_dim": config.head_dim}
-        kv_heads = {"kv_heads": config.kv_heads, "head_dim": config.head_dim}
+        heads, kv_heads = {"heads": attention.heads}, {"kv_heads": config.kv_heads}
+        keys, values = {"head_dim": config.key_dim}, {"head_dim": config.head_dim}
         shared = shared or Shared()
         rotate = shared.rotation or (lambda x: x)
 
         # Scores that nothing scales need smaller queries, or the softmax begins saturated.
-        gain = 1.0 if attention.scaled else config.head_dim**-0.5
-        q = rotate(Linear(config, model, q_heads, attention.bias, gain, name="query")(x))
+        gain = 1.0 if attention.scaled else config.key_dim**-0.5
+        q = Linear(config, model, heads | keys, attention.bias, gain, name="query")(x)
+        q = _filled(rotate(q), config.head_dim)
         if self.place == "cross" and context is None:
             if not isinstance(cache, KVCache):
                 raise ValueError("cross-attention needs a context, or a cache that has seen it")
             k, v = cache.rows()
         else:
             source = x if context is None else context
-            k = rotate(Linear(config, model, kv_heads, attention.bias, name="key")(source))
-            v = Linear(config, model, kv_heads, attention.bias, name="value")(source)
+            k = Linear(config, model, kv_heads | keys, attention.bias, name="key")(source)
+            k = _filled(rotate(k), config.head_dim)
+            v = Linear(config, model, kv_heads | values, attention.bias, name="value")(source)
         q = constrain(q, "act_batch", "act_length", "act_heads", "act_head_dim")
         k = constrain(k, "act_batch", "act_length", "act_kv_heads", "act_head_dim")
         v = constrain(v, "act_batch", "act_length", "act_kv_heads", "act_head_dim")
@@ -255,7 +257,7 @@ class MultiHeadAttention(nn.Module):
         rate = 0.0 if deterministic else attention.dropout
         if name == "linformer":
             core = partial(core, projection=shared.projection)
-        scores: dict[str, Any] = {"bias": shared.bias, "scale": None if attention.scaled else 1.0}
+        scores: dict[str, Any] = {"bias": shared.bias, "scale": _scale(config)}
         how = scores | {
             "dropout_rate": rate,
             "dropout_key": self.make_rng("dropout") if rate else None,
@@ -276,7 +278,7 @@ class MultiHeadAttention(nn.Module):
         if weights is not None:
             self.sow("intermediates", "weights", weights)
         gain = _last_gain(config)
-        return Linear(config, q_heads, model, attention.bias, gain, name="out")(y), cache
+        return Linear(config, heads | values, model, attention.bias, gain, name="out")(y), cache
 
     def _with_global_rows(
         self,
@@ -298,20 +300,22 @@ class MultiHeadAttention(nn.Module):
                 "it needs global tokens, and neither causality nor a bias by distance",
             )
 
-        def project(name: str, x: jax.Array, axis: str, heads: int, gain: float = 1.0) -> Any:
-            inputs, outputs = {"embed": config.width}, {axis: heads, "head_dim": config.head_dim}
+        def project(name: str, x: jax.Array, size: int, gain: float = 1.0, **heads: int) -> Any:
+            inputs, outputs = {"embed": config.width}, heads | {"head_dim": size}
             return Linear(config, inputs, outputs, attention.bias, gain, name=f"global_{name}")(x)
 
         rotate = shared.rotation or (lambda x: x)
         turn = jax.tree.map(lambda angles: take_rows(angles, rows), shared.rotation) or rotate
-        gain = 1.0 if attention.scaled else config.head_dim**-0.5
-        q = turn(project("query", take_rows(x, rows), "heads", attention.heads, gain))
-        k = rotate(project("key", x, "kv_heads", config.kv_heads))
-        v = project("value", x, "kv_heads", config.kv_heads)
+        size, kv_heads = config.head_dim, config.kv_heads
+        gain = 1.0 if attention.scaled else config.key_dim**-0.5
+        q = project("query", take_rows(x, rows), config.key_dim, gain, heads=attention.heads)
+        k = project("key", x, config.key_dim, kv_heads=kv_heads)
+        q, k = _filled(turn(q), size), _filled(rotate(k), size)
+        v = project("value", x, size, kv_heads=kv_heads)
         seen = AttentionMask()
         if mask.q_segment_ids is not None and mask.kv_segment_ids is not None:
             seen = cross(take_rows(mask.q_segment_ids, rows), mask.kv_segment_ids)
-        scale = None if attention.scaled else 1.0
+        scale = _scale(config)
         dropped = {"dropout_rate": rate, "dropout_key": self.make_rng("dropout") if rate else None}
         y = put_rows(y, rows, dense(q, k, v, seen, scale=scale, **dropped))
         if weights is not None:
@@ -319,6 +323,18 @@ class MultiHeadAttention(nn.Module):
             own = own.reshape(len(q), -1, *own.shape[3:]).swapaxes(1, 2)
             weights = put_rows(weights.swapaxes(1, 2), rows, own).swapaxes(1, 2)
         return y, weights
+
+
+def _filled(x: Float[Array, "B T N h"], size: int) -> Float[Array, "B T N H"]:
+    """Queries or keys filled up with zeros, which add nothing to their scores."""
+    return jnp.pad(x, [(0, 0)] * 3 + [(0, size - x.shape[-1])]) if x.shape[-1] < size else x
+
+
+def _scale(config: ModelConfig) -> float | None:
+    """What scores are multiplied by; None: what a core takes by itself, head_dim^-0.5."""
+    if not config.attention.scaled:
+        return 1.0
+    return None if config.key_dim == config.head_dim else config.key_dim**-0.5
 
 
 class Embedding(nn.Module):

@@ -209,7 +209,7 @@ class Stack(nn.Module):
         """What self-attention adds or turns, where the config asks for it."""
         config, kind = self.config, self.config.positions.kind
         if kind == "rotary":
-            turns = rotation(positions, config.head_dim, config.positions.rotary)
+            turns = rotation(positions, config.key_dim, config.positions.rotary)
             return Shared(rotation=turns)
         if kind == "alibi":
             slopes = jnp.asarray(alibi_slopes(config.attention.heads))

@@ -27,6 +27,8 @@ NAN = float("nan")
         (lambda: tiny(attention_kv_heads=4), "attention.kv_heads = 4", "attention.heads = 6"),
         (lambda: tiny(attention_kv_heads=0), "attention.kv_heads", "0"),
         (lambda: tiny(attention_head_dim=0), "attention.head_dim", "0"),
+        (lambda: tiny(attention_key_dim=0), "attention.key_dim", "0"),
+        (lambda: tiny(attention_key_dim=99), "attention.key_dim = 99", "at most the head size"),
         (lambda: tiny(attention_dropout=1.0), "attention.dropout", "1.0"),
         (lambda: tiny(feed_forward_width=-1), "feed_forward.width", "-1"),
         (lambda: tiny(feed_forward_dropout=-0.1), "feed_forward.dropout", "-0.1"),
@@ -42,7 +44,7 @@ NAN = float("nan")
         (lambda: tiny(positions_max_distance=-1), "positions.max_distance", "-1"),
         (lambda: tiny(positions_max_distance=16), "positions.max_distance = 16", "half"),
         (lambda: tiny(positions_rotary=RotaryConfig(base=7)), "positions.rotary", "sinusoidal"),
-        (lambda: tiny(width=18, positions_kind="rotary"), "head size 3", "even"),
+        (lambda: tiny(width=18, positions_kind="rotary"), "size 3 of a key", "even"),
         (lambda: RotaryConfig(base=0), "rotary.base", "0"),
         (lambda: RotaryConfig(scaling="yarn"), "rotary.scaling", "yarn"),  # type: ignore
         (lambda: RotaryConfig(scaling="linear", factor=-2), "rotary.factor", "-2"),

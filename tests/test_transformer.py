@@ -89,7 +89,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "positions_rotary": RotaryConfig(base=7, scaling="linear", factor=3),
         "attention_head_dim": 10,
         "attention_kv_heads": 2,
+        "attention_key_dim": 6,
     },
+    "small keys": {"attention_key_dim": HEAD_DIM - 1},
     "alibi pair": {**POSITIONS["alibi"], "tie_embeddings": False, "norm_embeddings": True},
     "no positions": {**POSITIONS["none"], "architecture": "encoder_only"},
 }

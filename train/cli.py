@@ -163,7 +163,7 @@ def _dispatch(arguments: list[str]) -> int:
     elif command == "train":
         commands.train(rest[0], *base.load(rest[0]), rest[1:])
     elif command in ("inspect", "masks", "plan"):
-        experiment = base.load(rest[0])[0] if rest[0] in base.names() else None
+        experiment = base.load(rest[0])[0] if base.has(rest[0]) else None
         return getattr(commands, command)(rest[0], experiment, rest[1:]) or 0
     else:
         return COMMANDS[command](rest[0], rest[1:]) or 0

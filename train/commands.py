@@ -80,7 +80,7 @@ def train(name: str, experiment: Any, description: str, arguments: list[str]) ->
         model=_adopted(experiment.model, experiment.train, arguments),
         data=experiment.data,
         train=experiment.train,
-        run_dir=Path("runs") / name,
+        run_dir=Path("runs") / name.replace(":", "/"),
     )
     chosen = parse(default, arguments, f"heedful train {name}", description)
 

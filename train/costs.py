@@ -71,7 +71,7 @@ def parts(config: ModelConfig, params: Any, length: int) -> list[Part]:
         if part == "head" and config.head.kind == "classifier":
             flops /= length  # it works on one vector per row
         add(stack, part, leaf.size, flops)
-        if name.endswith("_attention.query.kernel"):
+        if name.endswith("_attention.out.kernel"):
             features = leaf.size // config.width  # L N H
             keys = _keys(config, _attention_place(config, stack, part), length)
             add(stack, f"{part} scores", 0, 2 * 2.0 * keys * features)

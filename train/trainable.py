@@ -77,7 +77,7 @@ def _query_factor(name: str, model: ModelConfig) -> float:
     the size of the parameter (arXiv:1804.04235 §8).
     """
     is_small = re.search(r"attention\.query\.(kernel|bias|lora_b)$", name)
-    return model.head_dim**-0.5 if is_small and not model.attention.scaled else 1.0
+    return model.key_dim**-0.5 if is_small and not model.attention.scaled else 1.0
 
 
 def split(params: Any, factors: Any) -> tuple[Any, Any]:

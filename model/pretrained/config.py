@@ -95,6 +95,7 @@ def _function(config: ModelConfig) -> ModelConfig:
             _reset(config.attention, "core", "dropout"),
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
+            key_dim=config.key_dim,
         ),
         feed_forward=_reset(config.feed_forward, "dropout"),
         norm=_reset(config.norm, *(["bias"] if config.norm.kind == "rmsnorm" else [])),

@@ -1,0 +1,77 @@
+"""Table 3 of "Attention Is All You Need" in a small size: how each variation moves the perplexity.
+
+python -m benchmarks.table3 --data FOLDER    # of the files of configs/multi30k
+
+Each row is one training of `multi30k_table3`, the base one for each seed. A variation moves the
+perplexity if it does so by more than twice the deviation between the seeds of the base.
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.runs import train
+from configs.vaswani_table3 import BASE, ROWS
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.table3",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="FOLDER")
+    add("--seeds", type=int, default=3, help="of the base model, at least 2")
+    add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    add("--out", type=Path, default=Path("runs/table3"), help="where the runs lie")
+    arguments, flags = parser.parse_known_args(argv)
+    if arguments.seeds < 2:
+        parser.error("--seeds must be at least 2: their deviation says what a difference means")
+    runs = {f"seed_{i}": ("multi30k_table3", i) for i in range(arguments.seeds)}
+    runs |= {row: (f"multi30k_table3:{row}", 0) for row in arguments.rows}
+    losses = {}
+    for name, (config, seed) in runs.items():
+        given = ["--train.seed", str(seed), *flags]
+        trained = train(config, arguments.out / name, given, cwd=arguments.data)
+        losses[name] = trained.result["valid_loss"]
+        print(f"{name}: validation perplexity {math.exp(losses[name]):.2f}", flush=True)
+    print("\n" + table(losses))
+
+
+def table(losses: Mapping[str, float]) -> str:
+    """Validation losses in nats by run, those of the base as seed_I, as a table in Markdown."""
+    seeds = [loss for name, loss in losses.items() if name.startswith("seed_")]
+    base, spread = statistics.mean(seeds), statistics.stdev(seeds)
+    lines = [
+        f"Base: perplexity {math.exp(base):.2f}, deviation of its logarithm {spread:.4f} "
+        f"between {len(seeds)} seeds.",
+        "",
+        "| | variation | perplexity | to the base | in the paper | direction |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in ROWS.items():
+        if name not in losses:
+            continue
+        moved, published = losses[name] - base, math.log(row.perplexity / BASE[0])
+        lines.append(
+            f"| {row.group} | {name} | {math.exp(losses[name]):.2f} | {math.expm1(moved):+.1%} "
+            f"| {row.perplexity} ({math.expm1(published):+.1%}) "
+            f"| {direction(moved, published, spread)} |"
+        )
+    return "\n".join(lines)
+
+
+def direction(moved: float, published: float, spread: float) -> str:
+    """Whether a loss moves as published, as far as the seeds tell."""
+    if abs(moved) <= 2 * spread:
+        return "too small to tell"
+    if published == 0:
+        return "none in the paper"
+    return "the same" if moved * published > 0 else "the other"
+
+
+if __name__ == "__main__":
+    main()

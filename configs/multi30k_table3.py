@@ -1,0 +1,52 @@
+"""The variations of `vaswani_table3` in a small size, on the captions of Multi30k.
+
+heedful train multi30k_table3:heads_1       # in the folder of the files of `multi30k`
+python -m benchmarks.table3 --data FOLDER   # all, and the table: RESULTS.md has what came out
+
+A quarter of the width, half of the layers, and 600 steps of 2,048 tokens, two epochs:
+what a variation does to a long training it need not do here.
+"""
+
+from dataclasses import replace
+
+from configs import multi30k, vaswani_table3
+from configs.base import Experiment
+from model.config import AttentionConfig, FeedForwardConfig, ModelConfig
+from train.config import DecodeConfig, OptimizerConfig
+
+ROWS = vaswani_table3.ROWS
+WIDTH, WARMUP = 128, 400
+
+
+def get_config(row: str | None = None) -> Experiment:
+    whole = multi30k.get_config()
+    base = Experiment(
+        model=ModelConfig(
+            architecture="encoder_decoder",
+            width=WIDTH,
+            layers=3,
+            attention=AttentionConfig(heads=8),
+            feed_forward=FeedForwardConfig(width=512, activation="relu"),
+            dropout=0.1,
+        ),
+        data=replace(
+            whole.data, test=("valid.en", "valid.de"), batch_tokens=2048, buckets=3, max_length=48
+        ),
+        train=replace(
+            whole.train,
+            steps=600,
+            checkpoint_every=600,
+            keep=1,
+            average=1,
+            patience=None,
+            optimizer=OptimizerConfig(
+                kind="adam",
+                peak_lr=(WIDTH * WARMUP) ** -0.5,
+                warmup_steps=WARMUP,
+                schedule="inverse_sqrt",
+                clip_norm=None,
+            ),
+            decode=DecodeConfig(beam=1),
+        ),
+    )
+    return ROWS[row].change(base) if row else base
