@@ -13,10 +13,10 @@ class Trained(NamedTuple):
 
     said: str
     """Its output."""
-    result: dict[str, Any]
-    """Its losses and scores in the end."""
     metrics: list[dict[str, Any]]
-    """Those on its way."""
+    """Losses and others, on its way."""
+    result: dict[str, Any]
+    """Losses and scores in the end; empty if it did not come to its end."""
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """Steps, and the metric `name` at each."""
@@ -25,17 +25,29 @@ class Trained(NamedTuple):
 
 
 def train(
-    config: str, directory: Path, flags: Sequence[str] = (), cwd: Path | None = None
+    config: str,
+    directory: Path,
+    flags: Sequence[str] = (),
+    *,
+    cwd: Path | None = None,
+    program: Sequence[str] = (),
 ) -> Trained:
-    """`heedful train CONFIG --run-dir DIRECTORY FLAGS`, unless it has come to its end before."""
-    directory, log = directory.resolve(), directory.with_suffix(".log")
-    if not (directory / "result.json").exists():
+    """`heedful train CONFIG --run-dir DIRECTORY FLAGS`, unless it has come to its end before.
+
+    It runs in `cwd`; `program` are other arguments for Python than those that start heedful.
+    """
+    directory = directory.resolve()
+    log, metrics, result = directory.with_suffix(".log"), "metrics.jsonl", "result.json"
+    if not (directory / result).exists():
         directory.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "train.cli", "train", config, "--run-dir", str(directory)]
+        command = [sys.executable, *(program or ("-m", "train.cli")), "train", config]
         with log.open("w") as out:
-            code = subprocess.call([*command, *flags], stdout=out, stderr=out, cwd=cwd)
-        if code:
-            raise SystemExit(f"{' '.join(command[3:])} ended with {code}: see {log}")
-    lines = (directory / "metrics.jsonl").read_text("utf-8").splitlines()
-    result = json.loads((directory / "result.json").read_text("utf-8"))
-    return Trained(log.read_text("utf-8"), result, [json.loads(line) for line in lines])
+            whole = [*command, "--run-dir", str(directory), *flags]
+            subprocess.call(whole, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=cwd)
+    lines = _text(directory / metrics).splitlines()
+    found = json.loads(_text(directory / result) or "{}")
+    return Trained(_text(log), [json.loads(line) for line in lines], found)
+
+
+def _text(path: Path) -> str:
+    return path.read_text("utf-8") if path.exists() else ""

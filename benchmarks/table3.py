@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, (config, seed) in runs.items():
         given = ["--train.seed", str(seed), *flags]
         trained = train(config, arguments.out / name, given, cwd=arguments.data)
+        if not trained.result:
+            raise SystemExit(f"{name} did not come to its end:\n{trained.said}")
         losses[name] = trained.result["valid_loss"]
         print(f"{name}: validation perplexity {math.exp(losses[name]):.2f}", flush=True)
     print("\n" + table(losses))

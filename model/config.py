@@ -180,8 +180,8 @@ class FeedForwardConfig:
 class NormConfig:
     """Normalisation of each sublayer."""
 
-    kind: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """layernorm (arXiv:1607.06450) or rmsnorm (arXiv:1910.07467)."""
+    kind: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
+    """layernorm (arXiv:1607.06450), rmsnorm (arXiv:1910.07467), or none, to show what it is for."""
     position: Literal["post", "pre"] = "post"
     """post: norm(x + f(x)), the original; pre: x + f(norm(x)) and one last norm."""
     epsilon: float = 1e-6
@@ -335,6 +335,9 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     types: int = 0
     """Rows of the table of token types: BERT's 2 tell the sentences of a pair apart; 0: none."""
+    residuals: bool = True
+    """Whether a sublayer adds to its input. Without, to show what they are for: deep stacks do not
+    learn."""
     dropout: float = 0.1
     """Share dropped of each sublayer's output and of the embedding sum, in training (§5.4)."""
     tie_embeddings: bool = True

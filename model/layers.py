@@ -154,6 +154,8 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         kind, epsilon = self.config.norm.kind, self.config.norm.epsilon
+        if kind == "none":
+            return x
         shape = (x.shape[-1],)
         y = x.astype(jnp.float32)
         if kind == "layernorm":

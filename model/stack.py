@@ -111,7 +111,8 @@ class Block(nn.Module):
             norm = Norm(config, name=f"{name}_norm")
             y = sublayer(norm(x) if config.norm.position == "pre" else x)
             y, state = y if isinstance(y, tuple) else (y, None)
-            x = x + Dropout(config.dropout)(y, deterministic)
+            y = Dropout(config.dropout)(y, deterministic)
+            x = x + y if config.residuals else y
             x = norm(x) if config.norm.position == "post" else x
             return constrain(x, "act_batch", "act_length", "act_embed"), state
 

@@ -89,6 +89,8 @@ class Plain:
 
     def norm(self, p: dict, x: np.ndarray) -> np.ndarray:
         norm = self.config.norm
+        if norm.kind == "none":
+            return x
         assert ("bias" in p) == (norm.kind == "layernorm" and norm.bias)
         if norm.kind == "layernorm":
             x = x - x.mean(-1, keepdims=True)
@@ -140,7 +142,7 @@ class Plain:
 
     def stack(self, p: dict, x, allowed, positions, bidirectional, context=None, cross=None):
         bias = self.bias(p, positions, bidirectional)
-        for layer in range(p["blocks"]["self_attention_norm"]["scale"].shape[0]):
+        for layer in range(p["blocks"]["self_attention"]["out"]["kernel"].shape[0]):
             block = jax.tree.map(lambda z: z[layer], p["blocks"])  # noqa: B023
             sublayers: dict[str, Any] = {
                 "self_attention": lambda p, x: self.attention(p, x, x, allowed, bias, positions),
@@ -150,11 +152,12 @@ class Plain:
             for name, sublayer in sublayers.items():
                 if name not in block:
                     continue
-                norm = partial(self.norm, block[f"{name}_norm"])
+                norm = partial(self.norm, block.get(f"{name}_norm"))
+                kept = x if self.config.residuals else 0
                 if self.config.norm.position == "pre":
-                    x = x + sublayer(block[name], norm(x))
+                    x = kept + sublayer(block[name], norm(x))
                 else:
-                    x = norm(x + sublayer(block[name], x))
+                    x = norm(kept + sublayer(block[name], x))
         return self.norm(p["norm"], x) if "norm" in p else x
 
     def embed(self, name: str, tokens, positions, types=None) -> np.ndarray:
@@ -170,13 +173,13 @@ class Plain:
             x = x + np.concatenate([np.sin(angles), np.cos(angles)], -1)
         if self.config.types:
             x = x + p["types"][np.zeros_like(tokens) if types is None else types]
-        return self.norm(p["norm"], x) if self.config.norm.embeddings else x
+        return self.norm(p.get("norm"), x) if self.config.norm.embeddings else x
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         p, head = self.params.get("head", {}), self.config.head
         if head.transform:
             activation = ACTIVATIONS[self.config.feed_forward.activation]
-            x = self.norm(p["norm"], activation(self.linear(p["transform"], x)))
+            x = self.norm(p.get("norm"), activation(self.linear(p["transform"], x)))
         if head.scale:
             x = x / math.sqrt(x.shape[-1])
         kernel = self.params["embedding"]["table"].T if self.config.tie_embeddings else p["kernel"]

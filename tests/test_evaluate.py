@@ -1,6 +1,7 @@
 """What is measured, against plain loops over the examples in float64."""
 
 import dataclasses
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from rich.console import Console
 
 from data import sources
 from data.config import TokenizerConfig
@@ -17,7 +19,7 @@ from data.pipeline import Dataset
 from model.config import ModelConfig
 from model.transformer import build
 from train.config import TrainError
-from train.evaluate import describe, measure
+from train.evaluate import describe, frequency_loss, measure, report
 from train.load import Trained, load
 from train.perplexity import strided_loss
 from train.step import make_eval_step
@@ -94,6 +96,8 @@ def test_classes(classes):
     lines = describe(got, dataset)
     assert lines[0] == f"loss: {got['loss']:.4f} nats per example"
     assert f"accuracy: {100 * got['accuracy']:.2f} %" in lines
+    shares = [np.mean(targets == i) for i in set(targets)]
+    assert frequency_loss(dataset) == pytest.approx(-sum(p * math.log(p) for p in shares))
 
 
 def test_numbers(numbers):
@@ -105,6 +109,7 @@ def test_numbers(numbers):
     assert got["pearson"] == pytest.approx(np.corrcoef(found[:, 0], targets)[0, 1], rel=1e-3)
     assert set(got) == {"loss", "pearson", "spearman"}
     assert describe(got, dataset)[0] == f"mean squared error: {got['loss']:.4f}"
+    assert frequency_loss(dataset) == pytest.approx(targets.var(), rel=1e-5)
 
 
 def document(trained: Trained) -> tuple[str, np.ndarray]:
@@ -140,6 +145,17 @@ def test_text_in_pieces(text):
     assert words[::2] == ["loss:", "nats", "token", f"{math.exp(total / count):.2f}"]
     # All bits of the text, the end included, over its characters.
     assert bits == f"bits per character: {total / math.log(2) / len(string):.4f}"
+
+
+def test_a_model_that_knows_nothing_is_told(text):
+    _, tokens = document(text)
+    _, counts = np.unique(tokens[1:], return_counts=True)
+    known = -np.sum(counts / counts.sum() * np.log(counts / counts.sum()))
+    console = Console(file=io.StringIO(), width=500)
+    result = report(text, text.run.train.decode, console)
+    assert result["valid_frequency_loss"] == pytest.approx(known) < result["valid_loss"]
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"validation loss of a guess by frequency alone: {known:.4f}\nthat is no better" in said
 
 
 @pytest.mark.parametrize("stride", [5, 16])

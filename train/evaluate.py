@@ -23,6 +23,13 @@ from train.sharding import rows_here, to_devices
 from train.step import make_eval_step
 from train.translate import Translator
 
+NO_BETTER = 0.98
+NOTHING_LEARNED = (
+    "that is no better: nothing but frequencies was learned. Look at the learning rate and its "
+    "warmup, the positions, the residuals and norms, and at whether inputs and targets belong "
+    "together"
+)
+
 
 def measure(eval_step: Callable, params: Any, dataset: Dataset, mesh: Mesh) -> dict[str, float]:
     """Mean loss over the whole dataset, each example once, and the scores of a classifier.
@@ -45,6 +52,19 @@ def measure(eval_step: Callable, params: Any, dataset: Dataset, mesh: Mesh) -> d
         score = scores.regression if targets.dtype == np.float32 else scores.classification
         measured |= score(outputs, targets)
     return measured
+
+
+def frequency_loss(dataset: Dataset) -> float:
+    """What `measure` would give for a guess that knows how frequent each target is, nothing else.
+
+    That is the entropy of the targets in nats; for a regression their variance.
+    """
+    batches = dataset.eval_batches()
+    targets = np.concatenate([batch["targets"][batch["weights"] > 0] for batch in batches])
+    if dataset.config.objective == "regression":
+        return float(targets.var())
+    shares = np.unique(targets, return_counts=True)[1] / len(targets)
+    return float(-np.sum(shares * np.log(shares)))
 
 
 def report(
@@ -77,6 +97,11 @@ def report(
         name = "validation" if split == "valid" else "test"
         for line in describe(measured, dataset):
             console.print(f"{name} {line}")
+        if is_first():
+            measured["frequency_loss"] = known = frequency_loss(dataset)
+            console.print(f"{name} loss of a guess by frequency alone: {known:.4f}")
+            if measured["loss"] > NO_BETTER * known:
+                console.print(NOTHING_LEARNED)
         result |= {f"{split}_{key}": value for key, value in measured.items()}
     if run.data.objective == "translation":
         result |= _translate(trained, decode, console, seed)

@@ -1,0 +1,133 @@
+"""What goes wrong without warmup, positions, residuals, norms, or with a wrong mask.
+
+python -m benchmarks.ablations    # a quarter of an hour on two CPU cores
+
+Each demonstration trains a small model twice, as it should be and without one thing, plots both
+validation losses beside what a guess by frequency alone gives, and prints what `heedful train`
+says about it.
+
+Warmup: Adam's first steps push a stack of post-norm blocks to where its gradients vanish, and it
+stays there (arXiv:2002.04745). Positions: to a model that looks to both sides a row is a bag of
+letters. Residuals and norms: gradients vanish, or activations grow, with each layer. Mask: a model
+that may look at the next letter copies it; its loss falls below what is possible, and what it
+writes, where there is no next letter, is worthless.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.runs import Trained, train
+
+
+class Demonstration(NamedTuple):
+    """Two trainings: `right` flags and `wrong` ones, beside those of both."""
+
+    config: str
+    both: str
+    right: str = ""
+    wrong: str = ""
+    is_leaking: bool = False
+    """Whether the wrong one has no causal mask."""
+
+
+SHORT = "--train.steps 400 --train.checkpoint-every 25"
+DEEP = f"{SHORT} --model.layers 8 --train.optimizer.peak-lr 1e-3"
+DEMONSTRATIONS = {
+    "warmup": Demonstration(
+        "shakespeare_char",
+        f"{SHORT} --model.norm.position post --train.optimizer.peak-lr 2e-3",
+        "--train.optimizer.warmup-steps 100",
+        "--train.optimizer.warmup-steps 0",
+    ),
+    "positions": Demonstration(
+        "bert_tiny",
+        "--train.steps 1000 --train.checkpoint-every 50",
+        wrong="--model.positions.kind none",
+    ),
+    "residuals": Demonstration("shakespeare_char", DEEP, wrong="--model.no-residuals"),
+    "norm": Demonstration("shakespeare_char", DEEP, wrong="--model.norm.kind none"),
+    "mask": Demonstration("shakespeare_char", SHORT, is_leaking=True),
+}
+LEAKING = (
+    "-c",
+    "from model import masks; masks.causal = masks.full; from train.cli import main; main()",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ablations",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    names = list(DEMONSTRATIONS)
+    add("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    add("--out", type=Path, default=Path("runs/ablations"), help="where runs and plots lie")
+    arguments, flags = parser.parse_known_args(argv)
+    for name in arguments.only:
+        demonstrate(name, DEMONSTRATIONS[name], arguments.out, flags)
+
+
+def demonstrate(name: str, shown: Demonstration, out: Path, flags: Sequence[str]) -> None:
+    """Trains, plots OUT/NAME.png, and prints what the command line says of the wrong one."""
+    both, program = [*shown.both.split(), *flags], LEAKING if shown.is_leaking else ()
+    right = train(shown.config, out / name / "right", [*both, *shown.right.split()])
+    wrong_flags = [*both, *shown.wrong.split()]
+    if shown.is_leaking:
+        refused = train(shown.config, out / name / "refused", wrong_flags, program=program)
+        print(f"{name}: the wrong one is refused:\n{refused.said.strip()}\n")
+        wrong_flags.append("--no-audit")
+    wrong = train(shown.config, out / name / "wrong", wrong_flags, program=program)
+    print(
+        f"{name}: {ends(right)} as it should be, the wrong one {ends(wrong)}:\n{verdict(wrong)}\n"
+    )
+    if shown.is_leaking:
+        for which in ("right", "wrong"):
+            print(f"{which} writes: {write(out / name / which)!r}")
+        print()
+    plot(out / f"{name}.png", name, {"as it should be": right, f"wrong {name}": wrong})
+
+
+def ends(trained: Trained) -> str:
+    loss = trained.result.get("valid_loss")
+    return "stopped" if loss is None else f"ended at {loss:.3f} nats"
+
+
+def verdict(trained: Trained) -> str:
+    """What is said on the loss: the error, or the lines on the validation data."""
+    lines = trained.said.splitlines()
+    first = [i for i, line in enumerate(lines) if line.startswith(("heedful: error", "validation"))]
+    last = [i for i, line in enumerate(lines) if line.startswith("test loss")]
+    return "\n".join(lines[first[0] : last[0] if last else None]) if first else trained.said
+
+
+def write(run: Path) -> str:
+    command = [sys.executable, "-m", "train.cli", "generate", str(run), "ROMEO:"]
+    command += ["--decode.max-tokens", "57"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def plot(path: Path, name: str, runs: dict[str, Trained]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    for label, trained in runs.items():
+        axis.plot(*trained.curve("valid_loss"), label=label)
+    known = next(iter(runs.values())).result["valid_frequency_loss"]
+    axis.axhline(known, color="black", linestyle=":", label="frequencies alone")
+    axis.set(xlabel="step", ylabel="validation loss, nats per letter", title=name, ylim=(0, None))
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

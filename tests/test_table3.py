@@ -1,0 +1,71 @@
+"""The rows of the paper's table 3: what they change, and how a small run of them is told."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.table3 import table
+from configs import base
+from configs.vaswani_table3 import ROWS
+from model.transformer import build
+from train.config import TrainError
+from train.run import differences, to_json
+
+# Millions, as printed in arXiv:1706.03762 table 3.
+PARAMETERS = {
+    "keys_16": 58, "keys_32": 60, "layers_2": 36, "layers_4": 50, "layers_8": 80, "width_256": 28,
+    "width_1024": 168, "inner_1024": 53, "inner_4096": 90,
+}  # fmt: skip
+CHANGES = {
+    "heads": {"model.attention.heads"},
+    "keys": {"model.attention.key_dim"},
+    "layers": {"model.layers"},
+    "width": {"model.width", "train.optimizer.peak_lr"},
+    "inner": {"model.feed_forward.width"},
+    "dropout": {"model.dropout"},
+    "smoothing": {"train.label_smoothing"},
+    "positions": {"model.positions.kind"},
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_are_as_many_as_in_the_paper(name: str):
+    config = dataclasses.replace(base.load(f"vaswani_table3:{name}")[0].model, vocab_size=37_000)
+    tokens = jnp.zeros((1, 3), jnp.int32)
+    init = partial(build(config).init, jax.random.key(0))
+    leaves = jax.tree.leaves(jax.eval_shape(init, tokens, tokens))
+    count = sum(np.prod(leaf.shape) for leaf in leaves)
+    # The paper gives its base model 65 million, and all of the table leads to 63: hence 7 %.
+    assert count == pytest.approx(PARAMETERS[name] * 1e6, rel=0.07)
+
+
+@pytest.mark.parametrize("config", ["vaswani_table3", "multi30k_table3"])
+def test_each_row_changes_one_thing(config: str):
+    values = [to_json(base.load(name)[0]) for name in (config, *(f"{config}:{r}" for r in ROWS))]
+    for name, row in zip(ROWS, values[1:], strict=True):
+        changed = {line.split(" is ")[0] for line in differences(row, values[0])}
+        assert changed == CHANGES[name.split("_")[0]]
+
+
+def test_rows_that_do_not_exist():
+    with pytest.raises(
+        TrainError, match="unknown row 'heads_2' of config 'vaswani_table3'.*heads_"
+    ):
+        base.load("vaswani_table3:heads_2")
+    with pytest.raises(TrainError, match="row 'x' of config 'vaswani_base'.*has no rows"):
+        base.load("vaswani_base:x")
+
+
+def test_a_table_of_what_moves_and_of_what_is_noise():
+    losses = {"seed_0": 3.0, "seed_1": 3.02, "heads_1": 3.2, "layers_2": 2.9, "dropout_0": 3.03}
+    losses["positions_learned"] = 3.1
+    lines = {line.split(" | ")[1]: line for line in table(losses).splitlines() if " | " in line}
+    assert "24.53 | +20.9% | 5.29 (+7.5%) | the same" in lines["heads_1"]
+    assert "| the other |" in lines["layers_2"]
+    assert "| too small to tell |" in lines["dropout_0"]
+    assert "| none in the paper |" in lines["positions_learned"]
+    assert "between 2 seeds" in table(losses)
