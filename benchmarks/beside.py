@@ -45,21 +45,19 @@ class Setting(NamedTuple):
 
 def measure(name: str, setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
     """Samples and facts of each library; `name` is that of the benchmark's modules."""
-    libraries = ["heedful"]
-    if arguments.peers:
-        libraries += [p for p in setting.peers if arguments.nanogpt or "nanogpt" not in p]
+    libraries = ["heedful", *(peer for peer in setting.peers if _is_given(peer, arguments))]
     found: dict[str, dict[str, Any]] = {}
     processes: dict[str, Process] = {}
     given = json.dumps(setting._asdict())
     with tempfile.TemporaryDirectory() as cache:
-        fresh = {"TORCHINDUCTOR_CACHE_DIR": cache, "NANOGPT": arguments.nanogpt or ""}
+        clones = {"NANOGPT": arguments.nanogpt or "", "FLAX": arguments.flax or ""}
+        fresh = {"TORCHINDUCTOR_CACHE_DIR": cache} | clones
         try:
             for library in libraries:
-                ours = library == "heedful"
-                module = f"benchmarks.{name}_ours" if ours else f"benchmarks.{name}_peers"
-                interpreter = sys.executable if ours else arguments.peers
-                command = [interpreter, "-m", module, given, library]
-                process = Process(command, ALLOCATOR if ours else fresh, PATIENCE)
+                which = {"heedful": "ours", "flax": "flax"}.get(library.split()[0], "peers")
+                interpreter = arguments.peers if which == "peers" else sys.executable
+                command = [interpreter, "-m", f"benchmarks.{name}_{which}", given, library]
+                process = Process(command, ALLOCATOR if which == "ours" else fresh, PATIENCE)
                 processes[library] = process
                 found[library] = process.ask() | {"seconds": []}
             for _ in range(arguments.rounds):
@@ -73,6 +71,13 @@ def measure(name: str, setting: Setting, arguments: argparse.Namespace) -> dict[
             for process in processes.values():
                 process.close()
     return found
+
+
+def _is_given(peer: str, arguments: argparse.Namespace) -> bool:
+    """Whether the command line says where it is."""
+    if peer.startswith("flax"):
+        return bool(arguments.flax)
+    return bool(arguments.peers and (arguments.nanogpt or "nanogpt" not in peer))
 
 
 def table(name: str, setting: Setting, found: dict[str, Any]) -> str:
@@ -114,6 +119,7 @@ def main(
     add("--setting", nargs="+", choices=list(settings), default=list(settings), metavar="NAME")
     add("--peers", metavar="PYTHON", help="interpreter that has benchmarks/peers.txt")
     add("--nanogpt", metavar="DIR", help="where nanoGPT's model.py lies")
+    add("--flax", metavar="DIR", help="a clone of flax, for its examples")
     add("--rounds", type=int, default=5)
     add("--out", default=f"runs/{name}.json", help="where the raw numbers go")
     arguments = parser.parse_args(argv)

@@ -3,12 +3,14 @@
 python -m venv /tmp/peers
 /tmp/peers/bin/python -m pip install -r benchmarks/peers.txt
 git clone https://github.com/karpathy/nanoGPT /tmp/nanoGPT
-python -m benchmarks.training --peers /tmp/peers/bin/python --nanogpt /tmp/nanoGPT
+git clone https://github.com/google/flax /tmp/flax
+python -m benchmarks.training --peers /tmp/peers/bin/python --nanogpt /tmp/nanoGPT --flax /tmp/flax
 
 The same model, batch and float32 for all, random tokens, gradients clipped at 1, AdamW (Adam for
 the translation). nanoGPT runs as it is and with torch.compile, transformers' GPT-2 and BERT and
-torch.nn.Transformer in a plain loop; without --peers this library is measured alone. A sample is
-the mean of some steps after three for warming up.
+torch.nn.Transformer in a plain loop, the models of Flax's examples lm1b and wmt as their train.py
+does. What no option names is left out; alone, this library is. A sample is the mean of some steps
+after three for warming up.
 
 The utilisation is that of the floating-point operations of the model (attention of a GPT counted
 half, for what its mask hides; all of it elsewhere), of the best rate at which this library or torch
@@ -20,8 +22,8 @@ from collections.abc import Sequence
 from benchmarks import beside
 from benchmarks.beside import Setting
 
-GPT = ("nanogpt", "nanogpt compiled", "transformers")
-BERT, TRANSLATION = ("transformers",), ("torch.nn.Transformer",)
+GPT = ("nanogpt", "nanogpt compiled", "transformers", "flax lm1b")
+BERT, TRANSLATION = ("transformers",), ("torch.nn.Transformer", "flax wmt")
 SETTINGS = {
     "gpt 4x128": Setting("shakespeare_char", 12, 64, 65, 30, GPT),
     "gpt 6x384": Setting("shakespeare_char_gpu", 12, 256, 65, 2, GPT),
