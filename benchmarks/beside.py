@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
@@ -17,11 +18,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import kernels
 from benchmarks.turns import Process
 from train.cli import ALLOCATOR
 
+OURS = ALLOCATOR | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # Others need memory of a GPU too.
 PATIENCE = 600.0
 PAUSE = 0.5  # Threads of the process before may spin for a while when their work is done.
+
+ON_GPU: dict[str, Any] = {"dtype": "bfloat16", "product": 8192}
 
 
 class Setting(NamedTuple):
@@ -36,6 +41,14 @@ class Setting(NamedTuple):
     dropout: float = 0.0
     beam: int = 0
     """0: a step trains on all tokens; else it writes one for each row."""
+    dtype: str = "float32"
+    """What is computed with; parameters are in float32 in any case."""
+    core: str = "auto"
+    """Attention core of this library."""
+    product: int = 2048
+    """Rows of the matrices whose product is the ceiling."""
+    profile: str = ""
+    """Where this library leaves a profile of one sample."""
 
     @property
     def tokens(self) -> int:
@@ -57,7 +70,7 @@ def measure(name: str, setting: Setting, arguments: argparse.Namespace) -> dict[
                 which = {"heedful": "ours", "flax": "flax"}.get(library.split()[0], "peers")
                 interpreter = arguments.peers if which == "peers" else sys.executable
                 command = [interpreter, "-m", f"benchmarks.{name}_{which}", given, library]
-                process = Process(command, ALLOCATOR if which == "ours" else fresh, PATIENCE)
+                process = Process(command, OURS if which == "ours" else fresh, PATIENCE)
                 processes[library] = process
                 found[library] = process.ask() | {"seconds": []}
             for _ in range(arguments.rounds):
@@ -116,18 +129,26 @@ def main(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--setting", nargs="+", choices=list(settings), default=list(settings), metavar="NAME")
+    is_gpu = shutil.which("nvidia-smi") is not None
+    names = [key for key in settings if key.startswith("gpu ") == is_gpu]
+    listed = f"default: {', '.join(names)}"
+    add("--setting", nargs="+", choices=list(settings), default=names, metavar="NAME", help=listed)
     add("--peers", metavar="PYTHON", help="interpreter that has benchmarks/peers.txt")
     add("--nanogpt", metavar="DIR", help="where nanoGPT's model.py lies")
     add("--flax", metavar="DIR", help="a clone of flax, for its examples")
     add("--rounds", type=int, default=5)
+    add("--profile", metavar="DIR", default="", help="where this library's profiles go")
     add("--out", default=f"runs/{name}.json", help="where the raw numbers go")
     arguments = parser.parse_args(argv)
     print(f"{platform.platform()}, {len(os.sched_getaffinity(0))} cores", flush=True)
     results = {}
     for chosen in arguments.setting:
-        results[chosen] = measure(name, settings[chosen], arguments)
-        print("\n" + table(chosen, settings[chosen], results[chosen]), flush=True)
+        profile = arguments.profile and os.path.join(arguments.profile, chosen.replace(" ", "_"))
+        setting = settings[chosen]._replace(profile=profile)
+        results[chosen] = measure(name, setting, arguments)
+        print("\n" + table(chosen, setting, results[chosen]), flush=True)
+        if profile:
+            print("\n" + kernels.table(Path(profile)), flush=True)
         out = Path(arguments.out)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(results, indent=1))

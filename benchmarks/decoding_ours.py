@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.beside import Setting
-from benchmarks.training_ours import about_jax
+from benchmarks.training_ours import about_jax, peak
 from benchmarks.turns import answer_with
 from configs import base
 from train.config import DecodeConfig, MeshConfig
@@ -37,7 +37,7 @@ class Numbers:
 
 def prepare(setting: Setting) -> tuple[Callable[[], object], dict[str, Any]]:
     model = base.load(setting.config)[0].model
-    model = dataclasses.replace(model, vocab_size=setting.vocab_size, dtype="float32")
+    model = dataclasses.replace(model, vocab_size=setting.vocab_size, dtype=setting.dtype)
     mesh = make_mesh(MeshConfig())
     params = init_params(model, mesh, 0)
     random, shape = np.random.default_rng(0), (setting.rows, setting.length)
@@ -67,9 +67,9 @@ def prepare(setting: Setting) -> tuple[Callable[[], object], dict[str, Any]]:
         "start": start,
         "flops": flops * setting.rows * setting.beam,
         "parameters": parameter_count(params),
-        **about_jax(),
+        **about_jax(setting.dtype, setting.product),
     }
 
 
 if __name__ == "__main__":
-    answer_with(lambda: prepare(Setting(**json.loads(sys.argv[1]))))
+    answer_with(lambda: prepare(Setting(**json.loads(sys.argv[1]))), peak)

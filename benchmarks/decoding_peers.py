@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.training_peers import about_torch
+from benchmarks.training_peers import DEVICE, about_torch, peak
 from benchmarks.turns import answer_with
 
 BEGAN = time.perf_counter()
@@ -17,6 +17,8 @@ BEGAN = time.perf_counter()
 
 def prepare(given: dict[str, Any]) -> tuple[Callable[[], object], dict[str, Any]]:
     torch.manual_seed(0)
+    torch.set_default_device(DEVICE)
+    dtype = getattr(torch, given["dtype"])
     rows, length, vocab_size, new = (given[k] for k in ("rows", "length", "vocab_size", "steps"))
     if given["config"] == "gpt2_small":
         model: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=vocab_size))
@@ -36,7 +38,7 @@ def prepare(given: dict[str, Any]) -> tuple[Callable[[], object], dict[str, Any]
             forced_eos_token_id=None,
         )
         model = transformers.MarianMTModel(config)
-    model.eval()
+    model.to(dtype).eval()
     tokens = torch.randint(4, vocab_size, (rows, length))
     how = {"num_beams": given["beam"], "do_sample": False, "use_cache": True, "pad_token_id": 0}
 
@@ -55,8 +57,8 @@ def prepare(given: dict[str, Any]) -> tuple[Callable[[], object], dict[str, Any]
     if written != new:
         raise SystemExit(f"{written} tokens instead of {new}")
     start = time.perf_counter() - BEGAN
-    return run, {"start": start} | about_torch()
+    return run, {"start": start} | about_torch(dtype, given["product"])
 
 
 if __name__ == "__main__":
-    answer_with(lambda: prepare(json.loads(sys.argv[1])))
+    answer_with(lambda: prepare(json.loads(sys.argv[1])), peak)

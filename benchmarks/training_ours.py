@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.beside import Setting
 from benchmarks.turns import answer_with
-from benchmarks.worker import ceiling
+from benchmarks.worker import ceiling, highest_resident
 from configs import base
 from train.costs import parts
 from train.state import first_state, init_params, parameter_count, set_up
@@ -30,9 +30,9 @@ def prepare(setting: Setting) -> tuple[Callable[[], object], dict[str, Any]]:
     model = dataclasses.replace(
         part,
         vocab_size=setting.vocab_size,
-        dtype="float32",
+        dtype=setting.dtype,
         dropout=rate,
-        attention=dataclasses.replace(part.attention, dropout=rate),
+        attention=dataclasses.replace(part.attention, dropout=rate, core=setting.core),
         feed_forward=dataclasses.replace(part.feed_forward, dropout=rate),
     )
     setup = set_up(model, config)
@@ -52,26 +52,37 @@ def prepare(setting: Setting) -> tuple[Callable[[], object], dict[str, Any]]:
 
     def run(steps: int = setting.steps) -> None:
         with jax.set_mesh(setup.mesh):
+            metrics: dict[str, Any] = {"loss": 0.0}
             for _ in range(steps):
                 held[0], metrics = step(held[0], batch)
-                float(metrics["loss"])
+            float(metrics["loss"])
 
     run(3)
     start = time.perf_counter() - BEGAN
+    if setting.profile:
+        with jax.profiler.trace(setting.profile):
+            run()
     return run, {
         "start": start,
         "flops": 3 * flops * setting.rows * setting.length,
         "parameters": parameter_count(held[0].params),
-        **about_jax(),
+        **about_jax(setting.dtype, setting.product),
     }
 
 
-def about_jax() -> dict[str, Any]:
-    """Its ceiling and version."""
-    large, product = jnp.ones((2048, 2048)), jax.jit(jnp.matmul)
-    best = ceiling(lambda: product(large, large).block_until_ready())
-    return {"ceiling": best, "versions": f"jax {jax.__version__}"}
+def about_jax(dtype: str, size: int) -> dict[str, Any]:
+    """Its ceiling, version and device."""
+    large, product = jnp.ones((size, size), dtype), jax.jit(jnp.matmul)
+    best = ceiling(lambda: product(large, large).block_until_ready(), size)
+    device = jax.devices()[0].device_kind
+    return {"ceiling": best, "versions": f"jax {jax.__version__} on {device}"}
+
+
+def peak() -> int:
+    """Bytes held at most, on the device if it has memory of its own."""
+    counted = jax.devices()[0].memory_stats() or {}
+    return counted.get("peak_bytes_in_use") or highest_resident()
 
 
 if __name__ == "__main__":
-    answer_with(lambda: prepare(Setting(**json.loads(sys.argv[1]))))
+    answer_with(lambda: prepare(Setting(**json.loads(sys.argv[1]))), peak)

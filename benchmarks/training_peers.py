@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from benchmarks.turns import answer_with
-from benchmarks.worker import ceiling
+from benchmarks.worker import ceiling, highest_resident
 
 BEGAN = time.perf_counter()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {  # layers, heads, width
     "shakespeare_char": (4, 4, 128),
     "shakespeare_char_gpu": (6, 6, 384),
@@ -47,6 +48,7 @@ def prepare(given: dict[str, Any], library: str) -> tuple[Callable[[], object], 
     layers, heads, width = SIZES[given["config"]]
     length, vocab_size, dropout = given["length"], given["vocab_size"], given["dropout"]
     torch.manual_seed(0)
+    torch.set_default_device(DEVICE)
     x, y, source = torch.randint(0, vocab_size, (3, given["rows"], length))
     cross_entropy = lambda z: nn.functional.cross_entropy(z.flatten(0, 1), y.flatten())  # noqa: E731
     if library.startswith("nanogpt"):
@@ -63,7 +65,7 @@ def prepare(given: dict[str, Any], library: str) -> tuple[Callable[[], object], 
             bias=given["config"] == "gpt2_small",
         )
         model = nanogpt.GPT(config)
-        optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), "cpu")
+        optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), DEVICE)
         network = torch.compile(model) if library.endswith("compiled") else model
         loss = lambda: network(x, y)[1]  # noqa: E731
     elif given["config"] == "vaswani_base":
@@ -91,27 +93,37 @@ def prepare(given: dict[str, Any], library: str) -> tuple[Callable[[], object], 
         optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
         loss = lambda: cross_entropy(model(x).logits)  # noqa: E731
     model.train()
+    dtype = getattr(torch, given["dtype"])
+    cast = torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32)
 
     def run(steps: int = given["steps"]) -> None:
+        value = torch.zeros(())
         for _ in range(steps):
             optimizer.zero_grad(set_to_none=True)
-            value = loss()
+            with cast:
+                value = loss()
             value.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            value.item()
+        value.item()
 
     run(3)
     start = time.perf_counter() - BEGAN
-    return run, {"start": start} | about_torch()
+    return run, {"start": start} | about_torch(dtype, given["product"])
 
 
-def about_torch() -> dict[str, Any]:
+def about_torch(dtype: torch.dtype, size: int) -> dict[str, Any]:
     """Its ceiling, and what is installed."""
-    large = torch.ones(2048, 2048)
+    large = torch.ones(size, size, dtype=dtype)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    return {"ceiling": ceiling(lambda: large @ large), "versions": versions}
+    best = ceiling(lambda: (large @ large)[0, 0].item(), size)
+    return {"ceiling": best, "versions": versions}
+
+
+def peak() -> int:
+    """Bytes held at most, on the device if it has memory of its own."""
+    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else highest_resident()
 
 
 if __name__ == "__main__":
-    answer_with(lambda: prepare(json.loads(sys.argv[1]), sys.argv[2]))
+    answer_with(lambda: prepare(json.loads(sys.argv[1]), sys.argv[2]), peak)

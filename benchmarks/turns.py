@@ -63,9 +63,13 @@ class Process:
         self.process.stderr.close()
 
 
-def answer_with(prepare: Callable[[], tuple[Callable[[], object], dict[str, Any]]]) -> None:
+def answer_with(
+    prepare: Callable[[], tuple[Callable[[], object], dict[str, Any]]],
+    peak: Callable[[], int] = highest_resident,
+) -> None:
     """The other end: says what `prepare` tells beside a function, then times that, line by line.
 
+    `peak` gives the bytes that were held at most.
     It runs once before the time is taken: after a pause, caches and memory that the system has
     taken back are not what they are in the middle of work.
     """
@@ -74,5 +78,5 @@ def answer_with(prepare: Callable[[], tuple[Callable[[], object], dict[str, Any]
     print(json.dumps(facts), file=answers, flush=True)
     for _ in sys.stdin:
         run()
-        print(json.dumps({"seconds": seconds(run), "peak": highest_resident()}), file=answers)
+        print(json.dumps({"seconds": seconds(run), "peak": peak()}), file=answers)
         answers.flush()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import attention, beside, decoding, training
+from benchmarks import attention, beside, decoding, kernels, training
 from benchmarks.report import growth, plot, tables
 from benchmarks.worker import RETURNS_MEMORY, Case
 
@@ -123,14 +123,23 @@ def test_what_does_not_fit_into_memory_is_left_out(monkeypatch):
     assert float(found["skipped"].split()[1]) > 8
 
 
-def test_training_steps_are_timed(tmp_path, capsys):
-    out = tmp_path / "training.json"
-    training.main(["--setting", "gpt 4x128", "--rounds", "1", "--out", str(out)])
-    found = json.loads(out.read_text())["gpt 4x128"]["heedful"]
-    assert found["parameters"] == 804_096  # nanoGPT says 0.80M, without the 8,192 of positions
+def test_training_steps_are_timed(tmp_path, capsys, monkeypatch):
+    small = training.SETTINGS["gpt 4x128"]
+    low = small._replace(rows=2, steps=2, dtype="bfloat16", product=64)
+    monkeypatch.setattr(training, "SETTINGS", {"small": small, "gpu low": low})
+    out, profile = tmp_path / "training.json", tmp_path / "profile"
+    given = ["--setting", "small", "gpu low", "--rounds", "1", "--out", str(out)]
+    training.main([*given, "--profile", str(profile)])
+    found = {name: values["heedful"] for name, values in json.loads(out.read_text()).items()}
+    assert found["small"]["parameters"] == 804_096  # nanoGPT: 0.80M, without 8,192 of positions
     # Six FLOPs for each parameter of a matrix product and token, and attention.
-    assert 0.9 < found["flops"] / (6 * 795_000 * 12 * 64) < 1.1
-    assert "gpt 4x128: 12 x 64 tokens" in capsys.readouterr().out
+    assert 0.9 < found["small"]["flops"] / (6 * 795_000 * 12 * 64) < 1.1
+    said = capsys.readouterr().out
+    assert "small: 12 x 64 tokens" in said
+    assert f"ms in operations of {profile / 'gpu_low'}" in said
+    shares = kernels.times(profile / "gpu_low")
+    assert any("dot" in name for name in shares)
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
 
 
 def test_decoding_is_timed(tmp_path, capsys, monkeypatch):
