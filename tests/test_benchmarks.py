@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import attention, beside, decoding, kernels, training
+from benchmarks import attention, beside, decoding, kernels, pipeline, training
 from benchmarks.report import growth, plot, tables
 from benchmarks.worker import RETURNS_MEMORY, Case
+from configs import base
+from data.config import ListOpsConfig
 
 ROOT = Path(__file__).parent.parent
 MIB = 2**20
@@ -19,6 +21,7 @@ CASE = Case(
     name="dense", length=64, causal=False, backward=True, heads=2, head_dim=8, window=4,
     features=8, rank=8, dtype="float32", memory=4 * 2**30, budget=10.0,
 )  # fmt: skip
+SMALL = ListOpsConfig(examples=64, held_out=8, min_length=20, max_length=60)
 
 
 def point(name, length, seconds, mib=1.0):
@@ -163,3 +166,20 @@ def test_ratios_are_of_the_same_round():
     assert rows[2].split() == ["heedful", "2,000.0", "1,024", "1.00", "5%", "1.0", "1"]
     assert rows[3].split()[3] == "2.00"
     assert rows[4].split(maxsplit=1) == ["absent", "no such module"]
+
+
+def test_the_pipeline_alone(capsys, monkeypatch):
+    monkeypatch.setattr(pipeline, "stand_in", lambda data: replace(data, listops=SMALL))
+    pipeline.main(["--config", "listops_tiny", "--seconds", "0.1", "--flops", "1e9"])
+    name, rows, tokens, takes, feeds = capsys.readouterr().out.splitlines()[-1].split()
+    assert (name, tokens) == ("listops_tiny", rows)  # One prediction in a row.
+    fed = float(tokens.replace(",", "")) / float(takes.replace(",", ""))
+    assert float(feeds) == pytest.approx(fed, rel=0.1)
+
+
+def test_what_stands_in_for_data_that_is_not_at_hand():
+    for name in base.names():
+        data = base.load(name)[0].data
+        other = pipeline.stand_in(data)
+        assert other.source in ("homeassistant", "shakespeare", "sentiment", "listops")
+        assert (other.objective, other.batch_tokens) == (data.objective, data.batch_tokens)
