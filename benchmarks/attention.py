@@ -36,7 +36,7 @@ from typing import Any
 from benchmarks.report import plot, tables
 from benchmarks.turns import Process
 from benchmarks.worker import RETURNS_MEMORY, Case
-from train.cli import ALLOCATOR
+from train.memory import ALLOCATOR
 
 STARTUP = 120.0  # Seconds for a process to import, compile and run for the first time.
 ENVIRONMENT = {

@@ -14,7 +14,7 @@ ALLOWED = {
     "data": {"data"},
     "train": {"model", "data", "train"},
     "configs": {"configs", "model.config", "data.config", "train.config"},
-    "benchmarks": {"benchmarks", "configs", "model", "train"},
+    "benchmarks": {"benchmarks", "configs", "data", "model", "train"},
 }
 FILES = sorted(path for package in ALLOWED for path in (ROOT / package).rglob("*.py"))
 

@@ -22,6 +22,7 @@ from model.layers import (
     MultiHeadAttention,
     Norm,
     gelu,
+    gelu_tanh,
     matmul,
 )
 
@@ -119,10 +120,11 @@ def test_feed_forward(activation: str, gated: bool):
     np.testing.assert_allclose(out, linear("down", h), rtol=1e-5, atol=3e-5)
 
 
-def test_gelu_has_its_derivative():
+@pytest.mark.parametrize(("name", "function"), [("gelu", gelu), ("gelu_tanh", gelu_tanh)])
+def test_gelu_has_its_derivative(name: str, function):
     x = np.linspace(-9, 9, 1009)
-    wanted = (ACTIVATIONS["gelu"](x + 1e-5) - ACTIVATIONS["gelu"](x - 1e-5)) / 2e-5
-    np.testing.assert_allclose(jax.vmap(jax.grad(gelu))(jnp.float32(x)), wanted, atol=2e-6)
+    wanted = (ACTIVATIONS[name](x + 1e-5) - ACTIVATIONS[name](x - 1e-5)) / 2e-5
+    np.testing.assert_allclose(jax.vmap(jax.grad(function))(jnp.float32(x)), wanted, atol=2e-6)
 
 
 def test_dropout_in_training_only():

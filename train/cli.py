@@ -13,6 +13,7 @@ from model.config import ModelError
 from train import commands
 from train.config import Interrupted, TrainError
 from train.flags import take
+from train.memory import keep_memory
 
 USAGE = """usage: heedful COMMAND ...
 
@@ -42,17 +43,9 @@ each other, elsewhere by
 
 heedful COMMAND CONFIG|RUN --help lists every flag with its meaning."""
 
-# glibc gives freed memory back to the system between steps and asks for it again: twice the time.
-# In pages of 2 MiB, where the system has them, arrays of many MiB are written up to twice as fast.
-ALLOCATOR = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
-
 
 def main() -> None:
-    _keep_memory()
+    keep_memory()
     _quiet()
     try:
         code = run(sys.argv[1:])
@@ -183,14 +176,6 @@ def _quiet() -> None:
             sys.__unraisablehook__(problem)
 
     sys.unraisablehook = tell
-
-
-def _keep_memory() -> None:
-    """Starts this process again, once, with an allocator that keeps its memory."""
-    if sys.platform != "linux" or all(name in os.environ for name in ALLOCATOR):
-        return
-    os.environ.update({name: os.environ.get(name, value) for name, value in ALLOCATOR.items()})
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 if __name__ == "__main__":

@@ -340,10 +340,12 @@ def console(stderr: bool = False) -> Any:
 
 
 def keep_compiled() -> None:
-    """What XLA compiles is kept for the next process."""
+    """What XLA compiles is kept for the next process, and what it leaves behind is not."""
     import jax
 
     from data.packages import cache
+    from train.memory import give_back_after_compiling
 
+    give_back_after_compiling()
     jax.config.update("jax_compilation_cache_dir", str(cache() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
