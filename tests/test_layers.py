@@ -124,7 +124,9 @@ def test_feed_forward(activation: str, gated: bool):
 def test_gelu_has_its_derivative(name: str, function):
     x = np.linspace(-9, 9, 1009)
     wanted = (ACTIVATIONS[name](x + 1e-5) - ACTIVATIONS[name](x - 1e-5)) / 2e-5
-    np.testing.assert_allclose(jax.vmap(jax.grad(function))(jnp.float32(x)), wanted, atol=2e-6)
+    # 1 - tanh^2 loses digits where |x|, which multiplies it, is about 4.
+    atol = {"gelu": 2e-6, "gelu_tanh": 5e-6}[name]
+    np.testing.assert_allclose(jax.vmap(jax.grad(function))(jnp.float32(x)), wanted, atol=atol)
 
 
 def test_dropout_in_training_only():
