@@ -48,7 +48,9 @@ DEMONSTRATIONS = {
         "--train.steps 1000 --train.checkpoint-every 50",
         wrong="--model.positions.kind none",
     ),
-    "residuals": Demonstration("shakespeare_char", DEEP, wrong="--model.no-residuals"),
+    "residuals": Demonstration(
+        "shakespeare_char", DEEP, "--no-audit", "--model.no-residuals --no-audit"
+    ),
     "norm": Demonstration("shakespeare_char", DEEP, wrong="--model.norm.kind none"),
     "mask": Demonstration("shakespeare_char", SHORT, is_leaking=True),
 }
