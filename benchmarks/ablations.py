@@ -1,6 +1,6 @@
 """What goes wrong without warmup, positions, residuals, norms, or with a wrong mask.
 
-python -m benchmarks.ablations    # a quarter of an hour on two CPU cores
+python -m benchmarks.ablations
 
 Each demonstration trains a small model twice, as it should be and without one thing, plots both
 validation losses beside what a guess by frequency alone gives, and prints what `heedful train`
