@@ -29,8 +29,8 @@ def give_back_after_compiling() -> None:
 
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
-    def listen(event: str, seconds: float, **_: object) -> None:
-        if trim and event.endswith("backend_compile_duration") and seconds > 1:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if trim and event.endswith("backend_compile_duration") and duration_secs > 1:
             trim(0)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
