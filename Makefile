@@ -1,13 +1,17 @@
-# make train: install and train the default experiment; make test: install and run the tests.
+# make train: install and train the default experiment; make test: install and run the tests;
+# make coverage: the same, and the lines that no test runs.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test parity check clean
+.PHONY: train test coverage parity check clean
 
 train: .venv/installed
 	$(BIN)/heedful train translate_tiny
 
 test: .venv/installed-dev
+	$(BIN)/pytest -n 2
+
+coverage: .venv/installed-dev
 	$(BIN)/pytest -n 2 --cov --cov-report=term:skip-covered
 
 parity: .venv/installed-parity

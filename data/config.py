@@ -167,6 +167,10 @@ class DataConfig:
     """Number of row lengths that batches may have. Each compiles once; more leave less padding.
     Packed rows have one length, max_length."""
 
+    length_multiple: int = 8
+    """Those lengths are multiples of this, or max_length. Matrix units work on tiles, where a
+    length in between costs as much as the next; on a CPU, 1 saves what the padding costs."""
+
     max_length: int = 64
     """Longest row in tokens, begin or end included. Longer texts are cut into pieces by the text
     objectives, and left out and reported by the others."""
@@ -223,6 +227,7 @@ class DataConfig:
         _at_least("data.batch_tokens", self.batch_tokens, 1)
         _at_least("data.batch_multiple", self.batch_multiple, 1)
         _at_least("data.buckets", self.buckets, 1)
+        _at_least("data.length_multiple", self.length_multiple, 1)
         _at_least("data.max_length", self.max_length, 2)
         _at_least("data.workers", self.workers, 0)
 

@@ -15,8 +15,6 @@ import numpy as np
 
 from data.config import DataConfig, DataError
 
-LENGTH_MULTIPLE = 8  # Matrix units work on tiles: a length in between costs as much as the next.
-
 
 class Shape(NamedTuple):
     """Rows of a batch, and their length on each side of the model: the encoder's comes first."""
@@ -49,22 +47,22 @@ class Plan(Protocol):
         ...
 
 
-def choose_buckets(lengths: np.ndarray, buckets: int, max_length: int) -> list[int]:
-    """Returns at most `buckets` row lengths, ascending, that leave the least padding.
+def choose_buckets(lengths: np.ndarray, config: DataConfig) -> list[int]:
+    """Returns at most `config.buckets` row lengths, ascending, that leave the least padding.
 
-    Every length is rounded up to a multiple of 8 (or to `max_length`), and all of those are
-    candidates. Dynamic programming over the candidates: the best way to cover the shortest j
-    candidates with k buckets covers the shortest i < j with k - 1, and the rest at length j.
+    The candidates are all lengths, rounded up (see `round_up`). Dynamic programming over them: the
+    best way to cover the shortest j candidates with k buckets covers the shortest i < j with k - 1,
+    and the rest at length j.
     """
     counts = np.bincount(lengths)
-    counts = np.bincount(_round_up(np.arange(len(counts)), max_length), counts)
+    counts = np.bincount(round_up(np.arange(len(counts)), config), counts)
     candidates = np.flatnonzero(counts)
     examples = np.concatenate([[0], np.cumsum(counts[candidates])])
     n = len(candidates)
     best = np.full(n + 1, np.inf)  # best[j]: fewest positions for the j shortest candidates.
     best[0] = 0
     choices = []
-    for _ in range(min(buckets, n)):
+    for _ in range(min(config.buckets, n)):
         # cost[i, j]: the first i as well as possible so far, then one bucket up to candidate j.
         width = np.concatenate([[0], candidates])[None, :]
         cost = best[:, None] + (examples[None, :] - examples[:, None]) * width
@@ -78,8 +76,10 @@ def choose_buckets(lengths: np.ndarray, buckets: int, max_length: int) -> list[i
     return chosen[::-1]
 
 
-def _round_up(lengths: np.ndarray, max_length: int) -> np.ndarray:
-    return np.minimum(-(-lengths // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, max_length)
+def round_up(lengths: np.ndarray, config: DataConfig) -> np.ndarray:
+    """Returns the next multiple of `config.length_multiple`, at most `config.max_length`."""
+    multiple = config.length_multiple
+    return np.minimum(-(-lengths // multiple) * multiple, config.max_length)
 
 
 class BatchPlan:
@@ -96,7 +96,7 @@ class BatchPlan:
         rows = lengths.max(0)
         self.seed = seed
         self.shuffle = shuffle
-        longest = choose_buckets(rows, config.buckets, config.max_length)
+        longest = choose_buckets(rows, config)
         # 8 and 32 bits: there may be many millions of rows.
         bucket_of = np.searchsorted(longest, np.arange(longest[-1] + 1))
         bucket = bucket_of.astype(np.min_scalar_type(len(longest)))[rows]
@@ -105,7 +105,7 @@ class BatchPlan:
         self.shapes = [
             Shape(
                 batch_rows(length, config),
-                tuple(int(_round_up(side[m].max(), config.max_length)) for side in lengths),
+                tuple(int(round_up(side[m].max(), config)) for side in lengths),
             )
             for length, m in zip(longest, self._members, strict=True)
         ]

@@ -7,8 +7,12 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import beartype
+import jax
 import jaxtyping
 import pytest
+
+# Most of the time of these tests is LLVM's. Commands, in processes of their own, are optimized.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 def check_calls(function, *args, **kwargs):

@@ -17,14 +17,16 @@ def positions(lengths, buckets):
     return sum(min(b for b in buckets if b >= length) for length in lengths)
 
 
+@pytest.mark.parametrize("multiple", [8, 13])
 @pytest.mark.parametrize("buckets", [1, 2, 3, 5])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_buckets_are_the_best_there_are(seed, buckets):
+def test_buckets_are_the_best_there_are(seed, buckets, multiple):
     rng = np.random.default_rng(seed)
     lengths = np.minimum(rng.geometric(0.05, 101), 53)
-    found = choose_buckets(lengths, buckets, 53)
-    # 53 is the largest allowed length, so it stands for the multiple of 8 that it cannot reach.
-    candidates = [8, 16, 24, 32, 40, 48, 53]
+    config = DataConfig(buckets=buckets, max_length=53, length_multiple=multiple)
+    found = choose_buckets(lengths, config)
+    # 53 is the largest allowed length, so it stands for the multiple that it cannot reach.
+    candidates = [*range(multiple, 53, multiple), 53]
     least = min(
         positions(lengths, chosen)
         for chosen in itertools.combinations(candidates, buckets)
@@ -35,8 +37,9 @@ def test_buckets_are_the_best_there_are(seed, buckets):
 
 
 def test_no_more_buckets_than_lengths():
-    assert choose_buckets(np.array([3, 5, 11]), 7, 64) == [8, 16]
-    assert choose_buckets(np.array([3]), 3, 5) == [5]
+    assert choose_buckets(np.array([3, 5, 11]), DataConfig(buckets=7)) == [8, 16]
+    assert choose_buckets(np.array([3]), DataConfig(buckets=3, max_length=5)) == [5]
+    assert choose_buckets(np.array([3, 5, 5]), DataConfig(length_multiple=1)) == [3, 5]
 
 
 @pytest.mark.parametrize("shuffle", [True, False])

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from data.batch import FIELDS, PER_ROW
 from data.config import DataConfig
 from data.objectives import OBJECTIVES
-from data.packing import LENGTH_MULTIPLE, Shape, batch_rows
+from data.packing import Shape, batch_rows, round_up
 from model.config import ModelConfig
 from train.config import TrainConfig, TrainError
 from train.plan.chips import GIB
@@ -79,8 +79,7 @@ def largest_batch(data: DataConfig) -> Shape:
     elif data.objective == "span_corruption":
         sides = OBJECTIVES[data.objective].lengths({"text": np.arange(1, 2 * max(lengths))}, data)
         longest = sides[:, (sides <= data.max_length).all(0)][:, -1]
-        up = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-        lengths = tuple(int(n) for n in np.minimum(up, data.max_length))
+        lengths = tuple(map(int, round_up(longest, data)))
     return Shape(batch_rows(data.max_length, data), lengths)
 
 
