@@ -46,6 +46,7 @@ def get_config(
         train=TrainConfig(
             steps=600_000,
             label_smoothing=0.0,
+            loss_chunk=256,
             checkpoint_every=1000,
             average=1,
             optimizer=OptimizerConfig(

@@ -29,13 +29,17 @@ KEPT = {
 }
 """Linear maps whose outputs the backward pass finds, by `config.remat`."""
 
-UNROLL = {"cpu": 12}
-"""Layers per iteration, by platform, where `config.unroll` leaves it open."""
 
+def unroll(config: ModelConfig, decodes: bool) -> int:
+    """Layers per iteration.
 
-def unroll(config: ModelConfig) -> int:
-    """Layers per iteration."""
-    return config.unroll or UNROLL.get(target_platform(), 1)
+    A loop on a CPU can cost as much as small layers do. To large ones it costs nothing, and without
+    a loop the parameters of all layers are in memory twice, as a stack and one by one; in decoding
+    not, where they are `Apart`.
+    """
+    if config.unroll:
+        return config.unroll
+    return 12 if target_platform() == "cpu" and (decodes or config.width < 768) else 1
 
 
 @struct.dataclass
@@ -177,7 +181,7 @@ class Stack(nn.Module):
             split_rngs={"params": True, "dropout": True, "features": True},
             in_axes=(0, *[nn.broadcast] * 5),  # type: ignore[arg-type]
             length=self.layers,
-            unroll=min(unroll(self.config), self.layers),
+            unroll=min(unroll(self.config, cache is not None), self.layers),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         blocks = scanned(self.config, self.has_cross, name="blocks")

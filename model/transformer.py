@@ -297,7 +297,7 @@ def take_apart(config: ModelConfig, tree: Any) -> Any:
     As they are where the layers of a token are in a loop themselves.
     """
     most = max(config.layers, config.encoder_layers or 0)
-    if target_platform() != "cpu" or unroll(config) < most:
+    if target_platform() != "cpu" or unroll(config, decodes=True) < most:
         return tree
     if isinstance(tree, BlockCache):
         return Apart.of(tree)

@@ -26,7 +26,7 @@ from tiny import (
     tiny,
 )
 
-from model.transformer import empty_cache
+from model.transformer import build, empty_cache
 
 close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
 
@@ -188,6 +188,17 @@ def test_remat_and_unroll_change_no_value_and_no_gradient(core: str):
         jax.tree.map(
             partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), other_gradient, gradient
         )
+
+
+@pytest.mark.parametrize(("width", "taught"), [(756, LAYERS), (768, 1)])
+def test_large_layers_are_in_a_loop_except_in_decoding(width: int, taught: int):
+    model = build(tiny("decoder_only", width=width, attention_head_dim=2))
+    params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
+    teach = jax.make_jaxpr(model.apply)(params, TOKENS)
+    cache = empty_cache(model.config, B, T)
+    decode = jax.make_jaxpr(partial(model.apply, method="decode"))
+    assert f" unroll={taught}\n" in str(teach)
+    assert f" unroll={LAYERS}\n" in str(decode(params, TOKENS, cache=cache, offset=jnp.int32(0)))
 
 
 def test_each_rematerialisation_keeps_less_than_the_one_before():
