@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import LAYERS, POSITIONS, B, V, init, jit, tiny
+from tiny import LAYERS, POSITIONS, B, V, init, tiny
 
 from model import masks
 from model.attention.dense import dense
@@ -45,7 +45,7 @@ def test_rows_of_different_lengths_roll_on_as_the_whole_would(kind: str):
     changes = STEPS if kind == "dilated" else {"positions": kind}
     config, model, params = decoder(**changes)
 
-    @jit
+    @jax.jit
     def run(params):
         decode = partial(model.apply, {"params": params}, method="decode")
         junk = jnp.where(jnp.arange(LENGTH) < LENGTHS[:, None], TOKENS, 0)[:, :12]
@@ -69,19 +69,19 @@ def test_rows_of_different_lengths_roll_on_as_the_whole_would(kind: str):
 @pytest.mark.parametrize("chunk", [1, 3, 4, 5, LENGTH])
 def test_chunks_shorter_and_longer_than_the_window(chunk: int):
     config, model, params = decoder()
-    decode = jit(partial(model.apply, {"params": params}, method="decode"))
+    decode = jax.jit(partial(model.apply, {"params": params}, method="decode"))
     cache, found = empty_cache(config, B, LENGTH), []
     for start in range(0, LENGTH, chunk):
         tokens = TOKENS[:, start : start + chunk]
         logits, cache = decode(tokens, cache=cache, offset=jnp.full(B, start))
         found.append(logits)
-    close(jnp.concatenate(found, 1), jit(model.apply)({"params": params}, TOKENS))
+    close(jnp.concatenate(found, 1), jax.jit(model.apply)({"params": params}, TOKENS))
 
 
 def test_a_prefix_is_read_as_one_chunk():
     config, model, params = decoder()
     prefix = jnp.array([6, 2, 5])
-    decode = jit(partial(model.apply, {"params": params}, method="decode"))
+    decode = jax.jit(partial(model.apply, {"params": params}, method="decode"))
     whole, _ = decode(TOKENS[:, :9], prefix_len=prefix)
     real = jnp.arange(6) < prefix[:, None]
     start = {"cache": empty_cache(config, B, LENGTH), "offset": jnp.array(0), "is_real": real}
@@ -94,13 +94,13 @@ def test_a_prefix_is_read_as_one_chunk():
 
 def test_rows_are_repeated_and_reordered():
     config, model, params = decoder()
-    decode = jit(partial(model.apply, {"params": params}, method="decode"))
+    decode = jax.jit(partial(model.apply, {"params": params}, method="decode"))
     cache = fill(decode, empty_cache(config, B, LENGTH), TOKENS[:, :12], LENGTHS)
     rows = jnp.array([5, 0, 2, 2, 1, 4])  # of two hypotheses each
     parents = rows // 2
     token = TOKENS[parents, LENGTHS[parents]][:, None]
     logits, _ = decode(token, cache=cache.repeat(2).reorder(rows), offset=LENGTHS[parents])
-    whole = jit(model.apply)({"params": params}, TOKENS)
+    whole = jax.jit(model.apply)({"params": params}, TOKENS)
     close(logits[:, 0], whole[parents, LENGTHS[parents]])
 
 

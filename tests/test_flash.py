@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from test_attention import Given
 from test_masks import HEADS, B, S, T, build, facts_without_offset, some_offset
-from tiny import jit
 
 from model import masks
 from model.attention.dense import dense
@@ -39,7 +38,7 @@ def draw(*shapes: tuple[int, ...], dtype: Any = jnp.float32, seed: int = 0) -> l
 def value_and_gradients(core, q, k, v, g, mask, bias=None, **how) -> tuple[jax.Array, ...]:
     """Output, and gradients of <g, output> for q, k, v and the values of the bias."""
 
-    @jit
+    @jax.jit
     def run(q, k, v, g, mask, bias):
         def attend(q, k, v, values):
             given = None if bias is None else bias.replace(values=values)
@@ -211,7 +210,7 @@ def test_jacobians():
         def attend(q, k, v, bias):
             return core(q, k, v, mask, bias=bias)[0, :, 1]
 
-        *rest, of_bias = jit(jax.jacrev(attend, argnums=(0, 1, 2, 3)))(q, k, v, bias)
+        *rest, of_bias = jax.jit(jax.jacrev(attend, argnums=(0, 1, 2, 3)))(q, k, v, bias)
         return *rest, of_bias.values
 
     assert_close(jacobian(partial(flash, q_block=2, kv_block=3)), jacobian(dense))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import TOKENS, WIDTH, B, T, V, init, jit, tiny
+from tiny import TOKENS, WIDTH, B, T, V, init, tiny
 
 from model.heads import Classifier, pool
 from model.layers import Embedding
@@ -82,7 +82,7 @@ def test_scores_are_float32_whatever_the_compute_type():
 def test_padding_changes_no_bit_of_a_class_and_what_is_real_does(architecture, pooling):
     model, params = init(classifier(architecture, head_pooling=pooling, dtype="bfloat16"))
 
-    @jit
+    @jax.jit
     def run(tokens):
         return model.apply({"params": params}, tokens, segment_ids=jnp.array(SEGMENTS))
 

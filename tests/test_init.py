@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import jit, tiny
+from tiny import tiny
 
 from model.config import (
     AttentionConfig,
@@ -71,7 +71,7 @@ def test_initial_values(kind: str):
     sizes = {"width": 60, "feed_forward_width": 128, "layers": 3, "vocab_size": 101}
     model = build(tiny(init=kind, **sizes, **changes))
     key = jax.random.key(0, impl="rbg")  # the default one compiles for seconds
-    params = nn.unbox(jit(model.init)(key, TOKENS))["params"]
+    params = nn.unbox(jax.jit(model.init)(key, TOKENS))["params"]
     seen = set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         *_, parent, name = (str(key.key) for key in path)
@@ -93,7 +93,7 @@ def test_tokens_begin_no_smaller_than_what_is_added_to_them(kind: str, tied: boo
     """A table that also makes logits begins smaller, unless one of its two uses is scaled."""
     how = {"scale_embeddings": kind == "scaled tables", "head_scale": kind == "scaled head"}
     model = build(tiny("decoder_only", width=60, vocab_size=101, tie_embeddings=tied, **how))
-    params = nn.unbox(jit(model.init)(jax.random.key(0, impl="rbg"), TOKENS))["params"]
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0, impl="rbg"), TOKENS))["params"]
     deviation = np.std(params["embedding"]["table"])
     begin = deviation * (math.sqrt(60) if how["scale_embeddings"] else 1)
     small = tied and kind == "tables"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from plain import ACTIVATIONS
-from tiny import HEAD_DIM, HEADS, INNER, KV_HEADS, WIDTH, B, S, T, V, jit, tiny
+from tiny import HEAD_DIM, HEADS, INNER, KV_HEADS, WIDTH, B, S, T, V, tiny
 
 from model import masks
 from model.cache import KVCache
@@ -42,7 +42,7 @@ def params_of(module: nn.Module, *args, **kwargs) -> dict:
 
 def apply(module: nn.Module, params: dict, *args, **kwargs):
     """Compiled as a whole, which is quicker than each operation by itself."""
-    return jit(partial(module.apply, **kwargs))({"params": params}, *args)
+    return jax.jit(partial(module.apply, **kwargs))({"params": params}, *args)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import POSITIONS, jit, random_params, tiny
+from tiny import POSITIONS, random_params, tiny
 
 from model.transformer import build
 
@@ -67,7 +67,7 @@ def test_gradients_are_zero_exactly_where_nothing_may_be_seen(architecture, chan
     params = random_params(model, *arrays)
     direction = jnp.array(np.random.default_rng(0).normal(size=V))
 
-    @jit
+    @jax.jit
     @jax.jacrev
     def jacobian(table):
         changed = params | {"embedding": {"table": table}}
@@ -134,7 +134,7 @@ def test_packed_documents_give_what_they_give_alone(architecture: str, kind: str
         packed[f"{name}positions"] = np.concatenate([np.arange(n) for n in lengths[name]])[None]
     model = build(tiny(architecture, vocab_size=V, attention_core=core, **POSITIONS[kind]))
     params = random_params(model, *(jnp.array(packed[f"{name}inputs"]) for name in names[::-1]))
-    run = jit(lambda params, batch: model.apply({"params": params}, **batch))
+    run = jax.jit(lambda params, batch: model.apply({"params": params}, **batch))
     together = np.asarray(run(params, packed))
     scale = np.abs(together).max()
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import SOURCE, SOURCE_SEGMENTS, TOKENS, init, jit, tiny
+from tiny import SOURCE, SOURCE_SEGMENTS, TOKENS, init, tiny
 
 from data.config import DataConfig
 from model import masks
@@ -74,7 +74,7 @@ def test_it_is_the_formula(sharing: str, block: int, monkeypatch):
     core, params, given = linformer(sharing)
     q, k, v = inputs()
     how = {} if given is None else {"projection": jnp.float32(given)}
-    run = jit(partial(core.apply, {"params": jax.tree.map(jnp.float32, params)}, **how))
+    run = jax.jit(partial(core.apply, {"params": jax.tree.map(jnp.float32, params)}, **how))
     arrays = [*map(jnp.float32, (q, k, v))]
     ones = np.ones((B, T)), np.ones((B, S))
     expected = naive(q, k, v, params, given, *ones, H**-0.5)
@@ -141,7 +141,7 @@ def test_several_documents_become_nan_and_packed_data_is_refused():
     q, k, v = map(jnp.float32, inputs())
     params = {"params": jax.tree.map(jnp.float32, params)}
     two = KV_IDS.at[0, 2].set(2)
-    out = np.asarray(jit(core.apply)(params, q, k, v, masks.cross(Q_IDS, two)))
+    out = np.asarray(jax.jit(core.apply)(params, q, k, v, masks.cross(Q_IDS, two)))
     assert np.isnan(out).all((1, 2, 3)).tolist() == [True, False, False]
     data = DataConfig(source="files", train=("x",), objective="masked_lm", packing=True)
     for name in ONE_DOCUMENT:
@@ -178,7 +178,8 @@ def test_each_sharing_has_the_parameters_that_it_says(architecture, sharing: str
         )
     else:
         args, real = (TOKENS,), {}
-    grads = jit(jax.grad(lambda p: jnp.sum(model.apply({"params": p}, *args, **real) ** 2)))(params)
+    loss = jax.jit(lambda p: jnp.sum(model.apply({"params": p}, *args, **real) ** 2))
+    grads = jax.grad(loss)(params)
     assert all(np.isfinite(g).all() and np.any(g) for g in jax.tree.leaves(grads["encoder"]))
 
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import jit
 
 from model import masks
 from model.attention.dense import dense
@@ -65,7 +64,7 @@ def results(core, mask: AttentionMask, inputs, bias: PositionBias | None = None,
     """Output and the gradients for queries, keys, values and the bias."""
     *qkv, g = inputs
 
-    @jit
+    @jax.jit
     def run(qkv, values):
         def attend(q, k, v, values):
             own = None if bias is None else bias.replace(values=values, q_offset=mask.q_offset)

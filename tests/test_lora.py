@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny import HEAD_DIM, HEADS, INNER, KV_HEADS, LAYERS, TOKENS, WIDTH, init, jit, tiny
+from tiny import HEAD_DIM, HEADS, INNER, KV_HEADS, LAYERS, TOKENS, WIDTH, init, tiny
 
 from model.transformer import build
 
@@ -34,8 +34,8 @@ def test_an_update_equals_a_changed_matrix():
         update = np.stack([np.tensordot(a[i], b[i], 1) for i in range(LAYERS)])
         assert update.shape == linear["kernel"].shape, name
         linear["kernel"] += jnp.float32(ALPHA / RANK * update)
-    adapt = jit(model.apply)
-    run = jit(build(tiny("decoder_only", **GATED)).apply)
+    adapt = jax.jit(model.apply)
+    run = jax.jit(build(tiny("decoder_only", **GATED)).apply)
     logits, expected = adapt({"params": params}, TOKENS), run({"params": merged}, TOKENS)
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 

@@ -12,7 +12,7 @@ from test_generate import make as make_generator
 from test_translate import TEXTS
 from test_translate import make as make_translator
 from test_translate import plain as translate_plainly
-from tiny import POSITIONS, SEGMENTS, TOKENS, B, init, jit, tiny
+from tiny import POSITIONS, SEGMENTS, TOKENS, B, init, tiny
 
 from model import masks
 from model.attention.dense import dense
@@ -89,7 +89,7 @@ def test_values_and_gradients_are_those_of_the_formula(name: str, kernel: str):
     allowed, arrays = allowed_by(mask, length), inputs(length)
     core = performer(kernel=kernel)  # 13 tokens are 3 chunks of 4 and 1 more
 
-    @jit
+    @jax.jit
     def both(*arrays):
         out, pull = jax.vjp(lambda *x: core.apply({}, *x, mask, scale=0.7), *arrays)
         plain, plain_pull = jax.vjp(lambda *x: naive(core, *x, allowed, 0.7), *arrays)
@@ -105,7 +105,7 @@ def test_values_and_gradients_are_those_of_the_formula(name: str, kernel: str):
 @pytest.mark.parametrize("name", ["causal packed", "packed", "prefix"])
 def test_chunks_change_nothing(name: str):
     arrays = tuple(map(jnp.float32, inputs()))
-    outs = [jit(performer(chunk=c).apply)({}, *arrays, MASKS[name]) for c in (3, 13, 128)]
+    outs = [jax.jit(performer(chunk=c).apply)({}, *arrays, MASKS[name]) for c in (3, 13, 128)]
     np.testing.assert_allclose(outs[0], outs[1], atol=1e-6)
     np.testing.assert_array_equal(outs[1], outs[2])
 
@@ -119,7 +119,7 @@ def test_a_query_that_sees_nothing_gives_zero_and_gets_zero(name: str, dtype):
     allowed = allowed_by(mask, length)[:, 0]
     q, k, v = (jnp.asarray(x, dtype) for x in inputs(length))
 
-    @jit
+    @jax.jit
     def run(q, k, v):
         out, pull = jax.vjp(lambda *x: performer().apply({}, *x, mask), q, k, v)
         return out, *pull(3 * jnp.ones_like(out))
@@ -140,7 +140,7 @@ def test_a_query_that_sees_nothing_gives_zero_and_gets_zero(name: str, dtype):
 
 def test_causality_is_exact():
     core, (q, k, v) = performer(chunk=8), map(jnp.float32, inputs())
-    run = jit(lambda k, v: core.apply({}, q, k, v, masks.causal()))
+    run = jax.jit(lambda k, v: core.apply({}, q, k, v, masks.causal()))
     # Not even the rounding of the first 5 knows the keys that follow in their chunk.
     later = run(k.at[:, 5:].multiply(3.0), v.at[:, 5:].add(7.0))
     np.testing.assert_array_equal(later[:, :5], run(k, v)[:, :5])
@@ -151,7 +151,7 @@ def test_causality_is_exact():
 def test_large_keys_and_queries_neither_overflow_nor_vanish(name: str):
     core, mask, allowed = performer(), MASKS[name], allowed_by(MASKS[name])
 
-    @jit
+    @jax.jit
     def run(q, k, v):
         out, pull = jax.vjp(lambda *x: core.apply({}, *x, mask), q, k, v)
         return out, *pull(jnp.ones_like(out))
@@ -215,7 +215,7 @@ def test_rows_that_are_not_known_to_be_wrong_while_tracing_become_nan():
         "cross": (masks.cross(ONE, IDS), [True, False, True]),
     }
     for mask, is_wrong in wrong.values():
-        out = np.asarray(jit(performer().apply)({}, q, k, v, mask))
+        out = np.asarray(jax.jit(performer().apply)({}, q, k, v, mask))
         assert np.isnan(out).all((1, 2, 3)).tolist() == is_wrong
         right = ~np.array(is_wrong)
         expected = naive(performer(), *inputs(), allowed_by(mask))
@@ -282,7 +282,7 @@ def test_the_error_falls_with_the_root_of_the_features_and_is_less_if_orthogonal
 
 def test_a_stream_of_keys_draws_and_no_stream_is_one_draw():
     arrays = tuple(map(jnp.float32, inputs()))
-    run = jit(lambda rngs: performer().apply({}, *arrays, masks.full(), rngs=rngs))
+    run = jax.jit(lambda rngs: performer().apply({}, *arrays, masks.full(), rngs=rngs))
     first, second = run({"features": jax.random.key(0)}), run({"features": jax.random.key(1)})
     assert (first != second).any()
     np.testing.assert_array_equal(first, run({"features": jax.random.key(0)}))
@@ -301,7 +301,7 @@ def test_a_decoder_decodes_with_sums_as_it_was_taught(kind: str):
     config = tiny("decoder_only", **POSITIONS[kind] | CORE)
     model, params = init(config)
 
-    @jit
+    @jax.jit
     def run(params):
         decode = partial(model.apply, {"params": params}, method="decode")
         real = jnp.array([[True, True, True], [True, False, False], [True, True, False]])
@@ -389,7 +389,7 @@ def test_it_learns_to_copy(kernel: str, dtype: str):
     real = jnp.array(np.minimum(SEGMENTS, 1))
     first = jnp.broadcast_to(TOKENS[:, :1], TOKENS.shape)
 
-    @jit
+    @jax.jit
     def step(params, key):
         def loss(params):
             rngs = {"features": key}

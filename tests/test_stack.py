@@ -22,7 +22,6 @@ from tiny import (
     S,
     T,
     init,
-    jit,
     tiny,
 )
 
@@ -51,7 +50,7 @@ def test_a_decoder_decodes_with_a_cache_as_it_was_taught(kind: str, core: str):
         ([4, 3, 2], np.array([[4], [3], [2]])),
     ]
 
-    @jit
+    @jax.jit
     def run(params):
         decode = partial(model.apply, {"params": params}, method="decode")
         cache, by_chunks = empty_cache(config, B, T + 2), []
@@ -77,7 +76,7 @@ def test_a_decoder_decodes_with_a_cache_as_it_was_taught(kind: str, core: str):
 def test_a_prefix_is_read_into_the_cache_as_one_chunk():
     config = tiny("decoder_only", **POSITIONS["relative"])
     model, params = init(config)
-    run = jit(partial(model.apply, {"params": params}), static_argnames="method")
+    run = jax.jit(partial(model.apply, {"params": params}), static_argnames="method")
     whole = run(TOKENS, prefix_len=jnp.array(PREFIX))
     start = {"cache": empty_cache(config, B, T), "offset": 0, "prefix_len": jnp.array(PREFIX)}
     logits, cache = run(TOKENS[:, :3], **start, method="decode")
@@ -91,7 +90,7 @@ def test_an_encoder_decoder_decodes_with_a_cache_as_it_was_taught():
     model, params = init(config)
     real = jnp.array(np.minimum(SOURCE_SEGMENTS, 1))
 
-    @jit
+    @jax.jit
     def run(params):
         whole = model.apply({"params": params}, TOKENS, SOURCE, encoder_segment_ids=real)
         encoded = model.apply({"params": params}, SOURCE, real, method="encode")
@@ -121,7 +120,7 @@ def meet(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def test_intermediates_are_those_of_the_pass():
     config = tiny(norm_position="pre", remat="full", encoder_layers=LAYERS + 1)
     model, params = init(config)
-    watch = jit(partial(model.apply, mutable="intermediates"))
+    watch = jax.jit(partial(model.apply, mutable="intermediates"))
     segments, source_segments = jnp.array(SEGMENTS), jnp.array(SOURCE_SEGMENTS)
     logits, sown = watch(
         {"params": params},
@@ -172,7 +171,7 @@ def test_remat_and_unroll_change_no_value_and_no_gradient(core: str):
         changes |= {"attention_core": core}
         model, params = init(tiny("decoder_only", **rates, **changes))
 
-        @jit
+        @jax.jit
         @jax.value_and_grad
         def loss(params):
             rngs = {"dropout": jax.random.key(3)}
@@ -217,11 +216,11 @@ def test_dropout_acts_at_each_place_in_training_only():
     quiet = Plain(model.config, params)(TOKENS, np.ones((B, T)), np.arange(T)[None])
     with pytest.raises(Exception, match="dropout"):  # a key is needed in training
         jax.eval_shape(partial(model.apply, deterministic=False), {"params": params}, TOKENS)
-    close(jit(model.apply)({"params": params}, TOKENS), quiet)
+    close(jax.jit(model.apply)({"params": params}, TOKENS), quiet)
     for place in places:
         model, _ = init(tiny("decoder_only", **{place: 0.5}))
 
-        @jit
+        @jax.jit
         def train(key, model=model):
             rngs = {"dropout": key}
             return model.apply({"params": params}, TOKENS, deterministic=False, rngs=rngs)
@@ -241,7 +240,7 @@ def test_layers_drop_different_elements():
     params["decoder"]["blocks"]["feed_forward"]["down"]["bias"] += 1.0
     train = partial(model.apply, deterministic=False, mutable="intermediates")
     rngs = {"dropout": jax.random.key(0)}
-    _, sown = jit(train)({"params": params}, TOKENS, rngs=rngs)
+    _, sown = jax.jit(train)({"params": params}, TOKENS, rngs=rngs)
     added = sown["intermediates"]["decoder"]["blocks"]["hidden"][0][-1]
     shares = [(added == value).mean() for value in (0, 2, 4)]
     np.testing.assert_allclose(shares, [0.25, 0.5, 0.25], atol=0.15)  # 1/2, 0, 1/2 if they agreed

@@ -23,7 +23,6 @@ from tiny import (
     B,
     T,
     init,
-    jit,
     tiny,
 )
 
@@ -115,7 +114,7 @@ def test_logits_are_those_of_a_plain_implementation(name: str):
         extra["type_ids"], plain["types"] = jnp.array(TYPES), TYPES
     if name == "bloom":
         extra["prefix_len"], plain["prefix"] = jnp.array(PREFIX), PREFIX
-    logits = jit(model.apply)({"params": params}, *arrays, **extra)
+    logits = jax.jit(model.apply)({"params": params}, *arrays, **extra)
     assert logits.dtype == jnp.float32
     expected = Plain(config, params)(np.asarray(TOKENS), SEGMENTS, PLACES, **plain)
     # Without norms logits are in the thousands, sums of larger numbers yet.
@@ -128,7 +127,7 @@ def test_bfloat16_computes_with_float32_parameters_to_float32_logits(tied: bool)
     for dtype in ("float32", "bfloat16"):
         model, params = init(tiny("decoder_only", tie_embeddings=tied, dtype=dtype))
         assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-        logits[dtype] = jit(model.apply)({"params": params}, TOKENS)
+        logits[dtype] = jax.jit(model.apply)({"params": params}, TOKENS)
     low = logits["bfloat16"]
     assert low.dtype == jnp.float32
     error = np.abs(low - logits["float32"]).max() / np.abs(logits["float32"]).max()

@@ -1,6 +1,5 @@
 """The smallest model that has every part, and inputs; sizes differ: a swapped axis fails."""
 
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -19,9 +18,6 @@ from model.config import (
     RotaryConfig,
 )
 from model.transformer import build
-
-# Compiles in half the time, for programs that run a few times.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 B, T, S, V = 3, 5, 7, 11
 WIDTH, HEADS, KV_HEADS, HEAD_DIM, INNER, LAYERS = 12, 6, 3, 2, 13, 2
