@@ -31,6 +31,7 @@ def get_config(
             norm=NormConfig(position="pre", epsilon=1e-5),
             positions=PositionConfig(kind="learned", max_length=1024),
             dropout=0.0,
+            unroll=1,
             scale_embeddings=False,
             init="scaled_normal",
             dtype="bfloat16",

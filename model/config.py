@@ -354,8 +354,9 @@ class ModelConfig:
     give; attention: all but what those of attention give; full: all but each block's input, a third
     more time (arXiv:1604.06174)."""
     unroll: int | None = None
-    """Layers per iteration of the loop over layers: more compiles longer, and is faster where
-    layers are small; None: on CPUs 12 below a width of 768 and in decoding, 1 elsewhere."""
+    """Layers per iteration of the loop over layers: more is faster, compiles longer and needs the
+    memory of their parameters once more; None: 12 on CPUs, where the loop can cost as much as what
+    is in it, 1 elsewhere. In decoding on CPUs always 12."""
 
     def __post_init__(self):
         if isinstance(self.remat, bool):  # in runs from before it had names

@@ -31,15 +31,10 @@ KEPT = {
 
 
 def unroll(config: ModelConfig, decodes: bool) -> int:
-    """Layers per iteration.
-
-    A loop on a CPU can cost as much as small layers do. To large ones it costs nothing, and without
-    a loop the parameters of all layers are in memory twice, as a stack and one by one; in decoding
-    not, where they are `Apart`.
-    """
-    if config.unroll:
-        return config.unroll
-    return 12 if target_platform() == "cpu" and (decodes or config.width < 768) else 1
+    """Layers per iteration; in decoding on a CPU, layers that are `Apart` are in no loop."""
+    if target_platform() == "cpu" and (decodes or config.unroll is None):
+        return 12
+    return config.unroll or 1
 
 
 @struct.dataclass

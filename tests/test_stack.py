@@ -189,9 +189,9 @@ def test_remat_and_unroll_change_no_value_and_no_gradient(core: str):
         )
 
 
-@pytest.mark.parametrize(("width", "taught"), [(756, LAYERS), (768, 1)])
-def test_large_layers_are_in_a_loop_except_in_decoding(width: int, taught: int):
-    model = build(tiny("decoder_only", width=width, attention_head_dim=2))
+@pytest.mark.parametrize(("unroll", "taught"), [(None, LAYERS), (1, 1)])
+def test_the_loop_over_layers_is_none_in_decoding(unroll: int | None, taught: int):
+    model = build(tiny("decoder_only", unroll=unroll))
     params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
     teach = jax.make_jaxpr(model.apply)(params, TOKENS)
     cache = empty_cache(model.config, B, T)
