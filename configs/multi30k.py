@@ -4,8 +4,8 @@ heedful train multi30k     # in the folder of the files, or with --data.train A 
 
 The files are not part of the project: 29,000 pairs in the lower-cased form that papers use, split
 by 10,000 merges, pieces joined by `@@ `. Published, text only: 41.02 BLEU on test.2016 (lower-cased
-and tokenised, pieces joined again). An epoch has 63 batches: the last ten, one checkpoint
-each, are averaged.
+and tokenised, pieces joined again). An epoch has 63 batches: the last ten, one checkpoint each,
+are averaged.
 """
 
 from configs.base import Experiment

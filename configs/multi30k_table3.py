@@ -32,7 +32,12 @@ def get_config(row: str | None = None) -> Experiment:
             dropout=0.1,
         ),
         data=replace(
-            whole.data, test=("valid.en", "valid.de"), batch_tokens=2048, buckets=3, max_length=48
+            whole.data,
+            test=("valid.en", "valid.de"),
+            batch_tokens=2048,
+            buckets=3,
+            length_multiple=8,
+            max_length=48,
         ),
         train=replace(
             whole.train,

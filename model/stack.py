@@ -32,9 +32,9 @@ KEPT = {
 
 def unroll(config: ModelConfig, decodes: bool) -> int:
     """Layers per iteration; in decoding on a CPU, layers that are `Apart` are in no loop."""
-    if target_platform() == "cpu" and (decodes or config.unroll is None):
-        return 12
-    return config.unroll or 1
+    is_open = decodes or config.unroll is None
+    least = 12 if is_open and target_platform() == "cpu" else 1
+    return max(least, config.unroll or 1)
 
 
 @struct.dataclass

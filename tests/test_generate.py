@@ -224,17 +224,20 @@ def test_a_wide_beam_finds_the_best_of_all_texts():
     assert generator(prompts) == [tokenizer.decode(text) for text in best]
 
 
-@pytest.mark.parametrize("layers", [LAYERS, 13])
-def test_layers_are_not_copied_for_each_token(layers: int):
-    """On a CPU up to 12 are apart; more are in a loop themselves."""
-    generator = make(small(layers=layers, unroll=1))
+@pytest.mark.parametrize(
+    ("layers", "unroll", "copied"),
+    [(LAYERS, None, False), (LAYERS, 1, False), (13, 1, True), (13, 13, False)],
+)
+def test_layers_are_not_copied_for_each_token(layers: int, unroll: int | None, copied: bool):
+    """On a CPU up to 12, or as many as are asked for, are apart; more are in a loop themselves."""
+    generator = make(small(layers=layers, unroll=unroll))
     (_, rows), *_ = generator._batches(generator._encode(["ab"]))
     with jax.set_mesh(MESH):
         writing = generator._begin(generator.params, rows)
         program = generator._advance.lower(generator.params, writing, 11).compile().as_text()
     kernel, cache = (layers, WIDTH, INNER), (layers, 1, KV_HEADS, len(rows.inputs[0]) + 11, 6)
     stacked = [f"f32[{','.join(map(str, shape))}]" in program for shape in (kernel, cache)]
-    assert stacked == [layers > 12] * 2
+    assert stacked == [copied] * 2
 
 
 def test_learned_positions_have_an_end():
