@@ -280,10 +280,10 @@ def test_what_makes_gpus_deterministic_is_known_to_xla():
     """Also where there is no GPU: an unknown or misspelt option does not compile."""
     cpu = make_mesh(MeshConfig(), jax.devices()[:1])
     gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
-    options = compiler_options.__wrapped__(gpu, True)
+    options = compiler_options.__wrapped__(gpu, 128, True)
     assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
     assert options["xla_gpu_deterministic_ops"] is True
-    assert compiler_options.__wrapped__(gpu, False) == {}
-    assert "xla_gpu_deterministic_ops" not in compiler_options(cpu, True)
+    assert compiler_options.__wrapped__(gpu, 128, False) == {}
+    assert "xla_gpu_deterministic_ops" not in compiler_options(cpu, 128, True)
     with pytest.raises(RuntimeError, match="xla_gpu_deterministic_opz"):
         jax.jit(lambda x: x + 1, compiler_options={"xla_gpu_deterministic_opz": True})(1)
