@@ -12,7 +12,7 @@ from train.memory import ALLOCATOR
 PROGRAM = """
 import re
 import jax
-from train.memory import give_back_after_compiling
+from train.memory import tidy_after_compiling
 
 def resident():
     with open("/proc/self/status") as file:
@@ -22,12 +22,12 @@ def compiled(seconds):
     jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", seconds)
     return resident()
 
-give_back_after_compiling()
-give_back_after_compiling()
+tidy_after_compiling()
+tidy_after_compiling()
 held = [bytes(100_000) for _ in range(2000)]
 full = resident()
 del held
-print(full, compiled(0.1), compiled(2.0))
+print(full, compiled(0.05), compiled(2.0))
 """
 
 

@@ -344,8 +344,8 @@ def keep_compiled() -> None:
     import jax
 
     from data.packages import cache
-    from train.memory import give_back_after_compiling
+    from train.memory import tidy_after_compiling
 
-    give_back_after_compiling()
+    tidy_after_compiling()
     jax.config.update("jax_compilation_cache_dir", str(cache() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -7,11 +7,15 @@ from functools import cache
 
 # glibc gives freed memory back to the system between steps and asks for it again: twice the time.
 # In pages of 2 MiB, where the system has them, arrays of many MiB are written up to twice as fast.
+# The temporary arrays of a program are one block, of the thread that starts it: blocks of more than
+# 64 MiB are kept for the main thread only.
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0",
 }
+ROOM = 64 << 20  # bytes
 
 
 def keep_memory() -> None:
@@ -23,14 +27,24 @@ def keep_memory() -> None:
 
 
 @cache
-def give_back_after_compiling() -> None:
-    """From now on what a compilation leaves, hundreds of MB, is given back before its first run."""
+def tidy_after_compiling() -> None:
+    """From now on what a compilation leaves, hundreds of MB, is given back before its first run.
+
+    Also makes room for small arrays then. They would otherwise lie where a step had its temporary
+    arrays, or right behind, and those of the next step would need a place of their own. Programs
+    that are compiled, or read, in less than 0.1 s are too small to matter.
+    """
     import jax
 
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        return
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        if trim and event.endswith("backend_compile_duration") and duration_secs > 1:
-            trim(0)
+        if event.endswith("backend_compile_duration") and duration_secs > 0.1:
+            libc.malloc_trim(0)
+            room, _end = sorted((libc.malloc(ROOM), libc.malloc(ROOM)))
+            libc.free(room)  # Its end, never written, keeps it apart from the free memory behind.
 
     jax.monitoring.register_event_duration_secs_listener(listen)
