@@ -85,7 +85,8 @@ def round_up(lengths: np.ndarray, config: DataConfig) -> np.ndarray:
 class BatchPlan:
     """The batches of rows that are put together by length; the rows of a batch share a bucket.
 
-    The longer side of a row decides on its bucket; each side has a length of its own there.
+    The longer side of a row decides on its bucket; each side has a length of its own there. Where a
+    bucket does not fill a batch, its batch has fewer rows.
 
     lengths: [sides, E] tokens of every row, on each side of the model.
     shuffle: every epoch has its own order of rows and batches; otherwise there is one order, by
@@ -102,9 +103,10 @@ class BatchPlan:
         bucket = bucket_of.astype(np.min_scalar_type(len(longest)))[rows]
         numbers = np.min_scalar_type(-len(rows))
         self._members = [np.flatnonzero(bucket == b).astype(numbers) for b in range(len(longest))]
+        multiple = config.batch_multiple
         self.shapes = [
             Shape(
-                batch_rows(length, config),
+                min(batch_rows(length, config), -(-len(m) // multiple) * multiple),
                 tuple(int(round_up(side[m].max(), config)) for side in lengths),
             )
             for length, m in zip(longest, self._members, strict=True)
@@ -279,7 +281,7 @@ class _Recent:
 
 
 def batch_rows(length: int, config: DataConfig) -> int:
-    """Rows of a batch whose rows have this length."""
+    """Rows of a batch whose rows have this length, at most."""
     rows = config.batch_tokens // length // config.batch_multiple * config.batch_multiple
     if not rows:
         raise DataError(

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import time
 from collections import Counter
@@ -73,9 +74,18 @@ def test_each_side_has_a_length_of_its_own():
     lengths = np.array([[3, 11, 61, 30], [5, 2, 19, 41]])
     config = DataConfig(batch_tokens=301, batch_multiple=1, max_length=61, buckets=2)
     plan = BatchPlan(lengths, config, 0)
-    assert plan.shapes == [(18, (16, 8)), (4, (61, 48))]
-    assert list(map(str, plan.shapes)) == ["18 x (16 + 8)", "4 x (61 + 48)"]
-    assert str(BatchPlan(lengths[:, :1], config, 0).shapes[0]) == "37 x 8"
+    assert plan.shapes == [(2, (16, 8)), (2, (61, 48))]
+    assert list(map(str, plan.shapes)) == ["2 x (16 + 8)", "2 x (61 + 48)"]
+    assert str(BatchPlan(lengths[:, :1], config, 0).shapes[0]) == "1 x 8"
+
+
+def test_a_batch_has_no_more_rows_than_its_bucket():
+    lengths = np.array([[7] * 11 + [60] * 3])
+    config = DataConfig(batch_tokens=64, batch_multiple=2, max_length=64, buckets=2)
+    with pytest.raises(DataError, match="does not hold data.batch_multiple 2 rows of 64"):
+        BatchPlan(lengths, config, 0)
+    plan = BatchPlan(lengths, dataclasses.replace(config, batch_tokens=257), 0)
+    assert plan.shapes == [(12, (8,)), (4, (64,))]  # 32 and 4 rows would have room.
 
 
 def orders(plan, epoch):
