@@ -82,7 +82,7 @@ def test_each_side_has_a_length_of_its_own():
 def test_a_batch_has_no_more_rows_than_its_bucket():
     lengths = np.array([[7] * 11 + [60] * 3])
     config = DataConfig(batch_tokens=64, batch_multiple=2, max_length=64, buckets=2)
-    with pytest.raises(DataError, match=r"does not hold data.batch_multiple 2 rows of 64:"):
+    with pytest.raises(DataError, match=r"does not hold data.batch_multiple 2 rows of 64 tokens"):
         BatchPlan(lengths, config, 0)
     plan = BatchPlan(lengths, dataclasses.replace(config, batch_tokens=257), 0)
     assert plan.shapes == [(12, (8,)), (4, (64,))]  # 32 and 4 rows would have room.
