@@ -276,7 +276,7 @@ def test_another_environment_is_added_and_none_is_lost(copy, capsys):
     assert record.environments(copy) == [first, {"from_step": 4, **other}]
 
 
-def test_what_makes_gpus_deterministic_is_known_to_xla():
+def test_options_of_a_device_are_known_to_xla():
     """Also where there is no GPU: an unknown or misspelt option does not compile."""
     cpu = make_mesh(MeshConfig(), jax.devices()[:1])
     gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
@@ -285,5 +285,6 @@ def test_what_makes_gpus_deterministic_is_known_to_xla():
     assert options["xla_gpu_deterministic_ops"] is True
     assert compiler_options.__wrapped__(gpu, 128, False) == {}
     assert "xla_gpu_deterministic_ops" not in compiler_options(cpu, 128, True)
+    assert compiler_options(cpu, 767, True) and not compiler_options(cpu, 768, True)
     with pytest.raises(RuntimeError, match="xla_gpu_deterministic_opz"):
         jax.jit(lambda x: x + 1, compiler_options={"xla_gpu_deterministic_opz": True})(1)
