@@ -12,7 +12,7 @@ from model.axes import constrain, partitioned, target_platform
 from model.cache import new_cache
 from model.config import ModelConfig, ModelError
 from model.heads import HEADS
-from model.layers import Dropout, Embedding, Norm
+from model.layers import Dropout, Embedding, Norm, transposed_kernels
 from model.masks import AttentionMask
 from model.positions import PositionEmbedding
 from model.stack import Apart, BlockCache, Stack, unroll
@@ -292,7 +292,7 @@ def empty_cache(config: ModelConfig, batch: int, length: int) -> BlockCache:
 
 
 def take_apart(config: ModelConfig, tree: Any) -> Any:
-    """Parameters, or a cache, for a loop over tokens; see `Apart`.
+    """Parameters, or a cache, for a loop over tokens; see `Apart` and `transposed_kernels`.
 
     As they are where the layers of a token are in a loop themselves.
     """
@@ -302,7 +302,7 @@ def take_apart(config: ModelConfig, tree: Any) -> Any:
     if isinstance(tree, BlockCache):
         return Apart.of(tree)
     apart = {
-        name: part | {"blocks": Apart.of(part["blocks"])}
+        name: part | {"blocks": Apart.of(transposed_kernels(part["blocks"]))}
         for name, part in tree.items()
         if "blocks" in part
     }
@@ -310,7 +310,7 @@ def take_apart(config: ModelConfig, tree: Any) -> Any:
 
 
 def put_together(tree: Any) -> Any:
-    """What `take_apart` was given."""
+    """What `take_apart` was given, for `apply`; kernels stay transposed."""
     is_apart = lambda x: isinstance(x, Apart)  # noqa: E731
     return jax.tree.map(lambda x: x.together() if is_apart(x) else x, tree, is_leaf=is_apart)
 
