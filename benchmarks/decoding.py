@@ -22,7 +22,8 @@ SETTINGS = {
     "gpt2 124M, 1 row": Setting("gpt2_small", 1, 64, 50_257, 64, PEERS, beam=1),
     "gpt2 124M, 8 rows": Setting("gpt2_small", 8, 64, 50_257, 64, PEERS, beam=1),
     "gpt2 124M, 8 long rows": Setting("gpt2_small", 8, 512, 50_257, 64, PEERS, beam=1),
-    "transformer base, beam 4": Setting("vaswani_base", 16, 32, 37_000, 33, PEERS, beam=4),
+    "transformer base, beam 4, 1 row": Setting("vaswani_base", 1, 32, 37_000, 33, PEERS, beam=4),
+    "transformer base, beam 4, 16 rows": Setting("vaswani_base", 16, 32, 37_000, 33, PEERS, beam=4),
     "gpu gpt2 124M, 1 row": Setting("gpt2_small", 1, 64, 50_257, 256, PEERS, beam=1, **ON_GPU),
     "gpu gpt2 124M, 64 rows": Setting("gpt2_small", 64, 64, 50_257, 256, PEERS, beam=1, **ON_GPU),
     "gpu transformer base, beam 4": Setting(

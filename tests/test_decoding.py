@@ -19,6 +19,7 @@ from model.decoding import (
     beam_search,
     begin,
     cut_tail,
+    highest,
     length_penalty,
     penalise,
     sample,
@@ -186,6 +187,20 @@ def test_the_loop_stops_when_all_rows_have_ended(search):
 def test_length_penalty():
     for length, exponent in itertools.product((1, 2, 7, 50), (0.0, 0.6, 1.0)):
         assert float(length_penalty(length, exponent)) == pytest.approx(penalty(length, exponent))
+
+
+@pytest.mark.parametrize("size", [7, 1009, 32 * 31])
+def test_the_highest_are_found_block_by_block(size: int):
+    rng = np.random.default_rng(0)
+    ties = np.round(4 * rng.normal(size=(5, size)).astype(np.float32))
+    lonely = np.full((1, size), -np.inf, np.float32)
+    lonely[0, -6:] = range(6)
+    equal = np.zeros((1, size), np.float32)
+    scores = np.concatenate([rng.normal(size=(5, size)).astype(np.float32), ties, equal, lonely])
+    best, index = highest(jnp.asarray(scores), 6)
+    expected = np.argsort(-scores, axis=1, kind="stable")[:, :6]
+    np.testing.assert_array_equal(index, expected)
+    np.testing.assert_array_equal(best, np.take_along_axis(scores, expected, axis=1))
 
 
 def test_greedy_takes_the_likeliest_token_each_time():
