@@ -28,14 +28,20 @@ FEW = 64  # rows of x for which a CPU is faster with `transposed_matmul`
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(
-    x: Float[Array, "B T i"], kernel: Float[Array, "i o"], dtype: str | None = None
+    x: Float[Array, "B T i"], kernel: Float[Array, "..."], dtype: str | None = None
 ) -> Float[Array, "B T o"]:
-    """x kernel in `dtype` (None: theirs), whose gradient for the kernel is x^T g.
+    """x kernel in `dtype` (None: that of x), whose gradient for the kernel is x^T g.
 
-    Derived automatically it comes out as (g^T x)^T, for which the CPU copies all of g. Where x is
-    the wider of the two, that is what it gets after all: there it is the faster one.
+    The kernel [*in, *out] becomes a matrix [i, o] of the type of x here, so that the backward pass
+    finds the parameter itself and no copy of it. Derived automatically the gradient comes out as
+    (g^T x)^T, for which the CPU copies all of g. Where x is the wider of the two, that is what it
+    gets after all: there it is the faster one.
     """
-    return jnp.einsum("BTi,io->BTo", x, kernel, preferred_element_type=dtype)
+    return jnp.einsum("BTi,io->BTo", x, _matrix(kernel, x), preferred_element_type=dtype)
+
+
+def _matrix(kernel: jax.Array, x: jax.Array) -> jax.Array:
+    return kernel.astype(x.dtype).reshape(x.shape[-1], -1)
 
 
 def _matmul_forward(x: jax.Array, kernel: jax.Array, dtype: str | None):
@@ -50,7 +56,8 @@ def _matmul_backward(dtype: str | None, saved: tuple[jax.Array, jax.Array], g: j
         of_kernel = jax.lax.optimization_barrier(flat_g.T @ flat_x).T
     else:
         of_kernel = flat_x.T @ flat_g
-    return jnp.einsum("BTo,io->BTi", g, kernel), of_kernel
+    of_x = jnp.einsum("BTo,io->BTi", g, _matrix(kernel, x))
+    return of_x, of_kernel.reshape(kernel.shape).astype(kernel.dtype)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -140,8 +147,7 @@ class Linear(nn.Module):
 
         def matrix(name: str, init: Callable, inputs: Mapping, outputs: Mapping) -> jax.Array:
             shape = (*inputs.values(), *outputs.values())
-            kernel = self.param(name, partitioned(init, *inputs, *outputs), shape)
-            return jnp.asarray(kernel, dtype).reshape(math.prod(inputs.values()), -1)
+            return jnp.asarray(self.param(name, partitioned(init, *inputs, *outputs), shape))
 
         init = _initializer(self.config.init, self.gain, rank, len(self.outputs))
         if self.has_variable("params", "transposed"):
@@ -198,6 +204,47 @@ class Dropout(nn.Module):
         return dropout(x, self.rate, self.make_rng("dropout"))
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def normalise(
+    x: Float[Array, "B T D"],
+    scale: Float[Array, " D"],
+    bias: Float[Array, " D"] | None,
+    centred: bool,
+    epsilon: float,
+) -> Float[Array, "B T D"]:
+    """scale (x - mean) / deviation + bias, in float32; the mean is 0 unless `centred`.
+
+    For its derivative it keeps x and two numbers of each row; derived automatically it would keep
+    what it computes on the way as well, three times the size of x.
+    """
+    return _normalise_forward(x, scale, bias, centred, epsilon)[0]
+
+
+def _normalise_forward(x, scale, bias, centred: bool, epsilon: float):
+    y = x.astype(jnp.float32)
+    mean = jnp.mean(y, axis=-1, keepdims=True) if centred else None
+    y = y - mean if centred else y
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon)
+    y = y * inverse * scale
+    y = y if bias is None else y + bias
+    return y.astype(x.dtype), (x, mean, inverse, scale, bias)
+
+
+def _normalise_backward(centred: bool, epsilon: float, saved: tuple, g: jax.Array):
+    x, mean, inverse, scale, bias = saved
+    y, g = x.astype(jnp.float32), g.astype(jnp.float32)
+    y = (y - mean if centred else y) * inverse
+    of_y = g * scale
+    of_x = of_y - y * jnp.mean(of_y * y, axis=-1, keepdims=True)
+    if centred:
+        of_x -= jnp.mean(of_y, axis=-1, keepdims=True)
+    of_bias = None if bias is None else jnp.sum(g, axis=(0, 1))
+    return (of_x * inverse).astype(x.dtype), jnp.sum(g * y, axis=(0, 1)), of_bias
+
+
+normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
 class Norm(nn.Module):
     """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467), computed in float32."""
 
@@ -205,18 +252,14 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        kind, epsilon = self.config.norm.kind, self.config.norm.epsilon
-        if kind == "none":
+        norm, shape = self.config.norm, (x.shape[-1],)
+        if norm.kind == "none":
             return x
-        shape = (x.shape[-1],)
-        y = x.astype(jnp.float32)
-        if kind == "layernorm":
-            y -= jnp.mean(y, axis=-1, keepdims=True)
-        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon)
-        y *= self.param("scale", partitioned(nn.initializers.ones, "norm"), shape)
-        if kind == "layernorm" and self.config.norm.bias:
-            y += self.param("bias", partitioned(nn.initializers.zeros, "norm"), shape)
-        return y.astype(x.dtype)
+        scale = self.param("scale", partitioned(nn.initializers.ones, "norm"), shape)
+        bias = None
+        if norm.kind == "layernorm" and norm.bias:
+            bias = self.param("bias", partitioned(nn.initializers.zeros, "norm"), shape)
+        return normalise(x, scale, bias, norm.kind == "layernorm", norm.epsilon)
 
 
 class FeedForward(nn.Module):
