@@ -16,7 +16,7 @@ from configs import base
 from train.config import DecodeConfig, MeshConfig
 from train.costs import parts
 from train.generate import Generator
-from train.memory import tidy_after_compiling
+from train.memory import keep_in_place
 from train.sharding import make_mesh
 from train.state import init_params, parameter_count
 from train.translate import Translator
@@ -37,7 +37,7 @@ class Numbers:
 
 
 def prepare(setting: Setting) -> tuple[Callable[[], object], dict[str, Any]]:
-    tidy_after_compiling()
+    keep_in_place()
     model = base.load(setting.config)[0].model
     model = dataclasses.replace(model, vocab_size=setting.vocab_size, dtype=setting.dtype)
     mesh = make_mesh(MeshConfig())

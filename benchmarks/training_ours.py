@@ -16,7 +16,7 @@ from benchmarks.turns import answer_with
 from benchmarks.worker import ceiling, highest_resident
 from configs import base
 from train.costs import parts
-from train.memory import tidy_after_compiling
+from train.memory import keep_in_place
 from train.state import first_state, init_params, parameter_count, set_up
 from train.step import make_train_step
 
@@ -24,7 +24,7 @@ BEGAN = time.perf_counter()
 
 
 def prepare(setting: Setting) -> tuple[Callable[[], object], dict[str, Any]]:
-    tidy_after_compiling()
+    keep_in_place()
     experiment = base.load(setting.config)[0]
     optimizer = dataclasses.replace(experiment.train.optimizer, clip_norm=1.0)
     config = dataclasses.replace(experiment.train, optimizer=optimizer)

@@ -1,4 +1,4 @@
-"""What a compilation leaves behind is given back to the system."""
+"""What a compilation leaves behind is given back to the system, and steps stay where they were."""
 
 import os
 import subprocess
@@ -9,10 +9,10 @@ import pytest
 
 from train.memory import ALLOCATOR
 
-PROGRAM = """
+COMPILATION = """
 import re
 import jax
-from train.memory import tidy_after_compiling
+from train.memory import keep_in_place
 
 def resident():
     with open("/proc/self/status") as file:
@@ -22,8 +22,8 @@ def compiled(seconds):
     jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", seconds)
     return resident()
 
-tidy_after_compiling()
-tidy_after_compiling()
+keep_in_place()
+keep_in_place()
 held = [bytes(100_000) for _ in range(2000)]
 full = resident()
 del held
@@ -31,13 +31,34 @@ print(full, compiled(0.05), compiled(2.0))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_what_a_compilation_leaves_is_given_back():
+STEP = """
+import jax
+import jax.numpy as jnp
+from train.memory import keep_in_place
+
+keep_in_place()
+step = jax.jit(lambda x: jax.lax.fori_loop(0, 1000, lambda _, y: jnp.sin(x @ y), x))
+x = jnp.ones((100, 100))
+step(x).block_until_ready()
+print(step(x).is_ready())
+"""
+
+
+def printed_by(program: str) -> list[str]:
     root = Path(__file__).parent.parent
     found = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=root, env=os.environ | ALLOCATOR,
+        [sys.executable, "-c", program], cwd=root, env=os.environ | ALLOCATOR,
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    full, kept, left = map(int, found.stdout.split())
+    return found.stdout.split()
+
+
+def test_steps_run_in_the_thread_that_asks_for_them():
+    assert printed_by(STEP) == ["True"]  # A call that another thread runs returns at once.
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_what_a_compilation_leaves_is_given_back():
+    full, kept, left = map(int, printed_by(COMPILATION))
     assert kept > full - 20  # MiB: the allocator keeps the 200 that were freed.
     assert left < full - 150

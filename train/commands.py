@@ -344,8 +344,8 @@ def keep_compiled() -> None:
     import jax
 
     from data.packages import cache
-    from train.memory import tidy_after_compiling
+    from train.memory import keep_in_place
 
-    tidy_after_compiling()
+    keep_in_place()
     jax.config.update("jax_compilation_cache_dir", str(cache() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -7,13 +7,10 @@ from functools import cache
 
 # glibc gives freed memory back to the system between steps and asks for it again: twice the time.
 # In pages of 2 MiB, where the system has them, arrays of many MiB are written up to twice as fast.
-# The temporary arrays of a program are one block, of the thread that starts it: blocks of more than
-# 64 MiB are kept for the main thread only.
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0",
 }
 ROOM = 64 << 20  # bytes
 
@@ -27,15 +24,20 @@ def keep_memory() -> None:
 
 
 @cache
-def tidy_after_compiling() -> None:
-    """From now on what a compilation leaves, hundreds of MB, is given back before its first run.
+def keep_in_place() -> None:
+    """From now on a step on CPUs finds its temporary arrays where those of the last one were.
 
-    Also makes room for small arrays then. They would otherwise lie where a step had its temporary
-    arrays, or right behind, and those of the next step would need a place of their own. Programs
-    that are compiled, or read, in less than 0.1 s are too small to matter.
+    To be called before jax has found its devices. The temporary arrays of a program are one block
+    of the thread that runs it, and glibc keeps blocks of more than 64 MiB for the main thread only:
+    programs run there, and a call returns when they have ended. What a compilation leaves, hundreds
+    of MB, is given back before its first run, with room for small arrays: they would otherwise lie
+    where a step had its temporary arrays, or right behind, and those of the next step would need a
+    place of their own. Programs that are compiled, or read, in less than 0.1 s are too small to
+    matter.
     """
     import jax
 
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # No variable sets this one.
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         return
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
