@@ -24,6 +24,7 @@ from model.layers import (
     gelu,
     gelu_tanh,
     matmul,
+    normalise,
 )
 
 
@@ -70,13 +71,19 @@ def test_linear_starts_within_the_glorot_bound_of_its_true_fans(inputs, outputs)
 
 
 def test_matmul_has_the_gradients_of_a_dot_product():
-    x, kernel = jnp.float32(random(3, 5, 7)), jnp.float32(random(7, 11))
-    g = jnp.float32(random(3, 5, 11, seed=1))
+    x, kernel = jnp.float32(random(3, 5, 7)), jnp.float32(random(7, 2, 11))
+    g = jnp.float32(random(3, 5, 22, seed=1))
     out, pull = jax.vjp(matmul, x, kernel)
-    expected, expected_pull = jax.vjp(jnp.dot, x, kernel)
+    expected, expected_pull = jax.vjp(lambda x, k: jnp.dot(x, k.reshape(7, 22)), x, kernel)
     np.testing.assert_allclose(out, expected, rtol=1e-5)
     for ours, theirs in zip(pull(g), expected_pull(g), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert kept_by(pull) == [(3, 5, 7), (7, 2, 11)]  # In a stack, another shape is another array.
+
+
+def kept_by(pull) -> list[tuple[int, ...]]:
+    """Shapes of the arrays that a backward pass holds."""
+    return [np.shape(x) for x in jax.tree.leaves(pull) if np.size(x) > 1]
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "layernorm without bias", "rmsnorm"])
@@ -99,6 +106,25 @@ def test_norm(kind: str, dtype):
     np.testing.assert_allclose(
         np.float64(out), y, rtol=1e-5 if dtype == jnp.float32 else 8e-3, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("centred", [False, True])
+def test_norm_has_the_gradient_of_its_formula(centred: bool, has_bias: bool):
+    x, g = jnp.float32(random(B, T, WIDTH) + 3), jnp.float32(random(B, T, WIDTH, seed=1))
+    scale, bias = jnp.float32(random(2, WIDTH, seed=2))
+    weights = (scale, bias) if has_bias else (scale, None)
+
+    def formula(x, scale, bias):
+        y = x - jnp.mean(x, -1, keepdims=True) if centred else x
+        y = y / jnp.sqrt(jnp.mean(y**2, -1, keepdims=True) + 0.1) * scale
+        return y if bias is None else y + bias
+
+    _, pull = jax.vjp(lambda *given: normalise(*given, centred, 0.1), x, *weights)
+    _, expected = jax.vjp(formula, x, *weights)
+    for ours, theirs in zip(jax.tree.leaves(pull(g)), jax.tree.leaves(expected(g)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    assert kept_by(pull).count(x.shape) == 1
 
 
 @pytest.mark.parametrize("gated", [False, True])
