@@ -222,7 +222,8 @@ def highest(
     """
     rows, size = scores.shape
     if target_platform() != "cpu" or size < 4 * BLOCK * count:
-        return tuple(jax.lax.top_k(scores, count))
+        best, index = jax.lax.top_k(scores, count)
+        return best, index
     blocks = jnp.pad(scores, ((0, 0), (0, -size % BLOCK)), constant_values=-jnp.inf)
     blocks = blocks.reshape(rows, -1, BLOCK)
     chosen = jnp.sort(jax.lax.top_k(jnp.max(blocks, axis=-1), count)[1])  # The first wins a tie.

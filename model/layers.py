@@ -169,7 +169,7 @@ class Linear(nn.Module):
 def transposed_kernels(params: Any) -> Any:
     """The parameters of a stack, each kernel [L, *in, *out] as `transposed` [L, out, in]."""
 
-    def turned(path: tuple[str, ...], x: jax.Array) -> tuple[tuple[str, ...], jax.Array]:
+    def turned(path: tuple[str, ...], x: Any) -> tuple[tuple[str, ...], Any]:
         if path[-1] != "kernel":
             return path, x
         inputs = x.shape[1:3] if path[-2] == "out" else x.shape[1:2]
