@@ -255,10 +255,11 @@ class Norm(nn.Module):
         norm, shape = self.config.norm, (x.shape[-1],)
         if norm.kind == "none":
             return x
-        scale = self.param("scale", partitioned(nn.initializers.ones, "norm"), shape)
-        bias = None
+        ones = partitioned(nn.initializers.ones, "norm")
+        scale, bias = jnp.asarray(self.param("scale", ones, shape)), None
         if norm.kind == "layernorm" and norm.bias:
-            bias = self.param("bias", partitioned(nn.initializers.zeros, "norm"), shape)
+            zeros = partitioned(nn.initializers.zeros, "norm")
+            bias = jnp.asarray(self.param("bias", zeros, shape))
         return normalise(x, scale, bias, norm.kind == "layernorm", norm.epsilon)
 
 
