@@ -145,7 +145,7 @@ class Linear(nn.Module):
         fan_in = math.prod(in_shape)
         x = x.astype(dtype).reshape(*x.shape[:-rank], fan_in)
 
-        def matrix(name: str, init: Callable, inputs: Mapping, outputs: Mapping) -> jax.Array:
+        def kernel(name: str, init: Callable, inputs: Mapping, outputs: Mapping) -> jax.Array:
             shape = (*inputs.values(), *outputs.values())
             return jnp.asarray(self.param(name, partitioned(init, *inputs, *outputs), shape))
 
@@ -153,11 +153,11 @@ class Linear(nn.Module):
         if self.has_variable("params", "transposed"):
             y: Any = transposed_matmul(x, self.get_variable("params", "transposed").astype(dtype))
         else:
-            y = matmul(x, matrix("kernel", init, self.inputs, self.outputs))
+            y = matmul(x, kernel("kernel", init, self.inputs, self.outputs))
         if lora.rank and self.name in lora.targets:
             inner = {"rank": lora.rank}
-            down = matrix("lora_a", nn.initializers.normal(fan_in**-0.5), self.inputs, inner)
-            up = matrix("lora_b", nn.initializers.zeros, inner, self.outputs)
+            down = kernel("lora_a", nn.initializers.normal(fan_in**-0.5), self.inputs, inner)
+            up = kernel("lora_b", nn.initializers.zeros, inner, self.outputs)
             y += lora.alpha / lora.rank * jnp.asarray(matmul(matmul(x, down), up))
         y = y.reshape(*y.shape[:-1], *out_shape)
         if self.use_bias:
@@ -167,7 +167,10 @@ class Linear(nn.Module):
 
 
 def transposed_kernels(params: Any) -> Any:
-    """The parameters of a stack, each kernel [L, *in, *out] as `transposed` [L, out, in]."""
+    """The parameters of a stack, each kernel [L, *in, *out] as `transposed` [L, out, in].
+
+    Of the linear maps in a stack only the `out` of an attention has two axes of inputs.
+    """
 
     def turned(path: tuple[str, ...], x: Any) -> tuple[tuple[str, ...], Any]:
         if path[-1] != "kernel":
