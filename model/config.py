@@ -355,8 +355,8 @@ class ModelConfig:
     more time (arXiv:1604.06174)."""
     unroll: int | None = None
     """Layers per iteration of the loop over layers: more is faster, compiles longer and needs the
-    memory of their parameters once more; None: 12 on CPUs, where the loop can cost as much as what
-    is in it, 1 elsewhere. In decoding on CPUs at least 12."""
+    memory of their parameters once more; None: 12 on CPUs without remat, where the loop can cost as
+    much as what is in it, 1 elsewhere. In decoding on CPUs at least 12."""
 
     def __post_init__(self):
         if isinstance(self.remat, bool):  # in runs from before it had names

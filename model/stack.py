@@ -31,8 +31,11 @@ KEPT = {
 
 
 def unroll(config: ModelConfig, decodes: bool) -> int:
-    """Layers per iteration; in decoding on a CPU, layers that are `Apart` are in no loop."""
-    is_open = decodes or config.unroll is None
+    """Layers per iteration; in decoding on a CPU, layers that are `Apart` are in no loop.
+
+    With `config.remat` a loop it is: without, a CPU computes early what it should compute again.
+    """
+    is_open = decodes or (config.unroll is None and config.remat == "none")
     least = 12 if is_open and target_platform() == "cpu" else 1
     return max(least, config.unroll or 1)
 
@@ -193,7 +196,9 @@ class Stack(nn.Module):
         if self.config.remat == "none":
             return Block
         policy = jax.checkpoint_policies.save_only_these_names(*KEPT[self.config.remat])
-        return nn.remat(Block, policy=policy, prevent_cse=False, static_argnums=7)
+        # Between two loops XLA shares nothing; without them it would, and keep all after all.
+        is_looped = unroll(self.config, decodes=False) < self.layers
+        return nn.remat(Block, policy=policy, prevent_cse=not is_looped, static_argnums=7)
 
     def _projection(self) -> Float[Array, "S R"] | None:
         """Of the core linformer, where all layers have one."""

@@ -212,15 +212,19 @@ def test_a_plan_for_this_machine():
     assert found.roofline is None  # no figures of a CPU
 
 
-def test_arithmetic_is_that_of_the_layers_and_of_what_is_computed_again():
-    flops = {}
-    for remat in ("none", "full"):
-        model, data, train = experiment(
-            vocab_size=12, feed_forward_width=14, norm_position="pre", remat=remat
-        )
+def test_what_is_computed_again_is_arithmetic_in_place_of_memory():
+    def planned(**changes: Any):
+        model, data, train = experiment(width=64, feed_forward_width=256, layers=4, **changes)
         train = TrainConfig(mesh=MeshConfig())
-        flops[remat] = make_plan(model, data, train, jax.devices()[:1]).flops
-    assert flops["none"] < flops["full"]
+        found = make_plan(model, data, train, jax.devices()[:1])
+        return found.flops, found.compiled.memory.temporaries
+
+    size = 4 * 8 * 16 * 256
+    flops, memory = planned()
+    more_flops, less_memory = planned(remat="full")
+    # Of each layer at least the inner activations of the feed-forward layer.
+    assert more_flops > 1.2 * flops and less_memory < memory - 4 * size
+    assert planned(remat="full", unroll=4)[0] > 1.2 * flops
 
 
 def test_shapes_of_batches():

@@ -170,8 +170,10 @@ def compile_step(
     else:
         sizes = compiled.memory_analysis()
         given = sizes.argument_size_in_bytes
-        # Where outputs take the place of arguments the size of the temporaries counts some twice.
-        most = sizes.peak_memory_in_bytes or given + sizes.temp_size_in_bytes
+        # Where outputs take the place of arguments the size of the temporaries counts some twice;
+        # the peak of a CPU leaves them out.
+        peak = 0 if platform == "cpu" else sizes.peak_memory_in_bytes
+        most = peak or given + sizes.temp_size_in_bytes
         program = sizes.generated_code_size_in_bytes
         memory = Memory(
             **known, arguments=given, temporaries=most - given, program=program, capacity=capacity
