@@ -6,9 +6,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from model.activations import ACTIVATIONS
 from model.axes import constrain, partitioned
 from model.config import ModelConfig
-from model.layers import ACTIVATIONS, Dropout, Embedding, Linear, Norm
+from model.layers import Dropout, Embedding, Norm
+from model.linear import Linear, matmul
 
 
 class LanguageModelHead(nn.Module):
@@ -39,9 +41,7 @@ class LanguageModelHead(nn.Module):
             glorot = nn.initializers.glorot_uniform()
             init = glorot if config.init == "glorot" else nn.initializers.normal(0.02)
             kernel = self.param("kernel", partitioned(init, "embed", "vocab"), shape)
-            logits = jnp.einsum(
-                "BTD,DV->BTV", x, jnp.asarray(kernel, x.dtype), preferred_element_type=jnp.float32
-            )
+            logits = jnp.asarray(matmul(x, jnp.asarray(kernel), "float32"))
         if head.bias:
             zeros = partitioned(nn.initializers.zeros, "vocab")
             bias, ones = self.param("bias", zeros, (config.vocab_size,)), jnp.ones(x.shape[:2])

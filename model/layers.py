@@ -1,7 +1,6 @@
-"""The parts of a block: linear maps, norms, feed-forward and multi-head attention."""
+"""The parts of a block: norms, feed-forward and multi-head attention."""
 
 import math
-from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -9,10 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
+from model.activations import ACTIVATIONS
 from model.attention import ATTENTION, WITHOUT_WEIGHTS, choose
 from model.attention.dense import attention_weights, dense
 from model.attention.longformer import put_rows, take_rows
@@ -20,179 +18,9 @@ from model.axes import constrain, partitioned, target_platform
 from model.cache import Cache, KVCache
 from model.config import ModelConfig, Place
 from model.dropout import dropout
+from model.linear import FEW, Linear, matmul, transposed_matmul
 from model.masks import AttentionMask, MaskNotSupported, cross
 from model.positions import PositionBias, Rotation
-
-FEW = 64  # rows of x for which a CPU is faster with `transposed_matmul`
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(
-    x: Float[Array, "B T i"], kernel: Float[Array, "..."], dtype: str | None = None
-) -> Float[Array, "B T o"]:
-    """x kernel in `dtype` (None: that of x), whose gradient for the kernel is x^T g.
-
-    The kernel [*in, *out] becomes a matrix [i, o] of the type of x here, so that the backward pass
-    finds the parameter itself and no copy of it. Derived automatically the gradient comes out as
-    (g^T x)^T, for which the CPU copies all of g. Where x is the wider of the two, that is what it
-    gets after all: there it is the faster one.
-    """
-    return jnp.einsum("BTi,io->BTo", x, _matrix(kernel, x), preferred_element_type=dtype)
-
-
-def _matrix(kernel: jax.Array, x: jax.Array) -> jax.Array:
-    return kernel.astype(x.dtype).reshape(x.shape[-1], -1)
-
-
-def _matmul_forward(x: jax.Array, kernel: jax.Array, dtype: str | None):
-    return matmul(x, kernel, dtype), (x, kernel)
-
-
-def _matmul_backward(dtype: str | None, saved: tuple[jax.Array, jax.Array], g: jax.Array):
-    x, kernel = saved
-    g = g.astype(x.dtype)
-    flat_x, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    if target_platform() == "cpu" and x.shape[-1] > g.shape[-1]:
-        of_kernel = jax.lax.optimization_barrier(flat_g.T @ flat_x).T
-    else:
-        of_kernel = flat_x.T @ flat_g
-    of_x = jnp.einsum("BTo,io->BTi", g, _matrix(kernel, x))
-    return of_x, of_kernel.reshape(kernel.shape).astype(kernel.dtype)
-
-
-matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-def transposed_matmul(
-    x: Float[Array, "B T i"], transposed: Float[Array, "o i"], dtype: str | None = None
-) -> Float[Array, "B T o"]:
-    """x transposed^T in `dtype` (None: theirs), as (transposed x^T)^T.
-
-    For a few rows of x, as decoding has them, a CPU takes down to 0.6 of the time of `matmul`,
-    for many about as long. Written as one einsum, x would become the first factor.
-    """
-    y = jnp.einsum("oi,BTi->oBT", transposed, x, preferred_element_type=dtype)
-    return jnp.moveaxis(y, 0, -1)
-
-
-@jax.custom_vjp
-def gelu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """x Phi(x), Phi the normal distribution (arXiv:1606.08415 §2).
-
-    It keeps x alone for its derivative, and takes `erf`, which is faster than flax's `erfc`.
-    """
-    return x * _normal_cdf(x)
-
-
-def _normal_cdf(x: jax.Array) -> jax.Array:
-    return 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
-
-
-def _gelu_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
-    x = jax.lax.optimization_barrier(x)  # Otherwise the forward pass stores its `erf` for this.
-    density = jnp.exp(-0.5 * jnp.square(x)) * (2 * math.pi) ** -0.5
-    return (g * (_normal_cdf(x) + x * density),)
-
-
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
-
-
-@jax.custom_vjp
-def gelu_tanh(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """GPT-2's approximation of gelu (arXiv:1606.08415 §2), which keeps x alone as well."""
-    return 0.5 * x * (1 + jnp.tanh(_inner(x)))
-
-
-def _inner(x: jax.Array) -> jax.Array:
-    return (2 / math.pi) ** 0.5 * (x + 0.044715 * x * x * x)
-
-
-def _gelu_tanh_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
-    x = jax.lax.optimization_barrier(x)
-    tanh = jnp.tanh(_inner(x))
-    slope = (2 / math.pi) ** 0.5 * (1 + 3 * 0.044715 * x * x)
-    return (0.5 * g * (1 + tanh + x * (1 - tanh * tanh) * slope),)
-
-
-gelu_tanh.defvjp(lambda x: (gelu_tanh(x), x), _gelu_tanh_backward)
-
-ACTIVATIONS: dict[str, Callable] = {
-    "relu": nn.relu,
-    "gelu": gelu,
-    "gelu_tanh": gelu_tanh,
-    "silu": nn.silu,
-}
-
-
-class Linear(nn.Module):
-    """A linear map from the axes `inputs` to the axes `outputs`, each a mapping name -> size.
-
-    Initial values follow `config.init`, over the true fan-in and fan-out whatever the number of
-    axes, times `gain`. Adapted by a low-rank update where `config.lora` names it. Takes parameters
-    as `transposed_kernels` gives them, too.
-    """
-
-    config: ModelConfig
-    inputs: Mapping[str, int]
-    outputs: Mapping[str, int]
-    use_bias: bool
-    gain: float = 1.0
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B T *in"]) -> Float[Array, "B T *out"]:
-        dtype, lora, rank = self.config.dtype, self.config.lora, len(self.inputs)
-        in_shape, out_shape = tuple(self.inputs.values()), tuple(self.outputs.values())
-        fan_in = math.prod(in_shape)
-        x = x.astype(dtype).reshape(*x.shape[:-rank], fan_in)
-
-        def kernel(name: str, init: Callable, inputs: Mapping, outputs: Mapping) -> jax.Array:
-            shape = (*inputs.values(), *outputs.values())
-            return jnp.asarray(self.param(name, partitioned(init, *inputs, *outputs), shape))
-
-        init = _initializer(self.config.init, self.gain, rank, len(self.outputs))
-        if self.has_variable("params", "transposed"):
-            y: Any = transposed_matmul(x, self.get_variable("params", "transposed").astype(dtype))
-        else:
-            y = matmul(x, kernel("kernel", init, self.inputs, self.outputs))
-        if lora.rank and self.name in lora.targets:
-            inner = {"rank": lora.rank}
-            down = kernel("lora_a", nn.initializers.normal(fan_in**-0.5), self.inputs, inner)
-            up = kernel("lora_b", nn.initializers.zeros, inner, self.outputs)
-            y += lora.alpha / lora.rank * jnp.asarray(matmul(matmul(x, down), up))
-        y = y.reshape(*y.shape[:-1], *out_shape)
-        if self.use_bias:
-            zeros = partitioned(nn.initializers.zeros, *self.outputs)
-            y += jnp.asarray(self.param("bias", zeros, out_shape), dtype)
-        return checkpoint_name(y, str(self.name))  # by which model.remat keeps it
-
-
-def transposed_kernels(params: Any) -> Any:
-    """The parameters of a stack, each kernel [L, *in, *out] as `transposed` [L, out, in].
-
-    Of the linear maps in a stack only the `out` of an attention has two axes of inputs.
-    """
-
-    def turned(path: tuple[str, ...], x: Any) -> tuple[tuple[str, ...], Any]:
-        if path[-1] != "kernel":
-            return path, x
-        inputs = x.shape[1:3] if path[-2] == "out" else x.shape[1:2]
-        x = x.reshape(len(x), math.prod(inputs), -1)
-        return (*path[:-1], "transposed"), jnp.swapaxes(x, 1, 2)
-
-    return unflatten_dict(dict(turned(*item) for item in flatten_dict(params).items()))
-
-
-def _initializer(kind: str, gain: float, inputs: int, outputs: int) -> Callable:
-    """Of a kernel whose first `inputs` axes come in and whose other `outputs` axes go out."""
-    if kind != "glorot":
-        return nn.initializers.normal(0.02 * gain)
-    axes = range(inputs), range(inputs, inputs + outputs)
-    return nn.initializers.variance_scaling(gain**2, "fan_avg", "uniform", *map(tuple, axes))
-
-
-def _last_gain(config: ModelConfig) -> float:
-    """Gain of a sublayer's last matrix: the residual sum grows with the layers (GPT-2 §2.3)."""
-    return (2 * config.layers) ** -0.5 if config.init == "scaled_normal" else 1.0
 
 
 class Dropout(nn.Module):
@@ -436,6 +264,11 @@ def _scale(config: ModelConfig) -> float | None:
     if not config.attention.scaled:
         return 1.0
     return None if config.key_dim == config.head_dim else config.key_dim**-0.5
+
+
+def _last_gain(config: ModelConfig) -> float:
+    """Gain of a sublayer's last matrix: the residual sum grows with the layers (GPT-2 §2.3)."""
+    return (2 * config.layers) ** -0.5 if config.init == "scaled_normal" else 1.0
 
 
 class Embedding(nn.Module):

@@ -12,7 +12,8 @@ from model.axes import constrain, partitioned, target_platform
 from model.cache import new_cache
 from model.config import ModelConfig, ModelError
 from model.heads import HEADS
-from model.layers import Dropout, Embedding, Norm, transposed_kernels
+from model.layers import Dropout, Embedding, Norm
+from model.linear import transposed_kernels
 from model.masks import AttentionMask
 from model.positions import PositionEmbedding
 from model.stack import Apart, BlockCache, Stack, unroll

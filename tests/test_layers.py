@@ -12,20 +12,11 @@ from plain import ACTIVATIONS
 from tiny import HEAD_DIM, HEADS, INNER, KV_HEADS, WIDTH, B, S, T, V, tiny
 
 from model import masks
+from model.activations import gelu, gelu_tanh
 from model.cache import KVCache
 from model.config import ModelError
-from model.layers import (
-    Dropout,
-    Embedding,
-    FeedForward,
-    Linear,
-    MultiHeadAttention,
-    Norm,
-    gelu,
-    gelu_tanh,
-    matmul,
-    normalise,
-)
+from model.layers import Dropout, Embedding, FeedForward, MultiHeadAttention, Norm, normalise
+from model.linear import Linear, matmul
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:

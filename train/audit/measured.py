@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float
 
 from model.attention import WITHOUT_WEIGHTS
 from model.config import ModelConfig
-from model.layers import Linear, MultiHeadAttention, Shared
+from model.layers import MultiHeadAttention, Shared
+from model.linear import Linear
 from model.masks import AttentionMask
 from model.stack import Stack
 from model.transformer import Inputs, build, empty_cache
