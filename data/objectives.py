@@ -6,7 +6,7 @@ objective is a function and a line in `OBJECTIVES`.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,7 +34,8 @@ class Objective(NamedTuple):
     """How examples become rows.
 
     row(example, rng, config, tokenizer) maps the tokens of one example, or of one piece of a
-    document, to the arrays of its row; all randomness comes from `rng`. Examples are
+    document, to the arrays of its row; all randomness comes from `rng`, which is None unless the
+    objective `draws`: to make a generator takes longer than to make a row. Examples are
     `{"source": [S], "target": [T]}` for translation, `{"text": [T]}` for running text, and
     `{"text": [T], "label": []}`, with or without `"pair": [T]`, for classes and numbers.
     lengths(counts, config) maps the token counts of all of them, like `{"text": [E]}`, to the
@@ -42,14 +43,13 @@ class Objective(NamedTuple):
     cut: how documents are cut into pieces; None where an example is always whole.
     """
 
-    row: Callable[[Example, np.random.Generator, DataConfig, Tokenizer], Arrays]
+    row: Callable[[Example, Any, DataConfig, Tokenizer], Arrays]
     lengths: Callable[[Mapping[str, np.ndarray], DataConfig], np.ndarray]
     cut: Cut | None = None
+    draws: bool = False
 
 
-def causal_lm(
-    example: Example, rng: np.random.Generator, config: DataConfig, tokenizer: Tokenizer
-) -> Arrays:
+def causal_lm(example: Example, rng: None, config: DataConfig, tokenizer: Tokenizer) -> Arrays:
     """Predict each token from those before it."""
     tokens = example["text"]
     return _row(tokens[:-1], tokens[1:])
@@ -62,7 +62,7 @@ def prefix_lm(
 
     The last position of the prefix predicts the first token after it.
     """
-    row = causal_lm(example, rng, config, tokenizer)
+    row = causal_lm(example, None, config, tokenizer)
     prefix = rng.integers(1, len(row["inputs"]) + 1)
     row["weights"][: prefix - 1] = 0
     return {**row, "prefix_len": np.array(prefix, np.int32)}
@@ -169,16 +169,12 @@ def _longest_spanned(config: DataConfig, tokenizer: Tokenizer) -> int:
     return longest
 
 
-def translation(
-    example: Example, rng: np.random.Generator, config: DataConfig, tokenizer: Tokenizer
-) -> Arrays:
+def translation(example: Example, rng: None, config: DataConfig, tokenizer: Tokenizer) -> Arrays:
     """Predict the target from the source and the target so far (arXiv:1706.03762 §3.1)."""
     return _encoder_decoder(example["source"], example["target"], tokenizer)
 
 
-def labelled(
-    example: Example, rng: np.random.Generator, config: DataConfig, tokenizer: Tokenizer
-) -> Arrays:
+def labelled(example: Example, rng: None, config: DataConfig, tokenizer: Tokenizer) -> Arrays:
     """Predict the class, or the number, of a text or of a pair (arXiv:1810.04805 §4.1).
 
     A row is begin, text, end, and for a pair the second text and another end.
@@ -226,12 +222,14 @@ OBJECTIVES = {
         causal_lm, lambda n, _: np.stack([n["text"] - 1]), Cut(True, 1, _max_length)
     ),
     "masked_lm": Objective(
-        masked_lm, lambda n, _: np.stack([n["text"]]), Cut(True, 0, _max_length)
+        masked_lm, lambda n, _: np.stack([n["text"]]), Cut(True, 0, _max_length), draws=True
     ),
     "prefix_lm": Objective(
-        prefix_lm, lambda n, _: np.stack([n["text"] - 1]), Cut(True, 1, _max_length)
+        prefix_lm, lambda n, _: np.stack([n["text"] - 1]), Cut(True, 1, _max_length), draws=True
     ),
-    "span_corruption": Objective(span_corruption, _span_lengths, Cut(False, 0, _longest_spanned)),
+    "span_corruption": Objective(
+        span_corruption, _span_lengths, Cut(False, 0, _longest_spanned), draws=True
+    ),
     "translation": Objective(translation, lambda n, _: np.stack([n["source"], n["target"]]) + 1),
     "classification": Objective(labelled, _labelled_lengths),
     "regression": Objective(labelled, _labelled_lengths),

@@ -165,7 +165,7 @@ class Dataset:
         else:
             number = int(self.kept[number])
             examples = [self._example(number)]
-        rng = np.random.default_rng((self.seed, epoch, number))
+        rng = np.random.default_rng((self.seed, epoch, number)) if objective.draws else None
         rows = [objective.row(e, rng, self.config, self.tokenizer) for e in examples]
         return rows[0] if len(rows) == 1 else pack(rows)
 

@@ -71,9 +71,8 @@ class Classifier:
             raise TrainError(f"line {number} has {len(parts)} texts between tabs: give one or two")
         ids = self.trained.tokenizer.encode_batch(parts)
         example = dict(zip(names, ids, strict=False)) | {"label": np.array(0, np.int32)}
-        rng = np.random.default_rng(0)
         objective = OBJECTIVES[self.config.objective]
-        row = objective.row(example, rng, self.config, self.trained.tokenizer)
+        row = objective.row(example, None, self.config, self.trained.tokenizer)
         length = len(row["inputs"])
         if length > self.config.max_length:
             raise TrainError(
