@@ -5,7 +5,9 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Self
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, Self
 
 import numpy as np
 
@@ -21,6 +23,7 @@ from data.store import TokenStore, fingerprint
 from data.tokenizer import Tokenizer, cut_text
 
 Reader = Callable[[int, int], Generator[Arrays, None, None]]
+Place = Callable[[Arrays], Any]
 
 
 def tokenizer_texts(config: DataConfig) -> Iterable[str]:
@@ -124,12 +127,16 @@ class Dataset:
     def batches_per_epoch(self) -> int:
         return self.train_plan.batches_per_epoch
 
-    def train_iterator(self, parts: Sequence[int] = (0,), count: int = 1) -> "TrainIterator":
+    def train_iterator(
+        self, parts: Sequence[int] = (0,), count: int = 1, place: Place | None = None
+    ) -> "TrainIterator":
         """Returns the endless batches of a process, `{name: [B * len(parts) / count, ...]}`.
 
-        It reads these parts of the rows of each batch, out of `count`, in ascending order.
+        It reads these parts of the rows of each batch, out of `count`, in ascending order. With
+        `place` it gives place(batch), called ahead by a thread.
         """
-        return TrainIterator(self._reader(self.train_plan, parts, count))
+        read = self._reader(self.train_plan, parts, count)
+        return TrainIterator(read if place is None else partial(_one_ahead, read, place))
 
     def eval_batches(self, parts: Sequence[int] = (0,), count: int = 1) -> Iterator[Arrays]:
         """Returns the batches of a process in a fixed order, every example exactly once."""
@@ -239,6 +246,39 @@ def _read_ahead(
         ahead.close()
 
 
+def _one_ahead(read: Reader, place: Place, start: int, stop: int) -> Generator[Any, None, None]:
+    """Yields place(batch) for what `read` yields; a thread makes the next one in the meantime.
+
+    It begins when the caller has the last one and next lets go of the interpreter, and so takes
+    no turn from a caller that goes straight on to a long computation.
+    """
+    batches = read(start, stop)
+    wanted: SimpleQueue[bool] = SimpleQueue()
+    made: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+
+    def work() -> None:
+        while wanted.get():
+            try:
+                made.put((place(next(batches)), None))
+            except BaseException as error:  # the caller's to raise
+                made.put((None, error))
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    wanted.put(True)
+    try:
+        for _ in range(start, stop):
+            batch, error = made.get()
+            if error is not None:
+                raise error
+            wanted.put(True)
+            yield batch
+    finally:
+        wanted.put(False)
+        thread.join()
+        batches.close()
+
+
 class TrainIterator:
     """Endless batches. The state is the number of the next one, whatever was read ahead."""
 
@@ -250,7 +290,7 @@ class TrainIterator:
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Arrays:
+    def __next__(self) -> Any:
         batch = next(self._batches)
         self._next += 1
         return batch

@@ -2,8 +2,10 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from threading import current_thread
 
 import numpy as np
 import pytest
@@ -196,6 +198,30 @@ def test_state_goes_on_bit_for_bit(dataset):
         same(take(resumed, 2 * n + 5 - stop), batches[stop:])
         iterator.set_state(state)
         same(take(iterator, 3), ahead)
+
+
+def test_batches_are_placed_while_the_last_one_is_used(dataset):
+    expected, placed = take(dataset.train_iterator(), 3), []
+
+    def place(batch):
+        if len(placed) == 3:
+            raise OSError("no room")
+        placed.append(current_thread())
+        return batch["inputs"]
+
+    iterator = dataset.train_iterator(place=place)
+    for n, batch in enumerate(expected):
+        np.testing.assert_array_equal(next(iterator), batch["inputs"])
+        assert iterator.get_state() == {"next_batch": n + 1}  # whatever is placed already
+        until = time.monotonic() + 20
+        while len(placed) < min(n + 2, 3):  # Nobody has asked for that one.
+            assert time.monotonic() < until
+            time.sleep(0.001)
+    with pytest.raises(OSError, match="no room"):
+        next(iterator)
+    iterator.close()
+    (thread,) = set(placed)
+    assert thread is not current_thread() and not thread.is_alive()
 
 
 def test_worker_processes_give_the_same_batches(config, tokenizer, dataset):
@@ -495,14 +521,16 @@ def test_importing_the_data_never_imports_jax():
     assert done.returncode == 0, done.stderr
 
 
-def test_exit_in_the_middle_is_clean(config):
+@pytest.mark.parametrize("place", [None, "dict"])
+def test_exit_in_the_middle_is_clean(config, place):
     done = run(
         "from data.config import *\n"
         "from data.pipeline import Dataset, tokenizer_texts\n"
         "from data.tokenizer import Tokenizer\n"
         f"config = {config!r}\n"
         "tokenizer = Tokenizer.train(tokenizer_texts(config), config.tokenizer, 'translation')\n"
-        "batches = Dataset.prepare(config, tokenizer, 'train').train_iterator()\n"
+        "batches = Dataset.prepare(config, tokenizer, 'train')\n"
+        f"batches = batches.train_iterator(place={place})\n"
         "kept = next(batches)\n"
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -81,7 +81,9 @@ def fit(
 
     with (
         closing(Checkpoints(run.checkpoints, tokenizer.fingerprint, config.keep)) as checkpoints,
-        closing(train_data.train_iterator(*rows_here(mesh))) as batches,
+        closing(
+            train_data.train_iterator(*rows_here(mesh), partial(to_devices, mesh=mesh))
+        ) as batches,
     ):
         saving = Saving(run, checkpoints, batches, train_data.data_fingerprint, console)
         restored = start or _restore(checkpoints, setup.abstract, saving, fallback, console)
@@ -159,9 +161,10 @@ def _loop(
                 console.print(f"no better checkpoint since step {patience.best_step:,}: stopped")
                 return
             began = time.perf_counter()
-            batch = to_devices(next(batches), mesh)
+            batch = next(batches)
             meter.fetched(time.perf_counter() - began)
             state, metrics = train_step(state, batch)
+            del batch  # Freed when the next one is there, it would let the reading thread go first.
             is_last = step == config.steps
             is_stopped = stop.agreed() and not is_last
             is_saved = step % config.checkpoint_every == 0 or is_last
