@@ -250,7 +250,8 @@ def _one_ahead(read: Reader, place: Place, start: int, stop: int) -> Generator[A
     """Yields place(batch) for what `read` yields; a thread makes the next one in the meantime.
 
     It begins when the caller has the last one and next lets go of the interpreter, and so takes
-    no turn from a caller that goes straight on to a long computation.
+    no turn from a caller that goes straight on to a long computation. A queue of grain does: to
+    read from it lets go of the interpreter.
     """
     batches = read(start, stop)
     wanted: SimpleQueue[bool] = SimpleQueue()

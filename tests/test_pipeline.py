@@ -529,8 +529,8 @@ def test_exit_in_the_middle_is_clean(config, place):
         "from data.tokenizer import Tokenizer\n"
         f"config = {config!r}\n"
         "tokenizer = Tokenizer.train(tokenizer_texts(config), config.tokenizer, 'translation')\n"
-        "batches = Dataset.prepare(config, tokenizer, 'train')\n"
-        f"batches = batches.train_iterator(place={place})\n"
+        "dataset = Dataset.prepare(config, tokenizer, 'train')\n"
+        f"batches = dataset.train_iterator(place={place})\n"
         "kept = next(batches)\n"
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
