@@ -39,6 +39,8 @@ class Setting(NamedTuple):
     steps: int
     peers: tuple[str, ...]
     dropout: float = 0.0
+    targets: int = 0
+    """Tokens of a row that are to be predicted; 0: all."""
     beam: int = 0
     """0: a step trains on all tokens; else it writes one for each row."""
     dtype: str = "float32"

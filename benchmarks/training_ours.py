@@ -27,7 +27,9 @@ def prepare(setting: Setting) -> tuple[Callable[[], object], dict[str, Any]]:
     keep_in_place()
     experiment = base.load(setting.config)[0]
     optimizer = dataclasses.replace(experiment.train.optimizer, clip_norm=1.0)
-    config = dataclasses.replace(experiment.train, optimizer=optimizer)
+    targets = setting.targets or setting.length
+    chunk = setting.targets or experiment.train.loss_chunk
+    config = dataclasses.replace(experiment.train, optimizer=optimizer, loss_chunk=chunk)
     part, rate = experiment.model, setting.dropout
     model = dataclasses.replace(
         part,
@@ -45,12 +47,17 @@ def prepare(setting: Setting) -> tuple[Callable[[], object], dict[str, Any]]:
     def tokens() -> np.ndarray:
         return random.integers(4, setting.vocab_size, shape, np.int32)
 
-    batch = {"inputs": tokens(), "targets": tokens(), "weights": np.ones(shape, np.float32)}
+    is_target = random.permuted(np.broadcast_to(np.arange(setting.length), shape), axis=1) < targets
+    batch = {"inputs": tokens(), "targets": tokens(), "weights": is_target.astype(np.float32)}
     if model.architecture == "encoder_decoder":
         batch["encoder_inputs"] = tokens()
     held = [first_state(setup, init_params(model, setup.mesh, 0))]
     keys = setting.length // (2 if model.architecture == "decoder_only" else 1)
-    flops = sum(part.flops for part in parts(model, held[0].params, keys))
+    share = targets / setting.length
+    flops = sum(
+        part.flops * (share if part.name == "head" else 1)
+        for part in parts(model, held[0].params, keys)
+    )
 
     def run(steps: int = setting.steps) -> None:
         with jax.set_mesh(setup.mesh):

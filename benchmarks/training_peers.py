@@ -50,6 +50,8 @@ def prepare(given: dict[str, Any], library: str) -> tuple[Callable[[], object], 
     torch.manual_seed(0)
     torch.set_default_device(DEVICE)
     x, y, source = torch.randint(0, vocab_size, (3, given["rows"], length))
+    if given["targets"]:
+        y[torch.rand(y.shape).argsort(1) >= given["targets"]] = -100  # which cross_entropy ignores
     cross_entropy = lambda z: nn.functional.cross_entropy(z.flatten(0, 1), y.flatten())  # noqa: E731
     if library.startswith("nanogpt"):
         sys.path.insert(0, os.environ["NANOGPT"])

@@ -43,13 +43,17 @@ def _matmul_forward(x: jax.Array, kernel: jax.Array, dtype: str | None):
 def _matmul_backward(dtype: str | None, saved: tuple[jax.Array, jax.Array], g: jax.Array):
     x, kernel = saved
     g = g.astype(x.dtype)
-    flat_x, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     if target_platform() == "cpu" and x.shape[-1] > g.shape[-1]:
-        of_kernel = jax.lax.optimization_barrier(flat_g.T @ flat_x).T
+        of_kernel = jax.lax.optimization_barrier(_summed_products(g, x)).T
     else:
-        of_kernel = flat_x.T @ flat_g
+        of_kernel = _summed_products(x, g)
     of_x = jnp.einsum("BTo,io->BTi", g, _matrix(kernel, x))
     return of_x, of_kernel.reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _summed_products(x: Float[Array, "B T i"], y: Float[Array, "B T o"]) -> Float[Array, "i o"]:
+    """x^T y. Flat, with B T rows, they would lose their split over devices along T."""
+    return jax.lax.dot_general(x, y, (((0, 1), (0, 1)), ((), ())))
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)

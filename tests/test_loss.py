@@ -32,11 +32,13 @@ def test_sum_weight_and_gradient(smoothing: float, shape: tuple[int, ...]):
     np.testing.assert_allclose(gradient, expected_gradient, atol=1e-6)
 
 
+@pytest.mark.parametrize("skips", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_chunks_change_nothing(size: int):
+def test_chunks_change_nothing(size: int, skips: bool):
     rng = np.random.default_rng(0)
     hidden, kernel = jnp.float32(rng.normal(size=(B, T, 2))), jnp.float32(rng.normal(size=(2, V)))
     targets, weights = jnp.asarray(rng.integers(0, V, (B, T))), jnp.float32(rng.random((B, T)))
+    weights *= rng.random((B, T)) > 0.4
     score = lambda kernel, x: jnp.einsum("BTD,DV->BTV", x, kernel)  # noqa: E731
 
     def whole(kernel, x):
@@ -44,7 +46,8 @@ def test_chunks_change_nothing(size: int):
         return 3 * loss, weight
 
     def chunks(kernel, x):
-        loss, weight = cross_entropy_in_chunks(score, kernel, x, targets, weights, size, 0.1)
+        how = {"skips": skips}
+        loss, weight = cross_entropy_in_chunks(score, kernel, x, targets, weights, size, 0.1, **how)
         return 3 * loss, weight
 
     expected = jax.value_and_grad(whole, (0, 1), has_aux=True)(kernel, hidden)
@@ -53,6 +56,33 @@ def test_chunks_change_nothing(size: int):
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), found, expected
     )
     np.testing.assert_allclose(chunks(kernel, hidden), whole(kernel, hidden), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("counted", "needed"), [(0, 0), (1, 1), (2, 1), (3, 2), (5, 3)])
+def test_chunks_in_which_nothing_counts_are_left_out(counted: int, needed: int):
+    """In one row `counted` positions count, in the others none; `needed` chunks of two are run."""
+    weights = np.zeros((B, T), np.float32)
+    weights[1, np.random.default_rng(0).permutation(T)[:counted]] = 1
+    runs = []
+
+    def score(kernel: jax.Array, x: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda: runs.append(x.shape))
+        return x * kernel
+
+    def loss(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+        hidden, targets = jnp.zeros((B, T, V)), jnp.zeros((B, T), int)
+        return cross_entropy_in_chunks(
+            score, kernel, hidden, targets, jnp.asarray(weights), 2, skips=True
+        )
+
+    total, weight = loss(jnp.ones(V))
+    jax.effects_barrier()
+    assert runs == [(B, 2, V)] * needed
+    np.testing.assert_allclose(total, counted * np.log(V), rtol=1e-6)
+    assert weight == counted
+    jax.grad(lambda kernel: loss(kernel)[0])(jnp.ones(V))
+    jax.effects_barrier()
+    assert runs == [(B, 2, V)] * 2 * needed
 
 
 def test_huge_logits_and_bfloat16():

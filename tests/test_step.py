@@ -8,7 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
-from test_sharding import CLASSIFIER, MODEL, PACKED, TRAIN, Trained, batch, prepare, train
+from test_sharding import (
+    CLASSIFIER,
+    EVERY_AXIS,
+    MASKED,
+    MODEL,
+    PACKED,
+    TRAIN,
+    Trained,
+    batch,
+    prepare,
+    train,
+)
 
 from model.config import HeadConfig, ModelConfig, PerformerConfig
 from train.config import MeshConfig, OptimizerConfig, TrainConfig
@@ -49,7 +60,7 @@ def test_accumulation_equals_the_large_batch(model: ModelConfig):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("model", [MODEL, PACKED], ids=["pairs", "packed"])
+@pytest.mark.parametrize("model", [MODEL, PACKED, MASKED], ids=["pairs", "packed", "masked"])
 def test_a_loss_in_chunks_changes_nothing(model: ModelConfig, tied: bool):
     model = dataclasses.replace(model, tie_embeddings=tied)
     chunked = dataclasses.replace(TRAIN, loss_chunk=4)  # of 6 positions
@@ -66,6 +77,16 @@ def test_a_loss_in_chunks_changes_nothing(model: ModelConfig, tied: bool):
             strict=True,
         ):
             np.testing.assert_allclose(*steps, rtol=2e-6)
+
+
+@pytest.mark.parametrize("model", [MODEL, MASKED], ids=["pairs", "masked"])
+def test_a_loss_in_chunks_on_every_axis_of_a_mesh(model: ModelConfig):
+    chunked = dataclasses.replace(TRAIN, loss_chunk=3)  # of 6 positions: 2 of each device's 3
+    whole = run(model, steps=2)
+    ours = train(model, chunked, make_mesh(EVERY_AXIS), steps=2, params=initial(model))
+    for name in ("loss", "weight", "grad_norm"):
+        for a, b in zip(ours.metrics, whole.metrics, strict=True):
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-5)
 
 
 def test_a_loss_in_chunks_never_holds_all_scores():

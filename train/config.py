@@ -194,7 +194,8 @@ class TrainConfig:
     """Share of the target's probability that is spread over the vocabulary (§5.4)."""
     loss_chunk: int | None = None
     """Positions of a row whose scores for the vocabulary exist at once, in float32: saves memory
-    and changes no result; None: all. Rows that are shorter need none."""
+    and changes no result; None: all. Rows that are shorter need none. An encoder, which restores a
+    share of the tokens, scores no more than these and what fills up their last chunk."""
     accumulate: int = 1
     """Parts into which a batch is split to save memory; the update stays the same."""
     log_every: int = 20

@@ -54,8 +54,9 @@ def parts(config: ModelConfig, params: Any, length: int) -> list[Part]:
 
     FLOPs are two for each multiply-add of a matrix product, per token of a row of `length` tokens
     (arXiv:2001.08361 §2.1); lookups, norms, softmax and activations are left out. Every query is
-    multiplied with all `length` keys, or those of its window, those that a mask hides included. In
-    an encoder-decoder a token is one of the target together with one of the source.
+    multiplied with all `length` keys, or those of its window, those that a mask hides included, and
+    every token is scored. In an encoder-decoder a token is one of the target together with one of
+    the source.
     """
     counts: dict[tuple[str, str], list[float]] = {}
 
@@ -144,7 +145,7 @@ class Memory:
     moments: int
     """Of the optimizer, with its counters."""
     outputs: int
-    """Scores of one batch, in float32: [B, T, V], or [B, C] of a classifier."""
+    """Scores that exist at once, in float32: [B, T, V], or [B, C] of a classifier."""
     cache: int
     """Keys and values of one token of one text while decoding, or of a whole text where the cache
     is of one size for any number of tokens; 0: nothing is decoded."""
@@ -159,11 +160,11 @@ def memory(config: ModelConfig, data: DataConfig, train: TrainConfig, setup: Set
     """
     state = setup.abstract
     trainable, _ = split(state.params, setup.factors)
-    positions = data.batch_tokens // train.accumulate
     if config.head.kind == "classifier":
-        outputs = math.ceil(positions / data.max_length) * (config.head.outputs or 1)
+        rows = math.ceil(data.batch_tokens / train.accumulate / data.max_length)
+        outputs = rows * (config.head.outputs or 1)
     else:
-        outputs = positions * (config.vocab_size or 1)
+        outputs = scored_at_once(data, train) * (config.vocab_size or 1)
     cache = _cache(config, state.params)
 
     def cached(rows: Any) -> int:
@@ -186,6 +187,13 @@ def memory(config: ModelConfig, data: DataConfig, train: TrainConfig, setup: Set
         cache=cached(cache and cache.self_attention),
         source_cache=cached(cache and cache.cross_attention),
     )
+
+
+def scored_at_once(data: DataConfig, train: TrainConfig) -> int:
+    """Positions whose scores for the vocabulary exist at the same time."""
+    positions = data.batch_tokens // train.accumulate
+    chunk = min(train.loss_chunk or data.max_length, data.max_length)
+    return math.ceil(positions * chunk / data.max_length)
 
 
 def device_bytes(tree: Any) -> int:

@@ -19,7 +19,16 @@ from model.cache import remembered
 from model.config import ModelConfig
 from train.attention_weights import attention_kinds, attention_masks
 from train.config import MeshConfig, TrainConfig, require
-from train.costs import BACKWARD, STACKED, Memory, Part, memory, parts, recomputed
+from train.costs import (
+    BACKWARD,
+    STACKED,
+    Memory,
+    Part,
+    memory,
+    parts,
+    recomputed,
+    scored_at_once,
+)
 from train.sharding import MESH_AXES
 from train.state import Setup, parameter_count, set_up
 from train.trainable import named
@@ -191,11 +200,12 @@ def _memory_table(
     for what, size in [*rows, ("together", sum(size for _, size in rows))]:
         table.add_row(what, number(size, 1024) + "B")
     table.add_section()
-    batch = data.batch_tokens // train.accumulate
-    what = f"{batch:,} positions x {model.vocab_size:,} scores"
     if model.head.kind == "classifier":
-        what = f"{batch:,} positions in rows, x {model.head.outputs} scores"
-    table.add_row(f"outputs of a batch: {what}, float32", number(sizes.outputs, 1024) + "B")
+        batch = data.batch_tokens // train.accumulate
+        what = f"of a batch: {batch:,} positions in rows, x {model.head.outputs} scores"
+    else:
+        what = f"at once: {scored_at_once(data, train):,} positions x {model.vocab_size:,} scores"
+    table.add_row(f"outputs {what}, float32", number(sizes.outputs, 1024) + "B")
     if sizes.cache:
         of = " of the target" if sizes.source_cache else ""
         place = "decoder" if sizes.source_cache else "self"

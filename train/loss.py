@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from model.axes import mesh_axes
 
@@ -35,54 +35,84 @@ def cross_entropy_in_chunks(
     weights: Float[Array, "B T"],
     size: int,
     label_smoothing: float = 0.0,
+    *,
+    skips: bool = False,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """`cross_entropy` of score(params, hidden), with the scores of `size` positions a row at once.
 
     Gradients are taken together with the values, so that no score is computed twice. `score` must
-    depend on its arguments only.
+    depend on its arguments only. With `skips` no more chunks are computed than the row with the
+    most positions of weight above 0 needs.
     """
-    T = hidden.shape[1]
-    count = math.ceil(T / size)
+    B, T = targets.shape
+    sizes = jax.sharding.get_abstract_mesh().shape
+    devices = math.prod(sizes[axis] for axes in mesh_axes("act_length") for axis in axes)
+    part = T // devices  # of a row, on one of the devices that share it
+    size = math.ceil(size / devices)
+    number = math.ceil(part / size)
+    if skips:
+        counts = (weights > 0).reshape(B, devices, part)
+        order = jnp.argsort(~counts, axis=-1, stable=True)
+        needed = jnp.max(-(-jnp.sum(counts, axis=-1) // size))
+    else:
+        size, order, needed = math.ceil(part / number), None, None
 
     def split(x: jax.Array) -> jax.Array:
-        """Positions are dealt out in turn, so that devices that share a row all have their part."""
-        x = jnp.pad(x, [(0, 0), (0, -T % count), *[(0, 0)] * (x.ndim - 2)])
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, count, *x.shape[2:]), 2, 0)
+        """[B, T, ...] to chunks [number, B, devices * size, ...], of which devices have parts."""
+        x = x.reshape(B, devices, part, *x.shape[2:])
+        if order is not None:
+            x = jax.vmap(jax.vmap(_taken))(x, order)
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, number * size - part), *[(0, 0)] * (x.ndim - 3)])
+        x = x.reshape(B, devices, number, size, *x.shape[3:])
+        return jnp.moveaxis(x, 2, 0).reshape(number, B, devices * size, *x.shape[4:])
 
     def one(params: Any, hidden: jax.Array, others: tuple[jax.Array, jax.Array]):
         return cross_entropy(score(params, hidden), *others, label_smoothing)
 
-    return _summed(one, params, split(hidden), (split(targets), split(weights)))
+    return _summed(one, params, split(hidden), (split(targets), split(weights)), needed)
+
+
+def _taken(x: Shaped[Array, "T *d"], order: Int[Array, " T"]) -> Shaped[Array, "T *d"]:
+    """x[order], of whose gradient it is known that no two rows are added."""
+    return x.at[order].get(unique_indices=True, mode="promise_in_bounds")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _summed(one: Callable, params: Any, hidden: jax.Array, others: Any):
-    """Sums of one(params, hidden, others) over their first axis."""
+def _summed(one: Callable, params: Any, hidden: jax.Array, others: Any, needed: jax.Array | None):
+    """Sums of one(params, hidden, others) over the first `needed` of their first axis, or all."""
+    count = len(hidden) if needed is None else needed
 
-    def add(total: Any, chunk: Any):
-        return jax.tree.map(jnp.add, total, one(params, *chunk)), None
+    def add(i: Any, total: Any):
+        return jax.tree.map(jnp.add, total, one(params, *_at(i, (hidden, others))))
 
-    zero = jnp.float32(0)
-    return jax.lax.scan(add, (zero, zero), (hidden, others))[0]
+    return jax.lax.fori_loop(0, count, add, (jnp.float32(0), jnp.float32(0)))
 
 
-def _summed_forward(one: Callable, params: Any, hidden: jax.Array, others: Any):
+def _summed_forward(one: Callable, params: Any, hidden: jax.Array, others: Any, needed: Any):
+    count = len(hidden) if needed is None else needed
     gradient = jax.value_and_grad(one, argnums=(0, 1), has_aux=True)
 
-    def add(total: Any, chunk: Any):
-        (loss, weight), (of_params, of_hidden) = gradient(params, *chunk)
-        return jax.tree.map(jnp.add, total, (loss, weight, of_params)), of_hidden
+    def add(i: Any, state: Any):
+        total, of_hidden = state
+        (loss, weight), (of_params, of_chunk) = gradient(params, *_at(i, (hidden, others)))
+        total = jax.tree.map(jnp.add, total, (loss, weight, of_params))
+        return total, of_hidden.at[i].set(of_chunk)
 
     zeros = jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
-    (loss, weight, of_params), of_hidden = jax.lax.scan(add, zeros, (hidden, others))
+    total, of_hidden = jax.lax.fori_loop(0, count, add, (zeros, jnp.zeros_like(hidden)))
+    loss, weight, of_params = total
     return (loss, weight), (of_params, of_hidden)
 
 
 def _summed_backward(one: Callable, saved: Any, g: tuple[jax.Array, jax.Array]):
-    return *jax.tree.map(lambda x: (x * g[0]).astype(x.dtype), saved), None
+    return *jax.tree.map(lambda x: (x * g[0]).astype(x.dtype), saved), None, None
 
 
 _summed.defvjp(_summed_forward, _summed_backward)
+
+
+def _at(i: Any, tree: Any) -> Any:
+    return jax.tree.map(lambda x: x[i], tree)
 
 
 def squared_error(

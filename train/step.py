@@ -158,8 +158,10 @@ def _loss(
         def score(params: Any, x: jax.Array) -> jax.Array:
             return model.apply({"params": params}, x, method="score")  # type: ignore[return-value]
 
+        # An encoder's objective restores a share of the tokens.
+        skips = model.config.architecture == "encoder_only"  # type: ignore[attr-defined]
         sums = cross_entropy_in_chunks(
-            score, of_head, hidden, targets, weights, chunk, label_smoothing
+            score, of_head, hidden, targets, weights, chunk, label_smoothing, skips=skips
         )
         return *sums, None
     outputs = _forward(model, params, batch, **how)

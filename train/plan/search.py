@@ -84,7 +84,8 @@ def _guess(
     kept["none"] = 2.5 * kept["dots"]
     size = 2 if model.dtype == "bfloat16" else 4
     activations = at_once * kept[model.remat] * size * layers
-    outputs = at_once * (model.vocab_size or 1) * 8 / sizes["tensor"]
+    scored = at_once * min(1.0, (train.loss_chunk or data.max_length) / data.max_length)
+    outputs = scored * (model.vocab_size or 1) * 8 / sizes["tensor"]
 
     forward = parts(model, state.params, data.max_length)
     per_token = sum(part.flops for part in forward) * (1 + BACKWARD) + recomputed(model, forward)
