@@ -210,7 +210,9 @@ def _unblocked(x: jax.Array) -> jax.Array:
 
 def _forward(how: Ring, q, k, v, values, mask: AttentionMask, bias, key):
     """Output, and the logarithm of the softmax' sum [blocks, b, k, G, t], inf where it is empty."""
-    me = jax.lax.axis_index(how.length)
+    # Nothing may seem to be the same for all layers: it would be computed before the loop over them
+    # and kept for each tile of the mask and each head, T S of them.
+    q, mask, me = jax.lax.optimization_barrier((q, mask, jax.lax.axis_index(how.length)))
     q_rows, q_blocks = _blocks(how, how.index(me, q.shape[1])), _blocks(how, q)
 
     def tile(state, q, rows, k, v, columns):
