@@ -31,12 +31,18 @@ CHIP = Chip(name="toy", kind="toy", flops=1e3, memory=10**6, bandwidth=1e2, link
 
 PROGRAM = """HloModule jit_step, is_scheduled=true, num_partitions=8
 
+%nested (param_0.1: s32[], param_1.1: f32[5,7,11]) -> f32[7,11] {
+  %param_1.1 = f32[5,7,11]{2,1,0:T(8,128)} parameter(1)
+  %param_0.1 = s32[]{:T(128)} parameter(0)
+  %slice = f32[1,7,11]{2,1,0} dynamic-slice(%param_1.1, %param_0.1), dynamic_slice_sizes={1,7,11}
+  ROOT %flat = f32[7,11]{1,0} bitcast(%slice)
+}
+
 %fused (param_0: f32[5,7,11], param_1: s32[], param_2: f32[7,11]) -> f32[5,7,11] {
   %param_0 = f32[5,7,11]{2,1,0:T(8,128)} parameter(0)
   %param_1 = s32[]{:T(128)S(6)} parameter(1)
   %param_2 = f32[7,11]{1,0:T(8,128)S(1)} parameter(2)
-  %slice = f32[1,7,11]{2,1,0} dynamic-slice(%param_0, %param_1), dynamic_slice_sizes={1,7,11}
-  %bitcast = f32[7,11]{1,0} bitcast(%slice)
+  %bitcast = f32[7,11]{1,0} fusion(%param_1, %param_0), kind=kLoop, calls=%nested
   %sum = f32[7,11]{1,0} add(%bitcast, %param_2)
   %back = f32[1,7,11]{2,1,0} bitcast(%sum)
   ROOT %update = f32[5,7,11]{2,1,0:T(8,128)} dynamic-update-slice(%param_0, %back, %param_1)

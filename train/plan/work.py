@@ -14,6 +14,7 @@ FREE = (
     "partition-id", "replica-id", "opt-barrier", "optimization-barrier",
 )  # fmt: skip
 ELSEWHERE = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+SLICES = ("dynamic-slice", "slice", "gather")
 CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 GROUPS = re.compile(r"batch_group_count=(\d+)")
@@ -129,9 +130,8 @@ def _bytes(program: Program, step: Step) -> int:
     instruction, computation, _ = step
     opcode = instruction.opcode
     if opcode == "fusion":
-        (inner,) = program.called(instruction)
-        return _fused(instruction, computation, inner)
-    if opcode in ("dynamic-slice", "slice", "gather"):
+        return _fused(program, instruction, computation)
+    if opcode in SLICES:
         return _far(instruction) + instruction.bytes
     if opcode == "dynamic-update-slice":
         update = computation.shapes(instruction)[1]
@@ -144,9 +144,9 @@ def _bytes(program: Program, step: Step) -> int:
     return sum(shape.bytes for shape in (*given, *results) if shape.is_far)
 
 
-def _fused(instruction: Instruction, outer: Computation, inner: Computation) -> int:
+def _fused(program: Program, instruction: Instruction, outer: Computation) -> int:
+    (inner,) = program.called(instruction)
     total = 0
-    parameters = [i for i in inner.instructions if i.opcode == "parameter"]
     updated = set()  # written in place: only the update moves
     results = []
     root = inner.root
@@ -161,17 +161,33 @@ def _fused(instruction: Instruction, outer: Computation, inner: Computation) -> 
         else:
             results.append((shape.bytes, shape.is_far))
     total += sum(size for size, is_far in results if is_far)
-    for parameter in parameters:
-        if not any(shape.is_far for shape in parameter.shapes):
-            continue
-        users = [one for one in _users(parameter, inner) if not _passes(one)]
-        if parameter.name in updated:
-            users = [one for one in users if one.opcode != "dynamic-update-slice"]
-        if users and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in users):
-            total += sum(user.bytes for user in users)
-        elif users:
-            total += _far(parameter)
+    for parameter in _parameters(inner):
+        if any(shape.is_far for shape in parameter.shapes):
+            total += _read(program, parameter, inner, parameter.name in updated)
     return total
+
+
+def _parameters(computation: Computation) -> list[Instruction]:
+    return [i for i in computation.instructions if i.opcode == "parameter"]
+
+
+def _read(
+    program: Program, parameter: Instruction, inner: Computation, is_updated: bool = False
+) -> int:
+    """Bytes of a fusion's parameter that it reads, itself or in fusions within."""
+    total = 0
+    for user in _users(parameter, inner):
+        if user.opcode in SLICES:
+            total += user.bytes
+        elif user.opcode == "fusion":
+            (nested,) = program.called(user)
+            given = [_behind(inner.by_name[name], inner).name for name in user.operands]
+            for own in _parameters(nested):
+                if given[int(own.literal)] == parameter.name:
+                    total += _read(program, own, nested)
+        elif not _passes(user) and not (is_updated and user.opcode == "dynamic-update-slice"):
+            return parameter.bytes
+    return min(total, parameter.bytes)
 
 
 def _passes(instruction: Instruction) -> bool:
