@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from model.axes import partitioned, target_platform
+from model.axes import mesh_axes, partitioned, target_platform
 from model.config import ModelConfig
 
 FEW = 64  # rows of x for which a CPU is faster with `transposed_matmul`
@@ -52,8 +52,10 @@ def _matmul_backward(dtype: str | None, saved: tuple[jax.Array, jax.Array], g: j
 
 
 def _summed_products(x: Float[Array, "B T i"], y: Float[Array, "B T o"]) -> Float[Array, "i o"]:
-    """x^T y. Flat, with B T rows, they would lose their split over devices along T."""
-    return jax.lax.dot_general(x, y, (((0, 1), (0, 1)), ((), ())))
+    """x^T y. Flat, a TPU moves less for it; but where T is split, flat arrays would be gathered."""
+    if any(mesh_axes("act_length")):
+        return jax.lax.dot_general(x, y, (((0, 1), (0, 1)), ((), ())))
+    return x.reshape(-1, x.shape[-1]).T @ y.reshape(-1, y.shape[-1])
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
