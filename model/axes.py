@@ -4,6 +4,7 @@ The model says what an axis means; `train/sharding.py` says which mesh axis it i
 replicates an unknown name silently, so a name outside this set is an error here.
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -63,6 +64,12 @@ def mesh_axes(*names: str) -> tuple[tuple[str, ...], ...]:
         axes = (axes,) if isinstance(axes, str) else axes or ()
         found.append(tuple(axis for axis in axes if sizes.get(axis, 1) > 1))
     return tuple(found)
+
+
+def shards(name: str) -> int:
+    """Devices over which `constrain` splits an axis of this name; 1 where it does not."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[axis] for axes in mesh_axes(name) for axis in axes)
 
 
 def target_platform() -> str:

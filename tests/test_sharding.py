@@ -93,12 +93,9 @@ def batch(
         second = places >= rng.integers(1, length, (rows, 1))
         types = (second * segments).astype(np.int32)
         return {**one, "type_ids": types, "targets": targets, "weights": counts}
-    counted = segments
-    if model.architecture == "encoder_only":
-        counted = segments * (rng.random((rows, length)) < 0.3)
-    one |= {"targets": ids(), "weights": counted.astype(np.float32)}
-    if model.architecture == "encoder_only":
-        return one
+    one |= {"targets": ids(), "weights": segments.astype(np.float32)}
+    if model.architecture == "encoder_only":  # a share of the tokens is restored
+        return {**one, "weights": one["weights"] * (rng.random((rows, length)) < 0.3)}
     if model.architecture == "decoder_only":  # two documents in each row
         second = places >= rng.integers(1, length, (rows, 1))
         starts = second.argmax(1)[:, None]

@@ -164,7 +164,8 @@ def memory(config: ModelConfig, data: DataConfig, train: TrainConfig, setup: Set
         rows = math.ceil(data.batch_tokens / train.accumulate / data.max_length)
         outputs = rows * (config.head.outputs or 1)
     else:
-        outputs = scored_at_once(data, train) * (config.vocab_size or 1)
+        positions = data.batch_tokens // train.accumulate
+        outputs = scored_at_once(positions, data, train) * (config.vocab_size or 1)
     cache = _cache(config, state.params)
 
     def cached(rows: Any) -> int:
@@ -189,9 +190,8 @@ def memory(config: ModelConfig, data: DataConfig, train: TrainConfig, setup: Set
     )
 
 
-def scored_at_once(data: DataConfig, train: TrainConfig) -> int:
-    """Positions whose scores for the vocabulary exist at the same time."""
-    positions = data.batch_tokens // train.accumulate
+def scored_at_once(positions: float, data: DataConfig, train: TrainConfig) -> int:
+    """How many of the positions of a batch have scores for the vocabulary at the same time."""
     chunk = min(train.loss_chunk or data.max_length, data.max_length)
     return math.ceil(positions * chunk / data.max_length)
 

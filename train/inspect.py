@@ -200,11 +200,12 @@ def _memory_table(
     for what, size in [*rows, ("together", sum(size for _, size in rows))]:
         table.add_row(what, number(size, 1024) + "B")
     table.add_section()
+    batch = data.batch_tokens // train.accumulate
     if model.head.kind == "classifier":
-        batch = data.batch_tokens // train.accumulate
         what = f"of a batch: {batch:,} positions in rows, x {model.head.outputs} scores"
     else:
-        what = f"at once: {scored_at_once(data, train):,} positions x {model.vocab_size:,} scores"
+        scored = scored_at_once(batch, data, train)
+        what = f"at once: {scored:,} positions x {model.vocab_size:,} scores"
     table.add_row(f"outputs {what}, float32", number(sizes.outputs, 1024) + "B")
     if sizes.cache:
         of = " of the target" if sizes.source_cache else ""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from model.axes import mesh_axes
+from model.axes import mesh_axes, shards
 
 
 def cross_entropy(
@@ -45,8 +45,7 @@ def cross_entropy_in_chunks(
     most positions of weight above 0 needs.
     """
     B, T = targets.shape
-    sizes = jax.sharding.get_abstract_mesh().shape
-    devices = math.prod(sizes[axis] for axes in mesh_axes("act_length") for axis in axes)
+    devices = shards("act_length")
     part = T // devices  # of a row, on one of the devices that share it
     size = math.ceil(size / devices)
     number = math.ceil(part / size)

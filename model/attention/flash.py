@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from model.attention.dense import require_shapes
-from model.axes import mesh_axes, target_platform
+from model.axes import shards, target_platform
 from model.dropout import dropout_words, keep_at
 from model.masks import AttentionMask
 from model.positions import PositionBias
@@ -80,24 +80,22 @@ def flash(
 
 def _in_turn(f: Callable, held: int, name: str, axis: int, *arrays: jax.Array) -> jax.Array:
     """f(*arrays), along this axis for at most `held` (at least one) of each device at a time."""
-    size, shards = arrays[0].shape[axis], 1
-    for over in mesh_axes(name):
-        shards = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in over)
-    if size % shards:
+    size, devices = arrays[0].shape[axis], shards(name)
+    if size % devices:
         return f(*arrays)
-    own = size // shards
+    own = size // devices
     count = min(n for n in range(1, own + 1) if own % n == 0 and own // n <= max(held, 1))
     if count == 1:
         return f(*arrays)
 
     def split(x: jax.Array) -> jax.Array:
         before, after = x.shape[:axis], x.shape[axis + 1 :]
-        x = jnp.moveaxis(x.reshape(*before, shards, count, -1, *after), axis + 1, 0)
+        x = jnp.moveaxis(x.reshape(*before, devices, count, -1, *after), axis + 1, 0)
         return x.reshape(count, *before, -1, *after)
 
     out = jax.lax.map(lambda part: f(*part), tuple(split(x) for x in arrays))
     before, after = out.shape[1 : axis + 1], out.shape[axis + 2 :]
-    out = jnp.moveaxis(out.reshape(count, *before, shards, -1, *after), 0, axis + 1)
+    out = jnp.moveaxis(out.reshape(count, *before, devices, -1, *after), 0, axis + 1)
     return out.reshape(*before, size, *after)
 
 

@@ -10,7 +10,6 @@ last but i. The model keeps its order: q, k, v and the output are exchanged here
 at a time, which is as much to send as two steps of the ring.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from model.axes import mesh_axes
+from model.axes import mesh_axes, shards
 from model.config import require
 from model.dropout import dropout_words, keep_at
 from model.masks import AttentionMask, MaskNotSupported
@@ -59,15 +58,13 @@ def ring(
         "core ring splits the sequence over devices: set train.mesh.seq to at least 2, or choose "
         "model.attention.core flash",
     )
-    sizes = jax.sharding.get_abstract_mesh().shape
-    count = lambda axes: math.prod(sizes[axis] for axis in axes)  # noqa: E731
     is_balanced = mask.causal and T == S
-    parts = count(length) * (2 if is_balanced else 1)
+    parts = shards("act_length") * (2 if is_balanced else 1)
     for name, size, into in (
-        ("batch", B, count(batch)),
+        ("batch", B, shards("act_batch")),
         ("queries", T, parts),
         ("keys", S, parts),
-        ("heads", K, count(heads)),
+        ("heads", K, shards("act_heads")),
     ):
         require(
             size % into == 0,
@@ -79,7 +76,7 @@ def ring(
         batch=batch,
         length=length,
         heads=heads,
-        devices=count(length),
+        devices=shards("act_length"),
         shape=(B, K, N // K, T, S),
         scale=H**-0.5 if scale is None else scale,
         dropout_rate=dropout_rate,

@@ -10,7 +10,7 @@ from rich.table import Table
 from data.config import DataConfig
 from model.config import ModelConfig
 from train.config import MeshConfig, TrainConfig, TrainError
-from train.costs import BACKWARD, device_bytes, parts, recomputed
+from train.costs import BACKWARD, device_bytes, parts, recomputed, scored_at_once
 from train.inspect import layout, number
 from train.plan.chips import Chip, chip_of
 from train.plan.compiled import largest_batch
@@ -84,8 +84,7 @@ def _guess(
     kept["none"] = 2.5 * kept["dots"]
     size = 2 if model.dtype == "bfloat16" else 4
     activations = at_once * kept[model.remat] * size * layers
-    scored = at_once * min(1.0, (train.loss_chunk or data.max_length) / data.max_length)
-    outputs = scored * (model.vocab_size or 1) * 8 / sizes["tensor"]
+    outputs = scored_at_once(at_once, data, train) * (model.vocab_size or 1) * 8 / sizes["tensor"]
 
     forward = parts(model, state.params, data.max_length)
     per_token = sum(part.flops for part in forward) * (1 + BACKWARD) + recomputed(model, forward)
