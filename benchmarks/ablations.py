@@ -13,13 +13,13 @@ that may look at the next letter copies it; its loss falls below what is possibl
 writes, where there is no next letter, is worthless.
 """
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.command import parser
 from benchmarks.runs import Trained, train
 
 
@@ -61,16 +61,12 @@ LEAKING = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ablations",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
+    command = parser("ablations", __doc__)
+    add = command.add_argument
     names = list(DEMONSTRATIONS)
     add("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     add("--out", type=Path, default=Path("runs/ablations"), help="where runs and plots lie")
-    arguments, flags = parser.parse_known_args(argv)
+    arguments, flags = command.parse_known_args(argv)
     for name in arguments.only:
         demonstrate(name, DEMONSTRATIONS[name], arguments.out, flags)
 

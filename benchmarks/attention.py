@@ -33,6 +33,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import parser
 from benchmarks.report import plot, tables
 from benchmarks.turns import Process
 from benchmarks.worker import RETURNS_MEMORY, Case
@@ -166,13 +167,9 @@ def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"environment": environments, "settings": settings, "points": points}
 
 
-def parser() -> argparse.ArgumentParser:
-    described = argparse.ArgumentParser(
-        prog="python -m benchmarks.attention",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = described.add_argument
+def flags() -> argparse.ArgumentParser:
+    command = parser("attention", __doc__)
+    add = command.add_argument
     add("--lengths", type=int, nargs="+", default=[1024 * 2**i for i in range(7)])
     cores = [name for name in PEERS if name != "cudnn" or shutil.which("nvidia-smi")]
     add("--core", nargs="+", metavar="NAME", default=cores)
@@ -189,11 +186,11 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=5)
     add("--budget", type=float, default=30.0, help="most seconds of one run")
     add("--out", default="runs/attention", help="OUT.json and OUT.png are written")
-    return described
+    return command
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parser().parse_args(argv)
+    arguments = flags().parse_args(argv)
     out = Path(arguments.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     results = {}

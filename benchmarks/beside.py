@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import kernels
+from benchmarks.command import parser
 from benchmarks.turns import Process
 from train.memory import ALLOCATOR
 
@@ -98,6 +99,8 @@ def _is_given(peer: str, arguments: argparse.Namespace) -> bool:
 def table(name: str, setting: Setting, found: dict[str, Any]) -> str:
     """Lines for one setting; the utilisation is that of the best product of all libraries."""
     ours = found["heedful"]
+    if "skipped" in ours:
+        return f"{name}: heedful was not measured: {ours['skipped']}"
     measured = {key: values for key, values in found.items() if "skipped" not in values}
     ceiling = max(values["ceiling"] for values in measured.values())
     lines = [
@@ -125,12 +128,8 @@ def main(
     name: str, description: str | None, settings: Mapping[str, Setting], argv: Sequence[str] | None
 ) -> None:
     """The command line of a benchmark."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{name}",
-        description=f"{description}\n{__doc__}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
+    command = parser(name, f"{description}\n{__doc__}")
+    add = command.add_argument
     is_gpu = shutil.which("nvidia-smi") is not None
     names = [key for key in settings if key.startswith("gpu ") == is_gpu]
     listed = f"default: {', '.join(names)}"
@@ -141,7 +140,7 @@ def main(
     add("--rounds", type=int, default=5)
     add("--profile", metavar="DIR", default="", help="where this library's profiles go")
     add("--out", default=f"runs/{name}.json", help="where the raw numbers go")
-    arguments = parser.parse_args(argv)
+    arguments = command.parse_args(argv)
     print(f"{platform.platform()}, {len(os.sched_getaffinity(0))} cores", flush=True)
     results = {}
     for chosen in arguments.setting:
@@ -149,7 +148,7 @@ def main(
         setting = settings[chosen]._replace(profile=profile)
         results[chosen] = measure(name, setting, arguments)
         print("\n" + table(chosen, setting, results[chosen]), flush=True)
-        if profile:
+        if profile and "skipped" not in results[chosen]["heedful"]:
             print("\n" + kernels.table(Path(profile)), flush=True)
         out = Path(arguments.out)
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -4,14 +4,13 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from benchmarks.beside import Setting
 from benchmarks.training_ours import about_jax, peak
-from benchmarks.turns import answer_with
+from benchmarks.worker import Ready, answer_with, samples
 from configs import base
 from train.config import DecodeConfig, MeshConfig
 from train.costs import parts
@@ -36,7 +35,7 @@ class Numbers:
         return " ".join(map(str, tokens))
 
 
-def prepare(setting: Setting) -> tuple[Callable[[], object], dict[str, Any]]:
+def prepare(setting: Setting) -> Ready:
     keep_in_place()
     model = base.load(setting.config)[0].model
     model = dataclasses.replace(model, vocab_size=setting.vocab_size, dtype=setting.dtype)
@@ -65,7 +64,7 @@ def prepare(setting: Setting) -> tuple[Callable[[], object], dict[str, Any]]:
     start = time.perf_counter() - BEGAN
     keys = setting.length + setting.steps // 2
     flops = sum(part.flops for part in parts(model, params, keys) if part.stack != "encoder")
-    return run, {
+    return samples(run, peak), {
         "start": start,
         "flops": flops * setting.rows * setting.beam,
         "parameters": parameter_count(params),
@@ -74,4 +73,4 @@ def prepare(setting: Setting) -> tuple[Callable[[], object], dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    answer_with(lambda: prepare(Setting(**json.loads(sys.argv[1]))), peak)
+    answer_with(lambda: prepare(Setting(**json.loads(sys.argv[1]))))

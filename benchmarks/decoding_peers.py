@@ -3,19 +3,18 @@
 import json
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
 
 from benchmarks.training_peers import DEVICE, about_torch, peak
-from benchmarks.turns import answer_with
+from benchmarks.worker import Ready, answer_with, samples
 
 BEGAN = time.perf_counter()
 
 
-def prepare(given: dict[str, Any]) -> tuple[Callable[[], object], dict[str, Any]]:
+def prepare(given: dict[str, Any]) -> Ready:
     torch.manual_seed(0)
     torch.set_default_device(DEVICE)
     dtype = getattr(torch, given["dtype"])
@@ -57,8 +56,8 @@ def prepare(given: dict[str, Any]) -> tuple[Callable[[], object], dict[str, Any]
     if written != new:
         raise SystemExit(f"{written} tokens instead of {new}")
     start = time.perf_counter() - BEGAN
-    return run, {"start": start} | about_torch(dtype, given["product"])
+    return samples(run, peak), {"start": start} | about_torch(dtype, given["product"])
 
 
 if __name__ == "__main__":
-    answer_with(lambda: prepare(json.loads(sys.argv[1])), peak)
+    answer_with(lambda: prepare(json.loads(sys.argv[1])))

@@ -14,7 +14,6 @@ exponent -0.49. With the deviation 0.5 a weight's relative variance is ten times
 2.3e-6, exponents -0.40 and -0.38, no difference at 1,024; with 1.0 it does not fall at all yet.
 """
 
-import argparse
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.command import parser
 from model import masks
 from model.attention.flash import flash
 from model.attention.performer import Performer
@@ -40,17 +40,15 @@ def squared_error(config: PerformerConfig, length: int, head_dim: int, deviation
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+    command = parser("performer_error", __doc__)
+    add = command.add_argument
     add("--features", type=int, nargs="+", default=[2**i for i in range(4, 11)])
     add("--length", type=int, default=4096)
     add("--head-dim", type=int, default=16)
     add("--deviation", type=float, default=0.25, help="of the entries of queries and keys")
     add("--samples", type=int, default=15)
     add("--out", default="runs/performer_error", help="OUT.png is written")
-    arguments = parser.parse_args(argv)
+    arguments = command.parse_args(argv)
     errors: dict[str, np.ndarray] = {}
     for name, orthogonal in (("independent", False), ("orthogonal", True)):
         errors[name] = np.array(

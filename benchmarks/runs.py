@@ -1,6 +1,7 @@
 """Trainings beside each other: each a run of the command line, in a process of its own."""
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -34,16 +35,25 @@ def train(
 ) -> Trained:
     """`heedful train CONFIG --run-dir DIRECTORY FLAGS`, unless it has come to its end before.
 
-    It runs in `cwd`; `program` are other arguments for Python than those that start heedful.
+    It runs in `cwd`; `program` are other arguments for Python than those that start heedful. What
+    it was trained with stands in DIRECTORY.flags: SystemExit where that was something else.
     """
     directory = directory.resolve()
     log, metrics, result = directory.with_suffix(".log"), "metrics.jsonl", "result.json"
+    record, where = directory.with_suffix(".flags"), f" in {cwd.resolve()}" if cwd else ""
+    given = shlex.join([*program, config, *flags]) + where
     if not (directory / result).exists():
         directory.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(given, "utf-8")
         command = [sys.executable, *(program or ("-m", "train.cli")), "train", config]
         with log.open("w") as out:
             whole = [*command, "--run-dir", str(directory), *flags]
             subprocess.call(whole, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=cwd)
+    elif (before := _text(record)) != given:
+        raise SystemExit(
+            f"{directory} was trained with {before or f'flags that are not in {record}'}, "
+            f"not with {given}: give another --out, or delete it"
+        )
     lines = _text(directory / metrics).splitlines()
     found = json.loads(_text(directory / result) or "{}")
     return Trained(_text(log), [json.loads(line) for line in lines], found)

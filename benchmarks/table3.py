@@ -6,30 +6,26 @@ Each row is one training of `multi30k_table3`, the base one for each seed. A var
 perplexity if it does so by more than twice the deviation between the seeds of the base.
 """
 
-import argparse
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.command import parser
 from benchmarks.runs import train
 from configs.vaswani_table3 import BASE, ROWS
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.table3",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
+    command = parser("table3", __doc__)
+    add = command.add_argument
     add("--data", type=Path, required=True, metavar="FOLDER")
     add("--seeds", type=int, default=3, help="of the base model, at least 2")
     add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
     add("--out", type=Path, default=Path("runs/table3"), help="where the runs lie")
-    arguments, flags = parser.parse_known_args(argv)
+    arguments, flags = command.parse_known_args(argv)
     if arguments.seeds < 2:
-        parser.error("--seeds must be at least 2: their deviation says what a difference means")
+        command.error("--seeds must be at least 2: their deviation says what a difference means")
     runs = {f"seed_{i}": ("multi30k_table3", i) for i in range(arguments.seeds)}
     runs |= {row: (f"multi30k_table3:{row}", 0) for row in arguments.rows}
     losses = {}

@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,13 @@ import optax
 from flax.core import meta
 
 from benchmarks.training_ours import about_jax, peak
-from benchmarks.turns import answer_with
+from benchmarks.worker import Ready, answer_with, samples
 from configs import base
 
 BEGAN = time.perf_counter()
 
 
-def prepare(given: dict[str, Any], library: str) -> tuple[Callable[[], object], dict[str, Any]]:
+def prepare(given: dict[str, Any], library: str) -> Ready:
     sys.path.insert(0, str(Path(os.environ["FLAX"]) / "examples" / library.split()[1]))
     import models  # type: ignore[import-not-found]
 
@@ -78,8 +77,8 @@ def prepare(given: dict[str, Any], library: str) -> tuple[Callable[[], object], 
 
     run(3)
     start = time.perf_counter() - BEGAN
-    return run, {"start": start} | about_jax(given["dtype"], given["product"])
+    return samples(run, peak), {"start": start} | about_jax(given["dtype"], given["product"])
 
 
 if __name__ == "__main__":
-    answer_with(lambda: prepare(json.loads(sys.argv[1]), sys.argv[2]), peak)
+    answer_with(lambda: prepare(json.loads(sys.argv[1]), sys.argv[2]))

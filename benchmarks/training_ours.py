@@ -4,7 +4,6 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.beside import Setting
-from benchmarks.turns import answer_with
-from benchmarks.worker import ceiling, highest_resident
+from benchmarks.worker import Ready, answer_with, ceiling, highest_resident, samples
 from configs import base
 from train.costs import parts
 from train.memory import keep_in_place
@@ -23,7 +21,7 @@ from train.step import make_train_step
 BEGAN = time.perf_counter()
 
 
-def prepare(setting: Setting) -> tuple[Callable[[], object], dict[str, Any]]:
+def prepare(setting: Setting) -> Ready:
     keep_in_place()
     experiment = base.load(setting.config)[0]
     optimizer = dataclasses.replace(experiment.train.optimizer, clip_norm=1.0)
@@ -71,7 +69,7 @@ def prepare(setting: Setting) -> tuple[Callable[[], object], dict[str, Any]]:
     if setting.profile:
         with jax.profiler.trace(setting.profile):
             run()
-    return run, {
+    return samples(run, peak), {
         "start": start,
         "flops": 3 * flops * setting.rows * setting.length,
         "parameters": parameter_count(held[0].params),
@@ -94,4 +92,4 @@ def peak() -> int:
 
 
 if __name__ == "__main__":
-    answer_with(lambda: prepare(Setting(**json.loads(sys.argv[1]))), peak)
+    answer_with(lambda: prepare(Setting(**json.loads(sys.argv[1]))))

@@ -4,15 +4,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.turns import answer_with
-from benchmarks.worker import ceiling, highest_resident
+from benchmarks.worker import Ready, answer_with, ceiling, highest_resident, samples
 
 BEGAN = time.perf_counter()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,7 +42,7 @@ class Translator(nn.Module):
         return hidden @ self.table.weight.T
 
 
-def prepare(given: dict[str, Any], library: str) -> tuple[Callable[[], object], dict[str, Any]]:
+def prepare(given: dict[str, Any], library: str) -> Ready:
     layers, heads, width = SIZES[given["config"]]
     length, vocab_size, dropout = given["length"], given["vocab_size"], given["dropout"]
     torch.manual_seed(0)
@@ -78,7 +76,11 @@ def prepare(given: dict[str, Any], library: str) -> tuple[Callable[[], object], 
         import transformers
 
         if given["config"] == "bert_base":
-            config = transformers.BertConfig(vocab_size=vocab_size)
+            config = transformers.BertConfig(
+                vocab_size=vocab_size,
+                hidden_dropout_prob=dropout,
+                attention_probs_dropout_prob=dropout,
+            )
             model: Any = transformers.BertForMaskedLM(config)
         else:
             config = transformers.GPT2Config(
@@ -111,7 +113,7 @@ def prepare(given: dict[str, Any], library: str) -> tuple[Callable[[], object], 
 
     run(3)
     start = time.perf_counter() - BEGAN
-    return run, {"start": start} | about_torch(dtype, given["product"])
+    return samples(run, peak), {"start": start} | about_torch(dtype, given["product"])
 
 
 def about_torch(dtype: torch.dtype, size: int) -> dict[str, Any]:
@@ -128,4 +130,4 @@ def peak() -> int:
 
 
 if __name__ == "__main__":
-    answer_with(lambda: prepare(json.loads(sys.argv[1]), sys.argv[2]), peak)
+    answer_with(lambda: prepare(json.loads(sys.argv[1]), sys.argv[2]))

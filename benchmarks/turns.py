@@ -7,13 +7,11 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
+import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from benchmarks.worker import highest_resident, seconds
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,13 +20,15 @@ class Process:
     """A process that answers; it is killed when an answer takes longer than `patience` seconds."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], patience: float):
+        # A pipe that nobody reads would hold it up.
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
             env=os.environ | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self.errors,
             text=True,
         )
         self.patience = patience
@@ -36,47 +36,31 @@ class Process:
     def ask(self, request: str = "") -> dict[str, Any]:
         """Returns the next answer, or why there is none."""
         process = self.process
-        assert process.stdin and process.stdout and process.stderr
+        assert process.stdin and process.stdout
         timer = threading.Timer(self.patience, process.kill)
         timer.start()
         try:
-            if request:
-                process.stdin.write(request + "\n")
-                process.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):
+                if request:
+                    process.stdin.write(request + "\n")
+                    process.stdin.flush()
             if answer := process.stdout.readline():
                 return json.loads(answer)
-            timely = timer.is_alive()
-            last = process.stderr.read().strip().splitlines()
-            last = last or [f"the process ended with {process.wait()} and no message"]
-            return {"skipped": last[-1][:200] if timely else f"over {self.patience:.0f} s"}
-        except BrokenPipeError:
-            return {"skipped": "the process has ended"}
+            code, timely = process.wait(), timer.is_alive()
+            return {"skipped": self._last(code) if timely else f"over {self.patience:.0f} s"}
         finally:
             timer.cancel()
 
+    def _last(self, code: int) -> str:
+        """The last line that the process has written before it ended."""
+        self.errors.seek(max(0, self.errors.seek(0, os.SEEK_END) - 4096))
+        lines = self.errors.read().decode(errors="replace").strip().splitlines()
+        return lines[-1][:200] if lines else f"the process ended with {code} and no message"
+
     def close(self) -> None:
-        assert self.process.stdin and self.process.stdout and self.process.stderr
+        assert self.process.stdin and self.process.stdout
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
-        self.process.stderr.close()
-
-
-def answer_with(
-    prepare: Callable[[], tuple[Callable[[], object], dict[str, Any]]],
-    peak: Callable[[], int] = highest_resident,
-) -> None:
-    """The other end: says what `prepare` tells beside a function, then times that, line by line.
-
-    `peak` gives the bytes that were held at most.
-    It runs once before the time is taken: after a pause, caches and memory that the system has
-    taken back are not what they are in the middle of work.
-    """
-    answers, sys.stdout = sys.stdout, sys.stderr  # Libraries may print.
-    run, facts = prepare()
-    print(json.dumps(facts), file=answers, flush=True)
-    for _ in sys.stdin:
-        run()
-        print(json.dumps({"seconds": seconds(run), "peak": peak()}), file=answers)
-        answers.flush()
+        self.errors.close()

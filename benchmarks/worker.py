@@ -1,8 +1,6 @@
-"""A process that measures one attention, either its memory or its time; it answers in JSON.
+"""A process that is measured: it answers in JSON, one line when it is ready, one for each sample.
 
-One line goes out when it is ready, with the reason if there is nothing to measure. For memory it
-holds the peak of a run. For time each line that comes in then asks for one sample, the seconds of a
-run. No library that is measured is imported here.
+No library that is measured is imported here.
 """
 
 import json
@@ -20,6 +18,8 @@ from typing import Any, NamedTuple
 RETURNS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 SAMPLE_SECONDS = 0.2  # A sample is the median of as many runs as fit, at least one.
 Run = Callable[[], object]
+Ready = tuple[Callable[[], dict[str, Any]], dict[str, Any]]
+"""A function that takes a sample, and what is to be said before the first."""
 
 
 class Program(NamedTuple):
@@ -30,7 +30,38 @@ class Program(NamedTuple):
 
 
 class Skipped(Exception):
-    """Why this attention cannot be measured."""
+    """Why this cannot be measured."""
+
+
+def answer_with(prepare: Callable[[], Ready]) -> None:
+    """Says what `prepare` tells, or why it cannot; then gives a sample for each line that comes."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # Libraries may print.
+
+    def say(values: dict[str, Any]) -> None:
+        print(json.dumps(values), file=answers, flush=True)
+
+    try:
+        sample, facts = prepare()
+    except Skipped as reason:
+        say({"skipped": str(reason)})
+        return
+    say(facts)
+    for _ in sys.stdin:
+        say(sample())
+
+
+def samples(run: Run, peak: Callable[[], int]) -> Callable[[], dict[str, Any]]:
+    """A function that times a run, and tells the bytes held at most, which `peak` gives.
+
+    It runs once before the time is taken: after a pause, caches and memory that the system has
+    taken back are not what they are in the middle of work.
+    """
+
+    def sample() -> dict[str, Any]:
+        run()
+        return {"seconds": seconds(run), "peak": peak()}
+
+    return sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,29 +88,23 @@ class Case:
 
 
 def serve(prepare: Callable[[Case], Program], environment: dict[str, Any]) -> None:
-    """Measures the case that the command line describes."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # Libraries may print.
-
-    def say(**values: Any) -> None:
-        print(json.dumps(values), file=answers, flush=True)
-
+    """Measures the attention that the command line describes: its "memory" or its "time"."""
     case, what = Case(**json.loads(sys.argv[1])), sys.argv[2]
-    try:
+
+    def ready() -> Ready:
         program = prepare(case)
         first = seconds(program.run)
         if first > case.budget:
             raise Skipped(f"a run takes {first:.0f} s")
-    except Skipped as reason:
-        say(skipped=str(reason), environment=environment)
-        return
-    if what == "memory":
-        time.sleep(0.1)  # Libraries may give back what the first run took a little later.
-        say(memory=program.peak(), environment=environment)
-        return
-    say()
-    repeats = max(1, round(SAMPLE_SECONDS / first))
-    for _ in sys.stdin:
-        say(seconds=statistics.median(seconds(program.run) for _ in range(repeats)))
+        facts: dict[str, Any] = {"environment": environment}
+        if what == "memory":
+            time.sleep(0.1)  # Libraries may give back what the first run took a little later.
+            facts["memory"] = program.peak()
+        repeats = range(max(1, round(SAMPLE_SECONDS / first)))
+        median = lambda: statistics.median(seconds(program.run) for _ in repeats)  # noqa: E731
+        return lambda: {"seconds": median()}, facts
+
+    answer_with(ready)
 
 
 def seconds(run: Run) -> float:

@@ -5,15 +5,21 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import toy
+from tiny import tiny
 
 from benchmarks import attention, beside, decoding, kernels, pipeline, training
 from benchmarks.report import growth, plot, tables
+from benchmarks.turns import Process
 from benchmarks.worker import RETURNS_MEMORY, Case
 from configs import base
-from data.config import ListOpsConfig
+from data.config import ListOpsConfig, TokenizerConfig
+from data.tokenizer import Tokenizer
+from train.init_from import Source
 
 ROOT = Path(__file__).parent.parent
 MIB = 2**20
@@ -21,6 +27,7 @@ CASE = Case(
     name="dense", length=64, causal=False, backward=True, heads=2, head_dim=8, window=4,
     features=8, rank=8, dtype="float32", memory=4 * 2**30, budget=10.0,
 )  # fmt: skip
+CHARS = TokenizerConfig(kind="chars")
 SMALL = ListOpsConfig(examples=64, held_out=8, min_length=20, max_length=60)
 
 
@@ -168,13 +175,88 @@ def test_ratios_are_of_the_same_round():
     assert rows[4].split(maxsplit=1) == ["absent", "no such module"]
 
 
+def test_what_keeps_heedful_from_being_measured_is_said(tmp_path, capsys, monkeypatch):
+    found = {"heedful": {"skipped": "no memory", "seconds": []}, "peer": {"ceiling": 1e10}}
+    monkeypatch.setattr(beside, "measure", lambda *_: found)
+    where = ["--out", str(tmp_path / "x.json"), "--profile", str(tmp_path / "profile")]
+    training.main(["--setting", "gpt2 124M", *where])
+    assert "gpt2 124M: heedful was not measured: no memory" in capsys.readouterr().out
+
+
+def test_a_process_may_say_much_before_it_answers_and_its_last_words_are_kept():
+    code = """
+import sys
+print("x" * 300_000, file=sys.stderr)
+print("{}", flush=True)
+sys.stdin.readline()
+sys.exit("the reason")
+"""
+    process = Process([sys.executable, "-c", code], {}, 30)
+    assert process.ask() == {}
+    assert process.ask("again") == process.ask("once more") == {"skipped": "the reason"}
+    process.close()
+
+
+def table_of_the_pipeline(config, capsys):
+    """Rows and tokens a second, tokens that steps would take, and how many devices that feeds."""
+    pipeline.main(["--config", config, "--seconds", "0.1", "--flops", "1e9"])
+    name, *columns = capsys.readouterr().out.splitlines()[-1].split()
+    assert name == config
+    rows, tokens, takes, feeds = (float(column.replace(",", "")) for column in columns)
+    assert feeds == pytest.approx(tokens / takes, abs=0.01, rel=0.1)
+    return rows, tokens, takes
+
+
 def test_the_pipeline_alone(capsys, monkeypatch):
     monkeypatch.setattr(pipeline, "stand_in", lambda data: replace(data, listops=SMALL))
-    pipeline.main(["--config", "listops_tiny", "--seconds", "0.1", "--flops", "1e9"])
-    name, rows, tokens, takes, feeds = capsys.readouterr().out.splitlines()[-1].split()
-    assert (name, tokens) == ("listops_tiny", rows)  # One prediction in a row.
-    fed = float(tokens.replace(",", "")) / float(takes.replace(",", ""))
-    assert float(feeds) == pytest.approx(fed, rel=0.1)
+    rows, tokens, _ = table_of_the_pipeline("listops_tiny", capsys)
+    assert 20 < tokens / rows <= 62  # One is predicted in a row, and all are computed.
+
+
+@pytest.mark.parametrize(("config", "length"), [("bert_tiny", 128), ("t5_tiny", 64 + 14)])
+def test_the_pipeline_counts_tokens_that_are_not_predicted(
+    config, length, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "text.txt").write_text("".join(f"line {i} of a text\n" for i in range(999)))
+    own = {"source": "files", "train": (str(tmp_path),)}
+    monkeypatch.setattr(pipeline, "stand_in", lambda data: replace(data, **own))
+    rows, tokens, _ = table_of_the_pipeline(config, capsys)
+    assert tokens / rows == pytest.approx(length, rel=0.02)  # The last one is shorter.
+
+
+def test_the_pipeline_takes_tokenizer_and_model_of_what_a_run_begins_from(
+    tmp_path, capsys, monkeypatch
+):
+    tokenizer = Tokenizer.prepare(["abcdefghijklmnopqrstuvwxyz"], CHARS, "classification")
+    body = tiny("encoder_only", vocab_size=tokenizer.vocab_size)
+    source = Source("package:minilm", body, tokenizer, dict)
+    monkeypatch.setattr(pipeline, "open_source", lambda *_: source, raising=False)
+    own = {"source": "files", "train": (str(toy.write_table(tmp_path)),)}
+    monkeypatch.setattr(pipeline, "stand_in", lambda data: replace(data, **own))
+    rows, tokens, takes = table_of_the_pipeline("sentiment_minilm", capsys)
+    assert tokens / rows > 12  # letters
+    assert takes > 10_000  # The default model has 19 million parameters: 1e9 FLOP/s train on 9.
+
+
+def test_work_of_a_masked_lm_is_that_of_all_positions_and_of_the_scores_that_are_needed():
+    whole = base.load("bert_tiny")[0]
+    model, length, D, F, V = replace(whole.model, vocab_size=61), 128, 128, 512, 61
+    read = pipeline.Read(rows=1, source=0, positions=20, targets=3)
+    body, head = 2 * (4 * D * D + 2 * D * F + 2 * length * D), D * D + D * V
+    work = partial(pipeline.work, model, whole.data)
+    assert work(whole.train, read) == 6 * (20 * body + 3 * head)
+    assert work(replace(whole.train, loss_chunk=None), read) == 6 * (20 * body + 20 * head)
+
+
+def test_work_of_an_encoder_decoder_is_that_of_either_side():
+    whole = base.load("t5_tiny")[0]
+    model, length, D, F, V = replace(whole.model, vocab_size=61), 64, 128, 256, 61
+    source, target = pipeline.Read(1, 1, 0, 0), pipeline.Read(1, 0, 1, 1)
+    scores, feed_forward, cross = 2 * length * D, 3 * D * F, 2 * D * D
+    encoder = 2 * (4 * D * D + scores + feed_forward + cross)
+    decoder = 2 * (4 * D * D + cross + 2 * scores + feed_forward) + D * V
+    work = partial(pipeline.work, model, whole.data, whole.train)
+    assert (work(source), work(target)) == (6 * encoder, 6 * decoder)
 
 
 def test_what_stands_in_for_data_that_is_not_at_hand():

@@ -1,8 +1,11 @@
 """Who may import whom: the data flows one way."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -60,3 +63,14 @@ def test_data_never_names_jax(path: Path):
 def test_importing_it_does_not_import_jax(module: str):
     code = f"import {module}, sys; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_what_is_imported_is_declared():
+    """Another package may need it today, and no longer tomorrow."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    declared = {re.split(r"[<>=\[]", line)[0] for line in project["dependencies"]}
+    installed = [path for path in FILES if ROOT / "benchmarks" not in path.parents]
+    names = {name.split(".")[0] for path in installed for name in imported(path)}
+    others = names - sys.stdlib_module_names - set(OURS)
+    distributions = packages_distributions()
+    assert {name for name in others if not declared & set(distributions[name])} == set()

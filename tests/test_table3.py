@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.runs import train
 from benchmarks.table3 import table
 from configs import base
 from configs.vaswani_table3 import ROWS
@@ -67,3 +68,31 @@ def test_a_table_of_what_moves_and_of_what_is_noise():
     assert "| too small to tell |" in lines["dropout_0"]
     assert "| none in the paper |" in lines["positions_learned"]
     assert "between 2 seeds" in table(losses)
+
+
+HEEDFUL = """
+import sys
+from pathlib import Path
+run = Path(sys.argv[sys.argv.index("--run-dir") + 1])
+run.mkdir()
+(run / "result.json").write_text('{"valid_loss": 2.5}')
+"""
+
+
+def test_a_result_is_that_of_these_flags_and_of_no_others(tmp_path):
+    (tmp_path / "heedful.py").write_text(HEEDFUL)
+    same = {"cwd": tmp_path, "program": (str(tmp_path / "heedful.py"),)}
+    for _ in range(2):
+        trained = train("multi30k_table3", tmp_path / "seed_0", ["--train.seed", "0"], **same)
+        assert trained.result == {"valid_loss": 2.5} and not trained.said
+    few = ["--train.seed", "0", "--train.steps", "800"]
+    for config, flags, others in [
+        ("multi30k_table3", few, same),
+        ("multi30k_table3:heads_1", few[:2], same),
+        ("multi30k_table3", few[:2], same | {"cwd": tmp_path.parent}),
+    ]:
+        with pytest.raises(SystemExit, match=r"seed_0 was trained with .*seed 0 in .*: give"):
+            train(config, tmp_path / "seed_0", flags, **others)
+    (tmp_path / "seed_0.flags").unlink()
+    with pytest.raises(SystemExit, match=r"flags that are not in .*seed_0\.flags"):
+        train("multi30k_table3", tmp_path / "seed_0", few[:2], **same)
