@@ -1,15 +1,17 @@
-"""ListOps of Long Range Arena (arXiv:2011.04006 §2.2.1), 500 to 2,000 tokens, for one GPU.
+r"""ListOps of Long Range Arena (arXiv:2011.04006 §2.2.1), 500 to 2,000 tokens, for one GPU.
 
 heedful train listops
 
-Each attention core in the same model, with the accuracy (%) that Long Range Arena gives in Table 1:
+The same model with each other core:
 
-    exact        36.37  heedful train listops
-    Longformer   35.63  heedful train listops --model.attention.core longformer
-                            --model.attention.window 256 --model.attention.global-tokens 1
-    Performer    18.01  heedful train listops --model.attention.core performer
-                            --model.attention.dropout 0
-    Linformer    35.70  heedful train listops --model.attention.core linformer
+heedful train listops --run-dir runs/lra_longformer --model.attention.core longformer \
+    --model.attention.window 256 --model.attention.global-tokens 1
+heedful train listops --run-dir runs/lra_performer --model.attention.core performer \
+    --model.attention.dropout 0
+heedful train listops --run-dir runs/lra_linformer --model.attention.core linformer
+
+Long Range Arena gives accuracies (%) in Table 1: exact 36.37, Longformer 35.63, Performer 18.01,
+Linformer 35.70.
 
 Sizes, optimizer and 5,000 steps of 32 rows are those of its public configs. Its paper says 6 layers
 and a feed-forward width of 2,048 (appendix A): --model.layers 6 --model.feed-forward.width 2048.

@@ -1,11 +1,11 @@
-"""ListOps with expressions of 100 to 200 tokens, in a small model: minutes on a CPU.
+r"""ListOps with expressions of 100 to 200 tokens, in a small model: minutes on a CPU.
 
 heedful train listops_tiny
-heedful train listops_tiny --model.attention.core longformer --model.attention.window 16
-    --model.attention.global-tokens 1
-heedful train listops_tiny --model.attention.core performer
+heedful train listops_tiny --run-dir runs/listops_longformer --model.attention.core longformer \
+    --model.attention.window 16 --model.attention.global-tokens 1
+heedful train listops_tiny --run-dir runs/listops_performer --model.attention.core performer \
     --model.attention.performer.features 64
-heedful train listops_tiny --model.attention.core linformer
+heedful train listops_tiny --run-dir runs/listops_linformer --model.attention.core linformer \
     --model.attention.linformer.rank 32 --model.attention.linformer.max-length 208
 
 Not comparable to `listops`, nor to anything published: the expressions are shorter. The README has
