@@ -38,6 +38,7 @@ def get_config(
         ),
         data=DataConfig(
             source="tfds:c4/en",
+            holdout=2e-5,
             objective="causal_lm",
             tokenizer=TokenizerConfig(kind="bpe", vocab_size=50_257),
             max_length=1024,

@@ -37,6 +37,7 @@ def get_config() -> Experiment:
         ),
         data=DataConfig(
             source="tfds:c4/en",
+            holdout=2e-5,
             objective="causal_lm",
             tokenizer=TokenizerConfig(kind="bpe", vocab_size=32_000),
             max_length=2048,

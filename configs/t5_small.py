@@ -36,6 +36,7 @@ def get_config() -> Experiment:
         ),
         data=DataConfig(
             source="tfds:c4/en",
+            holdout=2e-5,
             objective="span_corruption",
             tokenizer=TokenizerConfig(kind="bpe", vocab_size=32_128),
             max_length=512,

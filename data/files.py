@@ -31,6 +31,11 @@ def load(config: DataConfig, split: str) -> Sequence[Example]:
     if split != "train" and split not in held:
         held = []  # These files are the split itself.
     if config.objective in TEXT_OBJECTIVES and not config.columns:
+        if tables := [path for path in paths if is_table(path)]:
+            raise DataError(
+                f"data.{split} has the table {tables[0]}: give the column that holds its text to "
+                "data.columns, or name it .txt to learn from the file as it stands"
+            )
         return documents(paths, split, held, config.holdout)
     if config.objective == "translation" and len(paths) == 2:
         if config.columns or any(map(is_table, paths)):

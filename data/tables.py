@@ -20,6 +20,7 @@ _READERS: dict[str, Callable[[Iterable[str]], Iterator[Any]]] = {
     ".jsonl": lambda lines: map(json.loads, lines),
 }
 SUFFIXES = ", ".join(_READERS)
+csv.field_size_limit(1 << 30)  # Characters of a cell; 131,072 unless told.
 _HALF = re.compile("[\ud800-\udfff]")  # JSON can write these alone; UTF-8 cannot.
 
 
@@ -40,10 +41,12 @@ def header(path: str) -> tuple[str, ...]:
     """Returns the names of the columns: the first row, or the keys of the first object."""
     lines = (line.decode("utf-8-sig") for line in checked_lines(path))
     try:
-        names = next(_rows(path, lines), ())
+        names = next(_rows(path, lines), None)
     except (csv.Error, json.JSONDecodeError) as error:
         raise DataError(f"{path}, line 1: {error}; this is no {Path(path).suffix}") from error
-    if _is_json(path) and names and not isinstance(names, dict):
+    if names is None:
+        raise DataError(f"{path} is empty: give it rows")
+    if _is_json(path) and not isinstance(names, dict):
         raise DataError(f"{path}, line 1 is no JSON object: give one object a line")
     if len(set(names)) < len(names):
         raise DataError(f"{path} names a column twice in {', '.join(names)}: rename one")

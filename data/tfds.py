@@ -71,7 +71,7 @@ def load(config: DataConfig, split: str) -> Sequence[Example]:
     records = builder.as_data_source(split=name)
     examples = Records(records, read, f"tfds:{builder.info.full_name} {name}")
     if split in held:
-        _say(f"{config.source}: {split} is {config.holdout:.1%} of its train (data.holdout)")
+        _say(f"{config.source}: {split} is {config.holdout:.3g} of its train (data.holdout)")
     elif split == "test" and not name.startswith("test"):
         _say(f"{config.source}: test is its {name}, because it has no test split with labels")
     if split in held or (held and split == "train"):

@@ -123,7 +123,8 @@ def test_tables_are_joined_and_held_out_by_text(tmp_path):
         ("a.tsv", "text\tlabel\na\tb\n\nc\td\n", r"line 3 has 1 columns"),
         ("a.tsv", "text\tlabel\na\t \n", r"line 2 has no label in column 'label'"),
         ("a.tsv", "text\ttext\na\tb\n", r"names a column twice"),
-        ("a.tsv", "", r"a.tsv has no header"),
+        ("a.tsv", "", r"a.tsv is empty"),
+        ("a.tsv", "\n", r"a.tsv has no header"),
         ("a.csv", 'text,label\n"a\nb",c\n"d",e,f\n', r"a.csv, line 4 has 3 columns"),
         ("a.csv", 'text,label\n"a"b,c\n', r"line 2 begins a row that is no CSV"),
         ("a.csv", 'text,label\na,b\n"a,c\nd,e\n', r"line 3 begins a row that is no CSV"),
@@ -131,6 +132,7 @@ def test_tables_are_joined_and_held_out_by_text(tmp_path):
         ("a.jsonl", '{"text": "a", "label": "b"}\n{"text"\n', r"line 2 is no JSON \("),
         ("a.jsonl", '{"text": "a", "label": "b"}\n[1]\n', r"line 2 is no JSON object"),
         ("a.jsonl", '["text", "label"]\n', r"line 1 is no JSON object"),
+        ("a.jsonl", "null\n", r"line 1 is no JSON object"),
         ("a.jsonl", "text\n", r"a.jsonl, line 1: "),
         ("a.jsonl", '{"text": 5, "label": "b"}\n', r"line 1 has 5 as 'text'"),
         ("a.jsonl", '{"text": "a", "label": null}\n', r"line 1 has no label"),
@@ -144,6 +146,17 @@ def test_broken_tables_name_file_line_and_what_there_is(tmp_path, name, text, na
     with pytest.raises(DataError, match=names) as error:
         load(path)
     assert "\n" not in str(error.value)
+
+
+def test_a_cell_may_be_longer_than_the_131072_characters_that_python_reads_unless_told(tmp_path):
+    path = write(tmp_path / "a.csv", f"text,label\n{'a ' * 80_000},b\n")
+    assert len(load(path)[0]["text"]) == 160_000
+
+
+def test_a_table_is_no_running_text_unless_its_column_is_given(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"text": "one two"}\n')
+    with pytest.raises(DataError, match=r"data.train has the table .*a.jsonl: give the column"):
+        load(path, objective="causal_lm")
 
 
 def test_invalid_utf8_names_the_line(tmp_path):

@@ -138,7 +138,7 @@ def test_hidden_test_labels_move_the_splits_and_this_is_said(capsys):
     parts = load_all(data)
     said = capsys.readouterr().err
     assert "test is its validation, because it has no test split with labels" in said
-    assert "valid is 10.0% of its train" in said
+    assert "valid is 0.1 of its train" in said
     texts = {split: {e["text"] for e in part} for split, part in parts.items()}
     assert all("of validation" in text for text in texts["test"])
     assert not texts["train"] & texts["valid"]
