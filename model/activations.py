@@ -1,4 +1,7 @@
-"""What is between the two matrices of a feed-forward layer, or at its gate."""
+"""What is between the two matrices of a feed-forward layer, or at its gate.
+
+Both forms of gelu are computed in float32, whatever the type of x: 1 + erf is coarse near 0.
+"""
 
 import math
 from collections.abc import Callable
@@ -15,7 +18,8 @@ def gelu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
 
     It keeps x alone for its derivative, and takes `erf`, which is faster than flax's `erfc`.
     """
-    return x * _normal_cdf(x)
+    y = x.astype(jnp.float32)
+    return (y * _normal_cdf(y)).astype(x.dtype)
 
 
 def _normal_cdf(x: jax.Array) -> jax.Array:
@@ -24,8 +28,9 @@ def _normal_cdf(x: jax.Array) -> jax.Array:
 
 def _gelu_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
     x = jax.lax.optimization_barrier(x)  # Otherwise the forward pass stores its `erf` for this.
-    density = jnp.exp(-0.5 * jnp.square(x)) * (2 * math.pi) ** -0.5
-    return (g * (_normal_cdf(x) + x * density),)
+    y, g = x.astype(jnp.float32), g.astype(jnp.float32)
+    density = jnp.exp(-0.5 * jnp.square(y)) * (2 * math.pi) ** -0.5
+    return ((g * (_normal_cdf(y) + y * density)).astype(x.dtype),)
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
@@ -34,7 +39,8 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 @jax.custom_vjp
 def gelu_tanh(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """GPT-2's approximation of gelu (arXiv:1606.08415 §2), which keeps x alone as well."""
-    return 0.5 * x * (1 + jnp.tanh(_inner(x)))
+    y = x.astype(jnp.float32)
+    return (0.5 * y * (1 + jnp.tanh(_inner(y)))).astype(x.dtype)
 
 
 def _inner(x: jax.Array) -> jax.Array:
@@ -43,9 +49,10 @@ def _inner(x: jax.Array) -> jax.Array:
 
 def _gelu_tanh_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
     x = jax.lax.optimization_barrier(x)
-    tanh = jnp.tanh(_inner(x))
-    slope = (2 / math.pi) ** 0.5 * (1 + 3 * 0.044715 * x * x)
-    return (0.5 * g * (1 + tanh + x * (1 - tanh * tanh) * slope),)
+    y, g = x.astype(jnp.float32), g.astype(jnp.float32)
+    tanh = jnp.tanh(_inner(y))
+    slope = (2 / math.pi) ** 0.5 * (1 + 3 * 0.044715 * y * y)
+    return ((0.5 * g * (1 + tanh + y * (1 - tanh * tanh) * slope)).astype(x.dtype),)
 
 
 gelu_tanh.defvjp(lambda x: (gelu_tanh(x), x), _gelu_tanh_backward)

@@ -36,6 +36,10 @@ class Cache(Protocol):
         with them added; those that are not real leave no trace in it that a later query sees."""
         ...
 
+    def keys(self, new: int) -> int:
+        """How many keys so many new tokens are held against."""
+        ...
+
 
 @struct.dataclass
 class KVCache:
@@ -65,6 +69,9 @@ class KVCache:
     ) -> tuple[jax.Array, "KVCache"]:  # fmt: skip
         cache = self.write(k, v, _offset(mask))
         return core(q, *cache.rows(), mask, **how), cache
+
+    def keys(self, new: int) -> int:
+        return self.k.shape[2]
 
     def write(self, k: jax.Array, v: jax.Array, offset: jax.Array) -> "KVCache":
         """The cache with rows `k`, `v` [B, t, K, H] written from position `offset` ([] or [B])."""
@@ -105,7 +112,8 @@ class WindowCache:
         self, core: Callable, q: jax.Array, k: jax.Array, v: jax.Array,
         mask: AttentionMask, is_real: jax.Array | None = None, **how: Any,
     ) -> tuple[jax.Array, "WindowCache"]:  # fmt: skip
-        start, (batch, new), past = _offset(mask), k.shape[:2], self.k.shape[1] - 1
+        start, (batch, new) = _offset(mask), k.shape[:2]
+        past = self.keys(0)
         left = None if mask.window is None else mask.window[0]
         if left is None or left * max(mask.dilation or (1,)) > past:
             raise ValueError(
@@ -142,6 +150,9 @@ class WindowCache:
         slots = jnp.where(kept, slots[:, past:], past + 1)
         put = lambda to, x: to.at[rows, slots].set(x, mode="drop")  # noqa: E731
         return y, WindowCache(k=put(self.k, k), v=put(self.v, v), end=end)
+
+    def keys(self, new: int) -> int:
+        return self.k.shape[1] - 1 + new
 
 
 def new_cache(config: ModelConfig, batch: int, length: int) -> Cache:

@@ -35,7 +35,7 @@ class PerformerConfig:
     """Positions per block of the causal prefix sum: memory and time, not the result."""
 
     def __post_init__(self):
-        _require_choices("attention.performer", self)
+        require_choices("attention.performer", self)
         for name in ("features", "chunk"):
             value = getattr(self, name)
             require(value > 0, f"attention.performer.{name} must be positive, not {value}")
@@ -58,7 +58,7 @@ class LinformerConfig:
     key_value: one for all heads and both; layers: one for the whole stack (§4)."""
 
     def __post_init__(self):
-        _require_choices("attention.linformer", self)
+        require_choices("attention.linformer", self)
         require(
             0 < self.rank <= self.max_length,
             f"attention.linformer.rank = {self.rank} must be positive and at most "
@@ -171,7 +171,7 @@ class FeedForwardConfig:
     """Share of inner activations dropped in training."""
 
     def __post_init__(self):
-        _require_choices("feed_forward", self)
+        require_choices("feed_forward", self)
         require(self.width > 0, f"feed_forward.width must be positive, not {self.width}")
         _require_rate("feed_forward.dropout", self.dropout)
 
@@ -192,7 +192,7 @@ class NormConfig:
     """Whether the sum of embeddings is normalised too (BERT)."""
 
     def __post_init__(self):
-        _require_choices("norm", self)
+        require_choices("norm", self)
         require(self.epsilon > 0, f"norm.epsilon must be positive, not {self.epsilon}")
 
 
@@ -215,7 +215,7 @@ class RotaryConfig:
     """For llama3: longest input before the scaling."""
 
     def __post_init__(self):
-        _require_choices("positions.rotary", self)
+        require_choices("positions.rotary", self)
         for name in ("base", "factor", "low_frequency_factor", "original_length"):
             value = getattr(self, name)
             require(value > 0, f"positions.rotary.{name} must be positive, not {value}")
@@ -228,6 +228,15 @@ class RotaryConfig:
             self.scaling != "none" or self.factor == 1,
             f"positions.rotary.factor = {self.factor} needs positions.rotary.scaling",
         )
+        require(
+            self.scaling == "none" or self.factor != 1,
+            f"positions.rotary.scaling = {self.scaling} needs a positions.rotary.factor other than "
+            "1, which scales nothing",
+        )
+        if self.scaling != "llama3":
+            names = "low_frequency_factor", "high_frequency_factor", "original_length"
+            need = f"positions.rotary.scaling llama3, not {self.scaling}"
+            _require_idle("positions.rotary", self, names, need)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +247,8 @@ class PositionConfig:
     """none, sinusoidal (arXiv:1706.03762 §3.5), learned (arXiv:1705.03122), rotary
     (arXiv:2104.09864), alibi (arXiv:2108.12409) or relative, T5's bias (arXiv:1910.10683 §2.1)."""
     max_length: int = 512
-    """Rows in the table of learned positions: no longer input is accepted."""
+    """Rows in the table of learned positions: no longer input is accepted. Of others, only what a
+    file for transformers or llama2.c says."""
     buckets: int = 32
     """For relative: distances that are told apart, half of them exactly, the rest by logarithm."""
     max_distance: int = 128
@@ -246,7 +256,7 @@ class PositionConfig:
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
 
     def __post_init__(self):
-        _require_choices("positions", self)
+        require_choices("positions", self)
         for name in ("max_length", "buckets", "max_distance"):
             value = getattr(self, name)
             require(value > 0, f"positions.{name} must be positive, not {value}")
@@ -255,6 +265,9 @@ class PositionConfig:
             f"positions.buckets = {self.buckets} must be a multiple of 4, and "
             f"positions.max_distance = {self.max_distance} above half of it",
         )
+        if self.kind != "relative":
+            need = f"positions.kind relative, not {self.kind}"
+            _require_idle("positions", self, ("buckets", "max_distance"), need)
         require(
             self.kind == "rotary" or self.rotary == RotaryConfig(),
             f"positions.rotary is set, but positions.kind is {self.kind}",
@@ -283,12 +296,17 @@ class HeadConfig:
     """For classifier: share of the pooled features dropped in training."""
 
     def __post_init__(self):
-        _require_choices("head", self)
+        require_choices("head", self)
         require(
             self.outputs is None or self.outputs > 0,
             f"head.outputs must be positive, not {self.outputs}",
         )
         _require_rate("head.dropout", self.dropout)
+        if self.kind == "classifier":
+            idle, need = ("transform", "bias", "scale"), "head.kind language_model"
+        else:
+            idle, need = ("outputs", "pooling", "pooler"), "head.kind classifier"
+        _require_idle("head", self, idle, f"{need}, not {self.kind}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +329,8 @@ class LoraConfig:
                 target in known, f"lora.targets has {target!r}: choose among {', '.join(known)}"
             )
         require(bool(self.targets), "lora.targets is empty: name a linear map")
+        if not self.rank:
+            _require_idle("lora", self, ("alpha", "targets"), "lora.rank above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,7 +366,7 @@ class ModelConfig:
     """Whether embeddings are multiplied by sqrt(width) (§3.4)."""
     init: Literal["glorot", "normal", "scaled_normal"] = "glorot"
     """Initial matrices: glorot (uniform); normal, of deviation 0.02 (BERT); scaled_normal: the last
-    matrix of each sublayer smaller by sqrt(2 layers) (GPT-2)."""
+    matrix of each sublayer smaller by sqrt(2 layers of its stack) (GPT-2)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type; parameters, softmax, norms and loss stay in float32."""
     remat: Literal["none", "dots", "attention", "full"] = "none"
@@ -361,7 +381,7 @@ class ModelConfig:
     def __post_init__(self):
         if isinstance(self.remat, bool):  # in runs from before it had names
             object.__setattr__(self, "remat", "full" if self.remat else "none")
-        _require_choices("model", self)
+        require_choices("model", self)
         heads = self.attention.heads
         for name in ("width", "layers", "unroll"):
             value = getattr(self, name)
@@ -452,13 +472,22 @@ class ModelConfig:
         return self.attention.kv_heads or self.attention.heads
 
 
-def _require_choices(section: str, config: Any) -> None:
+def require_choices(section: str, config: Any, error: type[ValueError] = ModelError) -> None:
     """An unknown choice would silently mean whichever branch comes last."""
     for entry in fields(config):
         value, choices = getattr(config, entry.name), get_args(entry.type)
+        if get_origin(entry.type) is Literal and value not in choices:
+            known = ", ".join(map(str, choices))
+            raise error(f"{section}.{entry.name} must be one of {known}, not {value}")
+
+
+def _require_idle(section: str, config: Any, names: tuple[str, ...], need: str) -> None:
+    """Fields that do nothing without `need` stand at their defaults: who sets one expects more."""
+    for entry in fields(config):
+        value = getattr(config, entry.name)
         require(
-            get_origin(entry.type) is not Literal or value in choices,
-            f"{section}.{entry.name} must be one of {', '.join(map(str, choices))}, not {value}",
+            entry.name not in names or value == entry.default,
+            f"{section}.{entry.name} = {value} needs {need}: set that, or leave it out",
         )
 
 

@@ -4,6 +4,7 @@ jax.random on a CPU writes and reads the array many times for its bits; here the
 they are used. An element's fate depends on its coordinates only, so a core may draw it by tiles.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -37,7 +38,13 @@ def keep_at(
 ) -> Bool[Array, "..."]:
     """What `keep` gives for an array of `shape`, at one index array for each of its axes."""
     first, second = jax.random.key_data(key)
-    return mix(mix(place(index, shape) ^ first) ^ second) >= jnp.uint32(round(rate * 2**32))
+    # Of an array of more than 2^32 elements, the last axes that count no further, and the others.
+    sizes = [math.prod(shape[axis:]) for axis in range(len(shape))]
+    outer = sum(size > 2**32 for size in sizes)
+    word = mix(place(index[outer:], shape[outer:]) ^ first)
+    if outer:
+        word = mix(word ^ place(index[:outer], shape[:outer]))
+    return mix(word ^ second) >= jnp.uint32(round(rate * 2**32))
 
 
 def indices(shape: tuple[int, ...]) -> list[jax.Array]:

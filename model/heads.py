@@ -1,6 +1,7 @@
 """What stands on top of a stack."""
 
 import math
+from dataclasses import replace
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -51,7 +52,7 @@ class LanguageModelHead(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Scores for each class, or one number, from the pooled hidden states of each row."""
+    """Scores for each class, or one number, in float32, from the pooled hidden states of a row."""
 
     config: ModelConfig
 
@@ -73,8 +74,8 @@ class Classifier(nn.Module):
             pooled = Linear(config, model, {"features": config.width}, True, name="pooler")(pooled)
             pooled = jnp.tanh(pooled)
         pooled = Dropout(head.dropout)(pooled, deterministic)
-        outputs = Linear(config, model, {"classes": head.outputs}, True, name="classes")(pooled)
-        return outputs[:, 0].astype(jnp.float32)
+        fine = replace(config, dtype="float32")
+        return Linear(fine, model, {"classes": head.outputs}, True, name="classes")(pooled)[:, 0]
 
 
 def pool(

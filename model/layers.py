@@ -14,13 +14,13 @@ from model.activations import ACTIVATIONS
 from model.attention import ATTENTION, WITHOUT_WEIGHTS, choose
 from model.attention.dense import attention_weights, dense
 from model.attention.longformer import put_rows, take_rows
-from model.axes import constrain, partitioned, target_platform
+from model.axes import constrain, partitioned, shards, target_platform
 from model.cache import Cache, KVCache
 from model.config import ModelConfig, Place
 from model.dropout import dropout
 from model.linear import FEW, Linear, matmul, transposed_matmul
 from model.masks import AttentionMask, MaskNotSupported, cross
-from model.positions import PositionBias, Rotation
+from model.positions import PositionBias, Rotation, lookup
 
 
 class Dropout(nn.Module):
@@ -137,7 +137,8 @@ class MultiHeadAttention(nn.Module):
     while cross-attention stores the projected context and reads it when called without one. Keys
     are cached after their rotation. With `attention.global_projections` what global tokens see goes
     through projections of its own. The weights are sown as `weights` [B, N, T, S] where the caller
-    makes the collection "intermediates" mutable and the core has such weights.
+    makes the collection "intermediates" mutable and the core has such weights; those of
+    self-attention with a cache are refused.
     """
 
     config: ModelConfig
@@ -179,7 +180,8 @@ class MultiHeadAttention(nn.Module):
         v = constrain(v, "act_batch", "act_length", "act_kv_heads", "act_head_dim")
 
         place_core, platform = attention.core_of(self.place), target_platform()
-        name, _ = choose(place_core, platform, k.shape[1], q.shape[1])
+        length = k.shape[1] if cache is None or self.place == "cross" else cache.keys(k.shape[1])
+        name, _ = choose(place_core, platform, length, q.shape[1], shards("act_length"))
         core = ATTENTION[name](config)
         if self.is_initializing() and not isinstance(core, nn.Module):
             core = dense  # it has no parameters, and may need a mesh or a device that is not there
@@ -199,6 +201,11 @@ class MultiHeadAttention(nn.Module):
             y, cache = cache.attend(core, q, k, v, mask, shared.is_real, **how)
         is_sown = self.is_mutable_collection("intermediates") and not self.is_initializing()
         is_sown &= name not in WITHOUT_WEIGHTS
+        if is_sown and cache is not None and self.place != "cross":
+            raise ValueError(
+                "no attention weights are known with a cache, which holds the keys of earlier "
+                "tokens: make intermediates immutable, or give all tokens at once without a cache"
+            )
         weights = attention_weights(q, k, mask, **scores) if is_sown else None
         if weights is not None:
             weights = weights.reshape(len(q), -1, *weights.shape[3:])
@@ -291,7 +298,7 @@ class Embedding(nn.Module):
     def __call__(self, tokens: jax.Array) -> Float[Array, "B T D"]:
         # Whole vectors on every device: else the result would be split by vector, not by token.
         table = constrain(jnp.asarray(self.table), "act_vocab", "act_embed")
-        x = table[tokens].astype(self.config.dtype)
+        x = lookup(table, tokens).astype(self.config.dtype)
         x = constrain(x, *("act_batch", "act_length")[: x.ndim - 1], "act_embed")
         return x * math.sqrt(self.config.width) if self.config.scale_embeddings else x
 

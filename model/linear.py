@@ -111,7 +111,9 @@ class Linear(nn.Module):
         y = y.reshape(*y.shape[:-1], *out_shape)
         if self.use_bias:
             zeros = partitioned(nn.initializers.zeros, *self.outputs)
-            y += jnp.asarray(self.param("bias", zeros, out_shape), dtype)
+            # In float32, in which the gradient is then summed up over all rows.
+            bias = jnp.asarray(self.param("bias", zeros, out_shape))
+            y = (y.astype(jnp.float32) + bias).astype(dtype)
         return checkpoint_name(y, str(self.name))  # by which model.remat keeps it
 
 

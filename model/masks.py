@@ -192,7 +192,7 @@ def causal() -> AttentionMask:
 
 
 def prefix(lengths: Int[Array, " B"]) -> AttentionMask:
-    """Causal, but the first `lengths` positions are visible to all (arXiv:1910.10683 §3.1.1)."""
+    """Causal, but the first `lengths` positions are visible to all (arXiv:1910.10683 §3.2.1)."""
     return AttentionMask(causal=True, prefix_len=_counts("prefix lengths", lengths))
 
 

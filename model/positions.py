@@ -27,6 +27,11 @@ def sinusoidal(positions: Int[Array, "b T"], width: int) -> Float[Array, "b T D"
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
+def lookup(table: Float[Array, "V D"], ids: Int[Array, "*b"]) -> Float[Array, "*b D"]:
+    """Rows of a table; NaN for an id that has none, which is not known while tracing."""
+    return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
 class PositionEmbedding(nn.Module):
     """The vector added to the embedding of a token at a position; 0 where attention does it."""
 
@@ -47,7 +52,7 @@ class PositionEmbedding(nn.Module):
         deviation = width**-0.5 if self.config.init == "glorot" else 0.02
         init = partitioned(nn.initializers.normal(deviation), "position", "embed")
         table = self.param("table", init, (config.max_length, width))
-        return jnp.asarray(table)[positions]
+        return lookup(jnp.asarray(table), positions)
 
 
 # Rotary -----------------------------------------------------------------------------------------

@@ -22,10 +22,11 @@ from model.positions import (
     rotation,
 )
 
+OF_ATTENTION = ("query", "key", "value", "out", "global_query", "global_key", "global_value")
 KEPT = {
     "full": (),
-    "attention": ("query", "key", "value", "out"),
-    "dots": ("query", "key", "value", "out", "up", "gate", "down"),
+    "attention": OF_ATTENTION,
+    "dots": (*OF_ATTENTION, "up", "gate", "down"),
 }
 """Linear maps whose outputs the backward pass finds, by `config.remat`."""
 

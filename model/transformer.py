@@ -1,5 +1,6 @@
 """The three architectures: embeddings, one or two stacks of blocks, a head."""
 
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ from model.heads import HEADS
 from model.layers import Dropout, Embedding, Norm
 from model.linear import transposed_kernels
 from model.masks import AttentionMask
-from model.positions import PositionEmbedding
+from model.positions import PositionEmbedding, lookup
 from model.stack import Apart, BlockCache, Stack, unroll
 
 Tokens = Int[Array, "B T"]
@@ -44,7 +45,7 @@ class Inputs(nn.Module):
             deviation = config.width**-0.5 if config.init == "glorot" else 0.02
             init = partitioned(nn.initializers.normal(deviation), "position", "embed")
             table = jnp.asarray(self.param("types", init, (config.types, config.width)))
-            x += table[0] if type_ids is None else table[type_ids]
+            x += table[0] if type_ids is None else lookup(table, type_ids)
         if config.norm.embeddings:
             x = Norm(config, name="norm")(x)
         x = Dropout(config.dropout)(x, deterministic)
@@ -185,7 +186,8 @@ class EncoderDecoder(nn.Module):
         self.embedding = Embedding(config)
         self.encoder_inputs = Inputs(config)
         self.decoder_inputs = Inputs(config)
-        self.encoder = Stack(config, config.encoder_layers or config.layers)
+        depth = config.encoder_layers or config.layers  # which `init` looks at, too
+        self.encoder = Stack(replace(config, layers=depth), depth)
         self.decoder = Stack(config, config.layers, is_causal=True, has_cross=True)
         self.head = HEADS[config.head.kind](config)
 

@@ -12,7 +12,7 @@ from flax import struct
 from model import masks
 from model.attention import ATTENTION, choose
 from model.attention.dense import attention_weights, dense
-from model.dropout import dropout, keep
+from model.dropout import dropout, keep, keep_at, mix
 from model.positions import PositionBias
 
 B, T, S, N, K, H = 2, 5, 7, 6, 3, 11
@@ -207,6 +207,28 @@ def test_kept_elements_are_independent_of_key_and_place():
     )
 
 
+def test_an_element_is_kept_by_its_place_among_all():
+    shape, words = (3, 5, 7), jnp.array([11, 13], jnp.uint32)
+    hashed = mix(mix(jnp.arange(105, dtype=jnp.uint32).reshape(shape) ^ words[0]) ^ words[1])
+    kept = keep(words, shape, 0.25)
+    np.testing.assert_array_equal(kept, hashed >= 2**30)
+
+
+@pytest.mark.parametrize("shape", [(128, 16, 1, 2048, 2048), (3, 2**16, 2**16)])
+def test_rows_of_arrays_of_more_than_32_bits_are_dropped_apart(shape: tuple[int, ...]):
+    key = jax.random.key_data(jax.random.key(0))
+    zero, columns = np.zeros(1, int), np.arange(2048)
+    kept = []
+    for row in range(0, shape[0], 2**32 // math.prod(shape[1:])):  # each 2^32 places after another
+        index = np.array([row]), *[zero] * (len(shape) - 2), columns
+        kept.append(np.asarray(keep_at(key, index, shape, 0.5)) - 0.5)
+    assert len(kept) > 1
+    for i, x in enumerate(kept):
+        assert abs(x.mean()) < 5 * 0.5 / math.sqrt(2048)
+        for y in kept[:i]:
+            assert abs((x * y).mean()) < 5 * 0.25 / math.sqrt(2048)
+
+
 def test_shapes_that_do_not_fit_are_refused(unchecked):
     q, k, v, _ = map(jnp.float32, inputs())
     wrong = (
@@ -232,4 +254,5 @@ def test_choice_of_a_core():
     assert choose("auto", "cpu", 511)[0] == "dense"
     assert choose("auto", "cpu", 512)[0] == "flash"
     assert choose("auto", "cpu", 4096, queries=1)[0] == "dense"  # decoding
+    assert choose("auto", "cpu", 512, shards=2)[0] == "dense"  # flash would gather the length
     assert choose("dense", "cpu", 512) == ("dense", "chosen by model.attention.core")

@@ -71,8 +71,10 @@ def test_scores_of_classes(outputs: int, pooler: bool, pooling: str):
 
 def test_scores_are_float32_whatever_the_compute_type():
     model, params = init(classifier(dtype="bfloat16", vocab_size=V))
-    scores = jax.eval_shape(model.apply, {"params": params}, TOKENS)
+    scores = jax.jit(model.apply)({"params": params}, TOKENS)
     assert (scores.shape, scores.dtype) == ((B, CLASSES), jnp.float32)
+    rounded = scores.astype(jnp.bfloat16).astype(jnp.float32)
+    assert (rounded != scores).mean() > 0.9  # they were float32 all along
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,17 @@ def test_initial_values(kind: str):
     assert seen == deviations.keys()
 
 
+def test_each_stack_is_scaled_by_its_own_depth():
+    sizes = {"width": 60, "feed_forward_width": 128, "layers": 2, "encoder_layers": 8}
+    model = build(tiny(init="scaled_normal", **sizes))
+    key = jax.random.key(0, impl="rbg")
+    params = nn.unbox(jax.jit(model.init)(key, TOKENS, TOKENS))["params"]
+    for stack, layers in (("encoder", 8), ("decoder", 2)):
+        kernel = params[stack]["blocks"]["feed_forward"]["down"]["kernel"]
+        assert len(kernel) == layers
+        assert np.std(kernel) == pytest.approx(0.02 / math.sqrt(2 * layers), rel=0.05)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["tables", "scaled tables", "scaled head"])
 def test_tokens_begin_no_smaller_than_what_is_added_to_them(kind: str, tied: bool):

@@ -13,10 +13,11 @@ from tiny import HEAD_DIM, HEADS, INNER, KV_HEADS, WIDTH, B, S, T, V, tiny
 
 from model import masks
 from model.activations import gelu, gelu_tanh
-from model.cache import KVCache
+from model.cache import KVCache, new_cache
 from model.config import ModelError
 from model.layers import Dropout, Embedding, FeedForward, MultiHeadAttention, Norm, normalise
 from model.linear import Linear, matmul
+from model.transformer import decoder_mask
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -59,6 +60,18 @@ def test_linear_starts_within_the_glorot_bound_of_its_true_fans(inputs, outputs)
     params["bias"] = jnp.float32(random(*outputs.values()))
     expected = np.tensordot(x, kernel, len(inputs)) + params["bias"]
     np.testing.assert_allclose(apply(module, params, x), expected, atol=1e-4)
+
+
+def test_the_gradient_of_a_bias_is_summed_up_in_float32():
+    config = tiny(dtype="bfloat16")
+    module = Linear(config, {"embed": 3}, {"heads": 2, "head_dim": 5}, use_bias=True)
+    x = jnp.float32(random(7, 1009, 3))
+    g = jnp.asarray(np.abs(random(7, 1009, 2, 5)), jnp.bfloat16)
+    params = params_of(module, x)
+    _, pull = jax.vjp(lambda params: apply(module, params, x), params)
+    # Of bfloat16 numbers a sum of thousands ends where the next one is too small for it.
+    expected = np.float64(g).sum((0, 1))
+    np.testing.assert_allclose(pull(g)[0]["bias"], expected, rtol=1e-5)
 
 
 def test_matmul_has_the_gradients_of_a_dot_product():
@@ -144,6 +157,19 @@ def test_gelu_has_its_derivative(name: str, function):
     # 1 - tanh^2 loses digits where |x|, which multiplies it, is about 4.
     atol = {"gelu": 2e-6, "gelu_tanh": 5e-6}[name]
     np.testing.assert_allclose(jax.vmap(jax.grad(function))(jnp.float32(x)), wanted, atol=atol)
+
+
+@pytest.mark.parametrize(("name", "function"), [("gelu", gelu), ("gelu_tanh", gelu_tanh)])
+def test_gelu_of_bfloat16_is_rounded_once(name: str, function):
+    x = jnp.asarray(np.linspace(-4, 4, 1009), jnp.bfloat16)
+    wide = np.float64(x)
+    slope = (ACTIVATIONS[name](wide + 1e-5) - ACTIVATIONS[name](wide - 1e-5)) / 2e-5
+    for ours, wanted in (
+        (function(x), ACTIVATIONS[name](wide)),
+        (jax.vmap(jax.grad(function))(x), slope),
+    ):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float64(ours), wanted, rtol=2**-8, atol=5e-6)
 
 
 def test_dropout_in_training_only():
@@ -265,6 +291,29 @@ def test_a_cache_gives_what_the_whole_sequence_gives(per_row: bool):
         mask = masks.causal().at(offset)
         out, cache = apply(module, params, x[:, start:stop], None, mask, cache=cache)
         np.testing.assert_allclose(out, expected[:, start:stop], rtol=1e-4, atol=1e-5)
+
+
+def test_weights_with_a_cache_are_refused():
+    x = jnp.float32(random(B, 2, WIDTH))
+    mask = masks.causal().at(3)
+    module = MultiHeadAttention(tiny())
+    params = params_of(module, x, None, mask)
+    seen = {"cache": KVCache.zeros(tiny(), B, S), "mutable": "intermediates"}
+    with pytest.raises(ValueError, match=r"weights are known with a cache.*without a cache"):
+        apply(module, params, x, None, mask, **seen)
+
+
+@pytest.mark.parametrize(("window", "expected"), [(None, S), (4, 4 + 2)])
+def test_auto_chooses_by_the_keys_of_the_cache(window: int | None, expected: int, monkeypatch):
+    chosen = []
+    spy = lambda *given: chosen.append(given) or ("dense", "")  # noqa: E731
+    monkeypatch.setattr("model.layers.choose", spy)
+    config = tiny("decoder_only", attention_window=window)
+    x, mask = jnp.float32(random(B, 2, WIDTH)), decoder_mask(config, None, offset=0)
+    module = MultiHeadAttention(config)
+    params = params_of(module, x, None, mask)
+    apply(module, params, x, None, mask, cache=new_cache(config, B, S))
+    assert chosen[-1] == ("auto", "cpu", expected, 2, 1)
 
 
 def test_cache_rows_at_their_own_positions():

@@ -34,6 +34,9 @@ MASKS: dict[str, AttentionMask] = {
     "global, dilated, packed": masks.longformer(2, PLACES, STEPS) & SEGMENTS,
     "global and causal": masks.longformer(2, PLACES, STEPS) & masks.causal(),
     "at an offset": (masks.causal() & masks.sliding(4, 4)).at(3),
+    "wider, at an offset": (masks.longformer(90, PLACES, STEPS) & masks.causal()).at(
+        jnp.array([6, 1])
+    ),
     "at each row's offset": (masks.longformer(2, PLACES, STEPS) & masks.causal()).at(
         jnp.array([6, 1])
     ),
@@ -86,13 +89,22 @@ def assert_equal_to_dense(mask: AttentionMask, inputs, **how: Any) -> None:
 
 @pytest.mark.parametrize("name", MASKS)
 def test_every_mask_with_a_window(name: str):
-    lengths = {"at an offset": (7, S), "at each row's offset": (11, T), "sliding": (T, S)}
+    lengths = {
+        "at an offset": (7, S),
+        "wider, at an offset": (3, S),
+        "at each row's offset": (11, T),
+        "sliding": (T, S),
+    }
     assert_equal_to_dense(MASKS[name], arrays(jnp.float32, *lengths.get(name, (T, T))))
 
 
 @pytest.mark.parametrize(
     ("name", "bias"),
-    [("global, dilated, packed", "relative"), ("at each row's offset", "alibi")],
+    [
+        ("global, dilated, packed", "relative"),
+        ("at each row's offset", "alibi"),
+        ("wider, at an offset", "alibi"),
+    ],
 )
 def test_biases_dropout_and_scale(name: str, bias: str):
     how: dict[str, Any] = {"scale": 0.7, "dropout_rate": 0.3, "dropout_key": jax.random.key(1)}
@@ -132,6 +144,19 @@ def test_memory_and_arithmetic_grow_with_the_length_alone(monkeypatch):
     assert sizes[2] - sizes[1] < 2.1 * (sizes[1] - sizes[0])
     scores = 2048 * 2048 * 2 * 4
     assert sizes[2] < scores / 10
+
+
+def test_a_window_costs_no_more_than_the_keys_of_a_cache():
+    mask = masks.causal() & masks.sliding(1_000_000, 0)
+
+    def flops(T: int, S: int) -> float:
+        q, kv = (jax.ShapeDtypeStruct((1, n, 2, 8), jnp.float32) for n in (T, S))
+        run = jax.jit(lambda q, k, v, start: longformer(q, k, v, mask.at(start)))
+        compiled: Any = run.lower(q, kv, kv, jnp.int32(0)).compile()
+        return compiled.cost_analysis()["flops"]
+
+    assert flops(1, 32) < 100 * 32 * 2 * 8
+    assert flops(8, 32) < 100 * 8 * 32 * 2 * 8
 
 
 def test_what_it_cannot_express_is_refused():

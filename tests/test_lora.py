@@ -87,5 +87,5 @@ def test_only_the_targets_are_adapted():
     for changes, targets in (({}, ("query", "value")), ({"lora_targets": ("down",)}, ("down",))):
         for name, linear in boxes(adapted(**changes)).items():
             assert ("lora_a" in linear) == ("lora_b" in linear) == (name in targets), name
-    never = boxes(tiny("decoder_only", lora_targets=TARGETS, **GATED))
+    never = boxes(tiny("decoder_only", **GATED))
     assert not any(part.startswith("lora") for linear in never.values() for part in linear)

@@ -9,6 +9,7 @@ from model.attention import choose
 from model.config import (
     AttentionConfig,
     FeedForwardConfig,
+    HeadConfig,
     ModelConfig,
     ModelError,
     NormConfig,
@@ -17,6 +18,16 @@ from model.config import (
 from model.transformer import build
 
 NAN = float("nan")
+
+
+def rotary(scaling, name: str) -> RotaryConfig:
+    """With a field set to 3 that is for llama3."""
+    return RotaryConfig(scaling=scaling, factor=1 if scaling == "none" else 2, **{name: 3})
+
+
+def classifier(name: str) -> HeadConfig:
+    """With a field set that is for a language model."""
+    return HeadConfig(kind="classifier", **{name: True})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -52,6 +63,24 @@ NAN = float("nan")
         (lambda: RotaryConfig(low_frequency_factor=0), "rotary.low_frequency_factor", "0"),
         (lambda: RotaryConfig(original_length=0), "rotary.original_length", "0"),
         (lambda: RotaryConfig(high_frequency_factor=1), "high_frequency_factor = 1", "= 1.0"),
+        (lambda: RotaryConfig(scaling="linear"), "rotary.scaling = linear", "factor other than 1"),
+        (lambda: RotaryConfig(scaling="llama3"), "rotary.scaling = llama3", "factor other than 1"),
+        *(
+            (lambda scaling=scaling, name=name: rotary(scaling, name), f"{name} = 3", "llama3, not")
+            for scaling in ("none", "linear")
+            for name in ("low_frequency_factor", "high_frequency_factor", "original_length")
+        ),
+        (lambda: tiny(positions_buckets=8), "positions.buckets = 8", "kind relative, not sinus"),
+        (lambda: tiny(positions_max_distance=99), "positions.max_distance = 99", "kind relative"),
+        (lambda: tiny(head_outputs=3), "head.outputs = 3", "head.kind classifier, not language"),
+        (lambda: tiny(head_pooling="mean"), "head.pooling = mean", "head.kind classifier"),
+        (lambda: tiny(head_pooler=False), "head.pooler = False", "head.kind classifier"),
+        *(
+            (lambda name=name: classifier(name), f"head.{name} = True", "language_model, not class")
+            for name in ("transform", "bias", "scale")
+        ),
+        (lambda: tiny(lora_alpha=3.0), "lora.alpha = 3.0", "lora.rank above 0"),
+        (lambda: tiny(lora_targets=("query",)), "lora.targets = ('query',)", "lora.rank above 0"),
         (lambda: tiny(head_kind="span"), "head.kind", "span"),
         (lambda: tiny(head_pooling="max"), "head.pooling", "max"),
         (lambda: tiny(head_outputs=0), "head.outputs", "0"),
@@ -62,7 +91,11 @@ NAN = float("nan")
         (lambda: tiny(lora_alpha=0), "lora.alpha", "0"),
         (lambda: tiny(lora_targets=("query", "querry")), "lora.targets", "'querry'"),
         (lambda: tiny(lora_targets=()), "lora.targets", "empty"),
-        (lambda: tiny(lora_targets=("gate",)), "lora.targets", "feed_forward.gated is False"),
+        (
+            lambda: tiny(lora_rank=2, lora_targets=("gate",)),
+            "lora.targets",
+            "feed_forward.gated is False",
+        ),
         (lambda: tiny("encoder_only", types=-1), "model.types", "-1"),
         (lambda: tiny(types=2), "model.types = 2", "encoder_only"),
         (lambda: tiny(init="xavier"), "model.init", "xavier"),
@@ -91,8 +124,9 @@ def test_refused(make: Callable, field: str, value: str):
 
 def test_accepted_at_the_bounds():
     tiny("decoder_only", head_kind="classifier", head_pooling="last")
-    tiny(positions_buckets=4, positions_max_distance=3)
-    tiny(lora_targets=("gate",), feed_forward_gated=True)
+    tiny(positions_kind="relative", positions_buckets=4, positions_max_distance=3)
+    tiny(lora_rank=1, lora_targets=("gate",), feed_forward_gated=True)
+    tiny(head_kind="language_model", head_dropout=0.0)
     tiny(**POSITIONS["rotary"])
 
 

@@ -75,6 +75,13 @@ def test_ropes_before_and_after_transformers_5(tmp_path: Path):
     assert read(directory).config == config
 
 
+def test_a_rope_that_is_scaled_by_1_is_not_scaled(tmp_path: Path):
+    directory = export(tmp_path, "LlamaForCausalLM")
+    for scaling in ({"rope_type": "linear"}, {"rope_type": "llama3"}):
+        change(directory, rope_scaling={**scaling, "factor": 1.0})
+        assert read(directory).config == LLAMA
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_is_widened(dtype: Any, tmp_path: Path):
     directory = export(tmp_path, "LlamaForCausalLM")

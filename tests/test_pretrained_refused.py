@@ -33,9 +33,11 @@ from model import pretrained
 from model.config import (
     FeedForwardConfig,
     HeadConfig,
+    LinformerConfig,
     LoraConfig,
     ModelConfig,
     NormConfig,
+    PerformerConfig,
     PositionConfig,
 )
 from model.pretrained import read, write
@@ -80,6 +82,19 @@ from model.pretrained import tensors as tensors_module
             ("model.attention.kv_heads = 1", "t5 has 3"),
         ),
         (replace(GPT2, lora=LoraConfig(rank=2)), ("model.lora.rank = 2", "merge_lora")),
+        *(
+            (
+                replace(model, attention=replace(model.attention, **{name: core, core: tuned})),
+                (f"model.attention.{name} = {core} cannot be exported",),
+            )
+            for model, name, core, tuned in (
+                (GPT2, "core", "performer", PerformerConfig()),
+                (GPT2, "core", "performer", PerformerConfig(features=7)),
+                (BERT, "core", "linformer", LinformerConfig(rank=3)),
+                (MARIAN, "decoder_core", "performer", PerformerConfig(features=7)),
+                (MARIAN, "cross_core", "linformer", LinformerConfig(rank=3)),
+            )
+        ),
         (replace(GPT2, vocab_size=None), ("model.vocab_size is not set",)),
         (replace(GPT2, head=replace(CLASSIFIER, pooling="last")), ("model.head.",)),
     ],
@@ -102,6 +117,12 @@ def test_positions_of_longformer_begin_after_its_padding(tmp_path):
 def test_what_only_training_knows_does_not_hinder():
     config = replace(LLAMA, dropout=0.3, remat="full", unroll=2, dtype="bfloat16", init="glorot")
     assert pretrained.config_to_hf(config) == pretrained.config_to_hf(LLAMA)
+
+
+def test_exact_cores_are_one_function():
+    cores = {"core": "flash", "decoder_core": "ring", "cross_core": "dense"}
+    config = replace(MARIAN, attention=replace(MARIAN.attention, **cores))
+    assert pretrained.config_to_hf(config) == pretrained.config_to_hf(MARIAN)
 
 
 @pytest.mark.parametrize(

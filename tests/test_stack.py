@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from plain import Plain
 from tiny import (
     HEADS,
@@ -25,6 +26,7 @@ from tiny import (
     tiny,
 )
 
+from model.stack import KEPT
 from model.transformer import build, empty_cache
 
 close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
@@ -208,6 +210,15 @@ def test_each_rematerialisation_keeps_less_than_the_one_before():
         _, pull = jax.eval_shape(partial(jax.vjp, loss), params)
         kept.append(sum(leaf.size for leaf in jax.tree.leaves(pull)))
     assert kept == sorted(set(kept), reverse=True)
+
+
+def test_dots_keeps_what_every_linear_map_of_a_block_gives():
+    options = {"window": 1, "global_tokens": 1, "global_projections": True}
+    changes = {f"attention_{name}": x for name, x in options.items()}
+    _, params = init(tiny("encoder_only", feed_forward_gated=True, **changes))
+    paths = flatten_dict(params["encoder"]["blocks"])
+    assert {path[-2] for path in paths if path[-1] == "kernel"} == set(KEPT["dots"])
+    assert {path[-2] for path in paths if "self_attention" in path} == set(KEPT["attention"])
 
 
 def test_dropout_acts_at_each_place_in_training_only():

@@ -173,3 +173,17 @@ def test_types_are_refused_where_there_is_no_table():
     model, params = init(tiny("encoder_only"))
     with pytest.raises(ModelError, match=r"type_ids .* model\.types is 0"):
         jax.eval_shape(model.apply, {"params": params}, TOKENS, type_ids=jnp.array(TYPES))
+
+
+@pytest.mark.parametrize("name", ["inputs", "positions", "type_ids"])
+def test_ids_that_are_in_no_table_give_no_number(name: str):
+    model, params = init(tiny("decoder_only", types=3, **POSITIONS["learned"]))
+    given = {"inputs": TOKENS, "positions": jnp.array(PLACES), "type_ids": jnp.array(TYPES)}
+    run = jax.jit(lambda given: model.apply({"params": params}, **given))
+    expected = run(given)
+    assert np.isfinite(expected).all()
+    for wrong in (999, -1):
+        spoilt = given[name].at[2, 3].set(wrong)
+        logits = run(given | {name: spoilt})
+        assert np.isnan(logits[2, 3:]).all()
+        np.testing.assert_array_equal(logits[:2], expected[:2])

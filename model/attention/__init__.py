@@ -30,6 +30,9 @@ ATTENTION: dict[str, Callable[[ModelConfig], Callable]] = {
 WITHOUT_WEIGHTS = frozenset({"linformer", "performer"})
 """Cores that never compute what share a query takes of a key."""
 
+INEXACT = frozenset({"linformer", "performer"})
+"""Cores that compute another function than dense."""
+
 ONE_DOCUMENT = frozenset({"cudnn", "linformer"})
 """Cores that cannot tell documents of one row apart: the row comes out as NaN."""
 
@@ -37,13 +40,18 @@ FLASH_FROM = 512
 """Queries and keys from which flash is faster than dense on a CPU, forward and backward."""
 
 
-def choose(core: str, platform: str, length: int, queries: int | None = None) -> tuple[str, str]:
+def choose(
+    core: str, platform: str, length: int, queries: int | None = None, shards: int = 1
+) -> tuple[str, str]:
     """The name of the core to run on `platform` ("cpu", "gpu", "tpu") on `length` keys, and why.
 
-    There are as many queries, or `queries`: few when decoding.
+    There are as many queries, or `queries`: few when decoding. `shards` says over how many devices
+    the mesh splits the length.
     """
     if core == "auto":
         pairs = length * (length if queries is None else queries)
+        if shards > 1:
+            return "dense", f"exact, and takes what the mesh splits over {shards} devices"
         if platform == "cpu" and pairs >= FLASH_FROM**2:
             return "flash", f"exact, and faster than dense on {platform} from {FLASH_FROM} keys on"
         return "dense", f"exact, and runs every mask on {platform}"

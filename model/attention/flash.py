@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from model.attention.dense import require_shapes
-from model.axes import shards, target_platform
+from model.attention.fused import require_whole_rows
+from model.axes import mesh_axes, shards, target_platform
 from model.dropout import dropout_words, keep_at
 from model.masks import AttentionMask
 from model.positions import PositionBias
@@ -49,10 +50,12 @@ def flash(
 
     Inputs of any type are computed with in float32. Memory: some copies of the arguments and a few
     tiles [b, N, q_block, kv_block] of b rows at a time. The sizes, of which no more is used than
-    the lengths need, change rounding only. Can be differentiated once, in reverse.
+    the lengths need, change rounding only. Can be differentiated once, in reverse. Raises
+    ModelError where the mesh splits the length: each device would gather and compute all of it.
     """
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     require_shapes(q, k, v)
+    require_whole_rows("flash", mesh_axes("act_length")[0])
     sizes = SHORT if max(T, S) < 8192 else LONG
     tiles = Tiles(
         shape=(B, K, N // K, T, S),

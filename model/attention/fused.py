@@ -63,5 +63,5 @@ def require_whole_rows(core: str, length_axes: tuple[str, ...]) -> None:
     require(
         not length_axes,
         f"core {core} needs whole sequences, and the mesh splits them over {length_axes}: set "
-        "train.mesh.seq to 1, or choose model.attention.core ring",
+        "train.mesh.seq to 1, or choose model.attention.core ring or dense",
     )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from model.attention.dense import require_shapes
-from model.axes import partitioned
+from model.axes import mesh_axes, partitioned
 from model.config import LinformerConfig, ModelError
 from model.dropout import dropout_words, keep_at
 from model.masks import AttentionMask, MaskNotSupported
@@ -24,7 +24,7 @@ class Linformer(nn.Module):
     Masks: full and padding, whose keys count 0; a row with several documents, which is not known
     while tracing, becomes NaN, as each of the R columns holds a part of all of them. Dropout is of
     the weights [B, K, G, T, R]. A given `projection` is used instead of own parameters. Time and
-    memory are O(T R), the weights' memory O(R).
+    memory are O(T R), the weights' memory O(R), or O(T R) by device where the mesh splits T.
     """
 
     config: LinformerConfig
@@ -113,7 +113,7 @@ def _attend(
             weights = jnp.where(stay, weights / (1 - dropout_rate), 0)
         return jnp.einsum("BKGCR,BRKH->BCKGH", weights.astype(v.dtype), v)
 
-    if T <= BLOCK:
+    if T <= BLOCK or any(mesh_axes("act_length")):  # what is split is not taken in turn
         return block(0, q)
     padded = jnp.pad(q, [(0, 0), (0, -T % C), (0, 0), (0, 0), (0, 0)])
     blocks = jnp.moveaxis(padded.reshape(B, -1, C, *q.shape[2:]), 1, 0)

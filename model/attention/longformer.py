@@ -17,7 +17,10 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from model.attention.dense import masked_softmax, require_shapes
+from model.attention.dense import dense, masked_softmax, require_shapes
+from model.attention.flash import flash
+from model.attention.fused import require_whole_rows
+from model.axes import mesh_axes
 from model.dropout import dropout_words, keep_at
 from model.masks import AttentionMask, MaskNotSupported
 from model.positions import PositionBias
@@ -38,13 +41,23 @@ def longformer(
 ) -> Float[Array, "B T N H"]:
     """What `dense` gives, for masks with a window, in time and memory linear in T, both ways.
 
-    With w positions to each side and g global tokens: time O(T (w + g)), memory O(T + g S). `bias`
-    must depend on distances only. Raises MaskNotSupported for a mask without a window.
+    With w positions to each side and g global tokens: time O(T (w + g)), memory O(T + g S). Where
+    a cache holds no more keys than a window, dense or flash computes them all. `bias` must depend
+    on distances only. Raises MaskNotSupported for a mask without a window, and ModelError where the
+    mesh splits the length.
     """
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     require_shapes(q, k, v)
+    require_whole_rows("longformer", mesh_axes("act_length")[0])
     mask.require_lengths(T, S)
     left, right = _sides(mask)
+    if mask.q_offset is not None and left + 1 + right >= S:
+        # A band around positions that are not known while tracing would be wider than all keys.
+        core: Callable = dense if T <= BLOCK else flash
+        if bias is not None:
+            bias = bias.replace(q_offset=mask.q_offset)  # type: ignore[attr-defined]
+        how = {"dropout_rate": dropout_rate, "dropout_key": dropout_key}
+        return core(q, k, v, mask, bias=bias, scale=scale, **how)
     if bias is not None:  # distances stay when both ends move
         bias = bias.replace(q_offset=None)  # type: ignore[attr-defined]
     rule = Rule(

@@ -21,6 +21,8 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from model.attention.dense import require_shapes
+from model.attention.fused import require_whole_rows
+from model.axes import mesh_axes
 from model.config import PerformerConfig
 from model.masks import AttentionMask, MaskNotSupported
 from model.positions import PositionBias
@@ -34,8 +36,9 @@ class Performer(nn.Module):
 
     Masks: full, padding, causal, prefix, and self-attention in packed documents whose ids ascend
     along the row; a row with ids of another kind, which are not known while tracing, becomes NaN.
-    Windows, biases and dropout of weights are refused. Time is O(T R H), memory beyond that of
-    the inputs O(T R H / chunk), backward too. Features and sums are in float32.
+    Windows, biases and dropout of weights are refused, and a mesh that splits the length. Time is
+    O(T R H), memory beyond that of the inputs O(T R H / chunk), backward too. Features and sums are
+    in float32.
 
     Features come from the stream "features" of keys where the caller gives one, as training does
     for `redraw_steps`, and from a fixed draw otherwise. All heads have the same.
@@ -111,7 +114,8 @@ class Performer(nn.Module):
 
 
 def _require_supported(mask: AttentionMask, bias: PositionBias | None, rate: float) -> None:
-    """Sums over keys know nothing of pairs."""
+    """Sums over keys know nothing of pairs, and go along the whole length."""
+    require_whole_rows("performer", mesh_axes("act_length")[0])
     if mask.window is not None:
         raise MaskNotSupported(
             "performer",
@@ -237,6 +241,10 @@ class FeatureState:
         if not isinstance(core, Performer):
             raise ValueError(f"sums of features are no cache for {core}")
         return core.extend(self, q, k, v, mask, is_real, **how)
+
+    def keys(self, new: int) -> int:
+        """As `model.cache.Cache` says: all but the new ones are in the sums."""
+        return new
 
     def scaled(self, log_scale: Float[Array, "B K R"]) -> "FeatureState":
         """The same sums, divided by exp(log_scale)."""

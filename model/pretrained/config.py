@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+from model.attention import INEXACT
 from model.config import ModelConfig, ModelError
 from model.pretrained.architecture import HuggingFace, Keys, vocab_size
 from model.pretrained.bert import BERT
@@ -87,12 +88,14 @@ def _function(config: ModelConfig) -> ModelConfig:
     else:
         head = _reset(head, "transform", "bias", "scale", "dropout")
         config = _reset(config, "tie_embeddings")
+    attention, cores = config.attention, ("core", "decoder_core", "cross_core")
+    exact = [name for name in cores if getattr(attention, name) not in INEXACT]
     same_layers = config.encoder_layers == config.layers
     return replace(
         _reset(config, "lora", "dropout", "init", "dtype", "remat", "unroll"),
         encoder_layers=None if same_layers else config.encoder_layers,
         attention=replace(
-            _reset(config.attention, "core", "dropout"),
+            _reset(attention, *exact, "dropout"),
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
             key_dim=config.key_dim,

@@ -80,16 +80,17 @@ def _rotary(keys: Keys) -> RotaryConfig:
     base = rope.get("rope_theta", keys.get("rope_theta", 10_000.0))
     rope.only("partial_rotary_factor", 1.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+    if kind not in ("default", "linear", "llama3"):
+        raise rope.unsupported("rope_type", kind, "default, linear or llama3")
+    factor = 1.0 if kind == "default" else rope.required("factor", float)
+    if factor == 1:  # which scales nothing
         return RotaryConfig(base=base)
     if kind == "linear":
-        return RotaryConfig(base=base, scaling="linear", factor=rope.required("factor", float))
-    if kind != "llama3":
-        raise rope.unsupported("rope_type", kind, "default, linear or llama3")
+        return RotaryConfig(base=base, scaling="linear", factor=factor)
     return RotaryConfig(
         base=base,
         scaling="llama3",
-        factor=rope.required("factor", float),
+        factor=factor,
         low_frequency_factor=rope.required("low_freq_factor", float),
         high_frequency_factor=rope.required("high_freq_factor", float),
         original_length=rope.required("original_max_position_embeddings", int),
