@@ -28,32 +28,58 @@ def abstract(state: TrainState) -> TrainState:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
-    checkpoints = Checkpoints(folder, "abc", keep=2)
-    for step, score in SCORES.items():
-        checkpoints.save(state(step), {"next_batch": step}, score)
-    checkpoints.wait()
-    checkpoints.close()
+    with Checkpoints(folder, "abc", keep=2) as checkpoints:
+        for step, score in SCORES.items():
+            save(checkpoints, step, score)
     return folder
+
+
+def save(checkpoints: Checkpoints, step: int, score: float | None) -> None:
+    checkpoints.save(state(step), {"next_batch": step})
+    checkpoints.wait()
+    if score is not None:
+        checkpoints.add_score(step, score)
 
 
 def test_the_newest_and_the_first_of_the_best_are_kept(folder):
     checkpoints = Checkpoints(folder, "abc")
     assert checkpoints.steps == [2, 4, 5]
     assert checkpoints.best() == 2
-    assert checkpoints.best_score() == (2, -0.5)
+    assert checkpoints.scores == {2: -0.5, 4: -1.0, 5: -2.5}
 
 
 def test_one_without_a_score_is_never_the_best(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "checkpoints", "abc", keep=2)
-    checkpoints.save(state(1), {}, None)
-    checkpoints.wait()
-    with pytest.raises(TrainError, match="no checkpoint with a score"):
-        checkpoints.best()
-    for step, score in ((2, -9.0), (3, None)):
-        checkpoints.save(state(step), {}, score)
-    checkpoints.wait()
-    assert checkpoints.best_score() == (2, -9.0)
-    checkpoints.close()
+    with Checkpoints(tmp_path / "checkpoints", "abc", keep=2) as checkpoints:
+        save(checkpoints, 1, None)
+        with pytest.raises(TrainError, match="no checkpoint with a score"):
+            checkpoints.best()
+        for step, score in ((2, -9.0), (3, None)):
+            save(checkpoints, step, score)
+        assert checkpoints.best() == 2
+
+
+def test_one_without_a_score_takes_no_place_of_another(tmp_path):
+    """A run that was stopped, at 5 here, keeps what it would have kept."""
+    with Checkpoints(tmp_path / "checkpoints", "abc", keep=3) as checkpoints:
+        for step, score in ((1, 9.0), (2, 1.0), (3, 2.0), (4, 3.0), (5, None)):
+            save(checkpoints, step, score)
+        assert checkpoints.steps == [1, 3, 4, 5] and checkpoints.scored == [1, 3, 4]
+        save(checkpoints, 6, 4.0)
+        assert checkpoints.steps == [1, 3, 4, 6]
+
+
+def test_an_error_of_one_process_does_not_wait_for_the_others(tmp_path, monkeypatch):
+    """They may not know of it, and never come; what has begun is written nevertheless."""
+    with (
+        pytest.raises(ZeroDivisionError),
+        Checkpoints(tmp_path / "checkpoints", "abc", keep=1) as checkpoints,
+    ):
+        checkpoints.save(state(1), {})
+        monkeypatch.setattr("train.checkpoint.any_process", lambda _: pytest.fail("waits"))
+        _ = 1 / 0
+    assert checkpoints.steps == [1]
+    monkeypatch.undo()
+    assert Checkpoints(tmp_path / "checkpoints", "abc").steps == [1]
 
 
 def test_frozen_parameters_have_no_moments_to_come_back(tmp_path):
@@ -61,7 +87,7 @@ def test_frozen_parameters_have_no_moments_to_come_back(tmp_path):
     step, params = jnp.int32(7), {"a": jnp.ones(3), "b": jnp.zeros(2)}
     saved = TrainState(step, params, ({"a": jnp.full(3, 2.0), "b": None}, step))
     checkpoints = Checkpoints(tmp_path / "checkpoints", "abc", keep=1)
-    checkpoints.save(saved, {"next_batch": 3}, 0.0)
+    checkpoints.save(saved, {"next_batch": 3})
     checkpoints.wait()
     restored, iterator = checkpoints.restore(7, abstract(saved))
     checkpoints.close()

@@ -1,5 +1,6 @@
 """Plans: programs read by hand, the CPU's compiler, and the TPU's where libtpu is installed."""
 
+import dataclasses
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -299,6 +300,11 @@ def test_ways_out_are_what_is_left_to_do():
     assert "--train.accumulate 2" in flags()
     assert "--train.mesh.fsdp 4" in flags(feed_forward_width=14 * 64)
     assert "--model.remat" not in flags(remat="full", attention_core="flash")
+
+    model, data, train = experiment(vocab_size=12, feed_forward_width=14)
+    train = dataclasses.replace(train, mesh=MeshConfig(seq=2))  # which flash does not take
+    ways = ways_out(model, data, train, compile_step(model, data, train, jax.devices()))
+    assert ways[0].flags == "--model.attention.core ring"
 
 
 def test_layouts_are_guessed_in_order_and_all_divide(unchecked):

@@ -158,6 +158,14 @@ def test_a_run_is_reproduced_to_the_bit(trained, heedful, tmp_path):
     assert code == 2 and "holds a run already" in out
 
 
+def test_the_fingerprint_of_a_stop_is_none_that_training_again_gives(copy, heedful):
+    lines = (copy / "fingerprints.jsonl").read_text().splitlines()
+    stopped = lines[-1].replace('"step": 6', '"step": 5')
+    (copy / "fingerprints.jsonl").write_text("\n".join([*lines[:-1], stopped]) + "\n")
+    code, out = heedful("reproduce", copy)
+    assert code == 0 and "identical to step 4\n" in out
+
+
 def test_a_changed_seed_is_found_at_once_and_named(copy, heedful):
     values = json.loads((copy / "config.json").read_text())
     values["train"]["seed"] = 1

@@ -1,13 +1,24 @@
 """A run that is cut off and resumed ends with the same bits as one that was not."""
 
+import dataclasses
 import random
 import signal
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import toy
 from launch import Process, checkpoint, lines, same_bits, wait_for_step
+
+from data.config import DataError
+from train import loop
+from train.checkpoint import Checkpoints
+from train.config import Interrupted, OptimizerConfig, TrainError
+from train.load import load
+from train.run import Run
+from train.start import start_run
+from train.stop import Stop
 
 STEPS, EVERY = 60, 7
 
@@ -58,3 +69,87 @@ def test_asked_to_stop_it_saves_and_says_how_to_resume(
     assert "saved; the same command resumes it" in out
     start(flags).finish()
     same_bits(final_state(run), uninterrupted)
+
+
+# In this process ---------------------------------------------------------------------------------
+
+
+def short_run(directory: Path, text: Path) -> Run:
+    """Of 12 steps, measured after every third, of which the newest three are averaged."""
+    train = dataclasses.replace(
+        toy.TRAIN, steps=12, checkpoint_every=3, keep=3, average=3,
+        optimizer=OptimizerConfig(warmup_steps=2),
+    )  # fmt: skip
+    return start_run(
+        directory, toy.model("decoder_only"), toy.data(text, "causal_lm"), train, toy.QUIET
+    )
+
+
+def stop_at(step: int, monkeypatch) -> None:
+    """A signal that is known after so many steps of the process."""
+    asked = iter(range(1, step + 1))
+    monkeypatch.setattr(Stop, "agreed", lambda _: next(asked) == step)
+
+
+@pytest.mark.parametrize("step", [7, 9])
+def test_a_stop_changes_nothing_about_what_is_kept_and_averaged(step, tmp_path, monkeypatch):
+    """At 9 it comes when a checkpoint is due: that is measured by who goes on."""
+    text = toy.write_text(tmp_path)
+    whole, run = short_run(tmp_path / "whole", text), short_run(tmp_path / "run", text)
+    loop.fit(whole, toy.QUIET)
+    with monkeypatch.context() as patch:
+        stop_at(step, patch)
+        with pytest.raises(Interrupted):
+            loop.fit(run, toy.QUIET)
+    assert Checkpoints(run.checkpoints, run.tokenizer().fingerprint).steps[-1] == step
+    loop.fit(run, toy.QUIET)
+    ours, theirs = (
+        Checkpoints(each.checkpoints, each.tokenizer().fingerprint) for each in (run, whole)
+    )
+    assert ours.steps == theirs.steps and ours.scores == theirs.scores
+    ours, theirs = (load(each.directory, toy.QUIET) for each in (run, whole))
+    assert ours.steps == theirs.steps == [6, 9, 12]
+    jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
+    valid = [line for line in lines(run.directory) if "valid_loss" in line]
+    assert valid == [line for line in lines(whole.directory) if "valid_loss" in line]
+
+
+def test_a_checkpoint_is_on_disk_before_it_is_measured(tmp_path, monkeypatch):
+    run = short_run(tmp_path / "run", toy.write_text(tmp_path))
+    monkeypatch.setattr(loop, "measure", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loop.fit(run, toy.QUIET)
+    assert Checkpoints(run.checkpoints, run.tokenizer().fingerprint).steps == [3]
+
+
+def test_two_do_not_train_in_one_directory(tmp_path):
+    run = short_run(tmp_path / "run", toy.write_text(tmp_path))
+    release = run.lock()
+    with pytest.raises(TrainError, match=r"another process trains in .*run: stop it"):
+        loop.fit(run, toy.QUIET)
+    release()
+    run.lock()()
+
+
+def test_where_no_checkpoint_can_be_read_nothing_begins_anew(tmp_path):
+    data = toy.data(toy.write_text(tmp_path), "causal_lm")
+    scores = {3: 0.0, 5: 1.0}
+    run = toy.random_run(tmp_path / "run", toy.model("decoder_only"), data, scores=scores)
+    for step in (3, 5):
+        (run.checkpoints / str(step) / "params" / "manifest.ocdbt").unlink()
+    with pytest.raises(TrainError, match="can be read; all are left as they are"):
+        loop.fit(run, toy.QUIET, fallback=True)
+    assert Checkpoints(run.checkpoints, run.tokenizer().fingerprint).steps == [3, 5]
+
+
+def test_the_test_split_is_looked_at_before_the_training(tmp_path):
+    text = toy.write_text(tmp_path)
+    train = dataclasses.replace(toy.TRAIN, steps=12, optimizer=OptimizerConfig(warmup_steps=2))
+    data = toy.data(text, "causal_lm", test=(str(tmp_path / "typo.txt"),))
+    run = start_run(tmp_path / "run", toy.model("decoder_only"), data, train, toy.QUIET)
+    with pytest.raises(DataError, match=r"typo\.txt"):
+        loop.fit(run, toy.QUIET)
+    assert not run.metrics.exists()
+    # The same run with the right file is no other one.
+    data = dataclasses.replace(data, test=(str(text),))
+    start_run(tmp_path / "run", toy.model("decoder_only"), data, train, toy.QUIET)

@@ -9,7 +9,7 @@ from configs import base
 from data.config import DataConfig, TokenizerConfig
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
-from train.config import TrainConfig, TrainError
+from train.config import DecodeConfig, TrainConfig, TrainError
 from train.run import Run, from_json, to_json
 
 
@@ -62,3 +62,33 @@ def test_unknown_fields_and_bad_values_are_refused(tokenizer, tmp_path):
         (broken / "config.json").write_text(json.dumps(values))
         with pytest.raises(TrainError, match=rf"config\.json cannot be read.*{field}"):
             Run.open(broken)
+
+
+def test_checkpoints_that_lie_elsewhere_are_not_forgotten(tokenizer, tmp_path):
+    """The same command without their place would begin anew, and drop what was measured."""
+    elsewhere = tmp_path / "elsewhere"
+    train = TrainConfig(checkpoints=str(elsewhere))
+    run = Run(tmp_path / "run", ModelConfig(vocab_size=8), DataConfig(), train)
+    run.start(tokenizer)
+    without = dataclasses.replace(run, train=TrainConfig())
+    without.start(tokenizer)  # There is nothing yet.
+    run.start(tokenizer)
+    (elsewhere / "30").mkdir(parents=True)
+    with pytest.raises(TrainError, match=r"has its checkpoints in .*elsewhere and none in .*run"):
+        without.start(tokenizer)
+    assert Run.open(tmp_path / "run") == run
+    elsewhere.rename(tmp_path / "run" / "checkpoints")
+    without.start(tokenizer)
+
+
+def test_what_is_done_in_the_end_may_change(tokenizer, tmp_path):
+    data = DataConfig(source="files", train=("a", "b"), valid=("c", "d"), test=("typo", "f"))
+    run = Run(tmp_path / "run", ModelConfig(vocab_size=8), data, TrainConfig())
+    run.start(tokenizer)
+    other = dataclasses.replace(
+        run,
+        data=dataclasses.replace(data, test=("e", "f")),
+        train=TrainConfig(decode=DecodeConfig(beam=2), samples=3),
+    )
+    other.start(tokenizer)
+    assert Run.open(tmp_path / "run") == other

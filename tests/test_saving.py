@@ -1,7 +1,9 @@
 """A checkpoint that cannot be written is no end of the training, unless it is the last one."""
 
 import multiprocessing
+import os
 import resource
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,35 +64,72 @@ def full_disk() -> Iterator[None]:
 def goes_on(folder: Path) -> None:
     run = new_run(folder)
     with opened(run) as (saving, checkpoints, at, said):
-        assert "saved" in saving.save(at(1), 0.0, last=False)
-        checkpoints.wait()
+        assert "checkpoint saved" in saving.save(at(1), last=False)
+        saving.score(1, 0.0)
+        saving.settle()
         with full_disk():
-            saving.save(at(2), 0.0, last=False)
-            saving.save(at(3), 0.0, last=False)
-            with pytest.raises(SaveFailed):
-                checkpoints.wait()
-        assert "saved" in saving.save(at(4), 0.0, last=True)
-        assert checkpoints.steps == [1, 4]
-    (line,) = said
-    for words in ("File too large", "checkpoint 1 is intact", "training goes on"):
-        assert words in line
+            for step in (2, 3):
+                saving.save(at(step), last=False)
+                saving.score(step, 1.0)
+                saving.settle()
+        assert "checkpoint saved" in saving.save(at(4), last=True)
+        saving.score(4, 0.0)
+        saving.settle()
+        assert checkpoints.scored == checkpoints.steps == [1, 4]
+    for line in said:
+        for words in ("File too large", "checkpoint 1 is intact", "training goes on"):
+            assert words in line
+    assert len(said) == 2
     assert Checkpoints(run.checkpoints, run.tokenizer().fingerprint).steps == [1, 4]
+
+
+def goes_on_without_the_place(folder: Path) -> None:
+    """Such as a share that is not mounted for a while."""
+    run = new_run(folder)
+    with opened(run) as (saving, _, at, said):
+        saving.save(at(1), last=False)
+        saving.score(1, 0.0)
+        saving.settle()
+        away = run.checkpoints.parent / "away"
+        run.checkpoints.rename(away)
+        run.checkpoints.write_text("")  # Otherwise it would be made again.
+        for step in (2, 3):
+            saving.save(at(step), last=False)  # It may be known here or in the background.
+            saving.score(step, 1.0)
+            saving.settle()
+        run.checkpoints.unlink()
+        away.rename(run.checkpoints)
+        saving.save(at(4), last=True)
+        saving.score(4, 0.0)
+        saving.settle()
+    assert len(said) == 2 and all("training goes on" in line for line in said)
+    assert Checkpoints(run.checkpoints, run.tokenizer().fingerprint).scored == [1, 4]
 
 
 def must_save_the_last(folder: Path) -> None:
     with opened(new_run(folder)) as (saving, checkpoints, at, said):
-        saving.save(at(1), 0.0, last=False)
+        saving.save(at(1), last=False)
         checkpoints.wait()
         expected = r"File too large\): make room; checkpoint 1 is intact"
         with full_disk(), pytest.raises(SaveFailed, match=expected):
-            saving.save(at(2), 0.0, last=True)
+            saving.save(at(2), last=True)
     assert not said
 
 
-@pytest.mark.parametrize("what", [goes_on, must_save_the_last])
-def test_a_full_disk(what, tmp_path):
+def alone(what: Callable[[Path], None], folder: Path) -> None:
+    """Ends at once: orbax's threads wait for minutes for the folder of a checkpoint to appear."""
+    try:
+        what(folder)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("what", [goes_on, goes_on_without_the_place, must_save_the_last])
+def test_what_cannot_be_written(what, tmp_path):
     """In a process of its own: see test_cli.test_a_corrupt_checkpoint."""
-    process = multiprocessing.get_context("spawn").Process(target=what, args=(tmp_path,))
+    process = multiprocessing.get_context("spawn").Process(target=alone, args=(what, tmp_path))
     process.start()
     process.join()
     assert process.exitcode == 0

@@ -14,15 +14,20 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
+from data.packing import Shape
 from model.config import (
     AttentionConfig,
     FeedForwardConfig,
     HeadConfig,
+    LinformerConfig,
     ModelConfig,
+    ModelError,
     NormConfig,
     PositionConfig,
 )
+from model.layers import MultiHeadAttention
 from model.linear import matmul
+from model.transformer import encoder_mask
 from train.config import MeshConfig, OptimizerConfig, TrainConfig, TrainError
 from train.sharding import (
     batch_sharding,
@@ -30,6 +35,7 @@ from train.sharding import (
     held,
     make_mesh,
     parameter_shardings,
+    require_divisible,
     resolve,
     to_devices,
     whole,
@@ -228,6 +234,44 @@ def test_the_ring_splits_the_sequence_and_changes_nothing():
         np.testing.assert_allclose(x["grad_norm"], wanted["grad_norm"], rtol=1e-4)
 
 
+@functools.cache
+def gradient_text(core: str, length: int, mesh: Mesh) -> str:
+    """The gradient of one attention over a split length, as one device runs it."""
+    window = 3 if core == "longformer" else None
+    projected = LinformerConfig(rank=4, max_length=length) if core == "linformer" else None
+    parts: dict[str, Any] = {"linformer": projected} if projected else {}
+    attention = AttentionConfig(heads=2, core=core, window=window, **parts)
+    config = ModelConfig(architecture="encoder_only", width=8, attention=attention)
+    module, mask = MultiHeadAttention(config), encoder_mask(config, None)
+    x = jnp.zeros((2, length, 8))
+    params = jax.eval_shape(lambda: nn.unbox(module.init(jax.random.key(0), x, None, mask)))
+
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(module.apply(params, x, None, mask)[0]))  # type: ignore
+
+    step = jax.jit(jax.grad(loss), in_shardings=(whole(mesh), batch_sharding(mesh, 2)))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(flax_rules()):
+        compiled: Any = step.lower(params, x).compile()
+        return compiled.as_text()
+
+
+@pytest.mark.parametrize("core", ["flash", "longformer", "performer"])
+def test_cores_that_take_the_length_in_turn_refuse_to_have_it_split(core: str):
+    words = rf"core {core} needs whole sequences.* set train\.mesh\.seq to 1, .* ring or dense"
+    with pytest.raises(ModelError, match=words):
+        gradient_text(core, 16, eight(MeshConfig(data=2, seq=4)))
+
+
+@pytest.mark.parametrize("core", ["auto", "linformer"])
+def test_cores_that_keep_the_length_split_compute_a_part_on_each_device(core: str):
+    """Lengths from 512 on would be taken in turn by one device."""
+    text = gradient_text(core, 1024, eight(MeshConfig(data=1, seq=8)))
+    keys = 1024 if core == "auto" else 4
+    assert (2, 2, 128, keys) in shapes(text)
+    assert not {(2, 2, 1024, keys), (2, 2, 512, keys)} & shapes(text)
+    assert core == "auto" or "all-gather" not in text
+
+
 def test_fsdp_splits_parameters_and_moments_and_tensor_splits_heads():
     state = set_up(MODEL, TRAIN, eight(MeshConfig(data=1, fsdp=4, tensor=2))).abstract
     query = state.params["decoder"]["blocks"]["self_attention"]["query"]["kernel"]
@@ -329,3 +373,14 @@ def test_nothing_large_is_replicated(mesh: MeshConfig, capfd):
 )
 def test_rows_that_a_process_holds(owners, process, expected):
     assert held(np.array(owners), process) == expected
+
+
+def test_what_does_not_divide_is_told_by_its_own_name():
+    mesh = make_mesh(MeshConfig(seq=4), jax.devices()[:8])
+    require_divisible(Shape(rows=4, lengths=(8,)), 2, mesh)
+    with pytest.raises(TrainError, match=r"set data.batch_multiple to 4$"):
+        require_divisible(Shape(rows=6, lengths=(8,)), 2, mesh)
+    with pytest.raises(
+        TrainError, match=r"train.mesh.seq = 4: set data.length_multiple and data.max"
+    ):
+        require_divisible(Shape(rows=4, lengths=(66,)), 2, mesh)

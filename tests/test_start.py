@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import toy
 
-from data.config import TokenizerConfig
+from data.config import DataConfig, TokenizerConfig
 from data.tokenizer import Tokenizer
 from model.config import AttentionConfig, ModelConfig
-from train.config import TrainError
+from train.config import DecodeConfig, TrainConfig, TrainError
 from train.run import Run
-from train.start import start_run
+from train.start import require_fit, start_run
 
 WORDS = TokenizerConfig(kind="words")
 
@@ -132,3 +132,9 @@ def test_a_run_that_fine_tunes_has_the_tokenizer_of_its_source(folder, tmp_path)
     other = TokenizerConfig(path=str(path))
     with pytest.raises(TrainError, match=r"data.tokenizer.path .*other.json is another tokenizer"):
         start(folder, tmp_path / "other", "classification", model, train=train, tokenizer=other)
+
+
+def test_a_translation_has_no_prompt_after_which_it_could_stop():
+    train = TrainConfig(decode=DecodeConfig(stop=(".",)))
+    with pytest.raises(TrainError, match=r"train.decode.stop = .* after a prompt: leave it out"):
+        require_fit(toy.model("encoder_decoder"), DataConfig(), train)

@@ -128,6 +128,11 @@ def test_with_low_rank_updates_only_they_and_the_head_train():
     assert size(trainable) < size(ours.initial) / 5
 
 
+def test_a_rate_for_a_head_that_has_no_parameters_is_refused():
+    with pytest.raises(TrainError, match=r"optimizer.head_lr = 8.0 fits no parameter"):
+        factors(MODEL, head_lr=8.0)
+
+
 def test_rates_fall_from_the_head_down_to_the_embeddings():
     found = factors(CLASSIFIER, layer_decay=0.5, head_lr=8.0)
     for name, values in found.items():

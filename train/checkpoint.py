@@ -1,7 +1,8 @@
 """Checkpoints: parameters, optimizer state, data iterator and who they belong to, with orbax."""
 
+import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -10,18 +11,18 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from train.config import TrainError
+from train.config import Interrupted, TrainError
 from train.hosts import any_process, is_first, one_first, several
 from train.state import TrainState
 
 
 class Checkpoints:
-    """The checkpoints of a run: the newest `keep`, and the one of the highest score.
+    """The checkpoints of a run: the newest `keep` with a score, the best, and the very newest.
 
-    They are written in the background and appear under their step only when complete. Each carries
-    the fingerprint of its tokenizer; opening it with another is an error.
+    They are written in the background and appear under their step only when complete; scores, in
+    `scores.json` beside them, come later. Each carries the fingerprint of its tokenizer; opening it
+    with another is an error.
     """
 
     def __init__(
@@ -38,24 +39,33 @@ class Checkpoints:
             raise TrainError(f"{directory} does not exist: the run has no checkpoint yet")
         one_first(self._make_directory)
         self._manager, self._has_failed = self._open(clean=keep is not None), False
+        self.scores = self._read_scores()
+        """Of the checkpoints that have one, by step: the higher the better."""
 
     def _make_directory(self) -> None:
         if self._keep is not None and is_first():
             self.directory.mkdir(parents=True, exist_ok=True)
 
-    def _open(self, *, clean: bool) -> ocp.CheckpointManager:
-        def score(metrics: Any) -> Any:
-            return metrics["score"], -metrics["step"]  # the first of equals
+    def __enter__(self) -> "Checkpoints":
+        return self
 
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Closes; after an error that other processes may not know of, without waiting for them.
+
+        What this one has begun to write is then written to its end nevertheless.
+        """
+        if kind is None or issubclass(kind, Interrupted):
+            self.close()
+            return
+        with suppress(Exception):  # the error that is on its way is the one to tell
+            self._manager.wait_until_finished()
+
+    def _open(self, *, clean: bool) -> ocp.CheckpointManager:
         # Named, all processes meet at barriers that end some day, also if one has failed.
         processes = set(range(jax.process_count())) if several() else None
         options = ocp.CheckpointManagerOptions(
             create=False,
-            best_fn=score,  # what makes orbax store the metrics; the policy decides
-            best_mode="max",
-            preservation_policy=AnyPreservationPolicy(
-                [LatestN(self._keep), BestN(get_metric_fn=score, reverse=False, n=1)]
-            ),
+            preservation_policy=self,
             read_only=self._keep is None,
             cleanup_tmp_directories=clean,  # what a kill or a full disk left half done
             multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=processes),
@@ -71,21 +81,53 @@ class Checkpoints:
         """Steps of the complete checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
+    @property
+    def scored(self) -> list[int]:
+        """Steps of the checkpoints that have a score, oldest first."""
+        return [step for step in self.steps if step in self.scores]
+
     def best(self) -> int:
         """Step of the highest score, the first of equals."""
-        best = self.best_score()
-        if best is None:
+        if not self.scored:
             raise TrainError(f"{self.directory} has no checkpoint with a score")
-        return best[0]
+        return max(self.scored, key=self.scores.__getitem__)
 
-    def best_score(self) -> tuple[int, float] | None:
-        """Step and score of the best checkpoint; None when none has a score."""
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Which ones stay when the last of `checkpoints` has been written: orbax asks for that.
+
+        The newest may get its score yet: it counts as one of those that have one. That of a stop
+        gets none, and goes with the next.
+        """
+        *older, newest = [checkpoint.step for checkpoint in checkpoints]
+        scored = [step for step in older if step in self.scores]
+        kept = {newest, *scored[len(scored) - self._keep + 1 :]} if self._keep else set(older)
+        if scored:
+            kept.add(max(scored, key=self.scores.__getitem__))
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+    def add_score(self, step: int, score: float) -> None:
+        """Gives a checkpoint that is on disk its score; raises SaveFailed if it cannot be kept."""
+        self.scores[step] = score
+        self._guard(self._write_scores)
+
+    def _write_scores(self) -> None:
+        if is_first():
+            kept = {str(step): self.scores[step] for step in self.scored}
+            draft = self.directory / "scores.partial"
+            draft.write_text(json.dumps(kept))
+            draft.replace(self._scores_path)
+
+    @property
+    def _scores_path(self) -> epath.Path:
+        return self.directory / "scores.json"
+
+    def _read_scores(self) -> dict[int, float]:
+        if self._scores_path.exists():
+            found = json.loads(self._scores_path.read_text())
+            return {int(step): score for step, score in found.items()}
+        # Before there was this file each checkpoint had its own.
         metrics = {step: self._manager.metrics(step) for step in self.steps}
-        known = {step: (m["score"], -step) for step, m in metrics.items() if m}
-        if not known:
-            return None
-        step = max(known, key=lambda step: known[step])
-        return step, known[step][0]
+        return {step: found["score"] for step, found in metrics.items() if found}
 
     def set_aside(self, step: int) -> epath.Path:
         """Moves a checkpoint out of the way, and says where to; nothing is deleted."""
@@ -98,36 +140,37 @@ class Checkpoints:
 
         one_first(move)
         self._manager.reload()
+        self.scores.pop(step, None)
         return target
 
-    def save(self, state: TrainState, iterator_state: dict, score: float | None) -> None:
-        """Begins to write a checkpoint; raises SaveFailed if it or the former could not be written.
-
-        The higher the score the better; with none the checkpoint is never the best.
-        """
+    def save(self, state: TrainState, iterator_state: dict) -> None:
+        """Begins to write a checkpoint; raises SaveFailed if this cannot be begun."""
         self._begin(
             int(state.step),
-            score,
             params=ocp.args.StandardSave(state.params),
             opt_state=ocp.args.PyTreeSave(state.opt_state),
             data=ocp.args.JsonSave(iterator_state),
         )
 
     def save_params(self, params: Any) -> None:
-        """Begins to write parameters that nothing here has trained, as step 0."""
-        self._begin(0, 0.0, params=ocp.args.StandardSave(params))
+        """Writes parameters that nothing here has trained, as step 0."""
+        self._begin(0, params=ocp.args.StandardSave(params))
+        self.wait()
+        self.add_score(0, 0.0)
 
-    def _begin(self, step: int, score: float | None, **items: Any) -> None:
+    def _begin(self, step: int, **items: Any) -> None:
         if self._has_failed:
-            # It may go on failing. What still writes there is in the way of removing all of it.
-            for draft in self.directory.glob("*.orbax-checkpoint-tmp*") if is_first() else ():
-                with suppress(OSError):
-                    draft.rmtree()
-            self._manager, self._has_failed = self._open(clean=False), False
+            self._guard(self._open_again)
         tokenizer = ocp.args.JsonSave({"fingerprint": self.fingerprint})
         args = ocp.args.Composite(**items, tokenizer=tokenizer)
-        metrics = None if score is None else {"score": score, "step": step}
-        self._guard(lambda: self._manager.save(step, args=args, metrics=metrics, force=True))
+        self._guard(lambda: self._manager.save(step, args=args, force=True))
+
+    def _open_again(self) -> None:
+        # It may go on failing. What still writes there is in the way of removing all of it.
+        for draft in self.directory.glob("*.orbax-checkpoint-tmp*") if is_first() else ():
+            with suppress(OSError):
+                draft.rmtree()
+        self._manager, self._has_failed = self._open(clean=False), False
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises SaveFailed if it could not be written."""
@@ -183,8 +226,10 @@ class SaveFailed(TrainError):
     """A checkpoint that could not be written."""
 
     def __init__(self, directory: epath.Path, error: Exception):
-        steps = sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
-        intact = f"checkpoint {steps[-1]} is intact" if steps else "there is none before it"
+        steps: list[int] = []
+        with suppress(OSError):  # The place itself may be gone.
+            steps = sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+        intact = f"checkpoint {steps[-1]} is intact" if steps else "none is there to be seen"
         super().__init__(
             f"a checkpoint could not be written to {directory} ({_reason(error)}): make room; "
             f"{intact}"

@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 import warnings
+from pathlib import Path
 from typing import Any
 
 from configs import base
@@ -156,7 +157,8 @@ def _dispatch(arguments: list[str]) -> int:
     elif command == "train":
         commands.train(rest[0], *base.load(rest[0]), rest[1:])
     elif command in ("inspect", "masks", "plan"):
-        experiment = base.load(rest[0])[0] if base.has(rest[0]) else None
+        is_run = not base.has(rest[0]) and Path(rest[0]).exists()
+        experiment = None if is_run else base.load(rest[0])[0]
         return getattr(commands, command)(rest[0], experiment, rest[1:]) or 0
     else:
         return COMMANDS[command](rest[0], rest[1:]) or 0

@@ -97,7 +97,8 @@ def train(name: str, experiment: Any, description: str, arguments: list[str]) ->
     if chosen.audit:
         audit_before_training(run.model, run.data, console())
     fit(run, console(), fallback=chosen.fallback)
-    report(load(run.directory, console()), run.train.decode, console())
+    trained = load(run.directory, console(), fallback=chosen.fallback)
+    report(trained, run.train.decode, console())
 
 
 def evaluate(directory: str, arguments: list[str]) -> None:
@@ -249,12 +250,12 @@ def import_(source: str, arguments: list[str]) -> None:
 def export(directory: str, arguments: list[str]) -> None:
     """heedful export RUN DIR: safetensors, config.json and tokenizer for transformers"""
     target, arguments = _text(arguments)
-    if target is None:
+    if target is None and not helps(arguments):
         raise TrainError("heedful export needs a run directory and the directory to write")
     chosen = _parse_for_run(LoadArguments, directory, arguments, "export")
     from train.exchange import export_run
 
-    export_run(_load(directory, chosen), Path(target), console())
+    export_run(_load(directory, chosen), Path(target or ""), console())
 
 
 def _adopted(model: ModelConfig, train: TrainConfig, arguments: list[str]) -> ModelConfig:
@@ -298,7 +299,7 @@ def helps(arguments: list[str]) -> bool:
 
 def _text(arguments: list[str]) -> tuple[str | None, list[str]]:
     """The text that may stand before the flags, and the flags."""
-    if arguments and not arguments[0].startswith("--"):
+    if arguments and arguments[0] != "-h" and not arguments[0].startswith("--"):
         return arguments[0], arguments[1:]
     return None, arguments
 

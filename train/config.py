@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from model.config import require_choices
+
 
 class TrainError(ValueError):
     """A run that cannot start or go on; one line, with the fix."""
@@ -31,9 +33,9 @@ class OptimizerConfig:
     peak_lr: float = 1e-3
     """Learning rate at the end of the warmup."""
     initial_lr: float = 0.0
-    """Learning rate at step 0, where the warmup begins."""
+    """Learning rate at the first step of the warmup."""
     final_lr: float = 0.0
-    """Learning rate at the last step, for linear and cosine."""
+    """Learning rate that linear and cosine come to when all steps are done."""
     warmup_steps: int = 1000
     """Steps over which the rate grows linearly to its peak."""
     schedule: Literal["inverse_sqrt", "linear", "cosine", "constant"] = "inverse_sqrt"
@@ -61,6 +63,7 @@ class OptimizerConfig:
     """Factor of the head's learning rate."""
 
     def __post_init__(self):
+        require_choices("optimizer", self, TrainError)
         require(self.peak_lr > 0, f"optimizer.peak_lr must be positive, not {self.peak_lr}")
         require(
             self.warmup_steps >= 0,
@@ -80,6 +83,15 @@ class OptimizerConfig:
         require(
             0 < self.layer_decay <= 1,
             f"optimizer.layer_decay must lie in (0, 1], not {self.layer_decay}",
+        )
+        require(
+            self.final_lr == 0 or self.schedule in ("linear", "cosine"),
+            f"optimizer.final_lr = {self.final_lr} needs optimizer.schedule linear or cosine, not "
+            f"{self.schedule}: set it to 0",
+        )
+        require(
+            self.initial_lr == 0 or self.warmup_steps > 0,
+            f"optimizer.initial_lr = {self.initial_lr} needs optimizer.warmup_steps: set it to 0",
         )
         require(self.head_lr > 0, f"optimizer.head_lr must be positive, not {self.head_lr}")
         for pattern in self.freeze:
@@ -206,7 +218,8 @@ class TrainConfig:
     """Where checkpoints lie: a folder, or a bucket (gs://... with the package gcsfs, s3://... with
     s3fs); None: in the run directory."""
     keep: int = 5
-    """Newest checkpoints that are kept, besides the one of the lowest validation loss."""
+    """Newest checkpoints that are kept, besides the best one and, until the next one is written,
+    that of a stop."""
     average: int = 5
     """Newest checkpoints whose parameters are averaged for evaluation (§6.1); 1: the best one."""
     metric: Metric = "loss"
@@ -225,6 +238,7 @@ class TrainConfig:
     decode: DecodeConfig = field(default_factory=DecodeConfig)
 
     def __post_init__(self):
+        require_choices("train", self, TrainError)
         for name in (
             "steps", "accumulate", "log_every", "checkpoint_every", "keep", "average",
             "fingerprint_every",

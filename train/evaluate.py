@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,8 +19,8 @@ from train.config import DecodeConfig
 from train.hosts import is_first, one_first
 from train.load import Trained
 from train.perplexity import strided_loss
-from train.run import write_json
-from train.sharding import rows_here, to_devices
+from train.run import to_json, write_json
+from train.sharding import require_divisible, rows_here, to_devices
 from train.step import make_eval_step
 from train.translate import Translator
 
@@ -59,11 +60,13 @@ def frequency_loss(dataset: Dataset) -> float:
 
     That is the entropy of the targets in nats; for a regression their variance.
     """
-    batches = dataset.eval_batches()
-    targets = np.concatenate([batch["targets"][batch["weights"] > 0] for batch in batches])
+    targets = (batch["targets"][batch["weights"] > 0] for batch in dataset.eval_batches())
     if dataset.config.objective == "regression":
-        return float(targets.var())
-    shares = np.unique(targets, return_counts=True)[1] / len(targets)
+        return float(np.concatenate(list(targets)).var())
+    counts: Counter[int] = Counter()
+    for some in targets:
+        counts.update(dict(zip(*np.unique(some, return_counts=True), strict=True)))
+    shares = np.array(list(counts.values())) / counts.total()
     return float(-np.sum(shares * np.log(shares)))
 
 
@@ -74,20 +77,28 @@ def report(
     *,
     seed: int = 0,
     stride: int | None = None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Prints what the model scores on validation and test data, writes it to result.json.
 
-    For a translation samples are shown, and all translations written beside the run. With a
-    `stride` long documents are read in windows that overlap (`strided_loss`).
+    With the scores stands what they are of: the steps of the checkpoints, how it was decoded. For a
+    translation samples are shown, and all translations written beside the run. With a `stride` long
+    documents are read in windows that overlap (`strided_loss`). Raises TrainError where the devices
+    do not divide the batches.
     """
     run, tokenizer = trained.run, trained.tokenizer
     eval_step = make_eval_step(
         run.model, trained.mesh, run.train.loss_chunk, run.train.deterministic
     )
-    result: dict[str, float] = {}
+    result: dict[str, Any] = {"checkpoints": trained.steps}
+    if stride is not None:
+        result["stride"] = stride
     for split in ("valid", "test"):
         prepare = partial(Dataset.prepare, run.data, tokenizer, split, seed=run.train.seed)
         dataset = one_first(prepare)
+        for line in dataset.report:
+            console.print(line)
+        for shape in dataset.eval_plan.shapes:
+            require_divisible(shape, 1, trained.mesh)
         with jax.set_mesh(trained.mesh):
             if stride is None:
                 measured = measure(eval_step, trained.params, dataset, trained.mesh)
@@ -141,7 +152,7 @@ def _translate(
         translations = translator([example["source"] for example in examples])
     seconds = time.perf_counter() - started
     references = [tokenizer.plain(example["target"]) for example in examples]
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = {"decode": to_json(decode), "seed": seed}
     measured = scores.translation(translations, references, pretokenized=tokenizer.pretokenized)
     for name, (score, signature) in measured.items():
         console.print(f"test {name}: {score:.2f} ({signature})")

@@ -192,10 +192,12 @@ def _memory_table(
     table.title_justify = table.caption_justify = "left"
     table.add_column("what")
     table.add_column("bytes", justify="right")
+    first = train.optimizer.first_moment
+    moments = "float32" if first == "float32" else f"{first} and float32"
     rows = [
         ("parameters, float32", sizes.parameters),
         ("gradients, float32", sizes.gradients),
-        (f"moments of {train.optimizer.kind}, float32", sizes.moments),
+        (f"moments of {train.optimizer.kind}, {moments}", sizes.moments),
     ]
     for what, size in [*rows, ("together", sum(size for _, size in rows))]:
         table.add_row(what, number(size, 1024) + "B")

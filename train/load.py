@@ -65,8 +65,12 @@ def _candidates(checkpoints: Checkpoints, which: str, average: int) -> tuple[lis
     newest = checkpoints.steps[::-1]
     if not newest:
         raise TrainError(f"{checkpoints.directory} holds no checkpoint yet")
-    if which in ("average", "last"):
-        return newest, min(average, len(newest)) if which == "average" else 1
+    if which == "average":
+        # That of a stop is none of those that the run would have had without it.
+        regular = checkpoints.scored[::-1] or newest
+        return regular, min(average, len(regular))
+    if which == "last":
+        return newest, 1
     if which == "best":
         best = checkpoints.best()
         return [best, *(step for step in newest if step != best)], 1

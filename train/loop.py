@@ -3,8 +3,8 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,10 +16,10 @@ from data.pipeline import Dataset, TrainIterator
 from model.attention import choose
 from model.config import ModelConfig
 from train.checkpoint import Checkpoints, CorruptCheckpoint
-from train.config import TrainConfig
+from train.config import TrainConfig, TrainError
 from train.evaluate import measure
 from train.fingerprint import make_fingerprint
-from train.hosts import one_first, require_same, several
+from train.hosts import is_first, one_first, require_same, several
 from train.init_from import open_source, take_over
 from train.metrics import MetricsWriter, require_finite
 from train.plan.rescue import explained
@@ -60,10 +60,12 @@ def fit(
     with console.status("reading the data"):
         train_data = one_first(lambda: prepare("train"))
         valid_data = one_first(lambda: prepare("valid"))
+        # Read at the end: what is wrong with it is to be known now.
+        test_report = one_first(lambda: prepare("test")).report
     require_same("config", repr((run.model, run.data, config)))
     require_same("tokenizer", tokenizer.fingerprint)
     require_same("data", train_data.data_fingerprint + valid_data.data_fingerprint)
-    for line in train_data.report + valid_data.report:
+    for line in train_data.report + valid_data.report + test_report:
         console.print(line)
 
     setup = set_up(run.model, config)
@@ -80,7 +82,8 @@ def fit(
         witness.environment(now)
 
     with (
-        closing(Checkpoints(run.checkpoints, tokenizer.fingerprint, config.keep)) as checkpoints,
+        _alone(run),
+        Checkpoints(run.checkpoints, tokenizer.fingerprint, config.keep) as checkpoints,
         closing(
             train_data.train_iterator(*rows_here(mesh), partial(to_devices, mesh=mesh))
         ) as batches,
@@ -97,13 +100,23 @@ def fit(
         if (first := int(state.step)) < config.steps:
             add_environment(run, now, first, console)
         validate = lambda state: measure(eval_step, state.params, valid_data, mesh)  # noqa: E731
-        patience = _Patience(config, checkpoints.best_score())
+        patience = _Patience(config, checkpoints.scores)
         began = time.perf_counter()
         with jax.set_mesh(mesh), explained(run, list(mesh.devices.flat), console):
             _loop(run, state, step, batches, validate, saving, patience, mesh, console, witness)
-        checkpoints.wait()
+        saving.settle()
         share = saving.seconds / (time.perf_counter() - began)
         console.print(f"saving held training up for {saving.seconds:.2f} s ({share:.1%})")
+
+
+@contextmanager
+def _alone(run: Run) -> Iterator[None]:
+    """Keeps others from training in the same directory; raises TrainError where one does."""
+    release = one_first(lambda: run.lock() if is_first() else lambda: None)
+    try:
+        yield
+    finally:
+        release()
 
 
 def _first_params(run: Run, setup: Setup, console: Console) -> Any:
@@ -135,6 +148,7 @@ def _loop(
 ) -> None:
     """Steps from `state` to the end; raises Interrupted when a signal has come, after saving."""
     config, first = run.train, int(state.step)
+    is_due = lambda step: step % config.checkpoint_every == 0 or step == config.steps  # noqa: E731
     fingerprint = make_fingerprint(mesh)
     names = [name for name, _ in named(state.params)]
     columns = [
@@ -154,8 +168,21 @@ def _loop(
             config.log_every,
             lambda step, text: bar.update(task, completed=step, description=text),
         )
+
+        def judge(step: int, said: str) -> None:
+            """Measures the state, and gives its checkpoint the score."""
+            measured = validate(state)
+            score = _score(measured, config.metric)
+            saving.score(step, score)
+            patience.add(step, score)
+            writer.write(step, {f"valid_{name}": value for name, value in measured.items()})
+            listed = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
+            console.print(f"step {step:,}: validation {listed}, {said}")
+
         if first == 0:
             fingerprints.write(0, fingerprint(state.params))
+        elif is_due(first) and saving.lacks_score(first):
+            judge(first, "which its checkpoint lacked")
         for step in range(first + 1, config.steps + 1):
             if patience.is_over(step - 1):
                 console.print(f"no better checkpoint since step {patience.best_step:,}: stopped")
@@ -167,25 +194,19 @@ def _loop(
             del batch  # Freed when the next one is there, it would let the reading thread go first.
             is_last = step == config.steps
             is_stopped = stop.agreed() and not is_last
-            is_saved = step % config.checkpoint_every == 0 or is_last
-            if is_saved or is_stopped or step % config.fingerprint_every == 0:
+            is_saved = is_due(step) or is_stopped
+            if is_saved or step % config.fingerprint_every == 0:
                 metrics["fingerprint"] = fingerprint(state.params)
             meter.add(step, metrics)
-            if is_stopped:
-                # There may be seconds to save, and none to measure: it gets no score.
-                meter.drain()
-                saving.save(state, None, last=True)
-                raise stop.interrupted(step)
             if is_saved:
+                began = time.perf_counter()
                 meter.drain()
-                measured = validate(state)
-                score = _score(measured, config.metric)
-                said = saving.save(state, score, last=is_last)
-                patience.add(step, score)
-                writer.write(step, {f"valid_{name}": value for name, value in measured.items()})
-                listed = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
-                console.print(f"step {step:,}: validation {listed}, {said}")
-                meter.restart()
+                # Before it is measured: where a stop comes in the meantime, it is there.
+                said = saving.save(state, last=is_last or is_stopped)
+                if is_stopped:
+                    raise stop.interrupted(step)
+                judge(step, said)
+                meter.leave_out(time.perf_counter() - began)
 
 
 def describe(model: ModelConfig, length: int, setup: Setup, console: Console) -> None:
@@ -193,7 +214,8 @@ def describe(model: ModelConfig, length: int, setup: Setup, console: Console) ->
     devices, params = setup.mesh.devices.ravel(), setup.abstract.params
     sizes = ", ".join(f"{name} {size}" for name, size in setup.mesh.shape.items())
     names = dict.fromkeys(model.attention.core_of(place) for place in model.places)
-    for core, reason in (choose(name, devices[0].platform, length) for name in names):
+    platform, shards = devices[0].platform, setup.mesh.shape["seq"]
+    for core, reason in (choose(name, platform, length, shards=shards) for name in names):
         console.print(f"attention core: {core} ({reason})")
     count = f"{parameter_count(params):,}"
     training = parameter_count(split(params, setup.factors)[0])
@@ -212,26 +234,37 @@ def _restore(
     console: Console,
 ) -> tuple[TrainState, dict] | None:
     """The newest state that can be read, older ones only if `fallback`; None: there is none."""
+    corrupt: list[int] = []
     for step in reversed(checkpoints.steps):
         try:
             state, position = checkpoints.restore(step, abstract)
         except CorruptCheckpoint as error:
             if not fallback:
                 raise
-            console.print(f"{error}\nset aside as {checkpoints.set_aside(step)}", style="yellow")
+            console.print(str(error), style="yellow", markup=False)
+            corrupt.append(step)
             continue
         saving.require_ours(position)
+        for each in corrupt:
+            console.print(f"set aside as {checkpoints.set_aside(each)}", style="yellow")
         console.print(f"resuming from the checkpoint of step {step:,}")
         return state, position
+    if corrupt:
+        raise TrainError(
+            f"no checkpoint in {checkpoints.directory} can be read; all are left as they are: "
+            "repair one, or give another --run-dir to begin anew"
+        )
     return None
 
 
 class _Patience:
     """When the best checkpoint has become too old."""
 
-    def __init__(self, config: TrainConfig, best: tuple[int, float] | None):
+    def __init__(self, config: TrainConfig, scores: Mapping[int, float]):
         self._limit = config.patience and config.patience * config.checkpoint_every
-        self.best_step, self._best = best or (0, -math.inf)
+        self.best_step, self._best = 0, -math.inf
+        for step in sorted(scores):
+            self.add(step, scores[step])
 
     def add(self, step: int, score: float) -> None:
         if score > self._best:
@@ -254,10 +287,13 @@ class _Meter:
         self.writer, self.fingerprints, self.log_every = writer, fingerprints, log_every
         self.show = show
         self._pending: deque = deque()
-        self.restart()
+        self._restart()
 
-    def restart(self) -> None:
-        """Begins a new interval: what happened since the last one does not count as training."""
+    def leave_out(self, seconds: float) -> None:
+        """Takes time off this interval that was not training."""
+        self._since += seconds
+
+    def _restart(self) -> None:
         self._since, self._loss, self._weight, self._waited = time.perf_counter(), 0.0, 0.0, 0.0
 
     def fetched(self, seconds: float) -> None:
@@ -294,4 +330,4 @@ class _Meter:
         }
         self.writer.write(step, values)
         self.show(step, f"loss {values['loss']:.3f}  {values['tokens_per_second']:,.0f} tokens/s")
-        self.restart()
+        self._restart()

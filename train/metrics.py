@@ -1,9 +1,12 @@
 """What is measured during training, and where it is written."""
 
+import contextlib
 import json
+import sys
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,12 +35,12 @@ class MetricsWriter:
         self._directory, self._from_step = directory, from_step
         self._lines = None
         if is_first():
-            self._lines = append_after(directory / "metrics.jsonl", from_step)
+            self._lines = Lines(directory / "metrics.jsonl", from_step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         if self._lines is None:
             return
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        self._lines.write({"step": step, **values})
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 
@@ -54,15 +57,46 @@ class MetricsWriter:
             self._events.close()
 
 
-def append_after(path: Path, from_step: int) -> TextIO:
-    """Opens a file of JSON lines to go on after this step: later lines and halves are dropped."""
-    if path.exists():
-        lines = [line for line in path.read_text("utf-8").splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= from_step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept), "utf-8")
-        partial.replace(path)
-    return path.open("a", encoding="utf-8", buffering=1)
+class Lines:
+    """A file of JSON values with a "step", one a line, that goes on after a step.
+
+    A disk that is full is told once and ends no training: lines wait until there is room.
+    """
+
+    def __init__(self, path: Path, from_step: int):
+        """Drops lines of later steps, and what was cut short by a kill."""
+        self._path, self._is_told = path, False
+        if path.exists():
+            kept = [line for line in read_lines(path) if line["step"] <= from_step]
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
+            partial.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._try(lambda: self._file.write(json.dumps(line) + "\n"))
+        self._try(self._file.flush)
+
+    def close(self) -> None:
+        self._try(self._file.close)
+
+    def _try(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError as error:
+            if not self._is_told:
+                self._is_told = True
+                reason = f"{self._path} cannot be written ({error.strerror}): make room"
+                print(f"heedful: {reason}; training goes on", file=sys.stderr, flush=True)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The values in a file of JSON lines; one that was cut short by a kill is left out."""
+    found = []
+    for line in path.read_text("utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
 
 
 def require_finite(step: int, metrics: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from train.hosts import is_first
-from train.metrics import append_after
+from train.metrics import Lines, read_lines
 from train.run import Run, differences, write_json
 
 ROOT = Path(__file__).parent.parent
@@ -98,7 +98,7 @@ class FingerprintWriter:
         """Lines of steps after `from_step` are dropped: the run goes through them again."""
         self._names, self._witness, self._lines = names, witness, None
         if is_first():
-            self._lines = append_after(run.fingerprints, from_step)
+            self._lines = Lines(run.fingerprints, from_step)
 
     def write(self, step: int, words: jax.Array, metrics: Mapping[str, Any] | None = None) -> None:
         line: dict[str, Any] = {"step": step}
@@ -106,7 +106,7 @@ class FingerprintWriter:
             line[name] = np.asarray(metrics[name], ">f4").tobytes().hex()  # type: ignore[index]
         line["parameters"] = named_words(self._names, words)
         if self._lines is not None:
-            self._lines.write(json.dumps(line) + "\n")
+            self._lines.write(line)
         if self._witness is not None:
             self._witness.fingerprint(line)
 
@@ -125,9 +125,7 @@ def fingerprints(run: Run) -> dict[int, dict[str, Any]]:
     """The lines of a run's `fingerprints.jsonl` by step; a line cut short by a kill is left out."""
     if not run.fingerprints.exists():
         return {}
-    lines = run.fingerprints.read_text("utf-8").splitlines()
-    found = [json.loads(line) for line in lines if line.endswith("}}")]
-    return {line["step"]: line for line in found}
+    return {line["step"]: line for line in read_lines(run.fingerprints)}
 
 
 def _code() -> dict[str, Any]:

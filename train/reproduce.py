@@ -95,7 +95,14 @@ class _Comparison:
     """
 
     def __init__(self, original: Run, console: Console, first: int, steps: int | None):
-        recorded = fingerprints(original)
+        train = original.train
+        # A run that was stopped in between has others, too, which training again does not give.
+        regular = lambda step: (  # noqa: E731
+            step in (first, train.steps)
+            or not step % train.fingerprint_every
+            or not step % train.checkpoint_every
+        )
+        recorded = {step: line for step, line in fingerprints(original).items() if regular(step)}
         if not recorded:
             raise TrainError(
                 f"{original.directory} has no fingerprints.jsonl: it was trained before there was "

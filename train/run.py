@@ -1,10 +1,12 @@
 """A run lives in one directory: its config, tokenizer, environment, metrics and checkpoints."""
 
 import dataclasses
+import fcntl
 import json
+import os
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,10 @@ from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from train.config import TrainConfig, TrainError
 
-MAY_DIFFER = ("train.mesh.", "train.checkpoints ")  # where a run goes on: the results stay
+# Where a run goes on, and what is done with it in the end: what is trained stays the same.
+MAY_DIFFER = (
+    "train.mesh.", "train.checkpoints ", "train.decode.", "train.samples ", "data.test "
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,8 @@ class Run:
     def start(self, tokenizer: Tokenizer) -> None:
         """Writes what describes the run, unless the directory holds this very run already.
 
-        It may go on with another mesh. Raises TrainError when it holds a run of another config.
+        It may go on as `MAY_DIFFER` says. Raises TrainError when it holds a run of another config,
+        and when its checkpoints are not where this one looks for them.
         """
         if not (self.directory / "config.json").exists():
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -85,8 +91,30 @@ class Run:
                 f"{self.directory} holds a run of another config ({others}): "
                 "give another --run-dir, or the same config to resume it"
             )
+        moved = there.checkpoints != self.checkpoints
+        if moved and _has_steps(there.checkpoints) and not _has_steps(self.checkpoints):
+            raise TrainError(
+                f"{self.directory} has its checkpoints in {there.checkpoints} and none in "
+                f"{self.checkpoints}: give the first to train.checkpoints, or move them"
+            )
         if there != self:
             write_json(self.directory / "config.json", self.values())
+
+    def lock(self) -> Callable[[], None]:
+        """Keeps other processes from training here until what it returns is called, or this ends.
+
+        Raises TrainError where another one does.
+        """
+        held = os.open(self.directory, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TrainError(
+                f"another process trains in {self.directory}: stop it, or give another --run-dir"
+            ) from error
+        except OSError:  # A file system without locks.
+            pass
+        return lambda: os.close(held)
 
     def values(self) -> dict[str, Any]:
         """The three configs as JSON values."""
@@ -94,10 +122,17 @@ class Run:
         return {name: to_json(part) for name, part in parts.items()}
 
     def others(self, there: "Run") -> str:
-        """What differs from the configs of another run, if any; the mesh may."""
+        """What differs from the configs of another run, if any, and may not."""
         found = differences(self.values(), there.values())
         others = [line for line in found if not line.startswith(MAY_DIFFER)]
         return "; ".join(others[:3]) + ("; ..." if len(others) > 3 else "")
+
+
+def _has_steps(checkpoints: epath.Path) -> bool:
+    try:
+        return checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
+    except (ImportError, OSError) as error:
+        raise TrainError(f"train.checkpoints {checkpoints} cannot be reached: {error}") from error
 
 
 def to_json(config: Any) -> Any:

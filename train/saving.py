@@ -35,6 +35,8 @@ class Saving:
         self.seconds = 0.0
         """That the loop was held up: until the former checkpoint was on disk and this one copied
         from the devices."""
+        self._score: tuple[int, float] | None = None
+        self._is_begun = True
 
     def position(self) -> dict[str, Any]:
         """What a checkpoint holds beside the state."""
@@ -58,23 +60,38 @@ class Saving:
             )
         self._batches.set_state(position["iterator"])
 
-    def save(self, state: TrainState, score: float | None, *, last: bool) -> str:
+    def save(self, state: TrainState, *, last: bool) -> str:
         """Begins to save and returns what has happened, in words.
 
         The `last` checkpoint of this process is on disk on return, and SaveFailed if it is not. Any
         other may fail: that is told, training goes on, and the next one is tried.
         """
         began = time.perf_counter()
-        self._try(self._checkpoints.wait)
-        saved = True
+        self.settle()
+        begin = lambda: self._checkpoints.save(state, self.position())  # noqa: E731
         if last:
-            self._checkpoints.save(state, self.position(), score)
+            begin()
             self._checkpoints.wait()
+            self._is_begun = True
         else:
-            saved = self._try(lambda: self._checkpoints.save(state, self.position(), score))
+            self._is_begun = self._try(begin)
         seconds = time.perf_counter() - began
         self.seconds += seconds
-        return f"checkpoint saved (held up {seconds:.2f} s)" if saved else "no checkpoint saved"
+        return f"checkpoint saved (held up {seconds:.2f} s)" if self._is_begun else "nothing saved"
+
+    def score(self, step: int, score: float) -> None:
+        """Takes the score of the newest checkpoint, which may not be on disk yet."""
+        self._score = step, score
+
+    def settle(self) -> None:
+        """Waits until the newest checkpoint is on disk, and gives it its score, if it has one."""
+        score, self._score = self._score, None
+        if self._is_begun and self._try(self._checkpoints.wait) and score is not None:
+            self._try(lambda: self._checkpoints.add_score(*score))
+
+    def lacks_score(self, step: int) -> bool:
+        """Whether the run has ended before the checkpoint of this step could be measured."""
+        return step in self._checkpoints.steps and step not in self._checkpoints.scores
 
     def _try(self, action: Callable[[], None]) -> bool:
         try:

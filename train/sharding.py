@@ -106,13 +106,17 @@ def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
 
 
 def require_divisible(shape: Shape, accumulate: int, mesh: Mesh) -> None:
-    """Raises TrainError unless the devices, and the parts of a batch, divide its rows."""
+    """Raises TrainError unless the devices, and the parts of a batch, divide rows and lengths."""
     parts, seq = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["seq"]
-    if shape.rows % (parts * accumulate) or any(length % seq for length in shape.lengths):
+    if shape.rows % (parts * accumulate):
         raise TrainError(
             f"batches of {shape} do not divide into {parts} devices x train.accumulate = "
-            f"{accumulate}, or the length into train.mesh.seq = {seq}: set data.batch_multiple to "
-            f"{parts * accumulate}"
+            f"{accumulate}: set data.batch_multiple to {parts * accumulate}"
+        )
+    if any(length % seq for length in shape.lengths):
+        raise TrainError(
+            f"the length of batches of {shape} does not divide into train.mesh.seq = {seq}: set "
+            "data.length_multiple and data.max_length to multiples of it"
         )
 
 

@@ -81,6 +81,10 @@ def require_fit(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Non
             f"model.attention.global_tokens = {model.attention.global_tokens} are the first of a "
             "row, and data.packing puts several documents in a row: set data.packing False"
         )
+    if data.objective == "translation" and train.decode.stop:
+        raise TrainError(
+            f"train.decode.stop = {train.decode.stop} ends texts after a prompt: leave it out"
+        )
     if data.objective == "regression" and train.label_smoothing:
         raise TrainError(
             f"train.label_smoothing = {train.label_smoothing} means nothing for a regression: "

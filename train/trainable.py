@@ -32,8 +32,14 @@ def layer_names(name: str, shape: tuple[int, ...]) -> list[str]:
 def rate_factors(params: Any, model: ModelConfig, config: OptimizerConfig) -> Any:
     """Factor of the learning rate, float or [L, 1, ...], for each parameter; 0: it is frozen.
 
-    Raises TrainError for a pattern of `config.freeze` that fits nothing, and when nothing is left.
+    Raises TrainError for a pattern of `config.freeze` that fits nothing, for a rate of the head
+    where it has no parameters of its own, and when nothing is left.
     """
+    if config.head_lr != 1 and not any(name.startswith("head.") for name, _ in named(params)):
+        raise TrainError(
+            f"optimizer.head_lr = {config.head_lr} fits no parameter, the head has none of its "
+            "own: set it to 1"
+        )
     unused = set(config.freeze)
     factors = []
     for name, leaf in named(params):

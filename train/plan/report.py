@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
@@ -119,11 +120,13 @@ def attention_kernels(model: ModelConfig, data: DataConfig, compiled: Compiled) 
 
 
 def _capacity(chip: Chip | None, devices: Sequence[Any]) -> int | None:
-    if chip is not None:
-        return chip.memory
+    """Bytes that a program may use of each device."""
     if devices[0].platform == "cpu":  # the devices of a machine share its memory
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
-    return (devices[0].memory_stats() or {}).get("bytes_limit")
+    # A device that is there says what jax may take of it, three quarters of a GPU unless told.
+    there = devices[0] in jax.devices()
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit") if there else None
+    return limit or (chip and chip.memory)
 
 
 def print_model(title: str, model: ModelConfig, data: DataConfig, console: Console) -> ModelConfig:

@@ -40,12 +40,15 @@ def ways_out(
     ways = []
 
     platform = compiled.mesh.devices.flat[0].platform
-    if choose(model.attention.core, platform, data.max_length)[0] == "dense":
-        scores = 4.0 * rows * model.attention.heads * data.max_length**2 / sizes["tensor"]
+    core, _ = choose(model.attention.core, platform, data.max_length, shards=sizes["seq"])
+    if core == "dense":
+        linear = LINEAR[platform] if sizes["seq"] == 1 else "ring"
+        scores = 4.0 * rows * model.attention.heads * data.max_length**2
+        scores /= sizes["tensor"] * sizes["seq"]
         layers = model.layers if model.remat == "none" else 1
         ways.append(
             Way(
-                f"--model.attention.core {LINEAR[platform]}",
+                f"--model.attention.core {linear}",
                 "the same result, where the core runs the mask (heedful cores)",
                 min(2 * scores * layers, activations),
             )

@@ -76,7 +76,9 @@ def _guess(
     params, moments = device_bytes(state.params), device_bytes(state.opt_state)
     tokens = shape.rows * max(shape.lengths) / (mesh.size // sizes["tensor"])
     at_once = tokens / train.accumulate
-    layers = model.layers + (model.encoder_layers or 0)
+    layers = model.layers
+    if model.architecture == "encoder_decoder":
+        layers += model.encoder_layers or model.layers
     heads = model.head_dim * (2 * model.attention.heads + 2 * model.kv_heads) / sizes["tensor"]
     inner = model.feed_forward.width * (2 if model.feed_forward.gated else 1) / sizes["tensor"]
     kept = {"full": model.width, "attention": 2 * model.width + heads}
