@@ -1,0 +1,45 @@
+"""Multi30k captions, English to German: the model of `multi30k`, with a recipe of our own.
+
+heedful train multi30k_prenorm     # in the folder of the files, or with --data.train A B and so on
+
+Same size, same batches, less time: 3,700 steps, of 1.4 to 2.8 seconds on two cores of a Xeon shared
+with other work, gave 41.69 BLEU on test.2016 with seed 0, where the published recipe gives 40.5 in
+5,500 to 8,000 (RESULTS.md). Norms stand before the sublayers, which allows a short warmup to the
+same rate, positions are rotary, AdamW decays the matrices, and the rate falls to 0 along a cosine.
+"""
+
+from dataclasses import replace
+
+from configs import multi30k
+from configs.base import Experiment
+from model.config import NormConfig, PositionConfig
+from train.config import OptimizerConfig
+
+
+def get_config() -> Experiment:
+    published = multi30k.get_config()
+    return Experiment(
+        model=replace(
+            published.model,
+            norm=NormConfig(position="pre"),
+            positions=PositionConfig(kind="rotary"),
+        ),
+        data=published.data,
+        train=replace(
+            published.train,
+            steps=3700,
+            patience=None,
+            optimizer=OptimizerConfig(
+                kind="adamw",
+                peak_lr=5e-3,
+                initial_lr=1e-7,
+                warmup_steps=400,
+                schedule="cosine",
+                b1=0.9,
+                b2=0.98,
+                epsilon=1e-8,
+                weight_decay=0.1,
+                clip_norm=1.0,
+            ),
+        ),
+    )
