@@ -41,10 +41,10 @@ def header(path: str) -> tuple[str, ...]:
     """Returns the names of the columns: the first row, or the keys of the first object."""
     lines = (line.decode("utf-8-sig") for line in checked_lines(path))
     try:
-        names = next(_rows(path, lines), None)
+        names = next(_rows(path, lines), ())
     except (csv.Error, json.JSONDecodeError) as error:
         raise DataError(f"{path}, line 1: {error}; this is no {Path(path).suffix}") from error
-    if names is None:
+    if names == ():
         raise DataError(f"{path} is empty: give it rows")
     if _is_json(path) and not isinstance(names, dict):
         raise DataError(f"{path}, line 1 is no JSON object: give one object a line")

@@ -93,10 +93,10 @@ def test_translation_by_language_or_role(tmp_path):
 
 def test_columns_make_documents_of_a_table(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"body": "one"}\n{"body": "two"}\n')
-    raw = load(path, objective="causal_lm")
-    assert raw == [{"text": '{"body": "one"}\n{"body": "two"}\n'}]
     rows = load(path, objective="causal_lm", columns=("body",))
     assert rows == [{"text": "one"}, {"text": "two"}]
+    with pytest.raises(DataError, match=r"data.train has the table .*a.jsonl: give the column"):
+        load(path, objective="causal_lm")  # Nobody wants to learn its braces.
 
 
 def test_tables_are_joined_and_held_out_by_text(tmp_path):
@@ -151,12 +151,6 @@ def test_broken_tables_name_file_line_and_what_there_is(tmp_path, name, text, na
 def test_a_cell_may_be_longer_than_the_131072_characters_that_python_reads_unless_told(tmp_path):
     path = write(tmp_path / "a.csv", f"text,label\n{'a ' * 80_000},b\n")
     assert len(load(path)[0]["text"]) == 160_000
-
-
-def test_a_table_is_no_running_text_unless_its_column_is_given(tmp_path):
-    path = write(tmp_path / "a.jsonl", '{"text": "one two"}\n')
-    with pytest.raises(DataError, match=r"data.train has the table .*a.jsonl: give the column"):
-        load(path, objective="causal_lm")
 
 
 def test_invalid_utf8_names_the_line(tmp_path):
