@@ -13,7 +13,6 @@ from dataclasses import replace
 from configs import multi30k
 from configs.base import Experiment
 from model.config import NormConfig, PositionConfig
-from train.config import OptimizerConfig
 
 
 def get_config() -> Experiment:
@@ -29,15 +28,11 @@ def get_config() -> Experiment:
             published.train,
             steps=3700,
             patience=None,
-            optimizer=OptimizerConfig(
+            optimizer=replace(
+                published.train.optimizer,
                 kind="adamw",
-                peak_lr=5e-3,
-                initial_lr=1e-7,
                 warmup_steps=400,
                 schedule="cosine",
-                b1=0.9,
-                b2=0.98,
-                epsilon=1e-8,
                 weight_decay=0.1,
                 clip_norm=1.0,
             ),
