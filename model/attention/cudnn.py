@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from model.attention.fused import band, fill, require_whole_rows, segment_ids
-from model.axes import mesh_axes, target_platform
+from model.attention.dense import require_whole_rows
+from model.attention.fused import band, fill, segment_ids
+from model.axes import target_platform
 from model.config import require
 from model.masks import AttentionMask, MaskNotSupported, Window, cross
 from model.positions import PositionBias
@@ -45,7 +46,7 @@ def cudnn(
         platform == "gpu",
         f"core cudnn needs a GPU, not {platform}: choose model.attention.core auto",
     )
-    require_whole_rows("cudnn", mesh_axes("act_length")[0])
+    require_whole_rows("cudnn")
     return attend(q, k, v, mask, window, scale, "cudnn")
 
 

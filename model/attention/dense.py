@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from model.axes import mesh_axes
+from model.config import require
 from model.dropout import dropout_words, keep
 from model.masks import AttentionMask
 from model.positions import PositionBias
@@ -128,6 +130,16 @@ def require_shapes(q: jax.Array, k: jax.Array, v: jax.Array | None = None) -> No
     if k.shape != (B, S, K, H) or N % K or (v is not None and v.shape != k.shape):
         values = "" if v is None else f", v {v.shape}"
         raise ValueError(f"shapes do not fit: q {q.shape}, k {k.shape}{values}")
+
+
+def require_whole_rows(core: str) -> None:
+    """Raises ModelError where the mesh splits the sequence."""
+    (length,) = mesh_axes("act_length")
+    require(
+        not length,
+        f"core {core} needs whole sequences, and the mesh splits them over {length}: set "
+        "train.mesh.seq to 1, or choose model.attention.core ring or dense",
+    )
 
 
 def masked_softmax(

@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from model.attention.dense import require_shapes
-from model.attention.fused import require_whole_rows
-from model.axes import mesh_axes, shards, target_platform
+from model.attention.dense import require_shapes, require_whole_rows
+from model.axes import shards, target_platform
 from model.dropout import dropout_words, keep_at
 from model.masks import AttentionMask
 from model.positions import PositionBias
@@ -55,7 +54,7 @@ def flash(
     """
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     require_shapes(q, k, v)
-    require_whole_rows("flash", mesh_axes("act_length")[0])
+    require_whole_rows("flash")
     sizes = SHORT if max(T, S) < 8192 else LONG
     tiles = Tiles(
         shape=(B, K, N // K, T, S),

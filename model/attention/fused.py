@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from model.config import require
 from model.masks import AttentionMask, MaskNotSupported, Window
 from model.positions import PositionBias
 
@@ -56,12 +55,3 @@ REASONS = {
     "global": "it has no global tokens",
     "offset": "its queries begin at position 0, and those of a cache do not",
 }
-
-
-def require_whole_rows(core: str, length_axes: tuple[str, ...]) -> None:
-    """Raises ModelError where the mesh splits the sequence."""
-    require(
-        not length_axes,
-        f"core {core} needs whole sequences, and the mesh splits them over {length_axes}: set "
-        "train.mesh.seq to 1, or choose model.attention.core ring or dense",
-    )

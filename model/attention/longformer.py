@@ -17,10 +17,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from model.attention.dense import dense, masked_softmax, require_shapes
+from model.attention.dense import dense, masked_softmax, require_shapes, require_whole_rows
 from model.attention.flash import flash
-from model.attention.fused import require_whole_rows
-from model.axes import mesh_axes
 from model.dropout import dropout_words, keep_at
 from model.masks import AttentionMask, MaskNotSupported
 from model.positions import PositionBias
@@ -48,7 +46,7 @@ def longformer(
     """
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     require_shapes(q, k, v)
-    require_whole_rows("longformer", mesh_axes("act_length")[0])
+    require_whole_rows("longformer")
     mask.require_lengths(T, S)
     left, right = _sides(mask)
     if mask.q_offset is not None and left + 1 + right >= S:

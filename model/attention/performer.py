@@ -20,9 +20,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from model.attention.dense import require_shapes
-from model.attention.fused import require_whole_rows
-from model.axes import mesh_axes
+from model.attention.dense import require_shapes, require_whole_rows
 from model.config import PerformerConfig
 from model.masks import AttentionMask, MaskNotSupported
 from model.positions import PositionBias
@@ -115,7 +113,7 @@ class Performer(nn.Module):
 
 def _require_supported(mask: AttentionMask, bias: PositionBias | None, rate: float) -> None:
     """Sums over keys know nothing of pairs, and go along the whole length."""
-    require_whole_rows("performer", mesh_axes("act_length")[0])
+    require_whole_rows("performer")
     if mask.window is not None:
         raise MaskNotSupported(
             "performer",

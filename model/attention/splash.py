@@ -10,7 +10,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from model.attention.fused import TILE, band, fill, require_whole_rows, segment_ids
+from model.attention.dense import require_whole_rows
+from model.attention.fused import TILE, band, fill, segment_ids
 from model.axes import mesh_axes, target_platform
 from model.config import require
 from model.masks import AttentionMask, Window
@@ -41,8 +42,8 @@ def splash(
         platform in ("tpu", "cpu"),
         f"core splash needs a TPU, not {platform}: choose cudnn or flash",
     )
-    batch, length, heads = mesh_axes("act_batch", "act_length", "act_heads")
-    require_whole_rows("splash", length)
+    require_whole_rows("splash")
+    batch, heads = mesh_axes("act_batch", "act_heads")
 
     factor = q.shape[3] ** -0.5 if scale is None else scale
     q = (q.astype(jnp.float32) * factor).astype(q.dtype)
