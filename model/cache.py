@@ -5,6 +5,7 @@ its rows.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -12,10 +13,12 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from model.attention.dense import attend_pairs, pairs_of
 from model.attention.performer import FeatureState
 from model.axes import target_platform
 from model.config import ModelConfig
 from model.masks import AttentionMask, cross
+from model.positions import PositionBias
 
 
 @runtime_checkable
@@ -75,20 +78,74 @@ class KVCache:
 
     def write(self, k: jax.Array, v: jax.Array, offset: jax.Array) -> "KVCache":
         """The cache with rows `k`, `v` [B, t, K, H] written from position `offset` ([] or [B])."""
-
-        def put(rows: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-            if target_platform() == "cpu":
-                # A single update would be fused with its readers, each with a copy of all rows. So
-                # one more is written behind the end, where it is dropped.
-                index = jnp.append(start + jnp.arange(new.shape[-2]), rows.shape[-2])
-                new = jnp.concatenate([new, new[..., :1, :]], axis=-2)
-                return rows.at[..., index, :].set(new, mode="drop")
-            return jax.lax.dynamic_update_slice_in_dim(rows, new, start, axis=rows.ndim - 2)
-
-        if offset.ndim:
-            put = jax.vmap(put)
         new = KVCache.of(k, v)
-        return KVCache(k=put(self.k, new.k, offset), v=put(self.v, new.v, offset))
+        return KVCache(
+            k=_write(self.k, new.k, offset, axis=-2), v=_write(self.v, new.v, offset, axis=-2)
+        )
+
+
+@struct.dataclass
+class BeamCache:
+    """Keys and values of all positions of W hypotheses of each of B texts, for R = B W queries.
+
+    Each hypothesis writes in a place of its own. What it wrote stays there whatever becomes of it;
+    the living differ in whose keys they see. Products of W queries with all M = S W keys take less
+    time than copies of the keys of each hypothesis for each token.
+    """
+
+    k: Float[Array, "B K H M"]
+    """Those of all hypotheses at a position lie side by side."""
+    v: Float[Array, "B K M H"]
+    writer: Int[Array, "B W S"]
+    """Which hypothesis wrote what hypothesis w sees at a position."""
+
+    @classmethod
+    def of(cls, cache: KVCache, width: int) -> "BeamCache":
+        """Hypotheses with the same past."""
+        batch, length = cache.k.shape[0], cache.k.shape[2]
+        own = jnp.arange(width)[None, :, None]
+        return cls(
+            k=jnp.repeat(jnp.swapaxes(cache.k, 2, 3), width, axis=3),
+            v=jnp.repeat(cache.v, width, axis=2),
+            writer=jnp.broadcast_to(own, (batch, width, length)),
+        )
+
+    def attend(
+        self, core: Callable, q: jax.Array, k: jax.Array, v: jax.Array,
+        mask: AttentionMask, is_real: jax.Array | None = None, *,
+        bias: PositionBias | None = None, scale: float | None = None, **how: Any,
+    ) -> tuple[jax.Array, "BeamCache"]:  # fmt: skip
+        """Dense, whatever the core: those that read a KVCache compute the same."""
+        (batch, width, length), (rows, new) = self.writer.shape, k.shape[:2]
+        if (rows, new) != (batch * width, 1):
+            raise ValueError(
+                f"{rows} x {new} tokens for {batch} x {width} hypotheses: a beam takes one for each"
+            )
+        offset = _offset(mask)
+        offset = offset[::width] if offset.ndim else offset
+        q, k, v = (x.reshape(batch, width, *x.shape[2:]) for x in (q, k, v))
+        k = _write(self.k, jnp.moveaxis(k, 1, -1), offset * width, axis=-1)
+        v = _write(self.v, jnp.swapaxes(v, 1, 2), offset * width, axis=-2)
+        hypotheses = jnp.arange(width)
+        is_new = jnp.arange(length) == offset.reshape(-1, 1, 1)
+        writer = jnp.where(is_new, hypotheses[:, None], self.writer)
+
+        def spread(x: jax.Array) -> jax.Array:
+            """From one query a row and S positions to W queries a text and M places."""
+            x = x.reshape(-1, width if len(x) == rows else 1, *x.shape[1:])
+            x = jnp.swapaxes(x[:, :, :, 0], 1, 2)
+            x = jnp.broadcast_to(x, (*x.shape[:2], width, length))
+            return jnp.repeat(x, width, axis=-1)
+
+        seen, added = pairs_of(mask, bias, 1, length)
+        allowed = (writer[..., None] == hypotheses).reshape(batch, 1, width, -1)
+        allowed = allowed if seen is None else allowed & spread(seen)
+        added = None if added is None else spread(added)
+        y = attend_pairs(q, jnp.moveaxis(k, -1, 1), jnp.swapaxes(v, 1, 2), allowed, added, scale)
+        return y.reshape(rows, 1, *y.shape[2:]), BeamCache(k, v, writer)
+
+    def keys(self, new: int) -> int:
+        return self.writer.shape[-1]
 
 
 @struct.dataclass
@@ -168,6 +225,23 @@ def new_cache(config: ModelConfig, batch: int, length: int) -> Cache:
     return KVCache.zeros(config, batch, length)
 
 
+def repeat(cache: Cache, times: int) -> Cache:
+    """For `times` hypotheses of each text, which stand side by side."""
+    if isinstance(cache, KVCache):
+        return BeamCache.of(cache, times)
+    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), cache)
+
+
+def reorder(cache: Cache, parents: Int[Array, "B W"]) -> Cache:
+    """Each hypothesis of a text continues the one of the same text that `parents` names."""
+    if isinstance(cache, BeamCache):
+        writer = jnp.take_along_axis(cache.writer, parents[..., None], axis=1)
+        return cache.replace(writer=writer)  # type: ignore[attr-defined]
+    batch, width = parents.shape
+    rows = (jnp.arange(batch)[:, None] * width + parents).reshape(-1)
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), cache)
+
+
 def remembered(config: ModelConfig) -> int | None:
     """How many of the last positions a cache keeps; None: all."""
     attention = config.attention
@@ -180,6 +254,20 @@ def _zeros(config: ModelConfig, batch: int, length: int) -> tuple[jax.Array, jax
     """Keys and values [B, S, K, H]."""
     array = jnp.zeros((batch, length, config.kv_heads, config.head_dim), config.dtype)
     return array, array
+
+
+def _write(to: jax.Array, x: jax.Array, start: jax.Array, *, axis: int) -> jax.Array:
+    """`to` with `x` in it from `start` ([] or [B]) on, along an axis counted from the last."""
+    if start.ndim:
+        return jax.vmap(partial(_write, axis=axis))(to, x, start)
+    if target_platform() != "cpu":
+        return jax.lax.dynamic_update_slice_in_dim(to, x, start, axis=to.ndim + axis)
+    # A single update would be fused with its readers, each with a copy of all of `to`. So one more
+    # is written behind the end, where it is dropped.
+    index = jnp.append(start + jnp.arange(x.shape[axis]), to.shape[axis])
+    first = jax.lax.slice_in_dim(x, 0, 1, axis=x.ndim + axis)
+    place = (..., index, *[slice(None)] * (-1 - axis))
+    return to.at[place].set(jnp.concatenate([x, first], axis=axis), mode="drop")
 
 
 def _offset(mask: AttentionMask) -> jax.Array:

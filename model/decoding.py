@@ -180,9 +180,8 @@ def cut_tail(
     """-inf outside the `top_k` likeliest tokens, of those outside the smallest set of probability
     `top_p`, and below `min_p` times the highest probability; ties stay together."""
     if top_k > 0:
-        # Without the barrier XLA sees that the indices are not used, and sorts everything instead.
-        best = jax.lax.optimization_barrier(jax.lax.top_k(logits, min(top_k, logits.shape[-1])))
-        logits = jnp.where(logits < best[0][:, -1:], -jnp.inf, logits)
+        best, _ = _both(jax.lax.top_k(logits, min(top_k, logits.shape[-1])))
+        logits = jnp.where(logits < best[:, -1:], -jnp.inf, logits)
     if top_p < 1.0:
         probabilities = jax.nn.softmax(logits)
         logits = jnp.where(probabilities < _nucleus(probabilities, top_p), -jnp.inf, logits)
@@ -214,23 +213,38 @@ def _nucleus(probabilities: Float[Array, "B V"], mass: float) -> Float[Array, "B
 
 
 def highest(
-    scores: Float[Array, "B M"], count: int
+    scores: Float[Array, "B V"], count: int
 ) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
     """`jax.lax.top_k`, ties and all, on a CPU in half of its time or less.
 
     The highest lie in those blocks whose maxima are the highest: the others are not searched.
     """
-    rows, size = scores.shape
+    size = scores.shape[1]
     if target_platform() != "cpu" or size < 4 * BLOCK * count:
         best, index = jax.lax.top_k(scores, count)
         return best, index
-    blocks = jnp.pad(scores, ((0, 0), (0, -size % BLOCK)), constant_values=-jnp.inf)
-    blocks = blocks.reshape(rows, -1, BLOCK)
-    chosen = jnp.sort(jax.lax.top_k(jnp.max(blocks, axis=-1), count)[1])  # The first wins a tie.
-    inside = jnp.take_along_axis(blocks, chosen[..., None], axis=1).reshape(rows, -1)
-    best, index = jax.lax.top_k(inside, count)
-    first = jnp.take_along_axis(chosen, index // BLOCK, axis=1) * BLOCK
-    return best, first + index % BLOCK
+    full, columns = size - size % BLOCK, scores.T
+    peaks = jnp.max(columns[:full].reshape(-1, BLOCK, len(scores)), axis=1)
+    chosen = jnp.sort(_both(jax.lax.top_k(peaks.T, count))[1])  # The first wins a tie.
+    places = (chosen[..., None] * BLOCK + jnp.arange(BLOCK)).reshape(len(scores), -1)
+    rest = jnp.broadcast_to(jnp.arange(full, size), (len(scores), size - full))
+    places = jnp.concatenate([places, rest], axis=1)
+    inside = columns[places, jnp.arange(len(scores))[:, None]]
+    best, index = _both(jax.lax.top_k(inside, count))
+    return best, jnp.take_along_axis(places, index, axis=1)
+
+
+def log_total(logits: Float[Array, "B V"], most: Float[Array, " B"]) -> Float[Array, " B"]:
+    """log(sum(exp(logits))) of each row, whose highest is `most`.
+
+    With V in front, as `transposed_matmul` leaves it: a CPU would turn everything around before.
+    """
+    return most + jnp.log(jnp.sum(jnp.exp(logits.T - most), axis=0))
+
+
+def _both(best: Any) -> Any:
+    """Values and indices of `top_k`: where XLA sees that one of them is not used, it sorts all."""
+    return jax.lax.optimization_barrier(best)
 
 
 def length_penalty(length: jax.Array | int, exponent: float) -> jax.Array | float:
@@ -256,7 +270,7 @@ def beam_search(
 
     A row ends when no living hypothesis can still beat its best finished one, which is exact since
     log-probabilities only fall. A row that never finishes within `limits[b]` tokens gives its best
-    living hypothesis. `cache` must have `repeat(width)` and `reorder(rows)`.
+    living hypothesis. `cache` must have `repeat(width)` and `reorder(parents [B, W])`.
     """
     _require_seen(repetition_penalty, seen)
     batch = last.shape[0]
@@ -270,14 +284,15 @@ def beam_search(
     def body(state):
         t, done, last, live, live_scores, best, best_length, best_score, seen, cache = state
         logits, cache = step(last.reshape(-1, 1), cache, start + t)
-        logits = logits.astype(jnp.float32).reshape(batch, width, -1)
-        log_probs = jax.nn.log_softmax(penalise(logits, seen, repetition_penalty))
-        vocab = log_probs.shape[-1]
+        logits = penalise(logits.astype(jnp.float32), seen, repetition_penalty)
 
         # Twice the width: at most `width` of these can be ends, so `width` stay alive.
-        totals = (live_scores[..., None] + log_probs).reshape(batch, width * vocab)
-        scores, picks = highest(totals, 2 * width)
-        parents, chosen = picks // vocab, (picks % vocab).astype(jnp.int32)
+        children = min(2 * width, logits.shape[-1])
+        likeliest, tokens = highest(logits, children)
+        log_probs = likeliest - log_total(logits, likeliest[:, 0])[:, None]
+        totals = live_scores.reshape(-1, 1) + log_probs
+        scores, picks = jax.lax.top_k(totals.reshape(batch, -1), 2 * width)
+        parents, chosen = picks // children, tokens.reshape(batch, -1)[rows, picks]
         sequences = live[rows, parents].at[:, :, t].set(chosen)
         ended = chosen == eos_id
 
@@ -297,8 +312,9 @@ def beam_search(
         done |= (attainable <= best_score) | (t + 1 >= limits)
 
         if seen is not None:
-            seen = seen[rows, parents].at[rows, jnp.arange(width), last].set(True)
-        cache = cache.reorder((rows * width + parents).reshape(-1))
+            seen = seen[(rows * width + parents).reshape(-1)]
+            seen = seen.at[jnp.arange(len(seen)), last.reshape(-1)].set(True)
+        cache = cache.reorder(parents)
         return t + 1, done, last, live, live_scores, best, best_length, best_score, seen, cache
 
     # All hypotheses of a row are equal at first: only one of them may have children.
@@ -312,7 +328,7 @@ def beam_search(
         jnp.zeros((batch, max_steps), jnp.int32),
         jnp.zeros(batch, jnp.int32),
         jnp.full(batch, -jnp.inf),
-        None if seen is None else jnp.repeat(seen[:, None], width, axis=1),
+        None if seen is None else jnp.repeat(seen, width, axis=0),
         cache.repeat(width),
     )
     state = jax.lax.while_loop(unfinished, body, first)

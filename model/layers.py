@@ -170,6 +170,7 @@ class MultiHeadAttention(nn.Module):
             if not isinstance(cache, KVCache):
                 raise ValueError("cross-attention needs a context, or a cache that has seen it")
             k, v = cache.rows()
+            q = q.reshape(len(k), -1, *q.shape[2:])  # Hypotheses share their source.
         else:
             source = x if context is None else context
             k = Linear(config, model, kv_heads | keys, attention.bias, name="key")(source)
@@ -214,6 +215,7 @@ class MultiHeadAttention(nn.Module):
         if weights is not None:
             self.sow("intermediates", "weights", weights)
         gain = _last_gain(config)
+        y = y.reshape(*x.shape[:2], *y.shape[2:])
         return Linear(config, heads | values, model, attention.bias, gain, name="out")(y), cache
 
     def _with_global_rows(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from model.attention.linformer import projection_init
 from model.axes import constrain, target_platform
-from model.cache import Cache, KVCache
+from model.cache import Cache, KVCache, reorder, repeat
 from model.config import ModelConfig, Place
 from model.layers import Dropout, FeedForward, MultiHeadAttention, Norm, Shared
 from model.masks import AttentionMask
@@ -49,12 +49,15 @@ class BlockCache:
     cross_attention: KVCache | None = None
 
     def repeat(self, times: int) -> "BlockCache":
-        """Each row `times` times in succession, for as many hypotheses of it."""
-        return jax.tree.map(lambda x: jnp.repeat(x, times, axis=1), self)
+        """For `times` hypotheses of each text, side by side; they share their source."""
+        return self._each(lambda kept: repeat(kept, times))
 
-    def reorder(self, rows: Int[Array, " R"]) -> "BlockCache":
-        """Row r of the result continues row rows[r]; hypotheses share their source, which stays."""
-        kept = jax.tree.map(lambda x: jnp.take(x, rows, axis=1), self.self_attention)
+    def reorder(self, parents: Int[Array, "B W"]) -> "BlockCache":
+        """Each hypothesis of a text continues the one of the same text that `parents` names."""
+        return self._each(lambda kept: reorder(kept, parents))
+
+    def _each(self, change: Callable[[Cache], Cache]) -> "BlockCache":
+        kept = jax.vmap(change)(self.self_attention)
         return self.replace(self_attention=kept)  # type: ignore[attr-defined]
 
 
@@ -81,9 +84,9 @@ class Apart:
         """Of a cache."""
         return self._each(lambda cache: cache.repeat(times))
 
-    def reorder(self, rows: Int[Array, " R"]) -> "Apart":
+    def reorder(self, parents: Int[Array, "B W"]) -> "Apart":
         """Of a cache."""
-        return self._each(lambda cache: cache.reorder(rows))
+        return self._each(lambda cache: cache.reorder(parents))
 
     def _each(self, change: Callable[[Any], Any]) -> "Apart":
         """`change` of each layer as a stack of one."""

@@ -239,7 +239,7 @@ class EncoderDecoder(nn.Module):
         self,
         inputs: Tokens,
         encoded: Float[Array, "B S D"] | None,
-        encoder_segment_ids: Int[Array, "B S"] | None = None,
+        encoder_segment_ids: Int[Array, "b S"] | None = None,
         *,
         segment_ids: Tokens | None = None,
         positions: Tokens | None = None,
@@ -348,13 +348,13 @@ def decoder_mask(
 
 
 def cross_mask(
-    inputs: Tokens, segment_ids: Tokens | None, encoder_segment_ids: Int[Array, "B S"] | None
+    inputs: Tokens, segment_ids: Tokens | None, encoder_segment_ids: Int[Array, "b S"] | None
 ) -> AttentionMask:
-    """The source of a token's segment."""
+    """The source of a token's segment, which B / b rows in succession may share."""
     if encoder_segment_ids is None:
         return masks.full()
     own = jnp.ones_like(inputs) if segment_ids is None else segment_ids
-    return masks.cross(own, encoder_segment_ids)
+    return masks.cross(own.reshape(len(encoder_segment_ids), -1), encoder_segment_ids)
 
 
 def _window(config: ModelConfig) -> AttentionMask:

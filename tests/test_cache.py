@@ -11,7 +11,9 @@ from tiny import LAYERS, POSITIONS, B, V, init, tiny
 
 from model import masks
 from model.attention.dense import dense
-from model.cache import KVCache, WindowCache, new_cache
+from model.attention.performer import FeatureState
+from model.cache import BeamCache, KVCache, WindowCache, new_cache
+from model.config import PerformerConfig
 from model.transformer import empty_cache
 
 close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
@@ -92,16 +94,39 @@ def test_a_prefix_is_read_as_one_chunk():
     close(logits[:, 0], whole[jnp.arange(B), prefix])
 
 
-def test_rows_are_repeated_and_reordered():
-    config, model, params = decoder()
+BEAMS: dict[str, dict[str, Any]] = {
+    **{kind: {"positions": kind, "attention_window": None} for kind in POSITIONS},
+    "window": {},
+    "global": {"attention_global_tokens": 1},
+    "performer": {
+        "positions": "rotary",
+        "attention_window": None,
+        "attention_core": "performer",
+        "attention_performer": PerformerConfig(features=7, chunk=2),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", BEAMS)
+def test_hypotheses_go_on_from_one_another(kind: str):
+    width, steps, rng = 4, 6, np.random.default_rng(0)
+    config, model, params = decoder(**BEAMS[kind])
     decode = jax.jit(partial(model.apply, {"params": params}, method="decode"))
-    cache = fill(decode, empty_cache(config, B, LENGTH), TOKENS[:, :12], LENGTHS)
-    rows = jnp.array([5, 0, 2, 2, 1, 4])  # of two hypotheses each
-    parents = rows // 2
-    token = TOKENS[parents, LENGTHS[parents]][:, None]
-    logits, _ = decode(token, cache=cache.repeat(2).reorder(rows), offset=LENGTHS[parents])
-    whole = jax.jit(model.apply)({"params": params}, TOKENS)
-    close(logits[:, 0], whole[parents, LENGTHS[parents]])
+    junk = jnp.where(jnp.arange(LENGTH) < LENGTHS[:, None], TOKENS, 1)
+    cache = fill(decode, empty_cache(config, B, LENGTH), junk[:, :12], LENGTHS).repeat(width)
+    expected = {"window": WindowCache, "performer": FeatureState}.get(kind, BeamCache)
+    assert isinstance(cache.self_attention, expected)
+
+    texts, ends = np.array(junk).repeat(width, 0), np.array(LENGTHS).repeat(width)
+    for t in range(steps):
+        texts[np.arange(B * width), ends + t] = rng.integers(0, V, B * width)
+        last = texts[np.arange(B * width), ends + t]
+        logits, cache = decode(last[:, None], cache=cache, offset=jnp.array(ends + t))
+        whole = jax.jit(model.apply)({"params": params}, texts)
+        close(logits[:, 0], whole[np.arange(B * width), ends + t])
+        parents = rng.integers(0, width, (B, width))
+        cache = cache.reorder(jnp.array(parents))
+        texts = texts[(np.arange(B)[:, None] * width + parents).ravel()]
 
 
 def test_which_cache_a_model_has():
@@ -125,3 +150,6 @@ def test_what_it_cannot_read_is_refused(unchecked):
         further.attend(dense, q, k, v, masks.sliding(4, 4).at(0))
     with pytest.raises(ValueError, match="describes 2 kv positions, there are 5"):
         decode(offset=0, segment_ids=jnp.ones((B, 2), int))
+    beam = BeamCache.of(KVCache.zeros(tiny(), B, 4), 2)
+    with pytest.raises(ValueError, match="6 x 2 tokens for 3 x 2 hypotheses"):
+        beam.attend(dense, *jnp.zeros((3, 6, 2, 3, 2)), masks.causal().at(0))

@@ -59,8 +59,9 @@ class History:
     def repeat(self, times: int) -> "History":
         return jax.tree.map(lambda x: jnp.repeat(x, times), self)
 
-    def reorder(self, rows: jax.Array) -> "History":
-        return self.replace(node=self.node[rows])  # type: ignore[attr-defined]
+    def reorder(self, parents: jax.Array) -> "History":
+        node = jnp.take_along_axis(self.node.reshape(parents.shape), parents, axis=1)
+        return self.replace(node=node.reshape(-1))  # type: ignore[attr-defined]
 
 
 def toy_step(table: jax.Array, tokens: jax.Array, cache: History, position: jax.Array):
@@ -386,9 +387,8 @@ def test_a_beam_over_a_real_cache_finds_what_a_beam_without_a_cache_finds():
         encoded = model.apply(params, source, segments, method="encode")
 
         def step(tokens, cache, position, encoded=None):
-            own = jnp.repeat(segments, tokens.shape[0] // rows, axis=0)
             options = {"cache": cache, "offset": position, "method": "decode"}
-            logits, cache = model.apply(params, tokens, encoded, own, **options)
+            logits, cache = model.apply(params, tokens, encoded, segments, **options)
             return logits[:, -1] + late_end, cache
 
         start = jnp.int32(0)

@@ -74,12 +74,11 @@ class Translator:
         encoded = model.apply({"params": put_together(params)}, inputs, segments, method="encode")
 
         def step(tokens: jax.Array, cache: Any, position: jax.Array, encoded=None, is_real=None):
-            times = tokens.shape[0] // batch
             logits, cache = model.apply(
                 {"params": put_together(params)},
                 tokens,
                 encoded,
-                jnp.repeat(segments, times, axis=0),
+                segments,
                 cache=put_together(cache),
                 is_real=is_real,
                 offset=position,

@@ -32,7 +32,31 @@ def dense(
     Memory: B * N * T * S.
     """
     require_shapes(q, k, v)
-    scores, allowed = _scores(q, k, mask, bias, scale)
+    pairs = pairs_of(mask, bias, q.shape[1], k.shape[1])
+    return attend_pairs(q, k, v, *pairs, scale, dropout_rate, dropout_key)
+
+
+def pairs_of(
+    mask: AttentionMask, bias: PositionBias | None, q_length: int, kv_length: int
+) -> tuple[Bool[Array, "b n T S"] | None, Float[Array, "c N T S"] | None]:
+    """What each query may look at, None: everything; and the bias of each score, None: 0."""
+    queries, keys = jnp.arange(q_length), jnp.arange(kv_length)
+    allowed = None if mask.is_full else mask.to_bool(q_length, kv_length)
+    return allowed, None if bias is None else bias.tile(queries, keys)
+
+
+def attend_pairs(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    allowed: Bool[Array, "b n T S"] | None,
+    bias: Float[Array, "c N T S"] | None,
+    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> Float[Array, "B T N H"]:
+    """`dense`, given the pairs that are allowed, None: all, and what is added to their scores."""
+    scores, allowed = _scores(q, k, allowed, bias, scale)
     words = dropout_words(dropout_rate, dropout_key)
     kept = None if words is None else keep(words, scores.shape, dropout_rate)
     out: Any = _average(dropout_rate, scores, allowed, kept, jnp.swapaxes(v, 1, 2))
@@ -49,22 +73,23 @@ def attention_weights(
 ) -> Float[Array, "B K G T S"]:
     """What share each query takes of each key, in float32; all 0 where nothing may be seen."""
     require_shapes(q, k)
-    weights = masked_softmax(*_scores(q, k, mask, bias, scale))
+    pairs = pairs_of(mask, bias, q.shape[1], k.shape[1])
+    weights = masked_softmax(*_scores(q, k, *pairs, scale))
     return weights.reshape(*weights.shape[:2], -1, q.shape[1], k.shape[1])
 
 
 def _scores(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    mask: AttentionMask,
-    bias: PositionBias | None,
+    allowed: Bool[Array, "b n T S"] | None,
+    bias: Float[Array, "c N T S"] | None,
     scale: float | None,
 ) -> tuple[Float[Array, "B K R S"], Bool[Array, "b k R S"] | None]:
     """What goes into the softmax, in float32, and where it counts; None: everywhere.
 
     The R rows of a key/value head are its G query heads' T queries, one head after the other.
     """
-    B, T, N, H = q.shape
+    B, _, N, H = q.shape
     S, K = k.shape[1:3]
     q = jnp.swapaxes(q, 1, 2).reshape(B, K, -1, H)
     k = jnp.swapaxes(k, 1, 2)
@@ -74,14 +99,12 @@ def _scores(
     scores = jnp.einsum("BKRH,BKSH->BKRS", q, k, preferred_element_type=jnp.float32)
     scores = scores if is_fine else scores * factor
     if bias is not None:
-        tile = bias.tile(jnp.arange(T), jnp.arange(S))
-        scores += tile.reshape(tile.shape[0], K, -1, S)
-    if mask.is_full:
+        scores += bias.reshape(len(bias), K, -1, S)
+    if allowed is None:
         return scores, None
-    allowed = mask.to_bool(T, S)
     if allowed.shape[1] == 1:
         return scores, jnp.tile(allowed, (1, 1, N // K, 1))
-    return scores, allowed.reshape(allowed.shape[0], K, -1, S)
+    return scores, allowed.reshape(len(allowed), K, -1, S)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
