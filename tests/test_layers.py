@@ -16,7 +16,7 @@ from model.activations import gelu, gelu_tanh
 from model.cache import KVCache, new_cache
 from model.config import ModelError
 from model.layers import Dropout, Embedding, FeedForward, MultiHeadAttention, Norm, normalise
-from model.linear import Linear, matmul
+from model.linear import FEW, Linear, matmul, transposed_kernels
 from model.transformer import decoder_mask
 
 
@@ -83,6 +83,17 @@ def test_matmul_has_the_gradients_of_a_dot_product():
     for ours, theirs in zip(pull(g), expected_pull(g), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert kept_by(pull) == [(3, 5, 7), (7, 2, 11)]  # In a stack, another shape is another array.
+
+
+@pytest.mark.parametrize("length", [FEW // 2, FEW // 2 + 1])
+def test_transposed_kernels_give_the_same(length: int):
+    module = Linear(tiny(), {"embed": 7}, {"heads": 3, "head_dim": 5}, use_bias=True)
+    x = jnp.float32(random(2, length, 7))
+    params = nn.unbox(module.init(jax.random.key(0), x))["params"]
+    (turned,) = jax.tree.leaves(transposed_kernels({"query": {"kernel": params["kernel"][None]}}))
+    y = module.apply({"params": {"transposed": turned[0], "bias": params["bias"]}}, x)
+    expected = np.tensordot(x, params["kernel"], 1) + params["bias"]
+    np.testing.assert_allclose(y, expected, atol=1e-5)
 
 
 def kept_by(pull) -> list[tuple[int, ...]]:
