@@ -115,7 +115,7 @@ def advance(
         logits, cache = step(rows.last[:, None], rows.cache, rows.start + t)
         logits = penalise(logits.astype(jnp.float32), rows.seen, sampling.repetition_penalty)
         chosen = _choose(logits, rows.keys, t, sampling)
-        gain = jax.nn.log_softmax(logits)[index, chosen]
+        gain = logits[index, chosen] - log_total(logits, jnp.max(logits, axis=-1))
         seen = None if rows.seen is None else rows.seen.at[index, chosen].set(True)
         chosen = jnp.where(done, 0, chosen)
         return rows._replace(
