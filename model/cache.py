@@ -20,6 +20,8 @@ from model.config import ModelConfig
 from model.masks import AttentionMask, cross
 from model.positions import PositionBias
 
+WIDEST = 16  # hypotheses up to which products with the keys of all take less time than copies
+
 
 @runtime_checkable
 class Cache(Protocol):
@@ -227,7 +229,7 @@ def new_cache(config: ModelConfig, batch: int, length: int) -> Cache:
 
 def repeat(cache: Cache, times: int) -> Cache:
     """For `times` hypotheses of each text, which stand side by side."""
-    if isinstance(cache, KVCache):
+    if isinstance(cache, KVCache) and times <= WIDEST:
         return BeamCache.of(cache, times)
     return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), cache)
 

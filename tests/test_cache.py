@@ -12,7 +12,7 @@ from tiny import LAYERS, POSITIONS, B, V, init, tiny
 from model import masks
 from model.attention.dense import dense
 from model.attention.performer import FeatureState
-from model.cache import BeamCache, KVCache, WindowCache, new_cache
+from model.cache import WIDEST, BeamCache, KVCache, WindowCache, new_cache
 from model.config import PerformerConfig
 from model.transformer import empty_cache
 
@@ -97,6 +97,7 @@ def test_a_prefix_is_read_as_one_chunk():
 BEAMS: dict[str, dict[str, Any]] = {
     **{kind: {"positions": kind, "attention_window": None} for kind in POSITIONS},
     "window": {},
+    "wide": {"attention_window": None},
     "global": {"attention_global_tokens": 1},
     "performer": {
         "positions": "rotary",
@@ -109,13 +110,13 @@ BEAMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", BEAMS)
 def test_hypotheses_go_on_from_one_another(kind: str):
-    width, steps, rng = 4, 6, np.random.default_rng(0)
+    width, steps, rng = WIDEST + 1 if kind == "wide" else 4, 6, np.random.default_rng(0)
     config, model, params = decoder(**BEAMS[kind])
     decode = jax.jit(partial(model.apply, {"params": params}, method="decode"))
     junk = jnp.where(jnp.arange(LENGTH) < LENGTHS[:, None], TOKENS, 1)
     cache = fill(decode, empty_cache(config, B, LENGTH), junk[:, :12], LENGTHS).repeat(width)
-    expected = {"window": WindowCache, "performer": FeatureState}.get(kind, BeamCache)
-    assert isinstance(cache.self_attention, expected)
+    others = {"window": WindowCache, "wide": KVCache, "performer": FeatureState}
+    assert isinstance(cache.self_attention, others.get(kind, BeamCache))
 
     texts, ends = np.array(junk).repeat(width, 0), np.array(LENGTHS).repeat(width)
     for t in range(steps):
