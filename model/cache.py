@@ -115,7 +115,7 @@ class BeamCache:
     def attend(
         self, core: Callable, q: jax.Array, k: jax.Array, v: jax.Array,
         mask: AttentionMask, is_real: jax.Array | None = None, *,
-        bias: PositionBias | None = None, scale: float | None = None, **how: Any,
+        bias: PositionBias | None = None, **how: Any,
     ) -> tuple[jax.Array, "BeamCache"]:  # fmt: skip
         """Dense, whatever the core: those that read a KVCache compute the same."""
         (batch, width, length), (rows, new) = self.writer.shape, k.shape[:2]
@@ -143,7 +143,7 @@ class BeamCache:
         allowed = (writer[..., None] == hypotheses).reshape(batch, 1, width, -1)
         allowed = allowed if seen is None else allowed & spread(seen)
         added = None if added is None else spread(added)
-        y = attend_pairs(q, jnp.moveaxis(k, -1, 1), jnp.swapaxes(v, 1, 2), allowed, added, scale)
+        y = attend_pairs(q, jnp.moveaxis(k, -1, 1), jnp.swapaxes(v, 1, 2), allowed, added, **how)
         return y.reshape(rows, 1, *y.shape[2:]), BeamCache(k, v, writer)
 
     def keys(self, new: int) -> int:

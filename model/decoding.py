@@ -223,7 +223,7 @@ def highest(
     if target_platform() != "cpu" or size < 4 * BLOCK * count:
         best, index = jax.lax.top_k(scores, count)
         return best, index
-    full, columns = size - size % BLOCK, scores.T
+    full, columns = size - size % BLOCK, scores.T  # As `log_total` reads them.
     peaks = jnp.max(columns[:full].reshape(-1, BLOCK, len(scores)), axis=1)
     chosen = jnp.sort(_both(jax.lax.top_k(peaks.T, count))[1])  # The first wins a tie.
     places = (chosen[..., None] * BLOCK + jnp.arange(BLOCK)).reshape(len(scores), -1)

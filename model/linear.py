@@ -64,13 +64,14 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 def transposed_matmul(
     x: Float[Array, "B T i"], transposed: Float[Array, "o i"], dtype: str | None = None
 ) -> Float[Array, "B T o"]:
-    """x transposed^T in `dtype` (None: theirs); for a few rows of x as (transposed x^T)^T.
+    """x transposed^T in `dtype` (None: theirs).
 
-    With few, as decoding has them, a CPU takes down to 0.6 of the time of `matmul`; with many, as a
-    prompt has them, a fifth more. Written as one einsum, x would become the first factor.
+    Where x has few rows, as in decoding, it is (transposed x^T)^T, for which a CPU takes down to
+    0.6 of the time of `matmul`; where it has many, as in a prompt, that would take a fifth more.
     """
     if math.prod(x.shape[:-1]) > FEW:
         return jnp.einsum("BTi,oi->BTo", x, transposed, preferred_element_type=dtype)
+    # Written as one einsum, x would become the first factor.
     y = jnp.einsum("oi,BTi->oBT", transposed, x, preferred_element_type=dtype)
     return jnp.moveaxis(y, 0, -1)
 

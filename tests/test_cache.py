@@ -119,12 +119,11 @@ def test_hypotheses_go_on_from_one_another(kind: str):
     assert isinstance(cache.self_attention, others.get(kind, BeamCache))
 
     texts, ends = np.array(junk).repeat(width, 0), np.array(LENGTHS).repeat(width)
+    whole, rows = jax.jit(model.apply), np.arange(B * width)
     for t in range(steps):
-        texts[np.arange(B * width), ends + t] = rng.integers(0, V, B * width)
-        last = texts[np.arange(B * width), ends + t]
+        texts[rows, ends + t] = last = rng.integers(0, V, B * width)
         logits, cache = decode(last[:, None], cache=cache, offset=jnp.array(ends + t))
-        whole = jax.jit(model.apply)({"params": params}, texts)
-        close(logits[:, 0], whole[np.arange(B * width), ends + t])
+        close(logits[:, 0], whole({"params": params}, texts)[rows, ends + t])
         parents = rng.integers(0, width, (B, width))
         cache = cache.reorder(jnp.array(parents))
         texts = texts[(np.arange(B)[:, None] * width + parents).ravel()]

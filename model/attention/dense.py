@@ -33,16 +33,18 @@ def dense(
     """
     require_shapes(q, k, v)
     pairs = pairs_of(mask, bias, q.shape[1], k.shape[1])
-    return attend_pairs(q, k, v, *pairs, scale, dropout_rate, dropout_key)
+    return attend_pairs(
+        q, k, v, *pairs, scale=scale, dropout_rate=dropout_rate, dropout_key=dropout_key
+    )
 
 
 def pairs_of(
     mask: AttentionMask, bias: PositionBias | None, q_length: int, kv_length: int
 ) -> tuple[Bool[Array, "b n T S"] | None, Float[Array, "c N T S"] | None]:
     """What each query may look at, None: everything; and the bias of each score, None: 0."""
-    queries, keys = jnp.arange(q_length), jnp.arange(kv_length)
     allowed = None if mask.is_full else mask.to_bool(q_length, kv_length)
-    return allowed, None if bias is None else bias.tile(queries, keys)
+    added = None if bias is None else bias.tile(jnp.arange(q_length), jnp.arange(kv_length))
+    return allowed, added
 
 
 def attend_pairs(
@@ -51,6 +53,7 @@ def attend_pairs(
     v: Float[Array, "B S K H"],
     allowed: Bool[Array, "b n T S"] | None,
     bias: Float[Array, "c N T S"] | None,
+    *,
     scale: float | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
