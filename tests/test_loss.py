@@ -92,6 +92,14 @@ def test_huge_logits_and_bfloat16():
     assert float(loss) == pytest.approx(float(logits[0, 0, 0]) - float(logits[0, 0, 1]))
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="others compute them where needed")
+def test_exponentials_are_computed_once():
+    logits, targets, weights = jnp.zeros((B, T, V)), jnp.zeros((B, T), jnp.int32), jnp.ones((B, T))
+    gradient = jax.jit(jax.value_and_grad(cross_entropy, has_aux=True))
+    program = gradient.lower(logits, targets, weights).compile().as_text()
+    assert program.count(" exponential(") == 1
+
+
 def test_squared_error():
     rng = np.random.default_rng(0)
     outputs, targets = rng.normal(size=(T, 1)), rng.normal(size=T)
