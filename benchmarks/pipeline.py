@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     kind = ("float32", 2048) if is_cpu else (ON_GPU["dtype"], ON_GPU["product"])
     flops = arguments.flops or about_jax(*kind)["ceiling"]
     print(f"{len(os.sched_getaffinity(0))} cores, {flops:.3g} FLOP/s")
-    print(f"{'':24}{'rows/s':>10}{'tokens/s':>12}{'takes':>12}{'feeds':>10}")
+    print(f"{'':24}{'rows/s':>10}{'tokens/s':>12}{'takes':>12}{'feeds':>16}")
     for name in arguments.config:
         experiment = base.load(name)[0]
         train, data = experiment.train, stand_in(experiment.data)
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = sized(experiment.model, data, train.init_from)
         tokens, feeds = read.source + read.positions, work(model, data, train, read) / flops
         print(
-            f"{name:24}{read.rows:10,.0f}{tokens:12,.0f}{tokens / feeds:12,.0f}{feeds:10.2f}",
+            f"{name:24}{read.rows:10,.0f}{tokens:12,.0f}{tokens / feeds:12,.1f}{feeds:16,.2f}",
             flush=True,
         )
 
