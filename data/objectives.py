@@ -1,7 +1,8 @@
 """What a model learns from an example: tokens in, the arrays of one row out (numpy, on the host).
 
 An objective turns the tokens of one example into unpadded arrays [T], or [] for what a row has one
-of; `batch.FIELDS` says what each one means. Targets are shifted here and nowhere else. A new
+of; `batch.FIELDS` says what each one means. It leaves out what follows from their lengths: segment
+ids, positions, and weights where all are 1. Targets are shifted here and nowhere else. A new
 objective is a function and a line in `OBJECTIVES`.
 """
 
@@ -51,8 +52,7 @@ class Objective(NamedTuple):
 
 def causal_lm(example: Example, rng: None, config: DataConfig, tokenizer: Tokenizer) -> Arrays:
     """Predict each token from those before it."""
-    tokens = example["text"]
-    return _row(tokens[:-1], tokens[1:])
+    return _next_tokens(example["text"])
 
 
 def prefix_lm(
@@ -62,10 +62,11 @@ def prefix_lm(
 
     The last position of the prefix predicts the first token after it.
     """
-    row = causal_lm(example, None, config, tokenizer)
+    row = _next_tokens(example["text"])
     prefix = rng.integers(1, len(row["inputs"]) + 1)
-    row["weights"][: prefix - 1] = 0
-    return {**row, "prefix_len": np.array(prefix, np.int32)}
+    weights = np.ones(len(row["inputs"]), np.float32)
+    weights[: prefix - 1] = 0
+    return {**row, "weights": weights, "prefix_len": np.array(prefix, np.int32)}
 
 
 def masked_lm(
@@ -83,9 +84,10 @@ def masked_lm(
     dice = rng.random(len(chosen))
     drawn = rng.choice(tokenizer.ordinary, len(chosen))
     inputs, weights = tokens.copy(), np.zeros(len(tokens), np.float32)
-    inputs[chosen] = np.select([dice < 0.8, dice < 0.9], [mask, drawn], tokens[chosen])
+    replaced = np.where(dice < 0.9, drawn, tokens[chosen])
+    inputs[chosen] = np.where(dice < 0.8, mask, replaced)
     weights[chosen] = 1
-    return _row(inputs, tokens, weights)
+    return {"inputs": inputs, "targets": tokens, "weights": weights}
 
 
 def _chosen(
@@ -184,33 +186,28 @@ def labelled(example: Example, rng: None, config: DataConfig, tokenizer: Tokeniz
     if "pair" in example:
         texts.append(np.append(example["pair"], end))
     tokens = np.concatenate(texts).astype(np.int32)
-    row = _row(tokens, example["label"], np.array(1, np.float32))
     types = np.arange(len(texts), dtype=np.int32)
-    return {**row, "type_ids": np.repeat(types, [len(text) for text in texts])}
+    return {
+        "inputs": tokens,
+        "targets": example["label"],
+        "weights": np.array(1, np.float32),
+        "type_ids": np.repeat(types, [len(text) for text in texts]),
+    }
 
 
 def _labelled_lengths(counts: Mapping[str, np.ndarray], config: DataConfig) -> np.ndarray:
     return np.stack([sum(counts.values()) + 1 + len(counts)])
 
 
-def _row(inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> Arrays:
-    n = len(inputs)
-    return {
-        "inputs": inputs,
-        "targets": targets,
-        "weights": np.ones(n, np.float32) if weights is None else weights,
-        "segment_ids": np.ones(n, np.int32),
-        "positions": np.arange(n, dtype=np.int32),
-    }
+def _next_tokens(tokens: np.ndarray) -> Arrays:
+    return {"inputs": tokens[:-1], "targets": tokens[1:]}
 
 
 def _encoder_decoder(source: np.ndarray, target: np.ndarray, tokenizer: Tokenizer) -> Arrays:
-    begin, end = np.array(tokenizer.frame, np.int32)[:, None]
-    source = np.concatenate([source, end])
-    row = _row(np.concatenate([begin, target]), np.concatenate([target, end]))
-    encoder = _row(source, source)
-    names = ("inputs", "segment_ids", "positions")
-    return row | {f"encoder_{name}": encoder[name] for name in names}
+    begin, end = tokenizer.frame
+    framed = np.concatenate([[begin], target, [end]], dtype=np.int32)
+    read = np.concatenate([source, [end]], dtype=np.int32)
+    return {"encoder_inputs": read, **_next_tokens(framed)}
 
 
 def _max_length(config: DataConfig, tokenizer: Tokenizer) -> int:

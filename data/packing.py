@@ -255,11 +255,13 @@ class Pieces:
 
 
 def pack(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Joins rows of arrays [T] into one, in which each has its own segment id."""
-    joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-    lengths = [len(row["segment_ids"]) for row in rows]
-    joined["segment_ids"] = np.repeat(np.arange(1, len(rows) + 1, dtype=np.int32), lengths)
-    return joined
+    """Joins rows of arrays [T] into one, in which each has its own segment id and positions."""
+    lengths = [len(row["inputs"]) for row in rows]
+    return {
+        **{name: np.concatenate([row[name] for row in rows]) for name in rows[0]},
+        "segment_ids": np.repeat(np.arange(1, len(rows) + 1, dtype=np.int32), lengths),
+        "positions": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
+    }
 
 
 class _Recent:

@@ -174,7 +174,7 @@ class Dataset:
             examples = [self._example(number)]
         rng = np.random.default_rng((self.seed, epoch, number)) if objective.draws else None
         rows = [objective.row(e, rng, self.config, self.tokenizer) for e in examples]
-        return rows[0] if len(rows) == 1 else pack(rows)
+        return pack(rows) if isinstance(plan, PackedPlan) else rows[0]
 
     def _example(self, number: int) -> Arrays:
         example = self.store[number]

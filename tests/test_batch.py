@@ -43,7 +43,10 @@ def test_pad_and_stack(batch):
         assert array.dtype == FIELDS[name].dtype
         assert not array[3:].any()
     assert batch["weights"].sum(1).tolist() == [6, 2, 1, 0, 0]
+    assert batch["segment_ids"].tolist()[1] == [1, 1, 0, 0, 0, 0, 0]
+    assert batch["positions"].tolist()[0] == [0, 1, 2, 3, 4, 5, 0]
     assert batch["encoder_segment_ids"].sum(1).tolist() == [3, 5, 1, 0, 0]
+    assert batch["encoder_positions"].tolist()[1] == [0, 1, 2, 3, 4, 0, 0]
     assert batch["inputs"][0].tolist() == [1, 5, 5, 5, 5, 5, 0]
 
 

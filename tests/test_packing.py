@@ -244,11 +244,11 @@ def test_pieces_are_the_documents(longest):
 
 
 def test_pack_numbers_the_rows():
-    rows = [{"inputs": np.full(n, n), "segment_ids": np.ones(n, np.int32)} for n in (3, 1, 2)]
-    packed = pack(rows)
+    packed = pack([{"inputs": np.full(n, n)} for n in (3, 1, 2)])
     assert packed["inputs"].tolist() == [3, 3, 3, 1, 2, 2]
     assert packed["segment_ids"].tolist() == [1, 1, 1, 2, 3, 3]
-    assert packed["segment_ids"].dtype == np.int32
+    assert packed["positions"].tolist() == [0, 1, 2, 0, 0, 1]
+    assert packed["segment_ids"].dtype == packed["positions"].dtype == np.int32
 
 
 def test_millions_of_documents_are_packed_in_seconds():

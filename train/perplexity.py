@@ -54,6 +54,6 @@ def _windows(dataset: Dataset, stride: int) -> Iterator[Arrays]:
             start = max(stop - config.max_length, 0)
             text = dataset.store.text(int(document), start, stop + 1, tokenizer.frame)
             row = objective.row({"text": text}, rng, config, tokenizer)
-            row["weights"][: done - start] = 0
-            yield row
+            is_new = np.arange(start, stop) >= done
+            yield {**row, "weights": is_new.astype(np.float32)}
             done = stop
