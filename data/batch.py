@@ -43,8 +43,8 @@ def pad_and_stack(
     """Stacks unpadded rows of arrays [T <= length] or [] into arrays [n_rows, length] or [n_rows].
 
     The arrays of an encoder beside a decoder get `encoder_length`. `rows` holds at least one row
-    and may hold fewer than `n_rows`; the others stay padding. Where rows have none, segment ids are
-    1, positions count from 0, and weights of targets are 1.
+    and may hold fewer than `n_rows`; the others stay padding. Where rows have no segment ids,
+    those are 1 and positions count from 0; where targets have no weights, those are 1.
     """
     shapes = {"": (n_rows, length), "encoder_": (n_rows, encoder_length or length)}
     batch = {
@@ -57,15 +57,16 @@ def pad_and_stack(
                 batch[name][i, : len(values)] = values
             else:
                 batch[name][i] = values
-    for name in [name for name in ("inputs", "encoder_inputs") if name in batch]:
-        lengths = np.zeros((n_rows, 1), np.int32)
-        lengths[: len(rows), 0] = [len(row[name]) for row in rows]
-        positions = np.arange(batch[name].shape[1], dtype=np.int32)
-        is_token = (positions < lengths).astype(np.int32)
-        batch.setdefault(f"{side(name)}segment_ids", is_token)
-        batch.setdefault(f"{side(name)}positions", positions * is_token)
-        if name == "inputs" and "targets" in batch:
-            batch.setdefault("weights", is_token.astype(np.float32))
+    for inputs in ("inputs", "encoder_inputs"):
+        ids = f"{side(inputs)}segment_ids"
+        if inputs in batch and ids not in batch:
+            lengths = np.zeros((n_rows, 1), np.int32)
+            lengths[: len(rows), 0] = [len(row[inputs]) for row in rows]
+            positions = np.arange(batch[inputs].shape[1], dtype=np.int32)
+            batch[ids] = (positions < lengths).astype(np.int32)
+            batch[f"{side(inputs)}positions"] = positions * batch[ids]
+    if "targets" in batch and "weights" not in batch:
+        batch["weights"] = (batch["segment_ids"] > 0).astype(np.float32)
     return batch
 
 
