@@ -64,7 +64,7 @@ def pad_and_stack(
             lengths[: len(rows), 0] = [len(row[inputs]) for row in rows]
             positions = np.arange(batch[inputs].shape[1], dtype=np.int32)
             batch[ids] = (positions < lengths).astype(np.int32)
-            batch[f"{side(inputs)}positions"] = positions * batch[ids]
+            batch.setdefault(f"{side(inputs)}positions", positions * batch[ids])
     if "targets" in batch and "weights" not in batch:
         batch["weights"] = (batch["segment_ids"] > 0).astype(np.float32)
     return batch

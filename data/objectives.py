@@ -1,8 +1,8 @@
 """What a model learns from an example: tokens in, the arrays of one row out (numpy, on the host).
 
 An objective turns the tokens of one example into unpadded arrays [T], or [] for what a row has one
-of; `batch.FIELDS` says what each one means. It leaves out what follows from their lengths: segment
-ids, positions, and weights where all are 1. Targets are shifted here and nowhere else. A new
+of; `batch.FIELDS` says what each one means. Segment ids, positions, and weights that are all 1 may
+be left out: a batch gets them from the lengths. Targets are shifted here and nowhere else. A new
 objective is a function and a line in `OBJECTIVES`.
 """
 

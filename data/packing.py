@@ -255,14 +255,17 @@ class Pieces:
 
 
 def pack(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Joins rows of arrays [T] into one, in which each has its own segment id and positions."""
+    """Joins rows of arrays [T] into one, in which each has its own segment id.
+
+    Its positions count from 0, unless the row has positions.
+    """
     lengths, joined = [len(row["inputs"]) for row in rows], rows[0]
     if len(rows) > 1:
         joined = {name: np.concatenate([row[name] for row in rows]) for name in joined}
     return {
+        "positions": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
         **joined,
         "segment_ids": np.repeat(np.arange(1, len(rows) + 1, dtype=np.int32), lengths),
-        "positions": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
     }
 
 

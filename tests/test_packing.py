@@ -249,6 +249,8 @@ def test_pack_numbers_the_rows():
     assert packed["segment_ids"].tolist() == [1, 1, 1, 2, 3, 3]
     assert packed["positions"].tolist() == [0, 1, 2, 0, 0, 1]
     assert packed["segment_ids"].dtype == packed["positions"].dtype == np.int32
+    rows = [{"inputs": np.full(n, n), "positions": np.full(n, 7)} for n in (3, 1)]
+    assert pack(rows)["positions"].tolist() == [7, 7, 7, 7]
 
 
 def test_millions_of_documents_are_packed_in_seconds():
