@@ -20,6 +20,7 @@ from model.config import ModelConfig
 from model.masks import AttentionMask, cross
 from model.positions import PositionBias
 
+FEWEST = 16  # positions of a cache of which fewer are not read apart
 WIDEST = 16  # hypotheses up to which products with the keys of all take less time than copies
 
 
@@ -72,8 +73,15 @@ class KVCache:
         self, core: Callable, q: jax.Array, k: jax.Array, v: jax.Array,
         mask: AttentionMask, is_real: jax.Array | None = None, **how: Any,
     ) -> tuple[jax.Array, "KVCache"]:  # fmt: skip
-        cache = self.write(k, v, _offset(mask))
-        return core(q, *cache.rows(), mask, **how), cache
+        offset, new = _offset(mask), q.shape[1]
+        cache = self.write(k, v, offset)
+
+        def attend(size: int) -> jax.Array:
+            part = KVCache(k=cache.k[:, :, :size], v=cache.v[:, :, :size])
+            return core(q, *part.rows(), mask, **how)
+
+        length = self.keys(new)
+        return attend(length) if new > 1 else _of_filled(attend, length, offset), cache
 
     def keys(self, new: int) -> int:
         return self.k.shape[2]
@@ -143,7 +151,15 @@ class BeamCache:
         allowed = (writer[..., None] == hypotheses).reshape(batch, 1, width, -1)
         allowed = allowed if seen is None else allowed & spread(seen)
         added = None if added is None else spread(added)
-        y = attend_pairs(q, jnp.moveaxis(k, -1, 1), jnp.swapaxes(v, 1, 2), allowed, added, **how)
+
+        def attend(size: int) -> jax.Array:
+            first = slice(size * width)
+            keys = jnp.moveaxis(k[..., first], -1, 1)
+            values = jnp.swapaxes(v[:, :, first], 1, 2)
+            bias = None if added is None else added[..., first]
+            return attend_pairs(q, keys, values, allowed[..., first], bias, **how)
+
+        y = _of_filled(attend, length, offset)
         return y.reshape(rows, 1, *y.shape[2:]), BeamCache(k, v, writer)
 
     def keys(self, new: int) -> int:
@@ -250,6 +266,18 @@ def remembered(config: ModelConfig) -> int | None:
     if attention.window is None or attention.global_tokens:
         return None
     return attention.window * max(attention.dilation or (1,)) + 1
+
+
+def _of_filled(attend: Callable[[int], jax.Array], length: int, offset: jax.Array) -> jax.Array:
+    """attend(n) of the first n positions, few enough, and no fewer than one token at `offset` sees.
+
+    A CPU takes as long as there are keys to read. What is compiled is `attend` of a few n.
+    """
+    if target_platform() != "cpu":
+        return attend(length)
+    sizes = [n for n in (length // 8, length // 4, length // 2) if n >= FEWEST]
+    index = jnp.sum(jnp.max(offset) >= jnp.array(sizes, jnp.int32))
+    return jax.lax.switch(index, [partial(attend, n) for n in (*sizes, length)])
 
 
 def _zeros(config: ModelConfig, batch: int, length: int) -> tuple[jax.Array, jax.Array]:

@@ -129,6 +129,28 @@ def test_hypotheses_go_on_from_one_another(kind: str):
         texts = texts[(np.arange(B)[:, None] * width + parents).ravel()]
 
 
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_a_token_reads_what_is_filled_and_little_more(kind: str, width: int, monkeypatch):
+    monkeypatch.setattr("model.cache.FEWEST", 2)
+    config, model, params = decoder(positions=kind, attention_window=None)
+    decode = jax.jit(partial(model.apply, {"params": params}, method="decode"))
+    texts, cache = TOKENS.repeat(width, 0), empty_cache(config, B, LENGTH)
+    cache = cache if width == 1 else cache.repeat(width)
+    kept, half = cache.self_attention, LENGTH // 2
+    # What is not a number would spoil the sum of those that count, were it read.
+    unread = kept.replace(v=kept.v.at[..., half * width :, :].set(jnp.nan))
+    cache, found = cache.replace(self_attention=unread), []
+    for t in range(LENGTH):
+        if t == half:
+            filled = cache.self_attention
+            filled = filled.replace(v=jnp.nan_to_num(filled.v))
+            cache = cache.replace(self_attention=filled)
+        logits, cache = decode(texts[:, t : t + 1], cache=cache, offset=jnp.array(t))
+        found.append(logits)
+    close(jnp.concatenate(found, 1), jax.jit(model.apply)({"params": params}, texts))
+
+
 def test_which_cache_a_model_has():
     window = tiny("decoder_only", attention_window=WINDOW)
     assert isinstance(new_cache(window, B, WINDOW + 2), WindowCache)
