@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from model.axes import target_platform
+from model.linear import FEW
 
 BLOCK = 32  # scores of which `highest` looks at the highest first
 
@@ -223,13 +224,19 @@ def highest(
     if target_platform() != "cpu" or size < 4 * BLOCK * count:
         best, index = jax.lax.top_k(scores, count)
         return best, index
-    full, columns = size - size % BLOCK, scores.T  # As `log_total` reads them.
-    peaks = jnp.max(columns[:full].reshape(-1, BLOCK, len(scores)), axis=1)
-    chosen = jnp.sort(_both(jax.lax.top_k(peaks.T, count))[1])  # The first wins a tie.
+    full, rows = size - size % BLOCK, jnp.arange(len(scores))[:, None]
+    if len(scores) > FEW:
+        peaks = jnp.max(scores[:, :full].reshape(len(scores), -1, BLOCK), axis=2)
+        at = lambda places: scores[rows, places]  # noqa: E731
+    else:  # As `log_total` reads them.
+        columns = scores.T
+        peaks = jnp.max(columns[:full].reshape(-1, BLOCK, len(scores)), axis=1).T
+        at = lambda places: columns[places, rows]  # noqa: E731
+    chosen = jnp.sort(_both(jax.lax.top_k(peaks, count))[1])  # The first wins a tie.
     places = (chosen[..., None] * BLOCK + jnp.arange(BLOCK)).reshape(len(scores), -1)
     rest = jnp.broadcast_to(jnp.arange(full, size), (len(scores), size - full))
     places = jnp.concatenate([places, rest], axis=1)
-    inside = columns[places, jnp.arange(len(scores))[:, None]]
+    inside = at(places)
     best, index = _both(jax.lax.top_k(inside, count))
     return best, jnp.take_along_axis(places, index, axis=1)
 
@@ -237,8 +244,11 @@ def highest(
 def log_total(logits: Float[Array, "B V"], most: Float[Array, " B"]) -> Float[Array, " B"]:
     """log(sum(exp(logits))) of each row, whose highest is `most`.
 
-    With V in front, as `transposed_matmul` leaves it: a CPU would turn everything around before.
+    Of few rows with V in front, as `transposed_matmul` leaves them: a CPU would turn everything
+    around before.
     """
+    if len(logits) > FEW:
+        return most + jnp.log(jnp.sum(jnp.exp(logits - most[:, None]), axis=1))
     return most + jnp.log(jnp.sum(jnp.exp(logits.T - most), axis=0))
 
 

@@ -21,9 +21,11 @@ from model.decoding import (
     cut_tail,
     highest,
     length_penalty,
+    log_total,
     penalise,
     sample,
 )
+from model.linear import FEW
 from model.transformer import build, empty_cache
 
 V, STEPS, EOS = 5, 4, 3
@@ -190,18 +192,27 @@ def test_length_penalty():
         assert float(length_penalty(length, exponent)) == pytest.approx(penalty(length, exponent))
 
 
+@pytest.mark.parametrize("rows", [1, FEW])  # times 12
 @pytest.mark.parametrize("size", [7, 1009, 32 * 31])
-def test_the_highest_are_found_block_by_block(size: int):
+def test_the_highest_are_found_block_by_block(size: int, rows: int):
     rng = np.random.default_rng(0)
     ties = np.round(4 * rng.normal(size=(5, size)).astype(np.float32))
     lonely = np.full((1, size), -np.inf, np.float32)
     lonely[0, -6:] = range(6)
     equal = np.zeros((1, size), np.float32)
     scores = np.concatenate([rng.normal(size=(5, size)).astype(np.float32), ties, equal, lonely])
+    scores = np.tile(scores, (rows, 1))
     best, index = highest(jnp.asarray(scores), 6)
     expected = np.argsort(-scores, axis=1, kind="stable")[:, :6]
     np.testing.assert_array_equal(index, expected)
     np.testing.assert_array_equal(best, np.take_along_axis(scores, expected, axis=1))
+
+
+@pytest.mark.parametrize("rows", [3, FEW + 1])
+def test_log_total(rows: int):
+    logits = 90 * np.random.default_rng(0).normal(size=(rows, 41)).astype(np.float32)
+    total = log_total(jnp.asarray(logits), jnp.asarray(logits.max(1)))
+    np.testing.assert_allclose(total, np.logaddexp.reduce(np.float64(logits), 1), rtol=1e-6)
 
 
 def test_greedy_takes_the_likeliest_token_each_time():
