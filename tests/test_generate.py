@@ -346,7 +346,8 @@ def test_batches_are_few_shapes_with_all_rows():
     mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=4))
     sequences = {i: rng.integers(1, 9, n) for i, n in enumerate([3, 70, 16, 17, 1, 5, 40, 4, 33])}
     seen, shapes = {}, set()
-    for numbers, rows in batches(sequences, 64, mesh, longest=72):
+    decode = DecodeConfig(beam=3, batch_tokens=3 * 64)  # On a CPU all hypotheses count.
+    for numbers, rows in batches(sequences, decode, mesh, longest=72):
         shapes.add(rows.inputs.shape)
         assert rows.lengths[len(numbers) :].sum() == 0
         for row, i in enumerate(numbers):

@@ -79,7 +79,8 @@ def test_a_translation_is_what_each_text_alone_gives(tokenizer, positions: str, 
     translator = make(tokenizer, positions, **options)
     expected = plain(translator, TEXTS)
     ids = tokenizer.encode_batch(TEXTS)
-    ((lines, rows),) = batches({i: np.append(ids[i], tokenizer.eos) for i in expected}, 999, MESH)
+    sources = {i: np.append(ids[i], tokenizer.eos) for i in expected}
+    ((lines, rows),) = batches(sources, translator.decode, MESH)
     found = translator._run(translator.params, rows)
     for row, line in enumerate(lines):
         tokens, score = expected[line]

@@ -151,7 +151,7 @@ class DecodeConfig:
     stop: tuple[str, ...] = ()
     """Texts after a prompt end before the first of these."""
     batch_tokens: int = 4096
-    """Most positions (rows x source or prompt length) that are decoded together."""
+    """Most positions (rows x source or prompt length, x beam on a CPU) that are decoded at once."""
 
     def __post_init__(self):
         require(self.beam > 0, f"decode.beam must be positive, not {self.beam}")

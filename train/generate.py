@@ -109,7 +109,7 @@ class Generator:
 
     def _batches(self, prompts: Sequence[np.ndarray]) -> Iterator[tuple[list[int], Rows]]:
         sequences = dict(enumerate(prompts))
-        return batches(sequences, self.decode.batch_tokens, self.mesh, self._longest())
+        return batches(sequences, self.decode, self.mesh, self._longest())
 
     def _write(self, prompts: Sequence[np.ndarray], rows: Rows, every: int) -> Iterator[list[str]]:
         """Yields the next piece of each text, after every `every` tokens."""

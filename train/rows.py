@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, UInt32
 
+from train.config import DecodeConfig
 from train.sharding import RULES, place
 
 SHORTEST = 16  # lengths are 16, 32, 64, ...: one compilation each
@@ -22,13 +23,19 @@ class Rows(NamedTuple):
 
 
 def batches(
-    sequences: Mapping[int, np.ndarray], positions: int, mesh: Mesh, longest: int | None = None
+    sequences: Mapping[int, np.ndarray],
+    decode: DecodeConfig,
+    mesh: Mesh,
+    longest: int | None = None,
 ) -> Iterator[tuple[list[int], Rows]]:
     """Yields (numbers of sequences, their rows on the devices), sorted by length.
 
-    A batch holds at most `positions` positions, but at least one row per device, and is no wider
-    than `longest`.
+    A batch holds at most `decode.batch_tokens` positions, but at least one row per device, and is
+    no wider than `longest`. On a CPU hypotheses count: it takes as long for rows that have ended as
+    for the others, and the fewer there are in a batch the fewer wait for its last one.
     """
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    positions = decode.batch_tokens // (decode.beam if is_cpu else 1)
     sharding = NamedSharding(mesh, PartitionSpec(RULES["act_batch"]))
     sizes = {i: len(sequence) for i, sequence in sequences.items()}
     for chosen, count, length in shapes(sizes, positions, mesh, longest):

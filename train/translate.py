@@ -58,7 +58,7 @@ class Translator:
 
     def tokens(self, sources: Mapping[int, np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (number of a source, the tokens of its translation), end included, by length."""
-        for numbers, rows in batches(sources, self.decode.batch_tokens, self.mesh, self._longest()):
+        for numbers, rows in batches(sources, self.decode, self.mesh, self._longest()):
             with jax.set_mesh(self.mesh):
                 tokens, lengths, _ = jax.device_get(self._run(self.params, rows))
             for row, i in enumerate(numbers):
