@@ -43,7 +43,8 @@ def prepare(setting: Setting) -> Ready:
     params = init_params(model, mesh, 0)
     random, shape = np.random.default_rng(0), (setting.rows, setting.length)
     tokens = random.integers(4, setting.vocab_size, shape, np.int32)
-    positions, tokenizer = setting.rows * setting.length, Numbers()
+    tokenizer = Numbers()
+    positions = setting.rows * setting.length * setting.beam  # All rows are one batch.
     if model.architecture == "encoder_decoder":
         extra = setting.steps - setting.length
         decode = DecodeConfig(beam=setting.beam, extra_length=extra, batch_tokens=positions)
