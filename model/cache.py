@@ -269,9 +269,9 @@ def remembered(config: ModelConfig) -> int | None:
 
 
 def _of_filled(attend: Callable[[int], jax.Array], length: int, offset: jax.Array) -> jax.Array:
-    """attend(n) of the first n positions, few enough, and no fewer than one token at `offset` sees.
+    """attend(n), n being the first positions of a cache: all that a token at `offset` sees.
 
-    A CPU takes as long as there are keys to read. What is compiled is `attend` of a few n.
+    It may be a few more, since each n is compiled. A CPU takes as long as there are keys to read.
     """
     if target_platform() != "cpu":
         return attend(length)
