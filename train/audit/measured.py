@@ -21,7 +21,9 @@ from train.audit.findings import TOLERANCE
 from train.step import model_inputs
 
 # Seconds of compilation are what an audit costs; its programs run for milliseconds.
-FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):  # Newer ones do not have that choice.
+    FAST["xla_cpu_use_fusion_emitters"] = False
 STREAMS = ("inputs", "encoder_inputs")
 STRENGTHS = (1e20, 8.0)
 
