@@ -48,6 +48,13 @@ def test_the_newest_and_the_first_of_the_best_are_kept(folder):
     assert checkpoints.scores == {2: -0.5, 4: -1.0, 5: -2.5}
 
 
+def test_none_goes_before_there_are_as_many_as_are_kept(tmp_path):
+    with Checkpoints(tmp_path / "checkpoints", "abc", keep=5) as checkpoints:
+        for step in range(1, 8):
+            save(checkpoints, step, float(step))
+            assert checkpoints.steps == [*range(max(step - 4, 1), step + 1)]
+
+
 def test_one_without_a_score_is_never_the_best(tmp_path):
     with Checkpoints(tmp_path / "checkpoints", "abc", keep=2) as checkpoints:
         save(checkpoints, 1, None)

@@ -100,7 +100,7 @@ class Checkpoints:
         """
         *older, newest = [checkpoint.step for checkpoint in checkpoints]
         scored = [step for step in older if step in self.scores]
-        kept = {newest, *scored[len(scored) - self._keep + 1 :]} if self._keep else set(older)
+        kept = {newest, *scored[::-1][: self._keep - 1]} if self._keep else set(older)
         if scored:
             kept.add(max(scored, key=self.scores.__getitem__))
         return [checkpoint.step in kept for checkpoint in checkpoints]
