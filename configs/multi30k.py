@@ -5,7 +5,8 @@ heedful train multi30k     # in the folder of the files, or with --data.train A 
 The files are not part of the project: 29,000 pairs in the lower-cased form that papers use, split
 by 10,000 merges, pieces joined by `@@ `. Published, text only: 41.02 BLEU on test.2016 (lower-cased
 and tokenised, pieces joined again). An epoch has 63 batches: the last ten, one checkpoint each,
-are averaged.
+are averaged. As in fairseq, with which it was published, the smoothed loss says whether training
+still helps.
 """
 
 from configs.base import Experiment
@@ -44,6 +45,7 @@ def get_config() -> Experiment:
             checkpoint_every=EPOCH,
             keep=10,
             average=10,
+            metric="smoothed_loss",
             patience=10,
             optimizer=OptimizerConfig(
                 kind="adam",

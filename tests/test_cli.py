@@ -18,8 +18,10 @@ from configs import base
 from data.config import DataConfig, TokenizerConfig
 from model.config import PositionConfig
 from train import cli
+from train.checkpoint import Checkpoints
 from train.config import DecodeConfig, TrainConfig
 from train.loop import _Patience
+from train.run import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -226,6 +228,18 @@ def test_patience(table, tmp_path, capsys):
     assert cli.run(flags) == 0  # the same again does not go on
     assert "no better checkpoint since step 3: stopped" in capsys.readouterr().out
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_the_loss_that_is_trained_decides(tmp_path):
+    """Which checkpoint is the best is said by the loss with smoothing where that is the metric."""
+    flags = ["train", *toy.flags(toy.write_corpus(tmp_path), tmp_path / "run")]
+    flags += ["--train.metric", "smoothed_loss", "--train.label-smoothing", "0.5"]
+    assert cli.run(flags) == 0
+    run = Run.open(tmp_path / "run")
+    found = losses(run.directory, "valid_smoothed_loss")
+    assert found != losses(run.directory, "valid_loss")
+    with Checkpoints(run.checkpoints, run.tokenizer().fingerprint, run.train.keep) as checkpoints:
+        assert checkpoints.scores == dict(zip((4, 8, 12), [-loss for loss in found], strict=True))
 
 
 def test_patience_begins_again_with_a_better_one():

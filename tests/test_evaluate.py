@@ -57,8 +57,8 @@ def prepare(trained: Trained, split: str = "valid") -> Dataset:
     return Dataset.prepare(trained.run.data, trained.tokenizer, split)
 
 
-def measured(trained: Trained, dataset: Dataset) -> dict[str, float]:
-    step = make_eval_step(trained.run.model, trained.mesh)
+def measured(trained: Trained, dataset: Dataset, **how: Any) -> dict[str, float]:
+    step = make_eval_step(trained.run.model, trained.mesh, **how)
     with jax.set_mesh(trained.mesh):
         return measure(step, trained.params, dataset, trained.mesh)
 
@@ -96,6 +96,10 @@ def test_classes(classes):
     lines = describe(got, dataset)
     assert lines[0] == f"loss: {got['loss']:.4f} nats per example"
     assert f"accuracy: {100 * got['accuracy']:.2f} %" in lines
+    got = measured(classes, dataset, label_smoothing=0.3)
+    smoothed = 0.7 * losses - 0.3 * np.log(chances).mean(1)
+    assert got["smoothed_loss"] == pytest.approx(smoothed.mean(), rel=1e-5)
+    assert got["loss"] == pytest.approx(losses.mean(), rel=1e-5)
     shares = [np.mean(targets == i) for i in set(targets)]
     assert frequency_loss(dataset) == pytest.approx(-sum(p * math.log(p) for p in shares))
 

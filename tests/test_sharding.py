@@ -181,8 +181,8 @@ def evaluate(model: ModelConfig, trained: Trained) -> tuple[float, Any]:
     mesh, other = trained.setup.mesh, batch(np.random.default_rng(1), model)
     with jax.set_mesh(mesh):
         step = make_eval_step(model, mesh)
-        total, weight, predicted = step(trained.state.params, to_devices(other, mesh))
-    return float(total) / float(weight), predicted
+        losses, weight, predicted = step(trained.state.params, to_devices(other, mesh))
+    return float(losses["loss"]) / float(weight), predicted
 
 
 def eight(config: MeshConfig) -> Mesh:

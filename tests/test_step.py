@@ -71,12 +71,13 @@ def test_a_loss_in_chunks_changes_nothing(model: ModelConfig, tied: bool):
     mesh = whole.setup.mesh
     with jax.set_mesh(mesh):
         placed = to_devices(batch(np.random.default_rng(3), model), mesh)
-        for steps in zip(
-            make_eval_step(model, mesh, 4)(whole.state.params, placed)[:2],
-            make_eval_step(model, mesh)(whole.state.params, placed)[:2],
-            strict=True,
-        ):
-            np.testing.assert_allclose(*steps, rtol=2e-6)
+        in_chunks, at_once = (
+            make_eval_step(model, mesh, chunk, label_smoothing=0.1)(whole.state.params, placed)
+            for chunk in (4, None)
+        )
+    assert in_chunks[0].keys() == {"loss", "smoothed_loss"} and in_chunks[1] == at_once[1]
+    for name, loss in in_chunks[0].items():
+        np.testing.assert_allclose(loss, at_once[0][name], rtol=2e-6)
 
 
 @pytest.mark.parametrize("model", [MODEL, MASKED], ids=["pairs", "masked"])
@@ -200,9 +201,9 @@ def test_a_performer_is_measured_with_the_features_that_it_trains_with():
     with jax.set_mesh(mesh):
         placed = to_devices(batch(np.random.default_rng(3), model), mesh)
         state = first_state(setup, initial(model))
-        measured, weight, _ = make_eval_step(model, mesh)(state.params, placed)
+        losses, weight, _ = make_eval_step(model, mesh)(state.params, placed)
         trained = step(state, placed)[1]
-    assert float(measured) == pytest.approx(float(trained["loss"]), rel=1e-6)
+    assert float(losses["loss"]) == pytest.approx(float(trained["loss"]), rel=1e-6)
     assert weight == trained["weight"]
 
 
@@ -213,7 +214,7 @@ def test_the_measurement_of_a_classifier_gives_its_outputs(model: ModelConfig):
     params = initial(model)
     with jax.set_mesh(mesh):
         placed = to_devices(batch(np.random.default_rng(3), model), mesh)
-        total, weight, predicted = jax.device_get(make_eval_step(model, mesh)(params, placed))
+        losses, weight, predicted = jax.device_get(make_eval_step(model, mesh)(params, placed))
     outputs, targets, weights = predicted
     assert outputs.shape == (16, model.head.outputs) and outputs.dtype == np.float32
     real = weights > 0
@@ -224,4 +225,4 @@ def test_the_measurement_of_a_classifier_gives_its_outputs(model: ModelConfig):
     else:
         chances = np.exp(outputs) / np.exp(outputs).sum(1, keepdims=True)
         expected = -np.log(chances[np.arange(len(targets)), targets]).sum()
-    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    np.testing.assert_allclose(losses["loss"], expected, rtol=1e-5)

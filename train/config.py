@@ -185,7 +185,7 @@ class DecodeConfig:
         )
 
 
-Metric = Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman"]
+Metric = Literal["loss", "smoothed_loss", "accuracy", "f1", "matthews", "pearson", "spearman"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +223,8 @@ class TrainConfig:
     average: int = 5
     """Newest checkpoints whose parameters are averaged for evaluation (§6.1); 1: the best one."""
     metric: Metric = "loss"
-    """What decides on the validation data which checkpoint is the best."""
+    """What decides on the validation data which checkpoint is the best; smoothed_loss is the loss
+    with `label_smoothing`, as in training."""
     patience: int | None = None
     """Stop after so many checkpoints without a better one; None: never."""
     deterministic: bool = True

@@ -33,21 +33,24 @@ NOTHING_LEARNED = (
 
 
 def measure(eval_step: Callable, params: Any, dataset: Dataset, mesh: Mesh) -> dict[str, float]:
-    """Mean loss over the whole dataset, each example once, and the scores of a classifier.
+    """Mean losses over the whole dataset, each example once, and the scores of a classifier.
 
-    The loss is in nats per predicted token or class, or the squared error of a regression.
+    A loss is in nats per predicted token or class, or the squared error of a regression.
     """
-    losses, weights = 0.0, 0.0
+    totals: Counter[str] = Counter()
+    total_weight = 0.0
     kept: list[tuple[np.ndarray, np.ndarray]] = []
     pending = []
     for batch in dataset.eval_batches(*rows_here(mesh)):
         pending.append(eval_step(params, to_devices(batch, mesh)))
-    for loss, weight, predicted in jax.device_get(pending):
-        losses, weights = losses + float(loss), weights + float(weight)
+    for losses, weight, predicted in jax.device_get(pending):
+        for name, loss in losses.items():
+            totals[name] += float(loss)
+        total_weight += float(weight)
         if predicted is not None:
             outputs, targets, counts = predicted
             kept.append((outputs[counts > 0], targets[counts > 0]))
-    measured = {"loss": losses / weights}
+    measured = {name: total / total_weight for name, total in totals.items()}
     if kept:
         outputs, targets = map(np.concatenate, zip(*kept, strict=True))
         score = scores.regression if targets.dtype == np.float32 else scores.classification

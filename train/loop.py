@@ -96,7 +96,10 @@ def fit(
             state, position = restored
             saving.go_on(position)
         step = make_train_step(run.model, config, setup)
-        eval_step = make_eval_step(run.model, mesh, config.loss_chunk, config.deterministic)
+        smoothing = config.label_smoothing if config.metric == "smoothed_loss" else None
+        eval_step = make_eval_step(
+            run.model, mesh, config.loss_chunk, config.deterministic, smoothing
+        )
         if (first := int(state.step)) < config.steps:
             add_environment(run, now, first, console)
         validate = lambda state: measure(eval_step, state.params, valid_data, mesh)  # noqa: E731
@@ -131,7 +134,7 @@ def _first_params(run: Run, setup: Setup, console: Console) -> Any:
 
 def _score(measured: dict[str, float], metric: str) -> float:
     """The higher the better."""
-    return -measured["loss"] if metric == "loss" else measured[metric]
+    return -measured[metric] if metric in ("loss", "smoothed_loss") else measured[metric]
 
 
 def _loop(

@@ -39,7 +39,7 @@ def strided_loss(
         while rows := list(islice(windows, n_rows)):
             batch = whole_to_devices(pad_and_stack(rows, n_rows, config.max_length), mesh)
             losses, weights, _ = eval_step(params, batch)
-            total, weight = total + float(losses), weight + float(weights)
+            total, weight = total + float(losses["loss"]), weight + float(weights)
     return total / weight
 
 

@@ -25,7 +25,7 @@ FITTING = {
     "regression": (("encoder_only", "decoder_only"), "classifier"),
 }
 METRICS = {
-    "classification": ("loss", "accuracy", "f1", "matthews"),
+    "classification": ("loss", "smoothed_loss", "accuracy", "f1", "matthews"),
     "regression": ("loss", "pearson", "spearman"),
 }
 
@@ -70,7 +70,7 @@ def require_fit(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Non
                 f"model.attention.{name} {core} cannot tell the documents of a packed row apart: "
                 "set data.packing to False, or choose another core"
             )
-    metrics = METRICS.get(data.objective, ("loss",))
+    metrics = METRICS.get(data.objective, ("loss", "smoothed_loss"))
     if train.metric not in metrics:
         raise TrainError(
             f"train.metric {train.metric} does not exist for data.objective {data.objective}: "

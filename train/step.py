@@ -97,20 +97,26 @@ def make_eval_step(
     mesh: Mesh,
     loss_chunk: int | None = None,
     deterministic: bool = False,
+    label_smoothing: float | None = None,
 ) -> Callable[[Any, Batch], tuple]:
-    """(params, batch) -> (sum of losses, sum of weights, predicted), jitted, without smoothing.
+    """(params, batch) -> (sums of losses, sum of weights, predicted), jitted.
 
-    `predicted` is None for a language model; for a classifier its outputs [B, C] beside the
-    targets [B] and weights [B], whole on every process.
+    The sums are {"loss": that without smoothing}, and with `label_smoothing` {"smoothed_loss": ...}
+    beside it. `predicted` is None for a language model; for a classifier its outputs [B, C] beside
+    the targets [B] and weights [B], whole on every process.
     """
     model = build(model_config)
     is_classifier = model_config.head.kind == "classifier"
 
     def eval_step(params: Any, batch: Batch) -> tuple:
         with nn.logical_axis_rules(flax_rules()):
-            *sums, outputs = _loss(model, params, batch, loss_chunk)
+            loss, weight, outputs = _loss(model, params, batch, loss_chunk)
+            losses = {"loss": loss}
+            if label_smoothing is not None:  # XLA sees that the outputs are the same.
+                smoothed, *_ = _loss(model, params, batch, loss_chunk, label_smoothing)
+                losses["smoothed_loss"] = smoothed
         predicted = (outputs, batch["targets"], batch["weights"]) if is_classifier else None
-        return *sums, predicted
+        return losses, weight, predicted
 
     return jax.jit(
         eval_step,
