@@ -15,6 +15,14 @@ Objective = Literal[
 # Objectives that learn from running text, of any length, that nobody has labelled.
 TEXT_OBJECTIVES = ("causal_lm", "masked_lm", "prefix_lm", "span_corruption")
 PACKABLE = ("causal_lm", "masked_lm")
+# Settings that say nothing for the other objectives.
+ONLY_FOR = {
+    "classes": ("classification",),
+    "label": ("classification", "regression"),
+    "noise": ("masked_lm", "span_corruption"),
+    "whole_words": ("masked_lm",),
+    "span_length": ("span_corruption",),
+}
 
 
 class DataError(ValueError):
@@ -136,8 +144,8 @@ class DataConfig:
     """Column, or feature, that holds the class or the number to predict."""
 
     classes: tuple[str, ...] = ()
-    """Classes that are told apart, in the order of the model's outputs; empty: those of the
-    training data, sorted."""
+    """Classes that are told apart, in the order of the model's outputs; empty: those of a tfds
+    dataset in its order, or those of the training data, sorted."""
 
     listops: ListOpsConfig = field(default_factory=ListOpsConfig)
 
@@ -220,10 +228,13 @@ class DataConfig:
         require(
             self.span_length >= 1, f"data.span_length is {self.span_length}: give 1 or more tokens"
         )
-        require(
-            not self.whole_words or self.objective == "masked_lm",
-            f"data.whole_words needs data.objective masked_lm, not {self.objective}",
-        )
+        for name, objectives in ONLY_FOR.items():
+            value = getattr(self, name)
+            require(
+                value == getattr(type(self), name) or self.objective in objectives,
+                f"data.{name} is {value}, which says nothing for data.objective {self.objective}: "
+                f"leave it out, or set the objective to {' or '.join(objectives)}",
+            )
         _at_least("data.batch_tokens", self.batch_tokens, 1)
         _at_least("data.batch_multiple", self.batch_multiple, 1)
         _at_least("data.buckets", self.buckets, 1)

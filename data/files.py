@@ -41,7 +41,7 @@ def load(config: DataConfig, split: str) -> Sequence[Example]:
         if config.columns or any(map(is_table, paths)):
             raise DataError(
                 f"data.{split} is {' '.join(paths)}: give one table, or a source file and a target "
-                "file of plain lines, and data.columns only with a table"
+                "file of plain lines; where data.columns is given, all splits are tables"
             )
         examples = Parallel(paths)
     else:
@@ -68,7 +68,7 @@ def _columns(config: DataConfig, path: str) -> dict[str, str]:
 def _table(path: str) -> str:
     if not is_table(path):
         raise DataError(
-            f"{path} is no table ({SUFFIXES}): translation takes one or two files of plain lines, "
-            "classification and regression take tables, and so do texts with data.columns"
+            f"{path} is no table ({SUFFIXES}): translation takes two files of plain lines or one "
+            "table, classification and regression take tables, and so do texts with data.columns"
         )
     return path

@@ -12,12 +12,12 @@ from data.config import DataConfig, DataError
 def classes(config: DataConfig) -> tuple[str, ...]:
     """Returns the classes of a classification, in the order of their numbers; () for other tasks.
 
-    They are those of the config, or else those of the training data, sorted. Raises DataError when
-    there are not at least two.
+    They are those of the config, or else those that the source names in an order of its own, or
+    else those of the training data, sorted. Raises DataError when there are not at least two.
     """
     if config.objective != "classification":
         return ()
-    found = config.classes
+    found = config.classes or sources.classes(config)
     if not found:
         found = tuple(sorted({example["label"] for example in sources.load(config, "train")}))
     if len(found) < 2:

@@ -39,6 +39,12 @@ def fields(config: DataConfig) -> tuple[str, ...]:
     return fields_of(config.objective, 1)
 
 
+def classes(config: DataConfig) -> tuple[str, ...]:
+    """Returns the classes that a source has in an order of its own; () for the others."""
+    _check(config)
+    return tfds.classes(config) if config.source.startswith("tfds:") else ()
+
+
 def load(config: DataConfig, split: str) -> Sequence[Example]:
     """Returns the examples of a split in their order.
 

@@ -18,6 +18,7 @@ DOCUMENT_BYTES = 1 << 24
 # So many files are held out as a whole; of fewer, a share would be none or far from its size.
 MANY_FILES = 500
 _BOM = "\ufeff"  # Some editors mark UTF-8 with a byte order mark; it is no part of the text.
+_LOOK = 1 << 16  # bytes that are searched for the end of a line
 
 
 def checked_lines(path: str) -> Iterator[bytes]:
@@ -166,12 +167,16 @@ def _share_of_file(path: str) -> float:
 def _cut(file: BinaryIO, at: int) -> int:
     """Returns where the first line starts at byte `at` or after it, or at least the first word.
 
-    Looks 64 KiB ahead and then gives up: there are corpora of one line, and texts without spaces.
+    The last line may lack its end. Looks 64 KiB ahead, and for a line before the last one as far
+    back, and then gives up: there are corpora of one line, and texts without spaces.
     """
     if at <= 0:
         return 0
-    file.seek(at - 1)
-    ahead = file.read(1 << 16)
+    file.seek(max(at - 1 - _LOOK, 0))
+    before = file.read(min(at - 1, _LOOK))
+    ahead = file.read(_LOOK)
+    if len(ahead) < _LOOK and b"\n" not in ahead and b"\n" in before:
+        return at - 1 + len(ahead)
     for mark in (b"\n", b" "):
         if (found := ahead.find(mark)) >= 0:
             return at + found

@@ -41,6 +41,13 @@ def fields(config: DataConfig) -> tuple[str, ...]:
     return fields_of(config.objective, len(_texts(config, _builder(config))))
 
 
+def classes(config: DataConfig) -> tuple[str, ...]:
+    """Returns the names of the label feature in its order, which tells what F1 of GLUE is of."""
+    builder = _builder(config)
+    label = label_column(config, list(builder.info.features), f"{config.source!r} has")
+    return tuple(getattr(builder.info.features[label], "names", None) or ())
+
+
 def load(config: DataConfig, split: str) -> Sequence[Example]:
     """Returns the examples of a split; prepares the dataset in TFDS_DATA_DIR if needed.
 

@@ -116,6 +116,14 @@ def test_numbers(numbers):
     assert frequency_loss(dataset) == pytest.approx(targets.var(), rel=1e-5)
 
 
+def test_data_without_anything_to_predict_are_refused(text, monkeypatch):
+    dataset = prepare(text)
+    blank = [batch | {"weights": 0 * batch["weights"]} for batch in dataset.eval_batches()]
+    monkeypatch.setattr(Dataset, "eval_batches", lambda *_: blank)
+    with pytest.raises(TrainError, match=r"valid data has nothing to predict: .*data\.tok"):
+        measured(text, dataset)
+
+
 def document(trained: Trained) -> tuple[str, np.ndarray]:
     """The validation text and its tokens, begin and end included."""
     (example,) = sources.load(trained.run.data, "valid")

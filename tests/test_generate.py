@@ -21,7 +21,7 @@ from model.transformer import build, put_together
 from train import generate
 from train.config import DecodeConfig, MeshConfig, TrainError
 from train.generate import Generator, Text
-from train.rows import batches
+from train.rows import batches, shapes
 from train.sharding import make_mesh
 
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -112,10 +112,19 @@ def test_a_batch_is_what_each_prompt_alone_gives_without_a_cache(kind: str, monk
     assert not found.lengths[len(numbers) :].any()
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 3.0, "prefix": True}])
-def test_so_are_the_likeliest_tokens_and_those_after_a_prefix(options: dict, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "window"),
+    [
+        ({"temperature": 0.0}, None),
+        ({"temperature": 3.0, "prefix": True}, None),
+        ({"temperature": 3.0, "prefix": True}, 3),
+    ],
+)
+def test_so_are_the_likeliest_tokens_and_those_after_a_prefix(
+    options: dict, window: int | None, monkeypatch
+):
     monkeypatch.setattr(generate, "CHUNK", CHUNK)
-    generator = make(small(), **options)
+    generator = make(small(attention_window=window), **options)
     written = generator(PROMPTS)
     assert written == Plain(generator)(PROMPTS)
     assert len(set(written)) > 3
@@ -339,6 +348,15 @@ def test_a_word_after_a_prompt_keeps_its_space():
     special = np.array([tokens[0], BOS, PAD, *tokens[1:]])
     assert growing.read(special) == "two thre"
     assert growing.ended
+
+
+def test_a_batch_has_no_more_positions_than_it_may():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=3, tensor=1), jax.devices()[:6])
+    for positions in (1, 96, 5 * 6 * 16 + 15, 4096, 4608):
+        for sequences, rows, length in shapes(dict.fromkeys(range(997), 9), positions, mesh):
+            assert len(sequences) <= rows and rows % 6 == 0
+            assert rows * length <= max(positions, 6 * 16)
+    assert [rows for _, rows, _ in shapes({0: 9}, 4096, mesh)] == [6]
 
 
 def test_batches_are_few_shapes_with_all_rows():

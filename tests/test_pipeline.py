@@ -262,6 +262,7 @@ def prepare(monkeypatch):
         fields = tuple(field for field in examples[0] if field != "label")
         monkeypatch.setattr(sources, "load", lambda config, split: examples)
         monkeypatch.setattr(sources, "fields", lambda config: fields)
+        monkeypatch.setattr(sources, "classes", lambda config: ())
         how = {"max_length": 17, "batch_tokens": 103, "batch_multiple": 6, "buckets": 3} | changes
         kind = TokenizerConfig(kind="chars", vocab_size=211)
         config = DataConfig(source="tfds:x", objective=objective, tokenizer=kind, **how)

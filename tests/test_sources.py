@@ -52,6 +52,11 @@ def one_line(error):
         ({"buckets": 0}, "data.buckets"),
         ({"max_length": 1}, "data.max_length is 1"),
         ({"workers": -1}, "data.workers is -1"),
+        ({"classes": ("a", "b"), "objective": "regression"}, "data.classes .*to classification"),
+        ({"span_length": 2.0, "objective": "masked_lm"}, "data.span_length .*to span_corruption"),
+        ({"noise": 0.2}, "data.noise is 0.2, .*masked_lm or span_corruption"),
+        ({"whole_words": True}, "data.whole_words"),
+        ({"label": "stars"}, "data.label is stars"),
     ],
 )
 def test_config_names_the_bad_field(changes, names):
@@ -98,7 +103,7 @@ def test_objective_that_does_not_fit_names_both_and_what_fits(source, objective,
 @pytest.mark.parametrize("changes", [{"columns": ("text",)}, {"label": "stars"}])
 def test_columns_without_a_table_are_not_ignored(changes):
     with pytest.raises(DataError, match=f"data.{next(iter(changes))} is for .*not sentiment"):
-        sources.load(DataConfig(source="sentiment", objective="masked_lm", **changes), "train")
+        sources.load(DataConfig(source="sentiment", objective="classification", **changes), "train")
 
 
 # Parallel text files

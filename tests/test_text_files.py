@@ -77,6 +77,14 @@ def test_text_without_line_ends_is_cut_at_a_space_or_between_characters(tmp_path
         assert 8 <= len(joined[1]) <= 13
 
 
+def test_a_last_line_without_its_end_stays_whole(tmp_path):
+    text = numbered(7) + "the last line, with many words in it, is longer than the held-out share"
+    data = config(write(tmp_path / "a", text), holdout=0.2)
+    assert [example["text"] for example in sources.load(data, "train")] == [text]
+    with pytest.raises(DataError, match=r"split 'valid' .* is empty"):
+        sources.load(data, "valid")
+
+
 def test_of_many_files_whole_ones_are_held_out_and_copies_stay_together(tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "MANY_FILES", 211)
     for n in range(211):

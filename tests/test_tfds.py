@@ -1,6 +1,6 @@
 import pytest
 
-from data import sources, tfds
+from data import labels, sources, tfds
 from data.config import DataConfig, DataError
 from data.examples import share
 
@@ -121,6 +121,7 @@ def test_the_real_definitions_have_the_fields(name, objective, fields, one):
 def test_glue_features_are_mapped_and_classes_named(name):
     texts, classes = tiny_tfds.GLUE[name]
     data = config(f"tiny_glue/{name}", "classification" if classes else "regression")
+    assert labels.classes(data) == (classes or ())  # not sorted: F1 of GLUE is that of the second
     assert sources.fields(data) == ("text", "pair")[: len(texts)]
     split = "validation_matched" if name == "mnli" else "validation"
     expected = []

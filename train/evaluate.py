@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from rich.console import Console
 from data import sources
 from data.pipeline import Dataset
 from train import scores
-from train.config import DecodeConfig
+from train.config import DecodeConfig, TrainError
 from train.hosts import is_first, one_first
 from train.load import Trained
 from train.perplexity import strided_loss
@@ -37,7 +37,7 @@ def measure(eval_step: Callable, params: Any, dataset: Dataset, mesh: Mesh) -> d
 
     A loss is in nats per predicted token or class, or the squared error of a regression.
     """
-    totals: Counter[str] = Counter()
+    totals: defaultdict[str, float] = defaultdict(float)
     total_weight = 0.0
     kept: list[tuple[np.ndarray, np.ndarray]] = []
     pending = []
@@ -50,6 +50,11 @@ def measure(eval_step: Callable, params: Any, dataset: Dataset, mesh: Mesh) -> d
         if predicted is not None:
             outputs, targets, counts = predicted
             kept.append((outputs[counts > 0], targets[counts > 0]))
+    if not total_weight:
+        raise TrainError(
+            f"the {dataset.split} data has nothing to predict: all its tokens are special, or "
+            "unknown to the tokenizer; give other data, or another data.tokenizer"
+        )
     measured = {name: total / total_weight for name, total in totals.items()}
     if kept:
         outputs, targets = map(np.concatenate, zip(*kept, strict=True))

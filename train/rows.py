@@ -57,8 +57,8 @@ def shapes(
         bucket = max(SHORTEST, 1 << (lengths[i] - 1).bit_length())
         buckets.setdefault(min(bucket, longest or bucket), []).append(i)
     for length, numbers in buckets.items():
-        count = max(positions // length, 1)
-        count = min(count, 1 << (len(numbers) - 1).bit_length())
-        count = -(-count // devices) * devices
+        count = max(positions // length // devices, 1) * devices
+        fewest = 1 << (len(numbers) - 1).bit_length()
+        count = min(count, -(-fewest // devices) * devices)
         for start in range(0, len(numbers), count):
             yield numbers[start : start + count], count, length
