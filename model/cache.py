@@ -203,7 +203,10 @@ class WindowCache:
         # All that the new tokens can see, in order: what is remembered, the real new ones over it.
         positions, end = offset - past + jnp.arange(past + new), self.end[:, None]
         slots = positions % (past + 1)
-        fresh = jnp.pad(real, ((0, 0), (past, 0)))
+        seen = real
+        if mask.prefix_len is not None:  # It sees all of itself, also what is read again later.
+            seen |= positions[:, past:] < jnp.reshape(mask.prefix_len, (-1, 1))
+        fresh = jnp.pad(seen, ((0, 0), (past, 0)))
         old = (positions >= jnp.maximum(end - past - 1, 0)) & (positions < end)
 
         def line(kept: jax.Array, x: jax.Array) -> jax.Array:
@@ -220,7 +223,7 @@ class WindowCache:
             how["bias"] = how["bias"].replace(q_offset=moved.q_offset)
         y = core(q, line(self.k, k), line(self.v, v), moved, **how)
 
-        end = jnp.maximum(self.end, jnp.max(jnp.where(fresh, positions + 1, 0), axis=1))
+        end = jnp.maximum(self.end, jnp.max(jnp.where(real, positions[:, past:] + 1, 0), axis=1))
         kept = real & (positions[:, past:] > end[:, None] - past - 2)
         slots = jnp.where(kept, slots[:, past:], past + 1)
         put = lambda to, x: to.at[rows, slots].set(x, mode="drop")  # noqa: E731

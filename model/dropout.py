@@ -25,26 +25,29 @@ def dropout_words(rate: float, key: jax.Array | None) -> UInt32[Array, "2"] | No
         return None
     if key is None:
         raise ValueError(f"dropout at rate {rate} needs a key")
-    return jax.random.key_data(key)
+    return jax.random.key_data(key)[:2]  # A key of the kind rbg has them twice.
 
 
-def keep(key: jax.Array, shape: tuple[int, ...], rate: float) -> Bool[Array, "..."]:
+def keep(words: UInt32[Array, "2"], shape: tuple[int, ...], rate: float) -> Bool[Array, "..."]:
     """True where an element of an array of this shape stays."""
-    return keep_at(key, indices(shape), shape, rate)
+    return keep_at(words, indices(shape), shape, rate)
 
 
 def keep_at(
-    key: jax.Array, index: Sequence[jax.Array | np.ndarray], shape: Sequence[int], rate: float
+    words: UInt32[Array, "2"],
+    index: Sequence[jax.Array | np.ndarray],
+    shape: Sequence[int],
+    rate: float,
 ) -> Bool[Array, "..."]:
     """What `keep` gives for an array of `shape`, at one index array for each of its axes."""
-    first, second = jax.random.key_data(key)
+    first, second = words
     # Of an array of more than 2^32 elements, the last axes that count no further, and the others.
     sizes = [math.prod(shape[axis:]) for axis in range(len(shape))]
     outer = sum(size > 2**32 for size in sizes)
     word = mix(place(index[outer:], shape[outer:]) ^ first)
     if outer:
         word = mix(word ^ place(index[:outer], shape[:outer]))
-    return mix(word ^ second) >= jnp.uint32(round(rate * 2**32))
+    return mix(word ^ second) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
 def indices(shape: tuple[int, ...]) -> list[jax.Array]:

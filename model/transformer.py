@@ -167,6 +167,7 @@ class DecoderOnly(nn.Module):
         A cache remembers those that are real; None: all. The others are padding, or are read again
         after they were, or before they will be.
         """
+        _require_cache(offset, cache)
         positions = _or_range(positions, inputs, offset)
         x = self.inputs(self.embedding(inputs), positions, type_ids, deterministic=deterministic)
         mask = decoder_mask(self.config, segment_ids, prefix_len, offset)
@@ -254,6 +255,7 @@ class EncoderDecoder(nn.Module):
         With a cache, its first call takes `encoded` and later ones None: the projected source is in
         the cache then. It remembers those of `inputs` that are real; None: all.
         """
+        _require_cache(offset, cache)
         positions = _or_range(positions, inputs, offset)
         x = self.decoder_inputs(self.embedding(inputs), positions, deterministic=deterministic)
         x, cache = self.decoder(
@@ -316,6 +318,14 @@ def put_together(tree: Any) -> Any:
     """What `take_apart` was given, for `apply`; kernels stay transposed."""
     is_apart = lambda x: isinstance(x, Apart)  # noqa: E731
     return jax.tree.map(lambda x: x.together() if is_apart(x) else x, tree, is_leaf=is_apart)
+
+
+def _require_cache(offset: jax.Array | int | None, cache: BlockCache | None) -> None:
+    if offset is not None and cache is None:
+        raise ValueError(
+            "tokens at an offset need a cache of those before them: give `cache`, or `positions` "
+            "where nothing is before them"
+        )
 
 
 def _or_range(positions: Positions | None, inputs: Tokens, offset=None) -> Positions:

@@ -187,8 +187,8 @@ def test_dropout_of_weights():
 def test_kept_elements_are_independent_of_key_and_place():
     rate, shape = 0.3, (31, 37, 41)
     # Keys that share a word, or the sum of both.
-    keys = [jax.random.wrap_key_data(jnp.array(x, jnp.uint32)) for x in ((0, 1), (1, 1), (1, 0))]
-    kept = [np.asarray(keep(key, shape, rate), float) - (1 - rate) for key in keys]
+    words = jnp.array([(0, 1), (1, 1), (1, 0)], jnp.uint32)
+    kept = [np.asarray(keep(each, shape, rate), float) - (1 - rate) for each in words]
     variance = rate * (1 - rate)
     noise = 5 / math.sqrt(kept[0].size)
     for x in kept:
@@ -200,11 +200,20 @@ def test_kept_elements_are_independent_of_key_and_place():
     assert abs((kept[0] * kept[1]).mean()) / variance < noise
     assert abs((kept[1] * kept[2]).mean()) / variance < noise
     assert abs((kept[2] * kept[0]).mean()) / variance < noise
-    np.testing.assert_array_equal(keep(keys[2], shape, rate), kept[2] > 0)
-    x = jnp.full(shape, 2.0)
-    np.testing.assert_allclose(
-        dropout(x, rate, keys[0]), np.where(kept[0] > 0, 2 / 0.7, 0), rtol=1e-6
+    np.testing.assert_array_equal(keep(words[2], shape, rate), kept[2] > 0)
+    x, key = jnp.full(shape, 2.0), jax.random.wrap_key_data(words[0])
+    np.testing.assert_allclose(dropout(x, rate, key), np.where(kept[0] > 0, 2 / 0.7, 0), rtol=1e-6)
+
+
+def test_keys_of_the_kind_of_tpus_drop_too():
+    x = jnp.ones((31, 997))
+    one, same, other = (
+        dropout(x, 0.25, jax.random.fold_in(jax.random.key(0, impl="rbg"), i)) for i in (1, 1, 2)
     )
+    np.testing.assert_array_equal(one, same)
+    for dropped in (one, other):
+        assert abs(jnp.mean(dropped == 0) - 0.25) < 5 * (0.25 * 0.75 / x.size) ** 0.5
+    assert abs(jnp.mean((one == 0) & (other == 0)) - 0.25**2) < 5 * 0.25 / x.size**0.5
 
 
 def test_an_element_is_kept_by_its_place_among_all():

@@ -86,7 +86,7 @@ def test_it_is_the_formula(sharing: str, block: int, monkeypatch):
     assert not np.asarray(out[2]).any()  # all its keys are padding
     # Dropout acts on weights by their place in [B, K, G, T, R].
     key = jax.random.key(3)
-    kept = np.asarray(keep(key, (B, K, N // K, T, R), 0.3)) / 0.7
+    kept = np.asarray(keep(jax.random.key_data(key), (B, K, N // K, T, R), 0.3)) / 0.7
     dropped = core.apply(
         {"params": jax.tree.map(jnp.float32, params)}, *arrays, masks.full(),
         dropout_rate=0.3, dropout_key=key, **how,

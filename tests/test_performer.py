@@ -39,6 +39,10 @@ MASKS = {
     "full": masks.full(),
     "padding": masks.packed(ONE),
     "packed": masks.packed(IDS),
+    "padding before a source": masks.cross(
+        jnp.ones_like(IDS).at[1].set(IDS[0]),
+        ONE.at[0, :2].set(0).at[1].set(IDS[0]),
+    ),
     "causal": masks.causal(),
     "causal packed": masks.causal() & masks.packed(IDS),
     "prefix": masks.prefix(LENGTHS),

@@ -20,6 +20,7 @@ from tiny import (
     SOURCE_PLACES,
     SOURCE_SEGMENTS,
     TOKENS,
+    WIDTH,
     B,
     T,
     init,
@@ -167,6 +168,14 @@ def test_segments_are_refused_where_the_cache_has_none(unchecked):
             offset=0,
             method="decode",
         )
+
+
+@pytest.mark.parametrize("architecture", ["decoder_only", "encoder_decoder"])
+def test_an_offset_without_a_cache_is_refused(architecture: str):
+    model, params = init(tiny(architecture))
+    source = () if architecture == "decoder_only" else (jnp.zeros((B, T, WIDTH)),)
+    with pytest.raises(ValueError, match="an offset need a cache"):
+        model.apply({"params": params}, TOKENS, *source, offset=3, method="decode")
 
 
 def test_types_are_refused_where_there_is_no_table():

@@ -306,7 +306,9 @@ def _attention(
     else:
         segment = jax.lax.cummax(kv_ids, axis=1)
         is_known |= jnp.all((q_ids == kv_ids) & ((kv_ids == 0) | (kv_ids == segment)), 1)
-        rows = rows._replace(segment=segment)
+        # That of a single document begins before its first key, too.
+        whole = jnp.max(kv_ids, axis=1, keepdims=True)
+        rows = rows._replace(segment=jnp.where(is_single[:, None], whole, segment))
         if mask.causal:
             sums = _sums(rows, mask, features, size)
         else:
