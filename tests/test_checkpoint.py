@@ -34,8 +34,8 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def save(checkpoints: Checkpoints, step: int, score: float | None) -> None:
-    checkpoints.save(state(step), {"next_batch": step})
+def save(checkpoints: Checkpoints, step: int, score: float | None, **how: bool) -> None:
+    checkpoints.save(state(step), {"next_batch": step}, **how)
     checkpoints.wait()
     if score is not None:
         checkpoints.add_score(step, score)
@@ -66,13 +66,14 @@ def test_one_without_a_score_is_never_the_best(tmp_path):
 
 
 def test_one_without_a_score_takes_no_place_of_another(tmp_path):
-    """A run that was stopped, at 5 here, keeps what it would have kept."""
+    """A run that was stopped, at 6 here, keeps what it would have kept."""
     with Checkpoints(tmp_path / "checkpoints", "abc", keep=3) as checkpoints:
-        for step, score in ((1, 9.0), (2, 1.0), (3, 2.0), (4, 3.0), (5, None)):
-            save(checkpoints, step, score)
-        assert checkpoints.steps == [1, 3, 4, 5] and checkpoints.scored == [1, 3, 4]
-        save(checkpoints, 6, 4.0)
-        assert checkpoints.steps == [1, 3, 4, 6]
+        for step in range(1, 6):
+            save(checkpoints, step, 9.0 if step == 1 else float(step))
+        save(checkpoints, 6, None, is_due=False)
+        assert checkpoints.steps == [1, 3, 4, 5, 6] and checkpoints.scored == [1, 3, 4, 5]
+        save(checkpoints, 7, 7.0)
+        assert checkpoints.steps == [1, 4, 5, 7]
 
 
 def test_an_error_of_one_process_does_not_wait_for_the_others(tmp_path, monkeypatch):

@@ -1,12 +1,18 @@
 """Schedules against their formulas, optimizers against the papers' update rules."""
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny import tiny
 
+from model.config import LinformerConfig
+from model.transformer import build
 from train.config import OptimizerConfig
 from train.optimizer import learning_rate, make_optimizer
+from train.trainable import named
 
 STEPS, WARMUP, PEAK = 47, 11, 0.3
 
@@ -71,6 +77,22 @@ def test_adamw_is_the_paper_s_update_and_decays_kernels_only():
             expected[name] = expected[name] - 0.1 * (step + decay)
     for name, value in expected.items():
         np.testing.assert_allclose(ours["layer"][name], value, rtol=1e-5)
+
+
+def test_all_matrices_decay():
+    config = OptimizerConfig(peak_lr=0.1, warmup_steps=0, schedule="constant", weight_decay=1.0)
+    model = tiny(
+        "encoder_only",
+        attention_core="linformer",
+        attention_linformer=LinformerConfig(rank=3),
+        lora_rank=2,
+    )
+    shapes = jax.eval_shape(build(model).init, jax.random.key(0), jnp.zeros((1, 5), jnp.int32))
+    params = jax.tree.map(lambda x: jnp.ones(x.shape), nn.unbox(shapes)["params"])
+    optimizer, zeros = make_optimizer(config, STEPS), jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    decayed = {name.split(".")[-1] for name, x in named(updates) if jnp.all(x < 0)}
+    assert decayed == {"kernel", "lora_a", "lora_b", "keys", "values"}
 
 
 def test_adam_does_not_decay():

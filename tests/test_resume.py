@@ -4,6 +4,7 @@ import dataclasses
 import random
 import signal
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,10 +12,11 @@ import pytest
 import toy
 from launch import Process, checkpoint, lines, same_bits, wait_for_step
 
-from data.config import DataError
+from data.config import DataConfig, DataError, TokenizerConfig
+from model.config import PositionConfig
 from train import loop
 from train.checkpoint import Checkpoints
-from train.config import Interrupted, OptimizerConfig, TrainError
+from train.config import DecodeConfig, Interrupted, OptimizerConfig, TrainError
 from train.load import load
 from train.run import Run
 from train.start import start_run
@@ -114,6 +116,26 @@ def test_a_stop_changes_nothing_about_what_is_kept_and_averaged(step, tmp_path, 
     assert valid == [line for line in lines(whole.directory) if "valid_loss" in line]
 
 
+@pytest.mark.parametrize("patience", [None, 1])
+def test_a_stop_in_the_last_measurement_is_heard(patience: int | None, tmp_path, monkeypatch):
+    text = toy.write_text(tmp_path)
+    run = short_run(tmp_path / "run", text)
+    run = dataclasses.replace(run, train=dataclasses.replace(run.train, patience=patience))
+    measured = []
+
+    def measure(*_: Any) -> dict[str, float]:
+        measured.append(1)
+        if len(measured) == (4 if patience is None else 2):
+            signal.raise_signal(signal.SIGTERM)
+        return {"loss": 1.0}
+
+    monkeypatch.setattr(loop, "measure", measure)
+    with pytest.raises(Interrupted, match=f"stopped at step {6 if patience else 12}, saved"):
+        loop.fit(run, toy.QUIET)
+    steps = [3, 6] if patience else [3, 6, 9, 12]
+    assert Checkpoints(run.checkpoints, run.tokenizer().fingerprint).scored == steps
+
+
 def test_a_checkpoint_is_on_disk_before_it_is_measured(tmp_path, monkeypatch):
     run = short_run(tmp_path / "run", toy.write_text(tmp_path))
     monkeypatch.setattr(loop, "measure", lambda *_: 1 / 0)
@@ -129,6 +151,32 @@ def test_two_do_not_train_in_one_directory(tmp_path):
         loop.fit(run, toy.QUIET)
     release()
     run.lock()()
+
+
+def test_a_checkpoint_can_be_corrupt_twice(tmp_path):
+    run = short_run(tmp_path / "run", toy.write_text(tmp_path))
+    loop.fit(run, toy.QUIET)
+    for name in ("12", "12.2"):
+        (run.checkpoints / "12" / "params" / "manifest.ocdbt").unlink()
+        loop.fit(run, toy.QUIET, fallback=True)
+        assert (run.directory / "checkpoints.corrupt" / name).is_dir()
+
+
+def test_the_test_sentences_have_room_before_the_training(tmp_path):
+    toy.write_corpus(tmp_path)
+    (tmp_path / "test.en").write_text("red cat\n" + "red " * 29 + "\n")
+    (tmp_path / "test.de").write_text("katze rot\nrot\n")
+    files = {x: (str(tmp_path / f"{x}.en"), str(tmp_path / f"{x}.de")) for x in ("train", "test")}
+    data = DataConfig(
+        source="files", **files, tokenizer=TokenizerConfig(kind="words"), max_length=16
+    )
+    positions = PositionConfig(kind="learned", max_length=32)
+    train = dataclasses.replace(toy.TRAIN, decode=DecodeConfig(extra_length=5))
+    model = toy.model("encoder_decoder", positions=positions)
+    run = start_run(tmp_path / "run", model, data, train, toy.QUIET)
+    with pytest.raises(TrainError, match=r"1 test sentences have more than 27 tokens, .* line 2"):
+        loop.fit(run, toy.QUIET)
+    assert not run.metrics.exists()
 
 
 def test_where_no_checkpoint_can_be_read_nothing_begins_anew(tmp_path):

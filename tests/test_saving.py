@@ -1,5 +1,6 @@
 """A checkpoint that cannot be written is no end of the training, unless it is the last one."""
 
+import dataclasses
 import multiprocessing
 import os
 import resource
@@ -15,6 +16,7 @@ import toy
 from data.pipeline import Dataset
 from train.checkpoint import Checkpoints, SaveFailed
 from train.config import TrainError
+from train.loop import fit
 from train.run import Run
 from train.saving import Saving
 from train.start import start_run
@@ -148,6 +150,17 @@ def test_checkpoints_of_another_run_are_refused(tmp_path, unchecked):
         saving.require_ours({"config": {**config, "train": {**config["train"], "mesh": mesh}}})
         with pytest.raises(TrainError, match="the training data has changed"):
             saving.go_on({**position, "data_fingerprint": "abc"})
+
+
+def test_so_are_those_of_a_run_of_other_sizes(tmp_path):
+    """Before their arrays are read, which would be called corrupt."""
+    data, places = toy.data(toy.write_text(tmp_path), "causal_lm"), str(tmp_path / "checkpoints")
+    train = dataclasses.replace(toy.TRAIN, checkpoints=places)
+    toy.random_run(tmp_path / "one", toy.model("decoder_only"), data, train)
+    model = dataclasses.replace(toy.model("decoder_only"), width=24)
+    other = start_run(tmp_path / "other", model, data, train, toy.QUIET)
+    with pytest.raises(TrainError, match=r"another config \(model.width is 16 there and 24 here\)"):
+        fit(other, toy.QUIET)
 
 
 def test_a_bucket_needs_its_package(unchecked):

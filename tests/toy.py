@@ -164,7 +164,7 @@ def random_run(
     for step, score in scores.items():
         params = random_params(run.model, mesh, seed=step)
         state = TrainState(jnp.int32(step), params, {"count": jnp.int32(step)})
-        checkpoints.save(state, {})
+        checkpoints.save(state, {"config": run.values()})
         checkpoints.wait()
         checkpoints.add_score(step, score)
     checkpoints.close()

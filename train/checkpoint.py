@@ -30,7 +30,7 @@ class Checkpoints:
     ):
         path = epath.Path(directory)
         self.directory = path if "://" in str(path) else path.absolute()
-        self.fingerprint, self._keep = tokenizer_fingerprint, keep
+        self.fingerprint, self._keep, self._is_due = tokenizer_fingerprint, keep, True
         try:
             exists = self.directory.is_dir()
         except ImportError as error:
@@ -95,12 +95,13 @@ class Checkpoints:
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Which ones stay when the last of `checkpoints` has been written: orbax asks for that.
 
-        The newest may get its score yet: it counts as one of those that have one. That of a stop
-        gets none, and goes with the next.
+        The newest, where it is `due`, gets its score later: it counts as one of those that have
+        one. That of a stop gets none, and goes with the next.
         """
         *older, newest = [checkpoint.step for checkpoint in checkpoints]
         scored = [step for step in older if step in self.scores]
-        kept = {newest, *scored[::-1][: self._keep - 1]} if self._keep else set(older)
+        others = scored[::-1][: self._keep - self._is_due] if self._keep else older
+        kept = {newest, *others}
         if scored:
             kept.add(max(scored, key=self.scores.__getitem__))
         return [checkpoint.step in kept for checkpoint in checkpoints]
@@ -131,7 +132,9 @@ class Checkpoints:
 
     def set_aside(self, step: int) -> epath.Path:
         """Moves a checkpoint out of the way, and says where to; nothing is deleted."""
-        target = self.directory.parent / f"{self.directory.name}.corrupt" / str(step)
+        folder = self.directory.parent / f"{self.directory.name}.corrupt"
+        names = (str(step), *(f"{step}.{n}" for n in range(2, 1000)))
+        target = next(path for path in map(folder.joinpath, names) if not path.exists())
 
         def move() -> None:
             if is_first():
@@ -143,8 +146,9 @@ class Checkpoints:
         self.scores.pop(step, None)
         return target
 
-    def save(self, state: TrainState, iterator_state: dict) -> None:
+    def save(self, state: TrainState, iterator_state: dict, *, is_due: bool = True) -> None:
         """Begins to write a checkpoint; raises SaveFailed if this cannot be begun."""
+        self._is_due = is_due
         self._begin(
             int(state.step),
             params=ocp.args.StandardSave(state.params),
@@ -179,6 +183,10 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self._manager.close()
+
+    def position(self, step: int) -> dict:
+        """The iterator state at `step`."""
+        return self._read(step, data=ocp.args.JsonRestore()).data
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
         """State and iterator state at `step`, placed as `abstract` says."""

@@ -19,7 +19,7 @@ from train.config import DecodeConfig, TrainError
 from train.hosts import is_first, one_first
 from train.load import Trained
 from train.perplexity import strided_loss
-from train.run import to_json, write_json
+from train.run import Run, to_json, write_json
 from train.sharding import require_divisible, rows_here, to_devices
 from train.step import make_eval_step
 from train.translate import Translator
@@ -123,11 +123,16 @@ def report(
                 console.print(NOTHING_LEARNED)
         result |= {f"{split}_{key}": value for key, value in measured.items()}
     if run.data.objective == "translation":
+        _write(run, result)
         result |= _translate(trained, decode, console, seed)
-    if is_first():
-        write_json(run.directory / "result.json", result)
+    _write(run, result)
     console.print(f"\nthe run lies in {run.directory}")
     return result
+
+
+def _write(run: Run, result: dict[str, Any]) -> None:
+    if is_first():
+        write_json(run.directory / "result.json", result)
 
 
 def describe(measured: dict[str, float], dataset: Dataset) -> list[str]:
@@ -138,7 +143,8 @@ def describe(measured: dict[str, float], dataset: Dataset) -> list[str]:
     elif config.objective == "classification":
         lines = [f"loss: {loss:.4f} nats per example"]
     else:
-        lines = [f"loss: {loss:.4f} nats per token (perplexity {math.exp(loss):.2f})"]
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        lines = [f"loss: {loss:.4f} nats per token (perplexity {perplexity:.2f})"]
     if config.objective == "causal_lm":
         bits = loss * dataset.target_count / dataset.characters / math.log(2)
         lines.append(f"bits per character: {bits:.4f}")

@@ -12,7 +12,9 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data import sources
 from data.pipeline import Dataset, TrainIterator
+from data.tokenizer import Tokenizer
 from model.attention import choose
 from model.config import ModelConfig
 from train.checkpoint import Checkpoints, CorruptCheckpoint
@@ -31,6 +33,7 @@ from train.state import Setup, TrainState, first_state, init_params, parameter_c
 from train.step import make_eval_step, make_train_step
 from train.stop import Stop
 from train.trainable import named, split
+from train.translate import require_positions
 
 DETERMINISM = {
     True: "deterministic: no atomic additions, no kernels chosen by timing them; that costs speed "
@@ -61,18 +64,20 @@ def fit(
         train_data = one_first(lambda: prepare("train"))
         valid_data = one_first(lambda: prepare("valid"))
         # Read at the end: what is wrong with it is to be known now.
-        test_report = one_first(lambda: prepare("test")).report
+        test_data = one_first(lambda: prepare("test"))
+        one_first(lambda: _require_room(run, tokenizer))
     require_same("config", repr((run.model, run.data, config)))
     require_same("tokenizer", tokenizer.fingerprint)
     require_same("data", train_data.data_fingerprint + valid_data.data_fingerprint)
-    for line in train_data.report + valid_data.report + test_report:
+    for line in train_data.report + valid_data.report + test_data.report:
         console.print(line)
 
     setup = set_up(run.model, config)
     mesh = setup.mesh
-    for shapes, accumulate in ((train_data, config.accumulate), (valid_data, 1)):
-        for shape in shapes.train_plan.shapes:
-            require_divisible(shape, accumulate, mesh)
+    for shape in train_data.train_plan.shapes:
+        require_divisible(shape, config.accumulate, mesh)
+    for shape in valid_data.eval_plan.shapes + test_data.eval_plan.shapes:
+        require_divisible(shape, 1, mesh)
     describe(run.model, run.data.max_length, setup, console)
     if mesh.devices.flat[0].platform == "gpu":
         console.print(DETERMINISM[config.deterministic])
@@ -107,9 +112,17 @@ def fit(
         began = time.perf_counter()
         with jax.set_mesh(mesh), explained(run, list(mesh.devices.flat), console):
             _loop(run, state, step, batches, validate, saving, patience, mesh, console, witness)
-        saving.settle()
         share = saving.seconds / (time.perf_counter() - began)
         console.print(f"saving held training up for {saving.seconds:.2f} s ({share:.1%})")
+
+
+def _require_room(run: Run, tokenizer: Tokenizer) -> None:
+    """Raises TrainError where a test sentence could not be translated at the end."""
+    if run.data.objective != "translation" or run.model.positions.kind != "learned":
+        return
+    texts = [example["source"] for example in sources.load(run.data, "test")]
+    sizes = [len(ids) + 1 for ids in tokenizer.encode_batch(texts)]  # and the end
+    require_positions(run.model, run.train.decode, sizes, "test sentences")
 
 
 @contextmanager
@@ -189,7 +202,7 @@ def _loop(
         for step in range(first + 1, config.steps + 1):
             if patience.is_over(step - 1):
                 console.print(f"no better checkpoint since step {patience.best_step:,}: stopped")
-                return
+                break
             began = time.perf_counter()
             batch = next(batches)
             meter.fetched(time.perf_counter() - began)
@@ -205,11 +218,14 @@ def _loop(
                 began = time.perf_counter()
                 meter.drain()
                 # Before it is measured: where a stop comes in the meantime, it is there.
-                said = saving.save(state, last=is_last or is_stopped)
+                said = saving.save(state, is_due=is_due(step), last=is_last or is_stopped)
                 if is_stopped:
                     raise stop.interrupted(step)
                 judge(step, said)
                 meter.leave_out(time.perf_counter() - began)
+        saving.settle()
+        if stop.is_asked():
+            raise stop.interrupted(int(state.step))
 
 
 def describe(model: ModelConfig, length: int, setup: Setup, console: Console) -> None:
@@ -240,6 +256,7 @@ def _restore(
     corrupt: list[int] = []
     for step in reversed(checkpoints.steps):
         try:
+            saving.require_ours(checkpoints.position(step))
             state, position = checkpoints.restore(step, abstract)
         except CorruptCheckpoint as error:
             if not fallback:
@@ -247,7 +264,6 @@ def _restore(
             console.print(str(error), style="yellow", markup=False)
             corrupt.append(step)
             continue
-        saving.require_ours(position)
         for each in corrupt:
             console.print(f"set aside as {checkpoints.set_aside(each)}", style="yellow")
         console.print(f"resuming from the checkpoint of step {step:,}")

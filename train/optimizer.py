@@ -8,6 +8,9 @@ import optax
 
 from train.config import OptimizerConfig
 
+# Of linear maps, of their low-rank updates, and of Linformer along the positions.
+MATRICES = ("kernel", "lora_a", "lora_b", "projection", "both", "keys", "values")
+
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Step -> rate: a linear warmup to the peak, then what `config.schedule` says.
@@ -62,5 +65,5 @@ def make_optimizer(
 
 def _decayed(params):
     """True for matrices: not for biases, scales, and tables of embeddings."""
-    is_kernel = lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) == "kernel"  # noqa: E731
-    return jax.tree_util.tree_map_with_path(is_kernel, params)
+    is_matrix = lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) in MATRICES  # noqa: E731
+    return jax.tree_util.tree_map_with_path(is_matrix, params)

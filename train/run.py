@@ -80,6 +80,8 @@ class Run:
         It may go on as `MAY_DIFFER` says. Raises TrainError when it holds a run of another config,
         and when its checkpoints are not where this one looks for them.
         """
+        if self.directory.is_file():
+            raise TrainError(f"{self.directory} is a file: give a directory to --run-dir")
         if not (self.directory / "config.json").exists():
             self.directory.mkdir(parents=True, exist_ok=True)
             tokenizer.save(self.tokenizer_path)

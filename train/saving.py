@@ -60,15 +60,16 @@ class Saving:
             )
         self._batches.set_state(position["iterator"])
 
-    def save(self, state: TrainState, *, last: bool) -> str:
+    def save(self, state: TrainState, *, last: bool, is_due: bool = True) -> str:
         """Begins to save and returns what has happened, in words.
 
-        The `last` checkpoint of this process is on disk on return, and SaveFailed if it is not. Any
-        other may fail: that is told, training goes on, and the next one is tried.
+        Where none `is_due` it is for a stop only. The `last` checkpoint of this process is on disk
+        on return, and SaveFailed if it is not. Any other may fail: that is told, training goes on,
+        and the next one is tried.
         """
         began = time.perf_counter()
         self.settle()
-        begin = lambda: self._checkpoints.save(state, self.position())  # noqa: E731
+        begin = lambda: self._checkpoints.save(state, self.position(), is_due=is_due)  # noqa: E731
         if last:
             begin()
             self._checkpoints.wait()

@@ -45,9 +45,17 @@ class Stop:
         asked = self._signal is not None
         if not several():
             return asked
-        flags = np.full(self._one_each.mesh.size, asked)
-        self._asked.append(self._any(place(flags, self._one_each)))
+        self._asked.append(self._shared(asked))
         return len(self._asked) > self._late and bool(self._asked.popleft())
+
+    def is_asked(self) -> bool:
+        """Whether any process was asked, known to all at once: where they wait for one another."""
+        asked = self._signal is not None
+        return bool(self._shared(asked)) if several() else asked
+
+    def _shared(self, asked: bool) -> jax.Array:
+        flags = np.full(self._one_each.mesh.size, asked)
+        return self._any(place(flags, self._one_each))
 
     def interrupted(self, step: int) -> Interrupted:
         code = 128 + signal.SIGINT if self._signal == signal.SIGINT else RESUMABLE

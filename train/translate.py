@@ -49,7 +49,7 @@ class Translator:
         Raises TrainError, naming the line, when a text is longer than the model's positions.
         """
         sources = [np.append(ids, self.eos) for ids in self.tokenizer.encode_batch(texts)]
-        self._require_positions(sources)
+        require_positions(self.model, self.decode, [*map(len, sources)])
         results = [""] * len(texts)
         todo = {i: sources[i] for i, text in enumerate(texts) if text.strip()}
         for i, tokens in self.tokens(todo):
@@ -58,7 +58,8 @@ class Translator:
 
     def tokens(self, sources: Mapping[int, np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (number of a source, the tokens of its translation), end included, by length."""
-        for numbers, rows in batches(sources, self.decode, self.mesh, self._longest()):
+        longest = longest_source(self.model, self.decode)
+        for numbers, rows in batches(sources, self.decode, self.mesh, longest):
             with jax.set_mesh(self.mesh):
                 tokens, lengths, _ = jax.device_get(self._run(self.params, rows))
             for row, i in enumerate(numbers):
@@ -115,24 +116,29 @@ class Translator:
         sampling = Sampling(**{name: getattr(config, name) for name in Sampling._fields})
         return sample(step, last, cache, sampling=sampling, keys=keys, **common)
 
-    def _longest(self) -> int | None:
-        """Most source tokens, where positions are learned: the output needs room there too."""
-        if self.model.positions.kind != "learned":
-            return None
-        return self.model.positions.max_length - self.decode.extra_length
 
-    def _require_positions(self, sources: Sequence[np.ndarray]) -> None:
-        limit = self._longest()
-        if limit is None:
-            return
-        if limit < 1:
-            raise ModelError(
-                f"model.positions.max_length = {self.model.positions.max_length} leaves no room "
-                f"for decode.extra_length = {self.decode.extra_length}: lower the latter"
-            )
-        too_long = [i for i, ids in enumerate(sources) if len(ids) > limit]
-        if too_long:
-            raise TrainError(
-                f"{len(too_long)} sentences have more than {limit} tokens, the first in line "
-                f"{too_long[0] + 1}: split them; model.positions.max_length ends there"
-            )
+def longest_source(model: ModelConfig, decode: DecodeConfig) -> int | None:
+    """Most source tokens, where positions are learned: the output needs room there too."""
+    if model.positions.kind != "learned":
+        return None
+    return model.positions.max_length - decode.extra_length
+
+
+def require_positions(
+    model: ModelConfig, decode: DecodeConfig, sizes: Sequence[int], what: str = "sentences"
+) -> None:
+    """Raises TrainError, naming the line, where a source is longer than the model's positions."""
+    limit = longest_source(model, decode)
+    if limit is None:
+        return
+    if limit < 1:
+        raise ModelError(
+            f"model.positions.max_length = {model.positions.max_length} leaves no room "
+            f"for decode.extra_length = {decode.extra_length}: lower the latter"
+        )
+    too_long = [i for i, size in enumerate(sizes) if size > limit]
+    if too_long:
+        raise TrainError(
+            f"{len(too_long)} {what} have more than {limit} tokens, the first in line "
+            f"{too_long[0] + 1}: split them; model.positions.max_length ends there"
+        )
