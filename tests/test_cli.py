@@ -425,6 +425,11 @@ def test_a_run_directory_of_another_config(capsys, copy, corpus):
     assert sorted(path for path in copy.rglob("*")) == before
 
 
+def test_a_run_directory_that_is_a_file(capsys, corpus, tmp_path):
+    (tmp_path / "run").write_text("notes")
+    fails(capsys, ["train", *toy.flags(corpus, tmp_path / "run")], "run is a file", "--run-dir")
+
+
 def test_data_that_has_changed(capsys, tmp_path):
     corpus = toy.write_corpus(tmp_path / "corpus")
     arguments = ["train", *toy.flags(corpus, tmp_path / "run", steps=4)]

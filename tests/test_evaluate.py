@@ -116,6 +116,11 @@ def test_numbers(numbers):
     assert frequency_loss(dataset) == pytest.approx(targets.var(), rel=1e-5)
 
 
+def test_a_loss_beyond_all_numbers_is_still_told(text):
+    (line, _) = describe({"loss": 1e4}, prepare(text))
+    assert line == "loss: 10000.0000 nats per token (perplexity inf)"
+
+
 def test_data_without_anything_to_predict_are_refused(text, monkeypatch):
     dataset = prepare(text)
     blank = [batch | {"weights": 0 * batch["weights"]} for batch in dataset.eval_batches()]
