@@ -1,6 +1,7 @@
 """A run that is cut off and resumed ends with the same bits as one that was not."""
 
 import dataclasses
+import json
 import random
 import signal
 from pathlib import Path
@@ -114,6 +115,16 @@ def test_a_stop_changes_nothing_about_what_is_kept_and_averaged(step, tmp_path, 
     jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
     valid = [line for line in lines(run.directory) if "valid_loss" in line]
     assert valid == [line for line in lines(whole.directory) if "valid_loss" in line]
+
+
+def test_a_measurement_whose_score_was_lost_is_made_again(tmp_path):
+    run = short_run(tmp_path / "run", toy.write_text(tmp_path))
+    loop.fit(run, toy.QUIET)
+    before, path = lines(run.directory), run.checkpoints / "scores.json"
+    scores = json.loads(path.read_text())
+    path.write_text(json.dumps({step: scores[step] for step in scores if step != "12"}))
+    loop.fit(run, toy.QUIET)
+    assert lines(run.directory) == before and json.loads(path.read_text()) == scores
 
 
 @pytest.mark.parametrize("patience", [None, 1])

@@ -171,8 +171,9 @@ def _loop(
         TextColumn("step"), MofNCompleteColumn(), BarColumn(),
         TextColumn("{task.description}"), TimeRemainingColumn(),
     ]  # fmt: skip
+    lacks_score = first > 0 and is_due(first) and saving.lacks_score(first)
     with (
-        closing(MetricsWriter(run.directory, first)) as writer,
+        closing(MetricsWriter(run.directory, first, measures_again=lacks_score)) as writer,
         closing(FingerprintWriter(run, first or -1, names, witness)) as fingerprints,
         Stop(mesh, AHEAD) as stop,
         Progress(*columns, console=console) as bar,
@@ -197,7 +198,7 @@ def _loop(
 
         if first == 0:
             fingerprints.write(0, fingerprint(state.params))
-        elif is_due(first) and saving.lacks_score(first):
+        elif lacks_score:
             judge(first, "which its checkpoint lacked")
         for step in range(first + 1, config.steps + 1):
             if patience.is_over(step - 1):

@@ -30,12 +30,16 @@ class NonFiniteLoss(TrainError):
 class MetricsWriter:
     """Appends to `metrics.jsonl` and to TensorBoard events, on one process only."""
 
-    def __init__(self, directory: Path, from_step: int):
-        """Lines of steps after `from_step` are dropped: the run goes through them again."""
+    def __init__(self, directory: Path, from_step: int, *, measures_again: bool = False):
+        """Lines of steps after `from_step` are dropped: the run goes through them again.
+
+        So is the measurement of `from_step` itself, where that is made again.
+        """
         self._directory, self._from_step = directory, from_step
         self._lines = None
         if is_first():
-            self._lines = Lines(directory / "metrics.jsonl", from_step)
+            is_old = lambda line: measures_again and "valid_loss" in line  # noqa: E731
+            self._lines = Lines(directory / "metrics.jsonl", from_step, is_old)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         if self._lines is None:
@@ -63,11 +67,17 @@ class Lines:
     A disk that is full is told once and ends no training: lines wait until there is room.
     """
 
-    def __init__(self, path: Path, from_step: int):
-        """Drops lines of later steps, and what was cut short by a kill."""
+    def __init__(
+        self, path: Path, from_step: int, is_old: Callable[[dict], bool] = lambda _: False
+    ):
+        """Drops lines of later steps, what was cut short by a kill, and old ones of this step."""
         self._path, self._is_told = path, False
         if path.exists():
-            kept = [line for line in read_lines(path) if line["step"] <= from_step]
+            kept = [
+                line
+                for line in read_lines(path)
+                if line["step"] < from_step or (line["step"] == from_step and not is_old(line))
+            ]
             partial = path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
             partial.replace(path)
