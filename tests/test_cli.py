@@ -489,11 +489,11 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_usable(copy, corpus):
     code = (
         "import resource, sys; from train import cli;"
         "from train.checkpoint import Checkpoints; save = Checkpoints.save\n"
-        "def limited(self, *arguments):\n"
+        "def limited(self, *arguments, **how):\n"
         "    import jax\n"  # which would leave broken files in the cache that all tests share
         "    jax.config.update('jax_persistent_cache_min_compile_time_secs', 1e9)\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))\n"
-        "    save(self, *arguments); self.wait()\n"
+        "    save(self, *arguments, **how); self.wait()\n"
         "Checkpoints.save = limited\n"
         "cli.main()"
     )
