@@ -92,6 +92,12 @@ def test_a_prefix_is_read_as_one_chunk():
     token = TOKENS[jnp.arange(B), prefix][:, None]
     logits, _ = decode(token, cache=cache, offset=prefix)
     close(logits[:, 0], whole[jnp.arange(B), prefix])
+    # As prompts are read: their last token, which the others see, is read again.
+    start["is_real"] = jnp.arange(6) < prefix[:, None] - 1
+    _, cache = decode(TOKENS[:, :6], **start, prefix_len=prefix)
+    token = TOKENS[jnp.arange(B), prefix - 1][:, None]
+    logits, _ = decode(token, cache=cache, offset=prefix - 1)
+    close(logits[:, 0], whole[jnp.arange(B), prefix - 1])
 
 
 BEAMS: dict[str, dict[str, Any]] = {
