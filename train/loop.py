@@ -33,7 +33,7 @@ from train.state import Setup, TrainState, first_state, init_params, parameter_c
 from train.step import make_eval_step, make_train_step
 from train.stop import Stop
 from train.trainable import named, split
-from train.translate import require_positions
+from train.translate import longest_source, require_positions
 
 DETERMINISM = {
     True: "deterministic: no atomic additions, no kernels chosen by timing them; that costs speed "
@@ -78,6 +78,7 @@ def fit(
         require_divisible(shape, config.accumulate, mesh)
     for shape in valid_data.eval_plan.shapes + test_data.eval_plan.shapes:
         require_divisible(shape, 1, mesh)
+    del test_data  # It is prepared again at the end.
     describe(run.model, run.data.max_length, setup, console)
     if mesh.devices.flat[0].platform == "gpu":
         console.print(DETERMINISM[config.deterministic])
@@ -118,11 +119,12 @@ def fit(
 
 def _require_room(run: Run, tokenizer: Tokenizer) -> None:
     """Raises TrainError where a test sentence could not be translated at the end."""
-    if run.data.objective != "translation" or run.model.positions.kind != "learned":
+    model, decode = run.model, run.train.decode
+    if run.data.objective != "translation" or longest_source(model, decode) is None:
         return
     texts = [example["source"] for example in sources.load(run.data, "test")]
     sizes = [len(ids) + 1 for ids in tokenizer.encode_batch(texts)]  # and the end
-    require_positions(run.model, run.train.decode, sizes, "test sentences")
+    require_positions(model, decode, sizes, "test sentences")
 
 
 @contextmanager
