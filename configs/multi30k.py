@@ -58,6 +58,6 @@ def get_config() -> Experiment:
                 epsilon=1e-8,
                 clip_norm=25.0,
             ),
-            decode=DecodeConfig(beam=5, length_penalty=1.0, extra_length=50),
+            decode=DecodeConfig(beam=5, length_penalty=1.0, length_penalty_offset=0),
         ),
     )

@@ -6,6 +6,7 @@ how a cache is filled up to there is the caller's business.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -257,9 +258,9 @@ def _both(best: Any) -> Any:
     return jax.lax.optimization_barrier(best)
 
 
-def length_penalty(length: jax.Array | int, exponent: float) -> jax.Array | float:
-    """((5 + length) / 6)^exponent (arXiv:1609.08144 §7); scores are divided by it."""
-    return ((5.0 + length) / 6.0) ** exponent
+def length_penalty(length: jax.Array | int, exponent: float, offset: int = 5) -> jax.Array | float:
+    """((offset + length) / (offset + 1))^exponent (arXiv:1609.08144 §7), which divides scores."""
+    return ((offset + length) / (offset + 1.0)) ** exponent
 
 
 def beam_search(
@@ -273,6 +274,7 @@ def beam_search(
     eos_id: int,
     width: int,
     exponent: float,
+    offset: int = 5,
     repetition_penalty: float = 1.0,
     seen: Bool[Array, "B V"] | None = None,
 ) -> Decoded:
@@ -285,6 +287,8 @@ def beam_search(
     _require_seen(repetition_penalty, seen)
     batch = last.shape[0]
     rows = jnp.arange(batch)[:, None]
+    penalty = partial(length_penalty, exponent=exponent, offset=offset)
+    largest = penalty(jnp.maximum(limits, 1))  # An empty row divides by it, too.
     start = jnp.repeat(start, width) if start.ndim else start
 
     def unfinished(state):
@@ -306,7 +310,7 @@ def beam_search(
         sequences = live[rows, parents].at[:, :, t].set(chosen)
         ended = chosen == eos_id
 
-        normalised = jnp.where(ended, scores / length_penalty(t + 1, exponent), -jnp.inf)
+        normalised = jnp.where(ended, scores / penalty(t + 1), -jnp.inf)
         winner = jnp.argmax(normalised, axis=1)
         better = (normalised[rows[:, 0], winner] > best_score) & ~done
         best = jnp.where(better[:, None], sequences[rows[:, 0], winner], best)
@@ -318,8 +322,7 @@ def beam_search(
         parents, last = parents[rows, order], chosen[rows, order]
         live = jnp.where(done[:, None, None], live, sequences[rows, order])
         live_scores = jnp.where(done[:, None], live_scores, scores)
-        attainable = live_scores[:, 0] / length_penalty(limits, exponent)
-        done |= (attainable <= best_score) | (t + 1 >= limits)
+        done |= (live_scores[:, 0] / largest <= best_score) | (t + 1 >= limits)
 
         if seen is not None:
             seen = seen[(rows * width + parents).reshape(-1)]
@@ -344,9 +347,8 @@ def beam_search(
     state = jax.lax.while_loop(unfinished, body, first)
     _, _, _, live, live_scores, best, best_length, best_score, _, _ = state
     finished = jnp.isfinite(best_score)
-    partial = live_scores[:, 0] / length_penalty(limits, exponent)
     return Decoded(
         tokens=jnp.where(finished[:, None], best, live[:, 0]),
         lengths=jnp.where(finished, best_length, limits),
-        scores=jnp.where(finished, best_score, partial),
+        scores=jnp.where(finished, best_score, live_scores[:, 0] / largest),
     )

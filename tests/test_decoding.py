@@ -112,11 +112,11 @@ def padded(tokens: tuple[int, ...]) -> list[int]:
     return list(tokens) + [0] * (STEPS - len(tokens))
 
 
-def penalty(length: int, exponent: float) -> float:
-    return (5 + length) ** exponent / (5 + 1) ** exponent  # arXiv:1609.08144 §7, eq. 14
+def penalty(length: int, exponent: float, offset: int = 5) -> float:
+    return (offset + length) ** exponent / (offset + 1) ** exponent  # arXiv:1609.08144 §7, eq. 14
 
 
-def plain_beam(log_probs, limit: int, width: int, exponent: float, eos: int):
+def plain_beam(log_probs, limit: int, width: int, exponent: float, eos: int, offset: int = 5):
     """Beam search over Python tuples, to the last step: (tokens, score)."""
     live: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     best: tuple[float, tuple[int, ...]] = (-math.inf, ())
@@ -129,16 +129,17 @@ def plain_beam(log_probs, limit: int, width: int, exponent: float, eos: int):
         children = sorted(children, reverse=True)[: 2 * width]
         for total, tokens in children:
             if tokens[-1] == eos:
-                best = max(best, (total / penalty(length, exponent), tokens))
+                best = max(best, (total / penalty(length, exponent, offset), tokens))
         live = [child for child in children if child[1][-1] != eos][:width]
     if best[0] > -math.inf:
         return best[1], best[0]
-    return live[0][1], live[0][0] / penalty(limit, exponent)
+    return live[0][1], live[0][0] / penalty(limit, exponent, offset)
 
 
-@pytest.mark.parametrize("exponent", [0.0, 0.6, 2.0])
-def test_a_wide_beam_finds_the_best_of_all_sequences(exponent: float):
-    found = decode(beam_search, width=(V - 1) ** (STEPS - 1), exponent=exponent)
+@pytest.mark.parametrize(("exponent", "offset"), [(0.0, 5), (0.6, 5), (2.0, 5), (1.0, 0)])
+def test_a_wide_beam_finds_the_best_of_all_sequences(exponent: float, offset: int):
+    width = (V - 1) ** (STEPS - 1)
+    found = decode(beam_search, width=width, exponent=exponent, offset=offset)
     words = [token for token in range(V) if token != EOS]
     for row, limit in enumerate(LIMITS):
         ended = [
@@ -148,21 +149,25 @@ def test_a_wide_beam_finds_the_best_of_all_sequences(exponent: float):
         ]
         if row == 3:  # never ends: the best that fills the limit
             ended = list(itertools.product(words, repeat=limit))
-        scored = {tokens: score(row, tokens) / penalty(len(tokens), exponent) for tokens in ended}
+        scored = {
+            tokens: score(row, tokens) / penalty(len(tokens), exponent, offset) for tokens in ended
+        }
         best = max(scored, key=scored.__getitem__) if scored else ()
         assert found.tokens[row].tolist() == padded(best)
         assert found.lengths[row] == len(best)
         assert found.scores[row] == pytest.approx(scored.get(best, 0.0), abs=1e-5)
 
 
-@pytest.mark.parametrize(("width", "exponent"), [(1, 0.0), (2, 1.0), (3, 0.6)])
-def test_a_narrow_beam_is_the_one_without_early_stopping(width: int, exponent: float):
-    found = decode(beam_search, width=width, exponent=exponent)
+@pytest.mark.parametrize(
+    ("width", "exponent", "offset"), [(1, 0.0, 5), (2, 1.0, 5), (3, 0.6, 5), (2, 1.0, 0)]
+)
+def test_a_narrow_beam_is_the_one_without_early_stopping(width: int, exponent: float, offset: int):
+    found = decode(beam_search, width=width, exponent=exponent, offset=offset)
     for row, limit in enumerate(LIMITS):
         if limit == 0:
             assert found.tokens[row].tolist() == padded(())
             continue
-        best, total = plain_beam(partial(log_probs, row), limit, width, exponent, EOS)
+        best, total = plain_beam(partial(log_probs, row), limit, width, exponent, EOS, offset)
         assert found.tokens[row].tolist() == padded(best)
         assert found.lengths[row] == len(best)
         assert found.scores[row] == pytest.approx(total, abs=1e-5)
@@ -188,8 +193,9 @@ def test_the_loop_stops_when_all_rows_have_ended(search):
 
 
 def test_length_penalty():
-    for length, exponent in itertools.product((1, 2, 7, 50), (0.0, 0.6, 1.0)):
-        assert float(length_penalty(length, exponent)) == pytest.approx(penalty(length, exponent))
+    for case in itertools.product((1, 2, 7, 50), (0.0, 0.6, 1.0), (0, 5)):
+        assert float(length_penalty(*case)) == pytest.approx(penalty(*case))
+    assert length_penalty(7, 1.0, 0) == 7  # the mean of a sequence's log-probabilities
 
 
 @pytest.mark.parametrize("rows", [1, FEW])  # times 12

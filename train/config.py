@@ -132,6 +132,9 @@ class DecodeConfig:
     """Hypotheses of the beam search; 1: greedy, or sampling when temperature is above 0."""
     length_penalty: float = 0.6
     """Exponent of the length penalty of the beam search (arXiv:1609.08144 §7)."""
+    length_penalty_offset: int = 5
+    """What that penalty adds to a length; 0: scores are divided by length^exponent, as in fairseq,
+    Marian and Hugging Face transformers."""
     extra_length: int = 50
     """Most tokens of the output beyond those of the source (arXiv:1706.03762 §6.1)."""
     temperature: float = 0.0
@@ -158,6 +161,10 @@ class DecodeConfig:
         require(
             self.length_penalty >= 0,
             f"decode.length_penalty must be at least 0, not {self.length_penalty}",
+        )
+        require(
+            self.length_penalty_offset >= 0,
+            f"decode.length_penalty_offset must be at least 0, not {self.length_penalty_offset}",
         )
         require(
             self.extra_length > 0, f"decode.extra_length must be positive, not {self.extra_length}"

@@ -161,6 +161,7 @@ class Generator:
             eos_id=self._eos,
             width=self.decode.beam,
             exponent=self.decode.length_penalty,
+            offset=self.decode.length_penalty_offset,
             repetition_penalty=self.decode.repetition_penalty,
         )
 

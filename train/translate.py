@@ -109,6 +109,7 @@ class Translator:
                 cache,
                 width=config.beam,
                 exponent=config.length_penalty,
+                offset=config.length_penalty_offset,
                 repetition_penalty=config.repetition_penalty,
                 **common,
             )
