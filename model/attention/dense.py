@@ -99,7 +99,7 @@ def _scores(
     factor = H**-0.5 if scale is None else scale
     is_fine = q.dtype == jnp.float32  # Otherwise q may be too coarse a type for the scale.
     q = q * factor if is_fine else q
-    scores = jnp.einsum("BKRH,BKSH->BKRS", q, k, preferred_element_type=jnp.float32)
+    scores: Any = _products(q, k)
     scores = scores if is_fine else scores * factor
     if bias is not None:
         scores += bias.reshape(len(bias), K, -1, S)
@@ -108,6 +108,32 @@ def _scores(
     if allowed.shape[1] == 1:
         return scores, jnp.tile(allowed, (1, 1, N // K, 1))
     return scores, allowed.reshape(len(allowed), K, -1, S)
+
+
+@jax.custom_vjp
+def _products(q: Float[Array, "B K R H"], k: Float[Array, "B K S H"]) -> Float[Array, "B K R S"]:
+    """Scalar products in float32, whose derivatives sum over queries by `_over_queries`."""
+    return _products_forward(q, k)[0]
+
+
+def _products_forward(q, k):
+    return jnp.einsum("BKRH,BKSH->BKRS", q, k, preferred_element_type=jnp.float32), (q, k)
+
+
+def _products_backward(saved: tuple, g: jax.Array):
+    q, k = saved
+    dq, dk = jnp.einsum("BKRS,BKSH->BKRH", g, k), _over_queries(g, q)
+    return dq.astype(q.dtype), dk.astype(k.dtype)
+
+
+_products.defvjp(_products_forward, _products_backward)
+
+
+def _over_queries(
+    pairs: Float[Array, "B K R S"], queries: Float[Array, "B K R H"]
+) -> Float[Array, "B K S H"]:
+    """A sum over R with the larger factor second: a CPU would turn it around if it were first."""
+    return jnp.swapaxes(jnp.einsum("BKRH,BKRS->BKHS", queries, pairs), 2, 3)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -136,7 +162,7 @@ def _average_forward(dropout_rate: float, scores, allowed, kept, v):
 def _average_backward(dropout_rate: float, saved: tuple, g: jax.Array):
     weights, kept, v, out = saved
     used = _dropped(weights, kept, dropout_rate).astype(v.dtype)
-    dv = jnp.einsum("BKRS,BKRH->BKSH", used, g)
+    dv = _over_queries(used, g)
     dweights = jnp.einsum("BKRH,BKSH->BKRS", g, v, preferred_element_type=jnp.float32)
     dweights = _dropped(dweights, kept, dropout_rate)
     delta = jnp.sum(g.astype(jnp.float32) * out, axis=-1, keepdims=True)
