@@ -198,6 +198,7 @@ def test_a_wide_beam_finds_the_best_of_all_texts():
     tokenizer = Tokenizer.train(["ab"], TokenizerConfig(kind="chars", vocab_size=9), "causal_lm")
     V, steps = tokenizer.vocab_size, 3
     options = {"beam": (V - 1) ** 2, "max_tokens": steps, "repetition_penalty": 1.7}
+    options |= {"length_penalty": 1.3, "length_penalty_offset": 0}
     generator = make(small(tokenizer), tokenizer, **options)
     plain, prompts = Plain(generator), ["", "abba", "b"]
     others = [token for token in range(V) if token != EOS]
@@ -214,15 +215,16 @@ def test_a_wide_beam_finds_the_best_of_all_texts():
         ]
         scores = {
             text: sum(log_probs[text[:i]][token] for i, token in enumerate(text))
-            / length_penalty(len(text), generator.decode.length_penalty)
+            / length_penalty(len(text), exponent=1.3, offset=0)
             for text in ended
         }
-        best.append(max(scores, key=scores.__getitem__))
+        best.append(max(scores.items(), key=lambda item: item[1]))
     (numbers, rows), *_ = generator._batches(generator._encode(prompts))
     found = generator._search(generator.params, rows)
     for row, number in enumerate(numbers):
-        assert tuple(found.tokens[row, : found.lengths[row]].tolist()) == best[number]
-    assert generator(prompts) == [tokenizer.decode(text) for text in best]
+        assert tuple(found.tokens[row, : found.lengths[row]].tolist()) == best[number][0]
+        assert found.scores[row] == pytest.approx(best[number][1], rel=1e-4)
+    assert generator(prompts) == [tokenizer.decode(text) for text, _ in best]
 
 
 @pytest.mark.parametrize(

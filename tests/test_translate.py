@@ -91,6 +91,20 @@ def test_a_translation_is_what_each_text_alone_gives(tokenizer, positions: str, 
     assert len(set(texts)) > 2
 
 
+def test_the_score_of_a_beam_is_divided_by_the_length():
+    translator = make(beam=2, length_penalty=1.5, length_penalty_offset=0)
+    model, text = build(translator.model), "fgacd"
+    source = np.array([*CHARS.encode_batch([text])[0], CHARS.eos])
+    ((_, rows),) = batches({0: source}, translator.decode, MESH)
+    found = translator._run(translator.params, rows)
+    written = found.tokens[0, : found.lengths[0]]
+    before = jnp.array([CHARS.bos, *written[:-1]])[None]
+    variables = {"params": put_together(translator.params)}
+    logits = jax.jit(model.apply)(variables, before, jnp.array(source)[None])[0]
+    score = float(jax.nn.log_softmax(logits)[np.arange(len(written)), written].sum())
+    assert found.scores[0] == pytest.approx(score / len(written) ** 1.5, rel=1e-5)
+
+
 def test_learned_positions_leave_room_for_the_translation():
     translator = make(positions="learned", extra_length=50)
     assert len(translator(["a" * 13])) == 1  # 14 tokens and 50 more: 64
