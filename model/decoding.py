@@ -258,7 +258,7 @@ def _both(best: Any) -> Any:
     return jax.lax.optimization_barrier(best)
 
 
-def length_penalty(length: jax.Array | int, exponent: float, offset: int = 5) -> jax.Array | float:
+def length_penalty(length: jax.Array | int, exponent: float, offset: int) -> jax.Array | float:
     """((offset + length) / (offset + 1))^exponent (arXiv:1609.08144 §7), which divides scores."""
     return ((offset + length) / (offset + 1.0)) ** exponent
 

@@ -135,7 +135,7 @@ def test_what_does_not_fit_into_memory_is_left_out(monkeypatch):
 
 def test_training_steps_are_timed(tmp_path, capsys, monkeypatch):
     small = training.SETTINGS["gpt 4x128"]._replace(steps=2)
-    low = small._replace(rows=2, steps=2, dtype="bfloat16", product=64)
+    low = small._replace(rows=2, dtype="bfloat16", product=64)
     monkeypatch.setattr(training, "SETTINGS", {"small": small, "gpu low": low})
     out, profile = tmp_path / "training.json", tmp_path / "profile"
     given = ["--setting", "small", "gpu low", "--rounds", "1", "--out", str(out)]

@@ -157,38 +157,24 @@ class DecodeConfig:
     """Most positions (rows x source or prompt length, x beam on a CPU) that are decoded at once."""
 
     def __post_init__(self):
-        require(self.beam > 0, f"decode.beam must be positive, not {self.beam}")
-        require(
-            self.length_penalty >= 0,
-            f"decode.length_penalty must be at least 0, not {self.length_penalty}",
-        )
-        require(
-            self.length_penalty_offset >= 0,
-            f"decode.length_penalty_offset must be at least 0, not {self.length_penalty_offset}",
-        )
-        require(
-            self.extra_length > 0, f"decode.extra_length must be positive, not {self.extra_length}"
-        )
-        require(
-            self.temperature >= 0, f"decode.temperature must be at least 0, not {self.temperature}"
-        )
-        require(self.top_k >= 0, f"decode.top_k must be at least 0, not {self.top_k}")
+        for name in ("beam", "extra_length", "max_tokens", "batch_tokens"):
+            value = getattr(self, name)
+            require(value > 0, f"decode.{name} must be positive, not {value}")
+        for name in ("length_penalty", "length_penalty_offset", "temperature", "top_k"):
+            value = getattr(self, name)
+            require(value >= 0, f"decode.{name} must be at least 0, not {value}")
         require(0 < self.top_p <= 1, f"decode.top_p must lie in (0, 1], not {self.top_p}")
         require(0 <= self.min_p < 1, f"decode.min_p must lie in [0, 1), not {self.min_p}")
         require(
             self.repetition_penalty >= 1,
             f"decode.repetition_penalty must be at least 1, not {self.repetition_penalty}",
         )
-        require(self.max_tokens > 0, f"decode.max_tokens must be positive, not {self.max_tokens}")
         require(all(self.stop), "decode.stop holds an empty text: every text would end there")
         sampling = self.temperature > 0 or self.top_k > 0 or self.top_p < 1 or self.min_p > 0
         require(
             not sampling or (self.beam == 1 and self.temperature > 0),
             "sampling needs decode.beam = 1 and decode.temperature above 0, "
             f"not {self.beam} and {self.temperature}",
-        )
-        require(
-            self.batch_tokens > 0, f"decode.batch_tokens must be positive, not {self.batch_tokens}"
         )
 
 
