@@ -15,6 +15,7 @@ from tokenizers import models
 
 from data.config import DataError, TokenizerConfig
 from data.vocabulary import BYTES, SPECIAL, learn, read_wordpiece
+from data.writing import write_whole
 
 # The ids in a tokenizer that is learned here. Code asks the tokenizer, which may be another's.
 PAD, BOS, EOS, UNK = range(len(SPECIAL))
@@ -156,7 +157,7 @@ class Tokenizer:
         return self._tokenizer.id_to_token(token) or ""
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(self._json, "utf-8")
+        write_whole(Path(path), self._json)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the ids of each text, int32 [T], without begin or end."""

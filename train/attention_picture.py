@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from jaxtyping import Bool, Float
 from rich.console import Console
 
 from data.objectives import OBJECTIVES
+from data.writing import write_whole
 from train.attention_weights import attention_kinds, attention_masks, attention_weights
 from train.commands import LoadArguments
 from train.config import require
@@ -92,8 +94,10 @@ def attention_picture(
         f"{directory.resolve().name}: {what}\n{_origin(trained.steps)}\nqueries down, keys across"
     )
     figure, notes = draw(weights, allowed, queries, keys, title, names)
+    png = BytesIO()
+    figure.savefig(png, format="png", metadata={"Software": SOFTWARE, "Title": title})
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, format="png", metadata={"Software": SOFTWARE, "Title": title})
+    write_whole(output, png.getvalue())
     for note in notes:
         console.print(note, style="yellow", markup=False)
     console.print(f"{what}, {rows} queries x {columns} keys: {output}", markup=False)

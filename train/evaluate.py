@@ -14,6 +14,7 @@ from rich.console import Console
 
 from data import sources
 from data.pipeline import Dataset
+from data.writing import write_whole
 from train import scores
 from train.config import DecodeConfig, TrainError
 from train.hosts import is_first, one_first
@@ -179,5 +180,5 @@ def _translate(
         console.print(f"  heedful    {translations[i]}", markup=False)
     if is_first():
         text = "".join(line + "\n" for line in translations)
-        (run.directory / "translations.test.txt").write_text(text, "utf-8")
+        write_whole(run.directory / "translations.test.txt", text)
     return result

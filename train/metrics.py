@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from data.writing import write_whole
 from train.config import TrainError
 from train.hosts import is_first
 
@@ -78,9 +79,9 @@ class Lines:
                 for line in read_lines(path)
                 if line["step"] < from_step or (line["step"] == from_step and not is_old(line))
             ]
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
-            partial.replace(path)
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+        elif path.is_symlink():  # to nothing: opening it would make a file there
+            path.unlink()
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from etils import epath
 
 from data.config import DataConfig
 from data.tokenizer import Tokenizer
+from data.writing import write_whole
 from model.config import ModelConfig
 from train.config import TrainConfig, TrainError
 
@@ -166,6 +167,4 @@ def differences(ours: Any, theirs: Any, name: str = "") -> Iterator[str]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes the file whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(value, indent=1) + "\n")

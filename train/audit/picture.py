@@ -1,6 +1,7 @@
 """The masks of an audit as characters and as a PNG, and what is wrong in them by colour."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.columns import Columns
 from rich.console import Group
 from rich.text import Text
 
+from data.writing import write_whole
 from train.audit import declared
 from train.audit.audit import Audit
 from train.inspect import MAY, MAY_NOT
@@ -127,8 +129,10 @@ def write_png(audit: Audit, title: str, path: Path, software: str) -> None:
     figure.legend(
         handles=patches, loc="outside lower center", ncols=3, fontsize=FONT, frameon=False
     )
+    png = BytesIO()
+    figure.savefig(png, format="png", dpi=120, metadata={"Software": software, "Title": title})
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=120, metadata={"Software": software, "Title": title})
+    write_whole(path, png.getvalue())
 
 
 def _labels(audit: Audit, side: str, row: int) -> Sequence[Any]:
