@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from data.config import DataConfig, DataError
 from data.examples import Example, Subset, fields_of, label_column, select, shares, text_columns
 
 _CHUNK = 1000  # Records read at a time.
+# With a namespace, or with arguments, tfds would import code that comes with the data.
+_NAME = re.compile(r"[a-zA-Z]\w*(/\w[\w.+-]*)?(:[\d*]+\.[\d*]+\.[\d*]+)?", re.ASCII)
 
 
 class Records(Sequence[Example]):
@@ -89,6 +92,13 @@ def load(config: DataConfig, split: str) -> Sequence[Example]:
 
 
 def _builder(config: DataConfig) -> Any:
+    name = config.source.removeprefix("tfds:")
+    if not _NAME.fullmatch(name):
+        raise DataError(
+            f"data.source {config.source!r} is not tfds:NAME, tfds:NAME/CONFIG or either with "
+            ":VERSION (1.0.0), and other names may run code of others: choose one of "
+            "https://www.tensorflow.org/datasets/catalog; TFDS_DATA_DIR says where data lies"
+        )
     import tensorflow_datasets  # Slow to import and needed by this source only.
 
     try:
@@ -98,7 +108,7 @@ def _builder(config: DataConfig) -> Any:
             importlib.import_module(f"tensorflow_datasets.{topic}")
         # array_record is the format that is read by index, and without TensorFlow.
         return tensorflow_datasets.builder(
-            config.source.removeprefix("tfds:"),
+            name,
             data_dir=os.environ.get("TFDS_DATA_DIR"),
             file_format="array_record",
         )

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 
 from data import labels, sources, tfds
@@ -77,6 +79,32 @@ def test_errors_name_what_there_is(source, more, names):
     with pytest.raises(DataError, match=names) as error:
         sources.load(config(source, **more), "valid")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "huggingface:evil/set",
+        "kaggle:evil",
+        "tiny_pairs/de-en/data_dir=/tmp",
+        "tiny_pairs/data_dir=/tmp",
+        "../tiny_pairs",
+        "tiny_pairs/..",
+        "tiny_pairs/de-en:latest",
+        "",
+    ],
+)
+def test_a_name_that_may_run_code_is_refused_before_anything_is_imported(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)  # importing it would fail
+    with pytest.raises(DataError, match="may run code of others") as error:
+        sources.load(config(name), "valid")
+    assert repr(f"tfds:{name}") in str(error.value)
+
+
+def test_a_version_may_be_named():
+    load_all(config("tiny_pairs/de-en"))  # prepares it
+    named = identity(config("tiny_pairs/de-en:1.0.0"), "test")
+    assert named == identity(config("tiny_pairs/de-en"), "test")
 
 
 def test_known_by_version_split_and_columns_without_reading_it():
