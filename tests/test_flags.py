@@ -1,6 +1,10 @@
 """Flags from dataclasses: what decides early is found, and a mistake is one line."""
 
+import os
+import pty
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -59,3 +63,22 @@ def test_a_mistake_is_one_line(flags, words):
     assert "heedful x --help" in message
     for word in words:
         assert word in message, message
+
+
+def test_a_mistake_is_one_line_in_a_terminal_too():
+    """There the parser colours what it says."""
+    ours, theirs = pty.openpty()
+    code = (
+        "from train.config import TrainConfig; from train.flags import parse\n"
+        "try: parse(TrainConfig(), ['--steps', 'many'], 'heedful x')\n"
+        "except ValueError as error: print(repr(str(error)))"
+    )
+    environment = {**os.environ, "TERM": "xterm-256color"}
+    subprocess.run([sys.executable, "-c", code], stdout=theirs, env=environment, check=True)
+    said = os.read(ours, 10_000).decode()
+    os.close(theirs)
+    os.close(ours)
+    assert said == (
+        "\"Error parsing --steps: invalid literal for int() with base 10: 'many' ; it is --steps "
+        'INT Updates of the parameters. (default: 10000) (heedful x --help lists all flags)"\r\n'
+    )

@@ -58,7 +58,8 @@ def take(arguments: list[str], flags: Collection[str]) -> tuple[dict[str, str], 
 
 def _one_line(box: str) -> str:
     """What tyro says in a box of several lines: what is wrong, and what was perhaps meant."""
-    lines = [re.sub(r"[─│╭╮╰╯]", " ", line).strip() for line in box.splitlines()]
+    plain = re.sub(r"\x1b\[[\d;]*m", "", box)  # the colours of a terminal
+    lines = [re.sub(r"[─│╭╮╰╯]", " ", line).strip() for line in plain.splitlines()]
     text = " ".join(" ".join(line for line in lines[1:] if line).split())
     text = re.sub(r"^Error parsing [\w.-]+: (?=[a-z_]+\.)", "", text)
     text = text.replace("Argument helptext:", "; it is")
