@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import toy
+from rich.table import Table
 
 from configs import base
 from data.config import DataConfig, TokenizerConfig
 from model.config import PositionConfig
-from train import cli
+from train import cli, commands
 from train.checkpoint import Checkpoints
 from train.config import DecodeConfig, TrainConfig
 from train.loop import _Patience
@@ -210,6 +211,24 @@ def test_classify_a_text_or_each_line(classifier, capsys, pipe):
     out = pipe(["classify", str(classifier), "--checkpoint", "last"], lines)
     names = [line.split("\t")[0] for line in out.splitlines()]
     assert names[:3] == ["good", "bad", "bad"] and len(names) == 4
+
+
+def test_names_with_brackets_are_printed_as_they_are(tmp_path, capsys):
+    table = toy.write_table(tmp_path, lambda line: "[/pos]" if "red" in line else "[bold]:smile:")
+    assert cli.run([*sentiment(table, tmp_path / "run", steps=4)]) == 0
+    assert "train: 2 classes, the largest '[bold]:smile:' with" in capsys.readouterr().out
+    assert cli.run(["classify", str(tmp_path / "run"), "red [/cat]"]) == 0
+    assert capsys.readouterr().out.split("\t")[0] in ("[/pos]", "[bold]:smile:")
+
+
+@pytest.mark.parametrize("name", ["[/pos]", "[bold]x[/bold]", ":smile:", "[link=x]"])
+def test_tables_and_lines_show_brackets(name, capsys):
+    console = commands.console()
+    console.print(name)
+    table = Table(name, title=name)
+    table.add_row(name)
+    console.print(table)
+    assert capsys.readouterr().out.count(name) == 4
 
 
 def test_patience(table, tmp_path, capsys):

@@ -333,11 +333,13 @@ def _lines_here() -> list[str]:
 
 
 def console(stderr: bool = False) -> Any:
+    """Where commands print; brackets and colons of names and texts stay as they are."""
     from rich.console import Console
 
     from train.hosts import is_first
 
-    return Console(stderr=stderr, highlight=False, soft_wrap=True, quiet=not is_first())
+    plain = {"markup": False, "emoji": False, "highlight": False}
+    return Console(stderr=stderr, soft_wrap=True, quiet=not is_first(), **plain)
 
 
 def keep_compiled() -> None:
