@@ -15,16 +15,28 @@ from jaxtyping import Array, Float, Int
 from model.axes import partitioned
 from model.config import ModelConfig, ModelError, RotaryConfig
 
+SPAN = 1024  # Rows in a table of sinusoids.
+
 
 def sinusoidal(positions: Int[Array, "b T"], width: int) -> Float[Array, "b T D"]:
     """sin(p / 10000^(2i/D)) in the first half of the features, cos in the second.
 
     arXiv:1706.03762 §3.5 interleaves the two; halves, as in the authors' code, differ from that by
-    a fixed permutation of features.
+    a fixed permutation of features. Angles in float32 are off by 6e-5 at position 1,000, so rows of
+    tables are looked up: below SPAN those of the formula, rounded once. Further on, the rows of
+    p mod SPAN and of the multiple of SPAN below p give the sine and the cosine of the sum of their
+    angles, to 2e-7; from position SPAN^2 on all is NaN.
     """
-    frequencies = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    near = lookup(jnp.asarray(sinusoids(np.arange(SPAN), width)), positions % SPAN)
+    far = lookup(jnp.asarray(sinusoids(SPAN * np.arange(SPAN), width)), positions // SPAN)
+    (sin, cos), (far_sin, far_cos) = (jnp.split(rows, 2, axis=-1) for rows in (near, far))
+    return jnp.concatenate([sin * far_cos + cos * far_sin, cos * far_cos - sin * far_sin], axis=-1)
+
+
+def sinusoids(positions: np.ndarray, width: int) -> np.ndarray:
+    """The vectors of `sinusoidal` for these positions, made in float64, float32 [T, D]."""
+    angles = positions[:, None] / 10_000.0 ** (np.arange(0, width, 2) / width)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)
 
 
 def lookup(table: Float[Array, "V D"], ids: Int[Array, "*b"]) -> Float[Array, "*b D"]:

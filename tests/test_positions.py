@@ -21,16 +21,18 @@ from model.positions import (
 )
 
 
-def test_sinusoidal_is_the_formula_of_the_paper():
-    positions = jnp.array([[0, 1, 2, 3, 500], [7, 0, 7, 4999, 1]])
-    table = np.asarray(sinusoidal(positions, WIDTH))
+@pytest.mark.parametrize("width", [WIDTH, 512])
+def test_sinusoidal_is_the_formula_of_the_paper(width: int):
     # arXiv:1706.03762 §3.5: PE(pos, 2i) = sin(pos / 10000^(2i/d)), PE(pos, 2i+1) = cos(same).
-    for b, t in np.ndindex(*positions.shape):
-        for i in range(WIDTH // 2):
-            angle = int(positions[b, t]) / 10000 ** (2 * i / WIDTH)
-            assert table[b, t, i] == pytest.approx(math.sin(angle), abs=1e-3)
-            assert table[b, t, WIDTH // 2 + i] == pytest.approx(math.cos(angle), abs=1e-3)
-    assert np.abs(table[0, :4]).max() <= 1
+    positions = np.array([[*range(1030), 500], [*range(16_000, 17_029), 123_456, (1 << 20) - 1]])
+    angles = positions[..., None] / 10_000 ** (2 * np.arange(width // 2) / width)
+    expected = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+    table = np.asarray(jax.jit(sinusoidal, static_argnums=1)(jnp.array(positions), width))
+    np.testing.assert_array_equal(table[0, :1024], np.float32(expected[0, :1024]))
+    np.testing.assert_allclose(table, expected, rtol=0, atol=2e-7)
+    assert np.abs(table).max() <= 1
+    beyond = np.asarray(sinusoidal(jnp.array([[-1, 1 << 20]]), width))
+    assert np.isnan(beyond).all()
 
 
 def test_learned_positions_are_rows_of_a_table_that_ends():

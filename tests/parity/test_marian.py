@@ -47,9 +47,8 @@ PADDED = tensors(
 )
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Theirs, and ours out of its file."""
+def marian(**values: Any) -> Any:
+    """Theirs, with every weight random."""
     config = transformers.MarianConfig(
         vocab_size=V,
         d_model=20,
@@ -61,15 +60,21 @@ def models(tmp_path_factory):
         decoder_ffn_dim=31,
         activation_function="swish",
         scale_embedding=True,
-        max_position_embeddings=17,
         pad_token_id=0,
         eos_token_id=1,
         forced_eos_token_id=None,
         decoder_start_token_id=2,
         dropout=0.0,
         attn_implementation="eager",
+        **values,
     )
-    theirs = randomised(transformers.MarianMTModel(config))
+    return randomised(transformers.MarianMTModel(config))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Theirs, and ours out of its file."""
+    theirs = marian(max_position_embeddings=17)
     theirs.final_logits_bias.normal_(generator=torch.Generator().manual_seed(1))
     return theirs, ours(theirs, tmp_path_factory.mktemp("marian"))
 
@@ -82,6 +87,16 @@ def test_padded(models):
         expected, blocks = hidden(layers, lambda: theirs(**PADDED))
         assert_close(f"hidden states of the {stack}", states[stack], blocks, real)
     assert_close("logits", logits, expected, REAL)
+
+
+def test_far_positions(tmp_path):
+    """Angles in float32 are off by more than what the logits may differ."""
+    theirs = marian(max_position_embeddings=1500)
+    source, tokens = (np.random.default_rng(k).integers(1, V, (1, 1500)) for k in (0, 1))
+    with torch.no_grad():
+        expected = array(theirs(**tensors(input_ids=source, decoder_input_ids=tokens)).logits)
+    logits, _ = run(ours(theirs, tmp_path), tokens, source)
+    assert_close("logits", logits, expected)
 
 
 def test_packed(models):
