@@ -213,6 +213,28 @@ def test_classify_a_text_or_each_line(classifier, capsys, pipe):
     assert names[:3] == ["good", "bad", "bad"] and len(names) == 4
 
 
+def test_a_mistake_that_is_found_late_leaves_no_run_behind(corpus, tmp_path, capsys):
+    """Each of these is told after the run has begun, and the corrected command begins it anew."""
+    flags = ["train", *toy.flags(corpus, tmp_path / "run", steps=2)]
+    (tmp_path / "empty").touch()
+    lost = [*flags, "--train.optimizer.peak-lr", "1e30", "--train.optimizer.warmup-steps", "0"]
+    fails(capsys, [*flags, "--model.attention.core", "flsh"], "core 'flsh': choose")
+    fails(capsys, [*flags, "--data.test", *2 * [str(tmp_path / "empty")]], "empty")
+    fails(capsys, [*flags, "--train.mesh.fsdp", "3"], "3")
+    assert cli.run([*lost, "--model.norm.position", "pre", "--train.steps", "40"]) == 2
+    assert "with another --run-dir once there is a checkpoint" in capsys.readouterr().err
+    assert cli.run(flags) == 0
+    said = capsys.readouterr().out
+    assert "was started before and has no checkpoint: it is begun anew" in said
+    assert "another environment" not in said
+    assert [line["step"] for line in lines(tmp_path / "run")] == [2, 2]
+    fails(capsys, [*flags, "--model.attention.core", "flash"], "another config")
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_names_with_brackets_are_printed_as_they_are(tmp_path, capsys):
     table = toy.write_table(tmp_path, lambda line: "[/pos]" if "red" in line else "[bold]:smile:")
     assert cli.run([*sentiment(table, tmp_path / "run", steps=4)]) == 0

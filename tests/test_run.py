@@ -10,7 +10,7 @@ from data.config import DataConfig, TokenizerConfig
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from train.config import DecodeConfig, TrainConfig, TrainError
-from train.run import Run, from_json, to_json
+from train.run import FILES, Run, from_json, is_begun, to_json
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,7 @@ def test_a_run_can_be_opened_again(tokenizer, tmp_path):
 def test_another_config_is_refused_and_every_difference_named(tokenizer, tmp_path):
     run = Run(tmp_path / "run", ModelConfig(vocab_size=8), DataConfig(), TrainConfig())
     run.start(tokenizer)
+    (run.checkpoints / "4").mkdir(parents=True)
     other = dataclasses.replace(
         run,
         model=dataclasses.replace(run.model, width=64),
@@ -92,3 +93,62 @@ def test_what_is_done_in_the_end_may_change(tokenizer, tmp_path):
     )
     other.start(tokenizer)
     assert Run.open(tmp_path / "run") == other
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    return Run(tmp_path / "run", ModelConfig(vocab_size=8), DataConfig(), TrainConfig())
+
+
+def test_a_start_without_a_checkpoint_is_begun_anew(run, tokenizer):
+    other = Tokenizer.train(["blue dog"], TokenizerConfig(kind="words"))
+    dataclasses.replace(run, train=TrainConfig(seed=3)).start(other)
+    (run.directory / "environment.json").write_text("[]")
+    (run.checkpoints / "4.orbax-checkpoint-tmp").mkdir(parents=True)
+    run.start(tokenizer)
+    assert Run.open(run.directory) == run and not is_begun(run.directory)
+    assert run.tokenizer().fingerprint == tokenizer.fingerprint
+    assert not (run.directory / "environment.json").exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoints/4", "checkpoints.corrupt/4", "result.json"])
+def test_what_was_trained_is_never_begun_anew(run, tokenizer, name):
+    run.start(tokenizer)
+    (run.directory / name).mkdir(parents=True)
+    assert is_begun(run.directory)
+    with pytest.raises(TrainError, match=r"another config .train.seed is 0 there and 3 here"):
+        dataclasses.replace(run, train=TrainConfig(seed=3)).start(tokenizer)
+    assert Run.open(run.directory) == run
+
+
+def test_what_another_process_trains_is_not_begun_anew(run, tokenizer):
+    run.start(tokenizer)
+    release = run.lock()
+    with pytest.raises(TrainError, match="another process trains in"):
+        dataclasses.replace(run, train=TrainConfig(seed=3)).start(tokenizer)
+    release()
+    assert Run.open(run.directory) == run
+
+
+@pytest.mark.parametrize("name", FILES[1:])
+def test_a_folder_that_is_no_run_keeps_its_files(run, tokenizer, name):
+    run.directory.mkdir()
+    path = run.directory / name
+    if name == "checkpoints":
+        path.mkdir()
+        run.start(tokenizer)  # There is nothing in it.
+        (run.directory / "config.json").unlink()
+        run.tokenizer_path.unlink()
+        path /= "epoch.pt"
+    path.write_text("mine")
+    with pytest.raises(TrainError, match=rf"has no config\.json, but {name}, .*--run-dir"):
+        run.start(tokenizer)
+    assert path.read_text() == "mine" and not (run.directory / "config.json").exists()
+
+
+def test_a_link_to_nothing_is_no_place_for_a_file(run, tokenizer, tmp_path):
+    run.directory.mkdir()
+    (run.directory / "tokenizer.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(TrainError, match=r"has no config\.json, but tokenizer\.json"):
+        run.start(tokenizer)
+    assert not (tmp_path / "elsewhere").exists()

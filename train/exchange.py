@@ -17,7 +17,7 @@ from train.hosts import is_first, to_host
 from train.init_from import Source
 from train.load import Trained
 from train.record import add_environment, environment
-from train.run import Run, write_json
+from train.run import Run, is_begun, write_json
 from train.sharding import make_mesh
 from train.start import require_fit
 from train.state import abstract_params, parameter_count
@@ -41,7 +41,7 @@ def import_run(
     source: Source, directory: Path, data: DataConfig, decode: DecodeConfig, console: Console
 ) -> Run:
     """A run in `directory` whose only checkpoint holds the parameters of `source`."""
-    if (directory / "config.json").exists():
+    if is_begun(directory):
         raise TrainError(f"{directory} holds a run already: give another --run-dir")
     if source.model.head.kind == "classifier" and source.model.head.outputs is None:
         raise TrainError(

@@ -23,7 +23,8 @@ class NonFiniteLoss(TrainError):
         table = "\n".join(norms)
         super().__init__(
             f"at step {step} the loss is {loss}: lower train.optimizer.peak_lr, lengthen the "
-            "warmup or clip the gradient. Nothing after the last checkpoint is kept. "
+            "warmup or clip the gradient, with another --run-dir once there is a checkpoint. "
+            "Nothing after the last checkpoint is kept. "
             f"Norms by layer:\n{table}"
         )
 

@@ -17,7 +17,7 @@ from train.fingerprint import make_fingerprint
 from train.hosts import any_process, one_first, several
 from train.loop import fit
 from train.record import changes, environments, fingerprints, named_words
-from train.run import Run
+from train.run import Run, is_begun
 from train.state import TrainState, set_up
 from train.trainable import named
 
@@ -194,7 +194,7 @@ class _Comparison:
 @contextlib.contextmanager
 def _fresh_directory(chosen: Path | None) -> Iterator[Path]:
     if chosen is not None:
-        if any_process((chosen / "config.json").exists()):
+        if any_process(is_begun(chosen)):
             raise TrainError(f"{chosen} holds a run already: give another --run-dir")
         yield chosen
     elif several():

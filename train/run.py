@@ -18,10 +18,16 @@ from data.tokenizer import Tokenizer
 from data.writing import write_whole
 from model.config import ModelConfig
 from train.config import TrainConfig, TrainError
+from train.hosts import is_first
 
 # Where a run goes on, and what is done with it in the end: what is trained stays the same.
 MAY_DIFFER = (
     "train.mesh.", "train.checkpoints ", "train.decode.", "train.samples ", "data.test "
+)  # fmt: skip
+# What a run writes beside its config.
+FILES = (
+    "config.json", "tokenizer.json", "environment.json", "metrics.jsonl", "fingerprints.jsonl",
+    "result.json", "translations.test.txt", "checkpoints",
 )  # fmt: skip
 
 
@@ -78,15 +84,12 @@ class Run:
     def start(self, tokenizer: Tokenizer) -> None:
         """Writes what describes the run, unless the directory holds this very run already.
 
-        It may go on as `MAY_DIFFER` says. Raises TrainError when it holds a run of another config,
-        and when its checkpoints are not where this one looks for them.
+        It may go on as `MAY_DIFFER` says. A start that has come to no checkpoint is begun anew.
+        Raises TrainError when the directory holds a run of another config, or no run but files that
+        one would replace, and when its checkpoints are not where this one looks for them.
         """
-        if self.directory.is_file():
-            raise TrainError(f"{self.directory} is a file: give a directory to --run-dir")
-        if not (self.directory / "config.json").exists():
-            self.directory.mkdir(parents=True, exist_ok=True)
-            tokenizer.save(self.tokenizer_path)
-            write_json(self.directory / "config.json", self.values())
+        if not is_begun(self.directory) and is_first():
+            self._begin(tokenizer)
             return
         there = Run.open(self.directory)
         if others := self.others(there):
@@ -102,6 +105,17 @@ class Run:
             )
         if there != self:
             write_json(self.directory / "config.json", self.values())
+
+    def _begin(self, tokenizer: Tokenizer) -> None:
+        """Writes the config first: what a start without it leaves behind is taken for no run."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        release = self.lock()
+        try:
+            write_json(self.directory / "config.json", self.values())
+            tokenizer.save(self.tokenizer_path)
+            (self.directory / "environment.json").unlink(missing_ok=True)
+        finally:
+            release()
 
     def lock(self) -> Callable[[], None]:
         """Keeps other processes from training here until what it returns is called, or this ends.
@@ -129,6 +143,33 @@ class Run:
         found = differences(self.values(), there.values())
         others = [line for line in found if not line.startswith(MAY_DIFFER)]
         return "; ".join(others[:3]) + ("; ..." if len(others) > 3 else "")
+
+
+def is_begun(directory: Path) -> bool:
+    """Whether a run lies here that has something to lose: a checkpoint, or a result.
+
+    Raises TrainError for a file, and for a folder that is no run but holds files of the same names.
+    """
+    if directory.is_file():
+        raise TrainError(f"{directory} is a file: give a directory to --run-dir")
+    if not (directory / "config.json").is_file():
+        if found := [name for name in FILES if _is_something(directory / name)]:
+            raise TrainError(
+                f"{directory} has no config.json, but {', '.join(found)}, which a run would "
+                "replace: give another --run-dir or, where this is a run that has lost its "
+                "config.json, put that back"
+            )
+        return False
+    there = Run.open(directory)
+    own = epath.Path(directory / "checkpoints")
+    corrupt = there.checkpoints.parent / f"{there.checkpoints.name}.corrupt"
+    folders = {there.checkpoints, own, corrupt}
+    return any(map(_has_steps, folders)) or (directory / "result.json").exists()
+
+
+def _is_something(path: Path) -> bool:
+    """Whether a file, a link, or a folder that is not empty stands there."""
+    return any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
 
 
 def _has_steps(checkpoints: epath.Path) -> bool:

@@ -11,8 +11,9 @@ from data.tokenizer import Tokenizer
 from model.attention import ONE_DOCUMENT
 from model.config import ModelConfig
 from train.config import TrainConfig, TrainError
+from train.hosts import is_first
 from train.init_from import open_source
-from train.run import Run
+from train.run import Run, is_begun
 
 # The architectures and the head that learn an objective.
 FITTING = {
@@ -35,10 +36,14 @@ def start_run(
 ) -> Run:
     """The run in `directory`: a new one, or the one that stands there if the config is the same.
 
-    Raises TrainError, DataError or ModelError where the three configs do not fit together.
+    One that has no checkpoint yet is begun anew. Raises TrainError, DataError or ModelError where
+    the three configs do not fit together.
     """
     require_fit(model, data, train)
-    if (directory / "config.json").exists():
+    is_old = is_begun(directory)
+    if not is_old and (directory / "config.json").exists():
+        console.print(f"{directory} was started before and has no checkpoint: it is begun anew")
+    if is_old or not is_first():
         tokenizer = Run.open(directory).tokenizer()
     elif train.init_from is not None:
         tokenizer = _tokenizer_of_source(train.init_from, data, console)
