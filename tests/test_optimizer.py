@@ -8,6 +8,7 @@ import optax
 import pytest
 from tiny import tiny
 
+import configs.multi30k
 from model.config import LinformerConfig
 from model.transformer import build
 from train.config import OptimizerConfig
@@ -23,20 +24,62 @@ def rates(**values) -> np.ndarray:
     return np.array([float(schedule(step)) for step in range(STEPS + 1)])
 
 
-def test_every_schedule_warms_up_linearly():
-    for schedule in ("inverse_sqrt", "linear", "cosine", "constant"):
-        expected = 0.01 + (PEAK - 0.01) * np.arange(WARMUP + 1) / WARMUP
-        got = rates(schedule=schedule, initial_lr=0.01)[: WARMUP + 1]
-        np.testing.assert_allclose(got, expected, rtol=1e-5)  # float32, and a difference in it
+@pytest.mark.parametrize("schedule", ["inverse_sqrt", "linear", "cosine", "constant"])
+def test_the_warmup_is_so_many_equal_steps_to_the_peak(schedule):
+    expected = PEAK * np.arange(1, WARMUP + 1) / WARMUP
+    np.testing.assert_allclose(rates(schedule=schedule)[:WARMUP], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["inverse_sqrt", "linear", "cosine", "constant"])
+def test_a_warmup_may_begin_at_another_rate_than_0(schedule):
+    expected = 0.01 + (PEAK - 0.01) * np.arange(WARMUP + 1) / WARMUP
+    got = rates(schedule=schedule, initial_lr=0.01)[: WARMUP + 1]
+    np.testing.assert_allclose(got, expected, rtol=1e-5)  # float32, and a difference in it
 
 
 def test_inverse_sqrt_is_the_paper_s_rule():
     width = 512  # arXiv:1706.03762 §5.3: width^-0.5 * min(step^-0.5, step * warmup^-1.5)
     config = OptimizerConfig(peak_lr=(width * WARMUP) ** -0.5, warmup_steps=WARMUP)
     schedule = learning_rate(config, STEPS)
-    for step in range(1, STEPS):
+    for step in range(1, STEPS + 1):  # The schedule is asked with the updates before.
         expected = width**-0.5 * min(step**-0.5, step * WARMUP**-1.5)
-        assert float(schedule(step)) == pytest.approx(expected, rel=1e-5)
+        assert float(schedule(step - 1)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_with_an_initial_rate_inverse_sqrt_is_fairseq_s_rule():
+    config = configs.multi30k.get_config().train
+    optimizer, schedule = config.optimizer, learning_rate(config.optimizer, config.steps)
+    peak, warmup, initial = 5e-3, 2000, 1e-7  # as published (arXiv:2105.14462)
+    assert (optimizer.peak_lr, optimizer.warmup_steps, optimizer.initial_lr) == (
+        peak, warmup, initial,
+    )  # fmt: skip
+    # fairseq sets the rate of the first update by 0 updates, that of the next by 1, and so on.
+    for updates in (0, 1, 2, 1000, 1999, 2000, 2001, 7999):
+        ramp = initial + updates * (peak - initial) / warmup
+        expected = ramp if updates < warmup else peak * warmup**0.5 * updates**-0.5
+        assert float(schedule(updates)) == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+def test_after_the_warmup_cosine_is_nanogpt_s_rule():
+    got = rates(schedule="cosine", final_lr=0.02)
+    for it in range(WARMUP, STEPS):
+        share = (it - WARMUP) / (STEPS - WARMUP)
+        expected = 0.02 + 0.5 * (1 + np.cos(np.pi * share)) * (PEAK - 0.02)
+        assert got[it] == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_a_warmup_the_first_update_has_the_peak():
+    config = OptimizerConfig(peak_lr=PEAK, warmup_steps=0)
+    schedule = learning_rate(config, STEPS)
+    got = [float(schedule(step)) for step in range(4)]
+    np.testing.assert_allclose(got, PEAK / np.sqrt([1, 2, 3, 4]), rtol=1e-6)
+
+
+def test_the_first_update_changes_the_parameters():
+    config = OptimizerConfig(kind="adam", peak_lr=PEAK, warmup_steps=WARMUP)
+    optimizer, params = make_optimizer(config, STEPS), {"kernel": jnp.ones((2, 3))}
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -PEAK / WARMUP, rtol=1e-6)  # by Adam's sign
 
 
 def test_linear_and_cosine_end_at_the_final_rate():

@@ -33,7 +33,8 @@ class OptimizerConfig:
     peak_lr: float = 1e-3
     """Learning rate at the end of the warmup."""
     initial_lr: float = 0.0
-    """Learning rate at the first step of the warmup."""
+    """Learning rate of the first update, where the warmup begins, as in fairseq; 0: the first of
+    `warmup_steps` equal steps to the peak, as in arXiv:1706.03762."""
     final_lr: float = 0.0
     """Learning rate that linear and cosine come to when all steps are done."""
     warmup_steps: int = 1000

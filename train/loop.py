@@ -24,6 +24,7 @@ from train.fingerprint import make_fingerprint
 from train.hosts import is_first, one_first, require_same, several
 from train.init_from import open_source, take_over
 from train.metrics import MetricsWriter, require_finite
+from train.optimizer import learning_rate
 from train.plan.rescue import explained
 from train.record import FingerprintWriter, Witness, add_environment, environment
 from train.run import Run
@@ -80,6 +81,8 @@ def fit(
         require_divisible(shape, 1, mesh)
     del test_data  # It is prepared again at the end.
     describe(run.model, run.data.max_length, setup, console)
+    if config.optimizer.warmup_steps > config.steps:
+        console.print(_unfinished(config), style="yellow")
     if mesh.devices.flat[0].platform == "gpu":
         console.print(DETERMINISM[config.deterministic])
     data = {"train": train_data.data_fingerprint, "valid": valid_data.data_fingerprint}
@@ -115,6 +118,17 @@ def fit(
             _loop(run, state, step, batches, validate, saving, patience, mesh, console, witness)
         share = saving.seconds / (time.perf_counter() - began)
         console.print(f"saving held training up for {saving.seconds:.2f} s ({share:.1%})")
+
+
+def _unfinished(config: TrainConfig) -> str:
+    """What there is to say of a warmup that is longer than the training."""
+    optimizer = config.optimizer
+    last = float(learning_rate(optimizer, config.steps)(config.steps - 1))
+    return (
+        f"train.optimizer.warmup_steps = {optimizer.warmup_steps:,} is more than train.steps = "
+        f"{config.steps:,}: the learning rate ends at {last:.3g} and never comes to "
+        f"train.optimizer.peak_lr = {optimizer.peak_lr:.3g}; shorten the warmup, or train longer"
+    )
 
 
 def _require_room(run: Run, tokenizer: Tokenizer) -> None:

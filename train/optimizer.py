@@ -13,16 +13,18 @@ MATRICES = ("kernel", "lora_a", "lora_b", "projection", "both", "keys", "values"
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Step -> rate: a linear warmup to the peak, then what `config.schedule` says.
+    """Updates done before -> rate of the next: a linear warmup to the peak, then `config.schedule`.
 
-    inverse_sqrt falls as sqrt(warmup / step), which is arXiv:1706.03762 §5.3 when the peak is
-    (width * warmup)^-0.5. linear and cosine reach `final_lr` at `steps`.
+    With updates counted from n = 1, the warmup has the rate peak n / warmup, and inverse_sqrt then
+    falls as sqrt(warmup / n): arXiv:1706.03762 §5.3 when the peak is (width * warmup)^-0.5. With an
+    `initial_lr` both are fairseq's: that is the rate of the first update, which counts as n = 0.
+    linear and cosine reach `final_lr` when all `steps` are done.
     """
-    warmup = config.warmup_steps
+    warmup, first = config.warmup_steps, int(config.initial_lr == 0)
     if config.schedule == "inverse_sqrt":
-        origin = max(warmup, 1)
         # During the warmup it is called with a negative step, and the result is dropped.
-        after = lambda step: config.peak_lr * (origin / jnp.maximum(step + origin, 1)) ** 0.5  # noqa: E731
+        number = lambda step: jnp.maximum(step + warmup + first, 1)  # noqa: E731
+        after = lambda step: config.peak_lr * (max(warmup, 1) / number(step)) ** 0.5  # noqa: E731
     elif config.schedule == "linear":
         after = optax.linear_schedule(config.peak_lr, config.final_lr, steps - warmup)
     elif config.schedule == "cosine":
@@ -30,8 +32,10 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
         after = optax.cosine_decay_schedule(config.peak_lr, steps - warmup, share)
     else:
         after = optax.constant_schedule(config.peak_lr)
-    ramp = optax.linear_schedule(config.initial_lr, config.peak_lr, max(warmup, 1))
-    return optax.join_schedules([ramp, after], [warmup]) if warmup else after
+    if not warmup:
+        return after
+    ramp = optax.linear_schedule(config.initial_lr, config.peak_lr, warmup)
+    return optax.join_schedules([lambda step: ramp(step + first), after], [warmup])
 
 
 def make_optimizer(
