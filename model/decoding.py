@@ -275,14 +275,23 @@ def beam_search(
     width: int,
     exponent: float,
     offset: int = 5,
+    early_stopping: bool | str = "never",
     repetition_penalty: float = 1.0,
     seen: Bool[Array, "B V"] | None = None,
 ) -> Decoded:
     """The best of `width` hypotheses per row, by log-probability over length penalty.
 
-    A row ends when no living hypothesis can still beat its best finished one, which is exact since
-    log-probabilities only fall. A row that never finishes within `limits[b]` tokens gives its best
-    living hypothesis. `cache` must have `repeat(width)` and `reorder(parents [B, W])`.
+    The rule is that of Hugging Face transformers. Of the extensions of all living hypotheses the
+    likeliest `width` may be finished: those that end, and all of them at the limit of the row. The
+    likeliest others live on. A row stops with `early_stopping`
+
+    True: when `width` hypotheses are finished,
+    False: when the worst of these is as good as the best living one would be if it ended now,
+    "never": when no living hypothesis can become better than the best finished one, whatever its
+    length. That is exact, since log-probabilities only fall.
+
+    The repetition penalty changes logits, as in sampling; transformers changes log-probabilities
+    in a beam search. `cache` must have `repeat(width)` and `reorder(parents [B, W])`.
     """
     _require_seen(repetition_penalty, seen)
     batch = last.shape[0]
@@ -290,13 +299,15 @@ def beam_search(
     penalty = partial(length_penalty, exponent=exponent, offset=offset)
     largest = penalty(jnp.maximum(limits, 1))  # An empty row divides by it, too.
     start = jnp.repeat(start, width) if start.ndim else start
+    # The finished hypotheses that decide when a row stops: the best one where that rule is exact.
+    deciding = 1 if early_stopping == "never" else width
 
     def unfinished(state):
         t, done = state[0], state[1]
         return (t < max_steps) & ~jnp.all(done)
 
     def body(state):
-        t, done, last, live, live_scores, best, best_length, best_score, seen, cache = state
+        t, done, last, live, live_scores, best, best_length, finished, seen, cache = state
         logits, cache = step(last.reshape(-1, 1), cache, start + t)
         logits = penalise(logits.astype(jnp.float32), seen, repetition_penalty)
 
@@ -308,27 +319,33 @@ def beam_search(
         scores, picks = jax.lax.top_k(totals.reshape(batch, -1), 2 * width)
         parents, chosen = picks // children, tokens.reshape(batch, -1)[rows, picks]
         sequences = live[rows, parents].at[:, :, t].set(chosen)
-        ended = chosen == eos_id
+        ended = (chosen == eos_id) | (t + 1 >= limits)[:, None]
 
-        normalised = jnp.where(ended, scores / penalty(t + 1), -jnp.inf)
+        normalised = jnp.where(ended, scores / penalty(t + 1), -jnp.inf)[:, :width]
+        normalised = jnp.where(done[:, None], -jnp.inf, normalised)
         winner = jnp.argmax(normalised, axis=1)
-        better = (normalised[rows[:, 0], winner] > best_score) & ~done
+        better = normalised[rows[:, 0], winner] > finished[:, 0]
         best = jnp.where(better[:, None], sequences[rows[:, 0], winner], best)
         best_length = jnp.where(better, t + 1, best_length)
-        best_score = jnp.where(better, normalised[rows[:, 0], winner], best_score)
+        finished = jnp.concatenate([finished, normalised], axis=1)
+        finished = jax.lax.top_k(finished, deciding)[0]
 
         scores = jnp.where(ended, -jnp.inf, scores)
         scores, order = jax.lax.top_k(scores, width)
         parents, last = parents[rows, order], chosen[rows, order]
         live = jnp.where(done[:, None, None], live, sequences[rows, order])
         live_scores = jnp.where(done[:, None], live_scores, scores)
-        done |= (live_scores[:, 0] / largest <= best_score) | (t + 1 >= limits)
+        best_living = live_scores[:, 0] / (largest if early_stopping == "never" else penalty(t + 1))
+        stops = best_living <= finished[:, -1]
+        if early_stopping is True:
+            stops = finished[:, -1] > -jnp.inf
+        done |= stops | (t + 1 >= limits)
 
         if seen is not None:
             seen = seen[(rows * width + parents).reshape(-1)]
             seen = seen.at[jnp.arange(len(seen)), last.reshape(-1)].set(True)
         cache = cache.reorder(parents)
-        return t + 1, done, last, live, live_scores, best, best_length, best_score, seen, cache
+        return t + 1, done, last, live, live_scores, best, best_length, finished, seen, cache
 
     # All hypotheses of a row are equal at first: only one of them may have children.
     one_alive = jnp.where(jnp.arange(width) == 0, 0.0, -jnp.inf)
@@ -340,15 +357,11 @@ def beam_search(
         jnp.broadcast_to(one_alive, (batch, width)),
         jnp.zeros((batch, max_steps), jnp.int32),
         jnp.zeros(batch, jnp.int32),
-        jnp.full(batch, -jnp.inf),
+        jnp.full((batch, deciding), -jnp.inf),
         None if seen is None else jnp.repeat(seen, width, axis=0),
         cache.repeat(width),
     )
     state = jax.lax.while_loop(unfinished, body, first)
-    _, _, _, live, live_scores, best, best_length, best_score, _, _ = state
-    finished = jnp.isfinite(best_score)
-    return Decoded(
-        tokens=jnp.where(finished[:, None], best, live[:, 0]),
-        lengths=jnp.where(finished, best_length, limits),
-        scores=jnp.where(finished, best_score, live_scores[:, 0] / largest),
-    )
+    _, _, _, _, _, best, best_length, finished, _, _ = state
+    scores = jnp.where(limits > 0, finished[:, 0], 0.0)
+    return Decoded(tokens=best, lengths=best_length, scores=scores)

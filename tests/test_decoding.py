@@ -116,10 +116,13 @@ def penalty(length: int, exponent: float, offset: int = 5) -> float:
     return (offset + length) ** exponent / (offset + 1) ** exponent  # arXiv:1609.08144 §7, eq. 14
 
 
-def plain_beam(log_probs, limit: int, width: int, exponent: float, eos: int, offset: int = 5):
-    """Beam search over Python tuples, to the last step: (tokens, score)."""
+def plain_beam(
+    log_probs, limit: int, width: int, exponent: float, eos: int, offset: int = 5,
+    early_stopping: bool | str = "never",
+):  # fmt: skip
+    """Beam search over Python tuples, with "never" to the last step: (tokens, score)."""
     live: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
-    best: tuple[float, tuple[int, ...]] = (-math.inf, ())
+    finished: list[tuple[float, tuple[int, ...]]] = []
     for length in range(1, limit + 1):
         children = [
             (total + gain, (*tokens, token))
@@ -127,28 +130,36 @@ def plain_beam(log_probs, limit: int, width: int, exponent: float, eos: int, off
             for token, gain in enumerate(log_probs(tokens))
         ]
         children = sorted(children, reverse=True)[: 2 * width]
-        for total, tokens in children:
-            if tokens[-1] == eos:
-                best = max(best, (total / penalty(length, exponent, offset), tokens))
+        divisor = penalty(length, exponent, offset)
+        finished += [
+            (total / divisor, tokens)
+            for total, tokens in children[:width]
+            if total > -math.inf and (tokens[-1] == eos or length == limit)
+        ]
+        finished = sorted(finished, reverse=True)[:width]
         live = [child for child in children if child[1][-1] != eos][:width]
-    if best[0] > -math.inf:
-        return best[1], best[0]
-    return live[0][1], live[0][0] / penalty(limit, exponent, offset)
+        is_full = len(finished) == width
+        if early_stopping is True and is_full:
+            break
+        if early_stopping is False and is_full and live[0][0] / divisor <= finished[-1][0]:
+            break
+    total, tokens = finished[0] if finished else (0.0, ())
+    return tokens, total
 
 
 @pytest.mark.parametrize(("exponent", "offset"), [(0.0, 5), (0.6, 5), (2.0, 5), (1.0, 0)])
 def test_a_wide_beam_finds_the_best_of_all_sequences(exponent: float, offset: int):
-    width = (V - 1) ** (STEPS - 1)
+    width = V * (V - 1) ** (STEPS - 1)
     found = decode(beam_search, width=width, exponent=exponent, offset=offset)
     words = [token for token in range(V) if token != EOS]
+    cut = 0
     for row, limit in enumerate(LIMITS):
         ended = [
             (*tokens, EOS)
             for length in range(limit)
             for tokens in itertools.product(words, repeat=length)
         ]
-        if row == 3:  # never ends: the best that fills the limit
-            ended = list(itertools.product(words, repeat=limit))
+        ended += itertools.product(words, repeat=limit) if limit else []
         scored = {
             tokens: score(row, tokens) / penalty(len(tokens), exponent, offset) for tokens in ended
         }
@@ -156,21 +167,37 @@ def test_a_wide_beam_finds_the_best_of_all_sequences(exponent: float, offset: in
         assert found.tokens[row].tolist() == padded(best)
         assert found.lengths[row] == len(best)
         assert found.scores[row] == pytest.approx(scored.get(best, 0.0), abs=1e-5)
+        cut += row != 3 and EOS not in best
+    assert cut > 1  # Row 3 never ends; others do not because it would be worse.
 
 
+@pytest.mark.parametrize("early_stopping", ["never", False, True])
 @pytest.mark.parametrize(
     ("width", "exponent", "offset"), [(1, 0.0, 5), (2, 1.0, 5), (3, 0.6, 5), (2, 1.0, 0)]
 )
-def test_a_narrow_beam_is_the_one_without_early_stopping(width: int, exponent: float, offset: int):
-    found = decode(beam_search, width=width, exponent=exponent, offset=offset)
+def test_a_narrow_beam_is_that_of_plain_lists(
+    width: int, exponent: float, offset: int, early_stopping: bool | str
+):
+    options: dict[str, Any] = {"offset": offset, "early_stopping": early_stopping}
+    found = decode(beam_search, width=width, exponent=exponent, **options)
     for row, limit in enumerate(LIMITS):
         if limit == 0:
             assert found.tokens[row].tolist() == padded(())
             continue
-        best, total = plain_beam(partial(log_probs, row), limit, width, exponent, EOS, offset)
+        best, total = plain_beam(partial(log_probs, row), limit, width, exponent, EOS, **options)
         assert found.tokens[row].tolist() == padded(best)
         assert found.lengths[row] == len(best)
         assert found.scores[row] == pytest.approx(total, abs=1e-5)
+
+
+def test_rules_of_stopping_differ():
+    """Row 0 gains from going on; with False it stops where that cannot be seen yet."""
+    options: dict[str, Any] = {"width": 1, "exponent": 2.0}
+    texts = [
+        decode(beam_search, early_stopping=rule, **options).tokens.tolist()
+        for rule in ("never", False)
+    ]
+    assert texts[0] != texts[1]
 
 
 @pytest.mark.parametrize("search", [sample, partial(beam_search, width=2, exponent=0.6)])
@@ -342,7 +369,7 @@ def test_the_repetition_penalty_counts_prompt_and_text(width: int):
     for row, limit in enumerate(LIMITS):
         scores = partial(penalised, row, held=held[row], penalty=penalty)
         if width:
-            best, _ = plain_beam(scores, limit, width, 0.6, EOS) if limit else ((), 0.0)
+            best, _ = plain_beam(scores, limit, width, 0.6, EOS)
             plain, _ = plain_beam(partial(log_probs, row), limit, width, 0.6, EOS)
         else:
             best, plain = greedy(scores, limit), greedy(partial(log_probs, row), limit)

@@ -67,7 +67,7 @@ class Plain:
         tokens[0, : len(prompt + written)] = prompt + written
         row = self.forward(tokens, jnp.array([len(prompt)]))[len(prompt + written) - 1]
         row, penalty = np.array(row), self.generator.decode.repetition_penalty
-        for token in {*prompt, *written}:
+        for token in {*prompt[1:], *written}:  # The begin is no token of the text.
             row[token] = row[token] / penalty if row[token] > 0 else row[token] * penalty
         return row
 
@@ -197,7 +197,7 @@ def test_without_an_end_token_it_ends_at_max_tokens():
 def test_a_wide_beam_finds_the_best_of_all_texts():
     tokenizer = Tokenizer.train(["ab"], TokenizerConfig(kind="chars", vocab_size=9), "causal_lm")
     V, steps = tokenizer.vocab_size, 3
-    options = {"beam": (V - 1) ** 2, "max_tokens": steps, "repetition_penalty": 1.7}
+    options = {"beam": V * (V - 1) ** 2, "max_tokens": steps, "repetition_penalty": 1.7}
     options |= {"length_penalty": 1.3, "length_penalty_offset": 0}
     generator = make(small(tokenizer), tokenizer, **options)
     plain, prompts = Plain(generator), ["", "abba", "b"]
@@ -213,6 +213,7 @@ def test_a_wide_beam_finds_the_best_of_all_texts():
         ended = [
             (*before, EOS) for n in range(steps) for before in itertools.product(others, repeat=n)
         ]
+        ended += itertools.product(others, repeat=steps)  # They are cut, and as good.
         scores = {
             text: sum(log_probs[text[:i]][token] for i, token in enumerate(text))
             / length_penalty(len(text), exponent=1.3, offset=0)

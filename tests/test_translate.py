@@ -59,7 +59,7 @@ def plain_one(translator: Translator, forward: Any, text: str, line: int):
         tokens = np.zeros((1, 20), np.int32)
         tokens[0, : len(written)] = written
         row = np.array(forward(tokens, source)[len(written) - 1])
-        for token in set(written):
+        for token in set(written[1:]):  # The begin is no token of the text.
             row[token] *= decode.repetition_penalty ** -np.sign(row[token])
         noise = jax.random.gumbel(jax.random.fold_in(key, len(written) - 1), row.shape)
         written.append(int(np.argmax(row / decode.temperature + noise)))

@@ -136,6 +136,11 @@ class DecodeConfig:
     length_penalty_offset: int = 5
     """What that penalty adds to a length; 0: scores are divided by length^exponent, as in fairseq,
     Marian and Hugging Face transformers."""
+    early_stopping: Literal["never", False, True] = "never"
+    """When a beam search stops, in the words of Hugging Face transformers, whose rule it follows.
+    True: when as many hypotheses are finished as the beam has; False: when these are also as good
+    as the best living one would be if it ended now; never: when no living one can become better
+    than the best finished one. At the length limit the living ones count as finished."""
     extra_length: int = 50
     """Most tokens of the output beyond those of the source (arXiv:1706.03762 §6.1)."""
     temperature: float = 0.0
@@ -149,7 +154,7 @@ class DecodeConfig:
     (arXiv:2407.01082)."""
     repetition_penalty: float = 1.0
     """Divides positive scores of tokens seen before and multiplies negative ones
-    (arXiv:1909.05858 §4.1)."""
+    (arXiv:1909.05858 §4.1). The begin token in front of a text counts as not seen."""
     max_tokens: int = 200
     """Most tokens that are written after a prompt."""
     stop: tuple[str, ...] = ()
@@ -158,6 +163,7 @@ class DecodeConfig:
     """Most positions (rows x source or prompt length, x beam on a CPU) that are decoded at once."""
 
     def __post_init__(self):
+        require_choices("decode", self, TrainError)
         for name in ("beam", "extra_length", "max_tokens", "batch_tokens"):
             value = getattr(self, name)
             require(value > 0, f"decode.{name} must be positive, not {value}")

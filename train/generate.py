@@ -162,6 +162,7 @@ class Generator:
             width=self.decode.beam,
             exponent=self.decode.length_penalty,
             offset=self.decode.length_penalty_offset,
+            early_stopping=self.decode.early_stopping,
             repetition_penalty=self.decode.repetition_penalty,
         )
 
@@ -185,7 +186,8 @@ class Generator:
         index, last = jnp.arange(len(lengths)), jnp.maximum(lengths - 1, 0)
         seen = None
         if self.decode.repetition_penalty != 1:
-            real = jnp.arange(inputs.shape[1]) < lengths[:, None]
+            position = jnp.arange(inputs.shape[1])
+            real = (position < lengths[:, None]) & (position >= (self.tokenizer.bos is not None))
             seen = jnp.zeros((len(lengths), self.model.vocab_size or 0), bool)
             seen = seen.at[index[:, None], inputs].max(real)
         return {

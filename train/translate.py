@@ -100,8 +100,7 @@ class Translator:
             "seen": None,
         }
         if config.repetition_penalty != 1:
-            vocabulary = jnp.arange(self.model.vocab_size or 0)
-            common["seen"] = jnp.broadcast_to(vocabulary == self.bos, (batch, len(vocabulary)))
+            common["seen"] = jnp.zeros((batch, self.model.vocab_size or 0), bool)
         if config.beam > 1:
             return beam_search(
                 step,
@@ -110,6 +109,7 @@ class Translator:
                 width=config.beam,
                 exponent=config.length_penalty,
                 offset=config.length_penalty_offset,
+                early_stopping=config.early_stopping,
                 repetition_penalty=config.repetition_penalty,
                 **common,
             )
