@@ -14,7 +14,10 @@ Objective = Literal[
 ]
 # Objectives that learn from running text, of any length, that nobody has labelled.
 TEXT_OBJECTIVES = ("causal_lm", "masked_lm", "prefix_lm", "span_corruption")
+# Objectives of models that write texts.
+GENERATING = ("causal_lm", "prefix_lm", "span_corruption", "translation")
 PACKABLE = ("causal_lm", "masked_lm")
+MOST_TOKENS = 10_000_000  # In a vocabulary; the largest that are in use have a million.
 # Settings that say nothing for the other objectives.
 ONLY_FOR = {
     "classes": ("classification",),
@@ -39,12 +42,15 @@ class TokenizerConfig:
     """How text becomes token ids. One vocabulary is shared by all texts."""
 
     kind: Literal["bpe", "wordpiece", "chars", "bytes", "words"] = "bpe"
-    """bpe: byte-level BPE, reads any text. wordpiece: BERT's (arXiv:1609.08144). chars: every
-    character of the training text. bytes: the 256 bytes. words: the text is tokenised already,
-    space separated, with pieces of one word joined by a trailing @@."""
+    """bpe: byte-level BPE, reads any text. wordpiece: BERT's (arXiv:1609.08144), which
+    loses spaces: not for objectives that write texts. chars: every character of the training text.
+    bytes: the 256 bytes. words: the text is tokenised already, space separated, with pieces of one
+    word joined by a trailing @@. bpe and wordpiece learn from words of more than 1,000 bytes in
+    pieces."""
 
     path: str | None = None
-    """A tokenizer.json, or a vocab.txt of WordPiece, to use instead of learning one."""
+    """A tokenizer.json, or a vocab.txt of WordPiece, to use instead of learning one; a
+    tokenizer_config.json beside it is followed."""
 
     vocab_size: int = 8000
     """Most entries that a learned vocabulary may have, the special tokens included."""
@@ -57,6 +63,10 @@ class TokenizerConfig:
         # A byte-level vocabulary starts from all 256 bytes, so that no text is out of reach.
         least = 4 + 256 if self.kind in ("bpe", "bytes") else 4 + 1
         _at_least("data.tokenizer.vocab_size", self.vocab_size, least)
+        require(
+            self.vocab_size <= MOST_TOKENS,
+            f"data.tokenizer.vocab_size is {self.vocab_size}: give {MOST_TOKENS} or less",
+        )
         require(
             not self.lowercase or self.kind == "wordpiece",
             f"data.tokenizer.lowercase needs data.tokenizer.kind wordpiece, not {self.kind}",

@@ -15,13 +15,13 @@ SPECIAL = ("<unk>", "<s>", "</s>")  # the first ids, which the file spells in ot
 def read_llama2c(data: bytes, vocab_size: int) -> str:
     """Returns the tokenizer.json of a tokenizer.bin with that many entries.
 
-    int32: the longest entry; then for each its score (float32), length (int32) and text in UTF-8.
+    int32: the longest entry; then for each its score (float32), length (uint32) and text in UTF-8.
     Raises DataError where the data ends too early, or goes on.
     """
     entries, scores, at = [], [], 4
     try:
         for _ in range(vocab_size):
-            score, length = struct.unpack_from("<fi", data, at)
+            score, length = struct.unpack_from("<fI", data, at)
             entries.append(data[at + 8 : at + 8 + length].decode("utf-8").replace(" ", SPACE))
             scores.append(score)
             at += 8 + length

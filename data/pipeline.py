@@ -13,7 +13,7 @@ import numpy as np
 
 from data import labels, sources
 from data.batch import pad_and_stack
-from data.config import TEXT_OBJECTIVES, DataConfig, DataError
+from data.config import GENERATING, TEXT_OBJECTIVES, DataConfig, DataError
 from data.examples import Example
 from data.labels import classes
 from data.objectives import OBJECTIVES, Arrays, Cut
@@ -98,6 +98,7 @@ class Dataset:
         is_kept[rows.kept] = True
         characters, size = (int(n) for n in store.sizes.sum(1, where=is_kept))
         report = _report(config, split, store, rows, characters)
+        report += _losses(config, split, store, tokenizer)
         if names and targets is not None:
             counts = np.bincount(targets[rows.kept], minlength=len(names))
             report.append(
@@ -218,6 +219,23 @@ def _report(
         f"{rows.plan.padding_share:.1%} padding" + (", packed" if config.is_packed else "")
     )
     return lines
+
+
+def _losses(
+    config: DataConfig, split: str, store: TokenStore, tokenizer: Tokenizer
+) -> Iterator[str]:
+    """Yields a line for each thing that the tokenizer does not keep of the texts."""
+    total, unknown = store.count(tokenizer.unknown)
+    if tokenizer.unknown is not None and unknown:
+        yield (
+            f"{split}: {unknown:,} of {total:,} tokens ({unknown / total:.2%}) are "
+            f"{tokenizer.name(tokenizer.unknown)}: the vocabulary lacks what the text has there"
+        )
+    if tokenizer.loses_spaces and config.objective in GENERATING:
+        yield (
+            f"{split}: the tokenizer does not keep spaces: written texts have one around each "
+            "punctuation mark, which lowers their scores"
+        )
 
 
 def _read_ahead(

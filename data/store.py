@@ -56,6 +56,14 @@ class TokenStore:
         """Returns the token counts of all examples, field -> [E]."""
         return {field: np.diff(offsets) for field, offsets in self.offsets.items()}
 
+    def count(self, token: int | None) -> tuple[int, int]:
+        """Returns how many tokens there are, and how often this one, counted part by part."""
+        found = 0
+        for ids in self.ids.values() if token is not None else ():
+            parts = (ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK))
+            found += sum(int(np.count_nonzero(part == token)) for part in parts)
+        return sum(map(len, self.ids.values())), found
+
     def labels(self) -> list[str]:
         """Returns the label of every example, as the source has it."""
         return json.loads((self.folder / "labels.json").read_text("utf-8"))

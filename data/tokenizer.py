@@ -13,7 +13,8 @@ import numpy as np
 import tokenizers
 from tokenizers import models
 
-from data.config import DataError, TokenizerConfig
+from data.config import GENERATING, MOST_TOKENS, DataError, TokenizerConfig
+from data.special import FILE, Special, named_beside, read_config
 from data.vocabulary import BYTES, SPECIAL, learn, read_wordpiece
 from data.writing import write_whole
 
@@ -26,6 +27,9 @@ BEGINS = ("<bos>", "[CLS]", "<s>", "<|begin_of_text|>", "<|endoftext|>")
 ENDS = ("<eos>", "[SEP]", "</s>", "<|end_of_text|>", "<|endoftext|>")
 UNKNOWNS = ("<unk>", "[UNK]")
 MASKS = ("<mask>", "[MASK]")
+SPELLED = {
+    "pad": PADS, "bos": BEGINS + PADS, "eos": ENDS, "unk": UNKNOWNS, "mask": MASKS
+}  # fmt: skip
 SENTINEL = re.compile(r"<extra_id_(\d+)>")
 
 PART = 1 << 17  # Characters of a long text that are tokenised at a time.
@@ -42,24 +46,28 @@ class Tokenizer:
     vocab_size: 1 + the largest id.
     pad, bos, eos, unk, mask: ids of the special tokens, None for those that it lacks; `bos` is
     `pad` then, with which the decoders of such models (T5, Marian) begin.
+    ends: all tokens that end what a model writes; training data has `eos`.
     sentinels: ids of <extra_id_0>, <extra_id_1>, ...
     is_special: bool [V], whether an id is no text, `unk` included; ordinary: the ids that are.
     pretokenized: whether texts are words already, separated by spaces.
-    fingerprint: sha256 (hex) of the tokenizer.json, whatever its layout.
+    fingerprint: sha256 (hex) of the tokenizer.json, whatever its layout, and of what `special` says
+    otherwise.
     """
 
-    def __init__(self, text: str):
-        """Takes the contents of a tokenizer.json."""
-        self._json = text
+    def __init__(self, text: str, special: Special | None = None):
+        """Takes the contents of a tokenizer.json, and what other files say of its special tokens.
+
+        Without `special` their spelling tells them.
+        """
+        contents = json.loads(text)
+        _require_bounds(contents)
+        self._json, self.special = text, special
         self._tokenizer = tokenizers.Tokenizer.from_str(text)
         # A file may ask for these. Here texts are never cut, and batches do the padding.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # The text "<eos>" is read like any other text instead of ending a sentence.
         self._tokenizer.encode_special_tokens = True
-        contents = json.loads(text)
-        canonical = json.dumps(contents, sort_keys=True, separators=(",", ":"))
-        self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
         self.pretokenized = isinstance(self._tokenizer.model, models.WordLevel)
 
         vocabulary = self._tokenizer.get_vocab()
@@ -68,23 +76,30 @@ class Tokenizer:
         # An ordinary word may be spelled like the special token of another tokenizer.
         names = {name: vocabulary[name] for name in (added or vocabulary)}
         find = lambda known: next((names[name] for name in known if name in names), None)  # noqa: E731
-        self.pad, self.eos, self.unk, self.mask = map(find, (PADS, ENDS, UNKNOWNS, MASKS))
-        self.bos = find(BEGINS) if find(BEGINS) is not None else self.pad
+        roles = {role: find(known) for role, known in SPELLED.items()}
         numbers = {int(m[1]): names[m[0]] for m in map(SENTINEL.fullmatch, names) if m}
         self.sentinels = tuple(numbers[i] for i in sorted(numbers))
+        marked = {names[name] for name, token in added.items() if token["special"]}
+        marked |= {i for i in (*roles.values(), *self.sentinels) if i is not None}
+        said = {} if special is None else special.changes(roles, marked)
+        roles |= said
+        self.pad, self.eos, self.unk, self.mask = (roles[r] for r in ("pad", "eos", "unk", "mask"))
+        self.bos = self.pad if roles["bos"] is None else roles["bos"]
+        self.ends = said.get("ends") or ((self.eos,) if self.eos is not None else ())
 
-        roles = (self.pad, self.bos, self.eos, self.unk, self.mask, *self.sentinels)
+        canonical = json.dumps(contents, sort_keys=True, separators=(",", ":"))
+        canonical += json.dumps(said, sort_keys=True) if said else ""
+        self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
         self.is_special = np.ones(self.vocab_size, bool)
         self.is_special[list(vocabulary.values())] = False
-        self.is_special[[i for i in roles if i is not None]] = True
-        self.is_special[[names[name] for name, token in added.items() if token["special"]]] = True
+        self.is_special[[*marked, *said.get("named", ())]] = True
         self.ordinary = np.flatnonzero(~self.is_special)
         self._hidden = self.is_special.copy()  # What is never read from text, nor shown in it.
         if self.unk is not None:
             self._hidden[self.unk] = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tokenizer, (self._json,)
+        return Tokenizer, (self._json, self.special)
 
     @classmethod
     def train(
@@ -101,10 +116,15 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads the tokenizer.json of a run or of Hugging Face, or the vocab.txt of WordPiece."""
+        """Reads the tokenizer.json of a run or of Hugging Face, or the vocab.txt of WordPiece.
+
+        Files beside it say which tokens are special, and how a vocab.txt splits.
+        """
+        path = Path(path)
         try:
-            text = Path(path).read_text("utf-8")
-            return cls(read_wordpiece(text) if Path(path).suffix == ".txt" else text)
+            text = path.read_text("utf-8")
+            text = read_wordpiece(text, read_config(path)) if path.suffix == ".txt" else text
+            tokenizer = cls(text)
         except OSError as error:
             raise DataError(f"cannot read the tokenizer {path}: {error.strerror}") from error
         except DataError as error:
@@ -113,13 +133,27 @@ class Tokenizer:
             raise DataError(
                 f"{path} is not a tokenizer: give a tokenizer.json, or a vocab.txt of WordPiece"
             ) from error
+        of_run = path.with_name(FILE)
+        if of_run.is_file():
+            special = Special.load(of_run, tokenizer.vocab_size)
+        else:
+            vocabulary = tokenizer._tokenizer.get_vocab()
+            special = named_beside(path, vocabulary, tokenizer.unknown)
+        return tokenizer if special is None else tokenizer.following(special)
+
+    def following(self, special: Special) -> Self:
+        """Returns the same tokenizer with these special tokens."""
+        return type(self)(self._json, special)
 
     @classmethod
     def prepare(cls, texts: Iterable[str], config: TokenizerConfig, objective: str) -> Self:
         """Loads the tokenizer that the config names, or else learns one from the texts.
 
-        Raises DataError when the objective needs special tokens that the loaded one lacks.
+        Raises DataError when the objective needs special tokens that the loaded one lacks, and when
+        its texts would be written with other spaces than they have.
         """
+        if config.kind == "wordpiece" and config.path is None and objective in GENERATING:
+            raise DataError(_spaces("data.tokenizer.kind wordpiece", objective))
         if config.path is None:
             return cls.train(texts, config, objective)
         if config.lowercase:
@@ -129,6 +163,8 @@ class Tokenizer:
             )
         tokenizer = cls.load(config.path)
         tokenizer.require(objective, config.path)
+        if tokenizer.loses_spaces and objective in GENERATING:
+            raise DataError(_spaces(f"data.tokenizer.path {config.path}", objective))
         return tokenizer
 
     def require(self, objective: str, name: str = "the tokenizer") -> None:
@@ -146,6 +182,13 @@ class Tokenizer:
                 "give data.tokenizer.path one that has them, or none, to learn one"
             )
 
+    @cached_property
+    def unknown(self) -> int | None:
+        """The token that stands for what the vocabulary lacks; None: it has all texts."""
+        model = json.loads(self._json)["model"]
+        name = model.get("unk_token")
+        return model.get("unk_id") if name is None else self._tokenizer.token_to_id(name)
+
     @property
     def frame(self) -> tuple[int, int]:
         """Begin and end of a text; both must be there (see `require`)."""
@@ -157,12 +200,42 @@ class Tokenizer:
         return self._tokenizer.id_to_token(token) or ""
 
     def save(self, path: str | Path) -> None:
+        """Writes the tokenizer.json, and beside it what other files say of its special tokens."""
+        beside = Path(path).with_name(FILE)
+        beside.unlink(missing_ok=True)  # Of a tokenizer that stood here before.
+        if self.special is not None:
+            self.special.save(beside)
         write_whole(Path(path), self._json)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Returns the ids of each text, int32 [T], without begin or end."""
+    def encode_batch(
+        self, texts: Sequence[str], *, special_tokens: bool = False
+    ) -> list[np.ndarray]:
+        """Returns the ids of each text, int32 [T], without begin or end.
+
+        What is spelled like a special token is text, or with `special_tokens` that token.
+        """
+        if special_tokens:
+            encodings = self._with_special.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [np.array(e.ids, np.int32) for e in encodings]
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [self._without_special(np.array(e.ids, np.int32)) for e in encodings]
+
+    @cached_property
+    def _with_special(self) -> tokenizers.Tokenizer:
+        reader = tokenizers.Tokenizer.from_str(self._json)
+        reader.no_truncation()
+        reader.no_padding()
+        return reader
+
+    def count_unknown(self, ids: np.ndarray) -> int:
+        """Returns how many of the tokens stand for text that the vocabulary does not have."""
+        return 0 if self.unknown is None else int(np.count_nonzero(ids == self.unknown))
+
+    @cached_property
+    def loses_spaces(self) -> bool:
+        """Whether a text comes back with spaces that it did not have, as from WordPiece."""
+        (ids,) = self.encode_batch(["(a)"])
+        return " " in self._tokenizer.decode(ids.tolist(), skip_special_tokens=False).strip()
 
     def _without_special(self, ids: np.ndarray) -> np.ndarray:
         """Spells out special tokens that the model's vocabulary has recognised in a text."""
@@ -268,3 +341,20 @@ def _spelling(name: str, by_bytes: bool) -> str:
 def _is_letter(character: str) -> bool:
     """Whether it is part of a word: Chinese and Japanese do not separate theirs."""
     return character.isalnum() and not "\u3040" <= character <= "\u9fff"
+
+
+def _require_bounds(contents: dict[str, Any]) -> None:
+    """Raises DataError, to be completed by a path, for ids that would fill the memory."""
+    vocabulary = contents["model"]["vocab"]
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+    if max(ids) >= MOST_TOKENS:
+        raise DataError(
+            f"gives a token the id {max(ids)}: a vocabulary has at most {MOST_TOKENS:,} entries"
+        )
+
+
+def _spaces(what: str, objective: str) -> str:
+    return (
+        f"{what} does not keep the spaces of a text, and data.objective {objective} learns to "
+        "write texts: use data.tokenizer.kind bpe, chars or bytes"
+    )

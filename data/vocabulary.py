@@ -2,18 +2,21 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from data.config import DataError, TokenizerConfig
+from data.special import names_in
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 UNKNOWN = SPECIAL[3]
 MASK = "<mask>"
 SENTINELS = [f"<extra_id_{i}>" for i in range(100)]  # As many as T5 has.
 ALPHABET = 1000  # Most characters that a WordPiece vocabulary knows.
+LONGEST = 1000  # Longest word that is learned from; the time grows with the square of its length.
 
 
 def learn(texts: Iterable[str], config: TokenizerConfig, objective: str) -> str:
@@ -39,31 +42,56 @@ def learn(texts: Iterable[str], config: TokenizerConfig, objective: str) -> str:
     return json.dumps(contents, ensure_ascii=False, indent=1)
 
 
-def read_wordpiece(text: str) -> str:
+def read_wordpiece(text: str, config: Mapping[str, Any]) -> str:
     """Returns the tokenizer.json of a vocab.txt, which has one entry a line, line i being id i.
 
-    The file does not say whether case is folded. It is where no entry has a capital letter: there,
-    every capitalised word would be unknown otherwise. Raises DataError, to be completed by a path.
+    Of an entry on several lines the last one counts, as in transformers. `config` holds the values
+    of its tokenizer_config.json. Where do_lower_case is not among them, case is folded if no entry
+    has a capital letter: every capitalised word would be unknown otherwise. Raises DataError, to be
+    completed by a path.
     """
     entries = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     vocabulary = {entry: i for i, entry in enumerate(entries)}
-    if len(vocabulary) < len(entries):
-        twice = next(entry for i, entry in enumerate(entries) if vocabulary[entry] != i)
-        raise DataError(f"has {twice!r} on two lines: each entry has one number")
-    unknown = next((entry for entry in ("[UNK]", UNKNOWN) if entry in vocabulary), None)
+    names = names_in(config)
+    unknowns = (names.get("unk_token"), "[UNK]", UNKNOWN)
+    unknown = next((entry for entry in unknowns if entry in vocabulary), None)
     if unknown is None:
         raise DataError("has no [UNK], so it is not the vocab.txt of a WordPiece tokenizer")
-    special = [entry for entry in entries if entry[:1] + entry[-1:] in ("[]", "<>") and entry[2:]]
-    cased = any(c != c.lower() for entry in vocabulary.keys() - set(special) for c in entry)
-    tokenizer = _bert(models.WordPiece(vocabulary, unk_token=unknown), lowercase=not cased)
+    special = {e for e in vocabulary if e[:1] + e[-1:] in ("[]", "<>") and e[2:]}
+    special |= set(names.values())
+    cased = any(c != c.lower() for entry in vocabulary.keys() - special for c in entry)
     named = {"[PAD]", "[CLS]", "[SEP]", "[MASK]", unknown, *SPECIAL, MASK, *SENTINELS}
-    tokenizer.add_special_tokens([entry for entry in special if entry in named])
+    named |= set(names.values())
+    kept = set(config.get("never_split") or ()) - named
+    if kept:
+        raise DataError(
+            f"stands beside a tokenizer_config.json with never_split {sorted(kept)}, which is not "
+            "supported: take it out there to split these words like others, or give a "
+            "tokenizer.json"
+        )
+    tokenizer = _bert(
+        models.WordPiece(vocabulary, unk_token=unknown),
+        lowercase=_flag(config, "do_lower_case", not cased),
+        strip_accents=_flag(config, "strip_accents", None),
+        handle_chinese_chars=_flag(config, "tokenize_chinese_chars", True),
+    )
+    tokenizer.add_special_tokens([e for e in vocabulary if e in special & named])
     return tokenizer.to_str()
+
+
+def _flag(config: Mapping[str, Any], key: str, default: bool | None) -> bool | None:
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise DataError(
+            f"stands beside a tokenizer_config.json with {key} {value!r}: give true or false"
+        )
+    return default if value is None else value
 
 
 def _bpe(texts: Iterable[str], config: TokenizerConfig, special: list[str]):
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = _bounded(words)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
@@ -72,13 +100,19 @@ def _bpe(texts: Iterable[str], config: TokenizerConfig, special: list[str]):
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = words
     return tokenizer
+
+
+def _bounded(words: Any) -> Any:
+    """Words for the trainer: longer ones are cut into pieces of LONGEST."""
+    return pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(LONGEST)])
 
 
 def _wordpiece(texts: Iterable[str], config: TokenizerConfig, special: list[str]):
     if iter(texts) is texts:  # They are read twice, which an iterator cannot.
         texts = list(texts)
-    tokenizer = _bert(models.WordPiece(unk_token=UNKNOWN), config.lowercase)
+    tokenizer = _bert(models.WordPiece(unk_token=UNKNOWN), lowercase=config.lowercase)
     # The trainer numbers the pieces inside of words in a random order and breaks ties by number. As
     # special tokens they have fixed numbers, and the same texts give the same vocabulary.
     counts: Counter[str] = Counter()
@@ -97,14 +131,17 @@ def _wordpiece(texts: Iterable[str], config: TokenizerConfig, special: list[str]
         limit_alphabet=0,
         show_progress=False,
     )
+    words = tokenizer.pre_tokenizer
+    tokenizer.pre_tokenizer = _bounded(words)
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = words
     return tokenizer
 
 
-def _bert(model: models.WordPiece, lowercase: bool):
+def _bert(model: models.WordPiece, **normalizer: Any):
     """A WordPiece tokenizer with BERT's rules for what a word is (arXiv:1810.04805)."""
     tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.normalizer = normalizers.BertNormalizer(**normalizer)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     return tokenizer

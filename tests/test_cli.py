@@ -315,6 +315,18 @@ def test_translate_gives_a_line_per_line(trained):
     assert run_piped(["translate", str(trained)], b"").stdout == b""
 
 
+def test_unknown_words_are_said_beside_the_answers(trained, classifier, capsys, monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO(b"red cat\nred hat, hat\n"))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert cli.run(["translate", str(trained)]) == 0
+    got = capsys.readouterr()
+    assert "2 tokens in 1 of 2 lines, the first in line 2, are <unk>" in got.err
+    assert len(got.out.splitlines()) == 2
+    for text, is_known in (("red cat", True), ("red\N{SNOWMAN}cat", False)):
+        assert cli.run(["classify", str(classifier), text]) == 0
+        assert ("in 1 of 1 lines" in capsys.readouterr().err) != is_known
+
+
 def test_translate_samples_by_seed(trained, pipe):
     flags = ["--decode.beam", "1", "--decode.temperature", "2"]
     texts = [

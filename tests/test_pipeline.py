@@ -421,6 +421,20 @@ def test_report_of_documents(prepare):
         prepare("masked_lm", [{"text": ""}, {"text": " \n"}], "valid")
 
 
+def test_report_of_what_the_tokenizer_loses(config, prepare, folder, tokenizer):
+    unknown = Tokenizer.train(["x"], TokenizerConfig(kind="words"), "translation")
+    dataset = Dataset.prepare(config, unknown, "train")
+    tokens = sum(len(ids) for ids in dataset.store.ids.values())
+    line = f"train: {tokens:,} of {tokens:,} tokens (100.00%) are <unk>"
+    assert any(found.startswith(line) for found in dataset.report)
+    pieces = Tokenizer.train(DOCUMENTS, TokenizerConfig(kind="wordpiece"), "translation")
+    assert any(
+        "does not keep spaces" in line for line in Dataset.prepare(config, pieces, "train").report
+    )
+    for dataset in (Dataset.prepare(config, tokenizer, "train"), prepare("causal_lm")):
+        assert not any("<unk>" in line or "spaces" in line for line in dataset.report)
+
+
 def test_tokenizer_that_does_not_fit_the_objective(config, tokenizer):
     with pytest.raises(DataError, match=r"the tokenizer lacks a mask.*masked_lm needs"):
         Dataset.prepare(replace(config, objective="masked_lm"), tokenizer, "train")

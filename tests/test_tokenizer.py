@@ -325,12 +325,58 @@ def test_vocab_txt(bert, tmp_path):
     path.write_text("\n".join([*BERT, "Cat"]))  # With capitals: case is not folded.
     cased = Tokenizer.load(path)
     assert tokens(cased, cased.encode_batch(["Cat The"])[0]) == ["Cat", "[UNK]"]
-    path.write_text("\n".join([*BERT, "cat"]))
-    with pytest.raises(DataError, match=r"vocab\.txt has 'cat' on two lines"):
-        Tokenizer.load(path)
     path.write_text("a\nb\n")
     with pytest.raises(DataError, match=r"vocab\.txt has no \[UNK\]"):
         Tokenizer.load(path)
+
+
+def test_the_last_of_repeated_entries_counts(tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join([*BERT, "cat", "dog"]))
+    tokenizer = Tokenizer.load(path)
+    (ids,) = tokenizer.encode_batch(["the cat dog"])
+    assert ids.tolist() == [5, 12, 13]  # As in transformers 5.24; id 6 is a hole.
+    assert tokenizer.vocab_size == 14 and tokenizer.is_special[6]
+
+
+@pytest.mark.parametrize(
+    ("config", "text", "expected"),
+    [
+        ({"do_lower_case": False}, "The été", "[UNK] été"),
+        ({"do_lower_case": True}, "The été", "the ete"),
+        ({"do_lower_case": True, "strip_accents": False}, "THE Été", "the été"),
+        ({"do_lower_case": False, "strip_accents": True}, "the été", "the ete"),
+        ({"tokenize_chinese_chars": False}, "漢字", "漢字"),
+        ({"tokenize_chinese_chars": True}, "漢字", "漢 字"),
+        ({"never_split": ["[MASK]"]}, "The", "the"),
+        ({"cls_token": "<go>", "sep_token": {"content": "<stop>"}}, "the", "the"),
+    ],
+)
+def test_vocab_txt_is_split_as_its_config_says(tmp_path, config, text, expected):
+    entries = [*BERT, "été", "ete", "漢字", "漢", "字", "<go>", "<stop>"]
+    (tmp_path / "vocab.txt").write_text("\n".join(entries), "utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.load(tmp_path / "vocab.txt")
+    assert tokens(tokenizer, tokenizer.encode_batch([text])[0]) == expected.split()
+    framed = ("<go>", "<stop>") if "cls_token" in config else ("[CLS]", "[SEP]")
+    assert tokens(tokenizer, tokenizer.frame) == list(framed)
+    assert tokenizer.decode([*tokenizer.frame]) == ""
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"never_split": ["foo-bar"]}', r"never_split \['foo-bar'\].*take it out"),
+        ('{"do_lower_case": "yes"}', r"do_lower_case 'yes': give true or false"),
+        ("{", r"tokenizer_config\.json is not JSON"),
+        ("[]", r"tokenizer_config\.json is JSON, but no object"),
+    ],
+)
+def test_config_that_cannot_be_followed(tmp_path, config, message):
+    (tmp_path / "vocab.txt").write_text("\n".join(BERT))
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    with pytest.raises(DataError, match=message):
+        Tokenizer.load(tmp_path / "vocab.txt")
 
 
 def test_prepare_loads_or_learns(bert, tmp_path):
@@ -436,6 +482,63 @@ def test_words(bert, gpt2, t5, words):
     assert split(bert, "") == []
     framed = [bert.bos, 6, 7, bert.mask, 7, bert.eos]  # [CLS] cat ##s [MASK] ##s [SEP]
     assert bert.words(np.array(framed)).tolist() == [0, 1, 1, 2, 3, 4]
+
+
+# What a tokenizer loses --------------------------------------------------------------------------
+
+
+def test_text_that_the_vocabulary_lacks(bpe, bert, words):
+    known = {"cats": 0, "the dog": 1, "x" * 101: 1, "zz, zz": 2}
+    for text, count in known.items():
+        assert bert.count_unknown(bert.encode_batch([text])[0]) == count
+        assert bpe.count_unknown(bpe.encode_batch([text])[0]) == 0
+    assert bpe.unknown is None and words.count_unknown(words.encode_batch(["<eos> zwei"])[0]) == 1
+
+
+def test_tokenizers_that_lose_spaces_are_for_no_texts_that_are_written(bert, gpt2, t5, tmp_path):
+    for kind, loses in {"wordpiece": True, "bpe": False, "chars": False, "words": False}.items():
+        assert learn(kind).loses_spaces == loses
+    assert bert.loses_spaces and not gpt2.loses_spaces and not t5.loses_spaces
+    path = str(tmp_path / "bert.json")
+    for objective in ("translation", "causal_lm", "prefix_lm"):
+        with pytest.raises(DataError, match=f"kind wordpiece .*spaces.* {objective} .*kind bpe"):
+            Tokenizer.prepare(TEXTS, TokenizerConfig(kind="wordpiece"), objective)
+        with pytest.raises(DataError, match=rf"bert\.json .*spaces.* {objective} .*kind bpe"):
+            Tokenizer.prepare(TEXTS, TokenizerConfig(path=path), objective)
+    assert Tokenizer.prepare(TEXTS, TokenizerConfig(path=path), "classification").loses_spaces
+
+
+# Bounds ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_long_words_are_learned_from_in_pieces(kind, monkeypatch):
+    ordinary = learn(kind)
+    monkeypatch.setattr("data.vocabulary.LONGEST", 29)
+    assert learn(kind).fingerprint == ordinary.fingerprint
+    monkeypatch.setattr("data.vocabulary.LONGEST", 3)
+    shorter = learn(kind)
+    assert shorter.fingerprint != ordinary.fingerprint
+    longest = max(len(shorter.name(int(i)).removeprefix("##")) for i in shorter.ordinary)
+    assert longest == 3
+    # Texts are split as before.
+    whole, cut = (json.loads(t._json)["pre_tokenizer"] for t in (ordinary, shorter))
+    assert whole == cut
+
+
+def test_a_vocabulary_has_bounds(tmp_path):
+    vocabulary = {"[UNK]": 0, "a": 1, "b": 4_000_000_000}
+    path = tmp_path / "tokenizer.json"
+    for model in (models.WordPiece, models.WordLevel):
+        tokenizers.Tokenizer(model(vocabulary, unk_token="[UNK]")).save(str(path))
+        with pytest.raises(
+            DataError, match=r"tokenizer\.json gives .* id 4000000000: .*10,000,000"
+        ):
+            Tokenizer.load(path)
+    tokenizers.Tokenizer(models.WordLevel(vocabulary | {"b": 9}, unk_token="[UNK]")).save(str(path))
+    assert Tokenizer.load(path).is_special.tolist() == [True, False, *[True] * 7, False]
+    with pytest.raises(DataError, match=r"vocab_size is 1000000000: give 10000000 or less"):
+        TokenizerConfig(vocab_size=10**9)
 
 
 def test_missing_or_broken_file(tmp_path):

@@ -117,7 +117,9 @@ def translate(directory: str, arguments: list[str]) -> None:
 
     lines = read_lines()
     trained = _load(directory, chosen, stderr=True)
-    _print(Translator(*_parts(trained, chosen))(lines))
+    translations = Translator(*_parts(trained, chosen))(lines)
+    _warn_unknown(trained, lines)
+    _print(translations)
 
 
 def generate(directory: str, arguments: list[str]) -> None:
@@ -131,6 +133,7 @@ def generate(directory: str, arguments: list[str]) -> None:
     trained = _load(directory, chosen, stderr=True)
     is_prefix = trained.run.data.objective == "prefix_lm"
     generator = Generator(*_parts(trained, chosen), prefix=is_prefix)
+    _warn_unknown(trained, lines if text is None else [text])
     if text is None:
         whole = [line + rest for line, rest in zip(lines, generator(lines), strict=True)]
         _print(text.replace("\n", " ") for text in whole)
@@ -150,7 +153,9 @@ def classify(directory: str, arguments: list[str]) -> None:
 
     lines = read_lines() if text is None else [text]
     trained = _load(directory, chosen, stderr=True)
-    _print(Classifier(trained)(lines))
+    answers = Classifier(trained)(lines)
+    _warn_unknown(trained, [line.replace("\t", " ") for line in lines])
+    _print(answers)
 
 
 def attention(directory: str, arguments: list[str]) -> None:
@@ -291,6 +296,21 @@ def _parts(trained: Any, chosen: DecodeArguments) -> tuple[Any, ...]:
     """What writes texts: model, how, tokenizer, parameters, mesh and seed."""
     model, tokenizer = trained.run.model, trained.tokenizer
     return model, chosen.decode, tokenizer, trained.params, trained.mesh, chosen.seed
+
+
+def _warn_unknown(trained: Any, lines: list[str]) -> None:
+    """Says how many of the texts have something that the tokenizer does not know."""
+    tokenizer = trained.tokenizer
+    counts = [tokenizer.count_unknown(ids) for ids in tokenizer.encode_batch(lines)]
+    found = [number for number, count in enumerate(counts, 1) if count]
+    if found:
+        console(stderr=True).print(
+            f"{sum(counts):,} tokens in {len(found):,} of {len(lines):,} lines, the first in line "
+            f"{found[0]:,}, are {tokenizer.name(tokenizer.unknown)}: the vocabulary lacks what the "
+            "text has there",
+            style="yellow",
+            markup=False,
+        )
 
 
 def helps(arguments: list[str]) -> bool:

@@ -1,0 +1,176 @@
+"""Special tokens as the files beside a tokenizer.json, and those of its model, name them.
+
+A tokenizer without such files knows its special tokens by their spelling.
+"""
+
+import json
+from collections.abc import Mapping, Set
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from data.config import DataError
+from data.writing import write_whole
+
+FILE = "special_tokens.json"  # Beside the tokenizer.json of a run.
+CONFIG = "tokenizer_config.json"
+MAP = "special_tokens_map.json"
+# How these files name the roles, BERT's names first.
+NAMES = {
+    "pad": ("pad_token",),
+    "bos": ("cls_token", "bos_token"),
+    "eos": ("sep_token", "eos_token"),
+    "mask": ("mask_token",),
+}
+ROLES = (*NAMES, "unk")
+LISTS = ("additional_special_tokens", "extra_special_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Special:
+    """Ids of the special tokens of somebody else's tokenizer; None where no file names one."""
+
+    pad: int | None = None
+    bos: int | None = None
+    eos: int | None = None
+    """The end that a row of training data has."""
+    unk: int | None = None
+    mask: int | None = None
+    ends: tuple[int, ...] = ()
+    """All tokens that end what a model writes; empty: `eos` alone."""
+    named: tuple[int, ...] = ()
+    """Tokens that the tokenizer's files call special."""
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What the files hold, by their names: an export writes it back."""
+
+    def changes(self, roles: Mapping[str, int | None], marked: Set[int]) -> dict[str, Any]:
+        """Returns what is otherwise than the spelling of the tokens tells: roles, ends, named.
+
+        `marked` are the tokens that count as special by their spelling.
+        """
+        own = {role: getattr(self, role) for role in ROLES}
+        now = dict(roles) | {role: id for role, id in own.items() if id is not None}
+        found: dict[str, Any] = {role: id for role, id in now.items() if id != roles[role]}
+        if self.ends not in ((), (now["eos"],)):
+            found["ends"] = self.ends
+        if named := set(self.named) - marked:
+            found["named"] = sorted(named)
+        return found
+
+    def save(self, path: Path) -> None:
+        write_whole(path, json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path, size: int) -> "Special":
+        """Reads what `save` has written, for `size` tokens; raises DataError for anything else."""
+        values = read_json(path)
+        ids = [[values[role]] for role in ROLES if values.get(role) is not None]
+        lists: dict[str, Any] = {name: values.get(name) for name in ("ends", "named")}
+        is_whole = values.keys() == {entry.name for entry in fields(cls)}
+        is_whole = is_whole and isinstance(values["files"], dict)
+        if not is_whole or not all(_are_ids(some, size) for some in [*ids, *lists.values()]):
+            raise DataError(f"{path} does not hold the special tokens of a run: restore the file")
+        values |= {name: tuple(some) for name, some in lists.items()}
+        return cls(**values)
+
+
+def named_beside(path: Path, vocabulary: Mapping[str, int], unknown: int | None) -> Special | None:
+    """Returns what the files beside a tokenizer name; None where there are no such files.
+
+    A name that the vocabulary lacks counts for nothing. `unknown` is what unknown text becomes.
+    """
+    if not any(path.with_name(file).is_file() for file in (MAP, CONFIG)):
+        return None
+    values = read_config(path)
+    names = {key: name for key, name in names_in(values).items() if name in vocabulary}
+    ids = {key: vocabulary[name] for key, name in names.items()}
+    pad, bos, eos, mask = (
+        next((ids[k] for k in keys if k in ids), None) for keys in NAMES.values()
+    )
+    named = {ids[key] for keys in NAMES.values() for key in keys if key in ids}
+    listed = [some for key in LISTS if isinstance(some := values.get(key), list)]
+    contents = [content for some in listed for token in some if (content := _content(token))]
+    named |= {vocabulary[content] for content in contents if content in vocabulary}
+    return Special(
+        pad=pad,
+        bos=bos,
+        eos=eos,
+        unk=None if unknown in named else unknown,
+        mask=mask,
+        named=tuple(sorted(named)),
+        files={CONFIG: names},
+    )
+
+
+def names_in(values: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the spelling of the special tokens in a tokenizer_config.json: eos_token, ..."""
+    spelled = {key: _content(value) for key, value in values.items() if key.endswith("_token")}
+    return {key: content for key, content in spelled.items() if content is not None}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Returns the values of the files beside a tokenizer; {} where there are none."""
+    found = [path.with_name(file) for file in (MAP, CONFIG)]
+    return {key: v for file in found if file.is_file() for key, v in read_json(file).items()}
+
+
+def of_model(
+    special: Special, files: Mapping[str, Mapping[str, Any]], size: int, *, architecture: str
+) -> tuple[Special, list[str]]:
+    """Returns what the files of a model add, and lines on ids that `size` tokens do not have.
+
+    `files` holds the values of config.json and then of generation_config.json, which wins, as it
+    does in transformers. An encoder writes nothing: its tokenizer says how a text begins and ends,
+    and the model only what the tokenizer leaves open. Raises DataError for what is no id.
+    """
+    ids, notes = {}, []
+    for file, values in files.items():
+        for key, value in values.items():
+            if not key.endswith("_token_id") or value is None:
+                continue
+            some = value if isinstance(value, list) else [value]
+            if not all(type(i) is int and i >= -1 for i in some):
+                raise DataError(f'{file} has "{key}": {value!r}: give an id, or a list of ids')
+            outside = [i for i in some if not 0 <= i < size]
+            if outside not in ([], [-1]):  # -1 stands for none.
+                notes.append(
+                    f"{file}: {key} {', '.join(map(str, outside))} is not used, the tokenizer has "
+                    f"{size:,} tokens"
+                )
+            if inside := [i for i in some if 0 <= i < size]:
+                ids[key] = inside
+    first = lambda *keys: next((ids[key][0] for key in keys if key in ids), None)  # noqa: E731
+    begins = ("decoder_start_token_id",) if architecture == "encoder_decoder" else ()
+    theirs = {
+        "pad": first("pad_token_id"),
+        "bos": first(*begins, "bos_token_id"),
+        "eos": special.eos if special.eos in ids.get("eos_token_id", []) else first("eos_token_id"),
+    }
+    ours = {role: getattr(special, role) for role in theirs}
+    winner, other = (ours, theirs) if architecture == "encoder_only" else (theirs, ours)
+    pad, bos, eos = (other[role] if id is None else id for role, id in winner.items())
+    ends = tuple(ids.get("eos_token_id", ()))
+    kept = special.files | {file: dict(values) for file, values in files.items()}
+    return replace(special, pad=pad, bos=bos, eos=eos, ends=ends, files=kept), notes
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: restore or delete it") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{path} is JSON, but no object: restore or delete it")
+    return values
+
+
+def _content(token: Any) -> str | None:
+    """The spelling of a token, which such a file gives as a text or as an object."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _are_ids(values: Any, size: int) -> bool:
+    return isinstance(values, list) and all(type(i) is int and 0 <= i < size for i in values)
