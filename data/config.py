@@ -1,6 +1,8 @@
 """What a user may choose about the data. The strings under fields are the command line's help."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from typing import Any, Literal, get_args, get_origin
 
 Objective = Literal[
@@ -18,6 +20,7 @@ TEXT_OBJECTIVES = ("causal_lm", "masked_lm", "prefix_lm", "span_corruption")
 GENERATING = ("causal_lm", "prefix_lm", "span_corruption", "translation")
 PACKABLE = ("causal_lm", "masked_lm")
 MOST_TOKENS = 10_000_000  # In a vocabulary; the largest that are in use have a million.
+MOST_WORKERS = 1024
 # Settings that say nothing for the other objectives.
 ONLY_FOR = {
     "classes": ("classification",),
@@ -35,6 +38,18 @@ class DataError(ValueError):
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise DataError(message)
+
+
+def short(text: str, most: int = 80) -> str:
+    """A text for an error: its beginning where it is long."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def listed(names: Collection[object], most: int = 12) -> str:
+    """Names for an error, the first ones where there are many."""
+    shown = [short(str(name)) for name in islice(names, most)]
+    first = ", ".join(name if name.isprintable() else repr(name) for name in shown)
+    return first if len(names) <= most else f"{first}, ... ({len(names):,} in all)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +266,10 @@ class DataConfig:
         _at_least("data.length_multiple", self.length_multiple, 1)
         _at_least("data.max_length", self.max_length, 2)
         _at_least("data.workers", self.workers, 0)
+        require(
+            self.workers <= MOST_WORKERS,
+            f"data.workers is {self.workers}: give at most {MOST_WORKERS} processes",
+        )
 
     @property
     def is_packed(self) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from data.config import TEXT_OBJECTIVES, DataConfig, DataError
+from data.config import TEXT_OBJECTIVES, DataConfig, DataError, listed
 
 Example = dict[str, str]
 SPLITS = ("train", "valid", "test")
@@ -34,7 +34,7 @@ def text_columns(config: DataConfig, known: Sequence[str], has: str) -> tuple[st
 
     `has` starts like "FILE has the columns"; it is part of the errors. Raises DataError.
     """
-    has = f"{has} {', '.join(known)}"
+    has = f"{has} {listed(known)}"
     if config.objective == "translation":
         usual, counts = [config.languages, ("source", "target")], (2,)
         expected = f"{' and '.join(config.languages)} (data.languages)"
@@ -66,7 +66,7 @@ def label_column(config: DataConfig, known: Sequence[str], has: str) -> str | No
     for column in (config.label, "score") if config.label == "label" else (config.label,):
         if column in known:
             return column
-    raise DataError(f"data.label is {config.label!r}, but {has} {', '.join(known)}: choose one")
+    raise DataError(f"data.label is {config.label!r}, but {has} {listed(known)}: choose one")
 
 
 # Splits -----------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from contextlib import suppress
 import numpy as np
 
 from data import sources
-from data.config import DataConfig, DataError
+from data.config import DataConfig, DataError, listed, short
 
 
 def classes(config: DataConfig) -> tuple[str, ...]:
@@ -38,8 +38,8 @@ def numbers(labels: Sequence[str], names: Sequence[str], split: str) -> np.ndarr
         for label in labels:
             if label not in number:
                 raise DataError(
-                    f"split {split!r} has the label {label!r}, which is not among the classes "
-                    f"{', '.join(names)}: correct the data, or set data.classes to all of them"
+                    f"split {split!r} has the label {short(label)!r}, which is not among the "
+                    f"classes {listed(names)}: correct the data, or set data.classes to all of them"
                 )
         return np.array([number[label] for label in labels], np.int32)
     values = np.full(len(labels), np.nan, np.float32)
@@ -48,7 +48,7 @@ def numbers(labels: Sequence[str], names: Sequence[str], split: str) -> np.ndarr
             values[i] = float(label)
         if not np.isfinite(values[i]):
             raise DataError(
-                f"example {i} of split {split!r} has the label {label!r}: "
+                f"example {i} of split {split!r} has the label {short(label)!r}: "
                 "data.objective regression needs a finite number"
             )
     return values

@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.config import DataError
+from data.config import DataError, listed, short
 from data.examples import Example
-from data.text_files import TextFile, checked_lines
+from data.text_files import CR_ONLY, TextFile, checked_lines
 
 # Each takes lines with their ends and takes no more of them than a row needs.
 _READERS: dict[str, Callable[[Iterable[str]], Iterator[Any]]] = {
     ".tsv": lambda lines: (line.rstrip("\r\n").split("\t") for line in lines),  # No quoting.
-    ".csv": lambda lines: csv.reader(lines, strict=True),
-    ".jsonl": lambda lines: map(json.loads, lines),
+    ".csv": lambda lines: _csv_rows(lines),
+    ".jsonl": lambda lines: map(_json_value, lines),
 }
 SUFFIXES = ", ".join(_READERS)
 csv.field_size_limit(1 << 30)  # Characters of a cell; 131,072 unless told.
@@ -37,21 +37,51 @@ def _rows(path: str, lines: Iterable[str]) -> Iterator[Any]:
     return _READERS[Path(path).suffix.lower()](lines)
 
 
+class _RowError(Exception):
+    """What is wrong with a row, and what to do, without its file and line."""
+
+
+def _csv_rows(lines: Iterable[str]) -> Iterator[list[str]]:
+    try:
+        yield from csv.reader(lines, strict=True)
+    except csv.Error as error:
+        if "new-line character" in str(error):
+            raise _RowError(f"{CR_ONLY}, or quote the cells that have them") from error
+        raise _RowError(
+            f"begins a row that is no CSV ({error}): quote a cell that has a comma, a quote or a "
+            "line end, and double the quotes in it"
+        ) from error
+
+
+def _json_value(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise _RowError(f"is no JSON ({error.msg}): give one object a line") from error
+    except RecursionError as error:
+        raise _RowError("is JSON of too many levels: take the inner ones out") from error
+    except ValueError as error:
+        raise _RowError("has a number of too many digits: write it as a text") from error
+
+
 def header(path: str) -> tuple[str, ...]:
     """Returns the names of the columns: the first row, or the keys of the first object."""
     lines = (line.decode("utf-8-sig") for line in checked_lines(path))
     try:
         names = next(_rows(path, lines), ())
-    except (csv.Error, json.JSONDecodeError) as error:
-        raise DataError(f"{path}, line 1: {error}; this is no {Path(path).suffix}") from error
+    except _RowError as error:
+        raise DataError(f"{path}, line 1 {error}") from error
     if names == ():
         raise DataError(f"{path} is empty: give it rows")
     if _is_json(path) and not isinstance(names, dict):
         raise DataError(f"{path}, line 1 is no JSON object: give one object a line")
     if len(set(names)) < len(names):
-        raise DataError(f"{path} names a column twice in {', '.join(names)}: rename one")
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise DataError(f"{path} names a column twice, {short(twice)!r}: rename one")
     if not any(names):
         raise DataError(f"{path} has no header: name the columns in its first line")
+    if Path(path).suffix.lower() == ".tsv" and any("\r" in name for name in names):
+        raise DataError(f"{path}, line 1 {CR_ONLY}")
     return tuple(names)
 
 
@@ -68,7 +98,7 @@ class Table(Sequence[Example]):
         for column in columns.values():
             if column not in self.header:
                 raise DataError(
-                    f"{path} has no column {column!r}, only {', '.join(self.header)}: "
+                    f"{path} has no column {column!r}, only {listed(self.header)}: "
                     "all tables need the same columns, unless data.columns and data.label say so"
                 )
         self.lines = TextFile(path)
@@ -88,7 +118,7 @@ class Table(Sequence[Example]):
 
         def take() -> Iterator[str]:
             nonlocal n_taken
-            for n_taken in range(1, len(self.lines) + 1):
+            for n_taken in range(1, self._last() + 1):
                 yield self.lines.span(n_taken - 1, n_taken)
 
         rows = _rows(self.path, take())
@@ -100,19 +130,19 @@ class Table(Sequence[Example]):
                 row = next(rows)
             except StopIteration:
                 break
-            except json.JSONDecodeError as error:
-                raise self._error(
-                    start, f"is no JSON ({error.msg}): give one object a line"
-                ) from error
-            except csv.Error as error:
-                raise self._error(
-                    start,
-                    f"begins a row that is no CSV ({error}): quote a cell that has a comma, "
-                    "a quote or a line end, and double the quotes in it",
-                ) from error
+            except _RowError as error:
+                raise self._error(start, str(error)) from error
             self._example(row, start)
             yield start
         yield n_taken
+
+    def _last(self) -> int:
+        """Returns the line after the last row: blank lines at the end are none."""
+        last = len(self.lines)
+        is_row = len(self.header) == 1 and Path(self.path).suffix.lower() == ".tsv"
+        while last and not is_row and not self.lines.span(last - 1, last).strip(" \r\n"):
+            last -= 1
+        return last
 
     def _example(self, row: Any, line: int) -> Example:
         if not _is_json(self.path):
@@ -128,12 +158,12 @@ class Table(Sequence[Example]):
         example = {}
         for field, column in self.columns.items():
             if column not in row:
-                raise self._error(line, f"has no {column!r}, only {', '.join(row)}")
+                raise self._error(line, f"has no {column!r}, only {listed(row)}")
             value = row[column]
             if field == "label":
                 value = self._label(value, column, line)
             elif not isinstance(value, str):
-                raise self._error(line, f"has {json.dumps(value)} as {column!r}: give a text")
+                raise self._error(line, f"has {_shown(value)} as {column!r}: give a text")
             if _HALF.search(value):
                 raise self._error(
                     line, f"has half a character (\\ud800-\\udfff) in {column!r}: repair it"
@@ -142,21 +172,30 @@ class Table(Sequence[Example]):
         return example
 
     def _label(self, value: Any, column: str, line: int) -> str:
-        if isinstance(value, (dict, list)):
-            raise self._error(
-                line, f"has {json.dumps(value)} as {column!r}: give a class or number"
-            )
+        no_label = isinstance(value, float) and not math.isfinite(value)  # JSON has no such number.
+        if no_label or isinstance(value, (dict, list)):
+            raise self._error(line, f"has {_shown(value)} as {column!r}: give a class or number")
         label = (
             value.strip() if isinstance(value, str) else "" if value is None else json.dumps(value)
         )
         if not label:
             raise self._error(line, f"has no label in column {column!r}: give one, or take it out")
         if self.numbers and not is_finite(label):
-            raise self._error(line, f"has the label {label!r}: regression needs a finite number")
+            raise self._error(
+                line, f"has the label {short(label)!r}: regression needs a finite number"
+            )
         return label
 
     def _error(self, line: int, message: str) -> DataError:
         return DataError(f"{self.path}, line {line + 1} {message}")
+
+
+def _shown(value: Any) -> str:
+    """A JSON value in an error."""
+    try:
+        return short(json.dumps(value))
+    except RecursionError:
+        return "a value of many levels"
 
 
 def is_finite(label: str) -> bool:

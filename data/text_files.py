@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from array import array
 from collections.abc import Iterator, Sequence
 from mmap import ACCESS_READ, mmap
@@ -19,24 +20,70 @@ DOCUMENT_BYTES = 1 << 24
 MANY_FILES = 500
 _BOM = "\ufeff"  # Some editors mark UTF-8 with a byte order mark; it is no part of the text.
 _LOOK = 1 << 16  # bytes that are searched for the end of a line
+_HEAD = 1024  # bytes that say what a file is
+# How files begin that are often given for text, and what to do with them.
+_SIGNATURES = {
+    b"\x1f\x8b": "is compressed with gzip: decompress it",
+    b"\x28\xb5\x2f\xfd": "is compressed with Zstandard: decompress it",
+    b"BZh": "is compressed with bzip2: decompress it",
+    b"\xfd7zXZ\x00": "is compressed with xz: decompress it",
+    b"\x04\x22\x4d\x18": "is compressed with LZ4: decompress it",
+    b"PK\x03\x04": "is a zip archive: unpack it",
+    b"7z\xbc\xaf": "is a 7z archive: unpack it",
+    b"PAR1": "is a Parquet file: write its rows as .jsonl, .csv or .tsv",
+    b"ARROW1": "is an Arrow file: write its rows as .jsonl, .csv or .tsv",
+    b"SQLite": "is a database: write its rows as .jsonl, .csv or .tsv",
+    b"%PDF": "is a PDF: write its text into a file",
+    b"\xff\xfe": "is UTF-16: convert it to UTF-8",
+    b"\xfe\xff": "is UTF-16: convert it to UTF-8",
+}
+CR_ONLY = "has line ends of \\r alone: convert them to \\n"
+_BREAK = re.compile("\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
+
+
+def one_line(text: str) -> str:
+    """Returns the text with a space in place of each line break, of whatever kind."""
+    return _BREAK.sub(" ", text)
+
+
+def not_utf8(name: str, head: bytes, error: UnicodeDecodeError, line: int) -> DataError:
+    """The error for a text, named so, whose `line` is not UTF-8: what its first bytes say it is."""
+    if what := _what(head):
+        return DataError(f"{name} {what}")
+    return DataError(
+        f"{name}, line {line}: byte {error.start + 1} of the line "
+        f"({error.object[error.start]:#04x}) is not valid UTF-8; convert it to UTF-8"
+    )
 
 
 def checked_lines(path: str) -> Iterator[bytes]:
     """Yields the lines of a file, ends included; raises DataError unless they are UTF-8."""
-    line = 0
+    line, head = 0, b""
     try:
         with open(path, "rb") as file:
+            head = _head(file, path)
             for text in file:
                 line += 1
                 text.decode("utf-8")
                 yield text
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}, line {line}: byte {error.start + 1} of the line "
-            f"({error.object[error.start]:#04x}) is not valid UTF-8; convert the file to UTF-8"
-        ) from error
+        raise not_utf8(path, head, error, line) from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; check the path") from error
+
+
+def _head(file: BinaryIO, path: str) -> bytes:
+    """Returns the first bytes of a file; raises DataError where zeros say it is no text."""
+    head = file.read(_HEAD)
+    file.seek(0)
+    what = _what(head) if 0 in head else None
+    if what or head.count(0) > len(head) // 4:
+        raise DataError(f"{path} {what or 'is UTF-16 or no text: convert it to UTF-8'}")
+    return head
+
+
+def _what(head: bytes) -> str | None:
+    return next((what for start, what in _SIGNATURES.items() if head.startswith(start)), None)
 
 
 class TextFile(Sequence[str]):
@@ -68,6 +115,9 @@ class Parallel(Sequence[Example]):
 
     def __init__(self, paths: Sequence[str]):
         self.source, self.target = map(TextFile, paths)
+        for path, lines in zip(paths, (self.source, self.target), strict=True):
+            if len(lines) == 1 and "\r" in lines[0]:
+                raise DataError(f"{path} {CR_ONLY}")
         if len(self.source) != len(self.target):
             raise DataError(
                 f"{paths[0]} has {len(self.source)} lines but {paths[1]} has {len(self.target)}: "
@@ -132,6 +182,7 @@ def documents(paths: Sequence[str], split: str, held: Sequence[str], holdout: fl
         last = 1 - holdout * n_after
         for path in files:
             with open(path, "rb") as file:
+                _head(file, path)
                 size = os.fstat(file.fileno()).st_size
                 start, stop = _cut(file, int(size * first)), _cut(file, int(size * last))
                 while start < stop:

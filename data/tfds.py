@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from data import packages
-from data.config import DataConfig, DataError
+from data.config import DataConfig, DataError, listed
 from data.examples import Example, Subset, fields_of, label_column, select, shares, text_columns
 
 _CHUNK = 1000  # Records read at a time.
@@ -170,7 +170,7 @@ def _split_names(config: DataConfig, builder: Any, label: str | None) -> dict[st
     known = list(builder.info.splits)
     if "train" not in known:
         raise DataError(
-            f"{config.source!r} has no split 'train', only {', '.join(known)}: choose another"
+            f"{config.source!r} has no split 'train', only {listed(known)}: choose another"
         )
     valid, test = (
         next((name for name in (prefix, f"{prefix}_matched") if name in known), None)

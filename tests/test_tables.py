@@ -123,6 +123,7 @@ def test_tables_are_joined_and_held_out_by_text(tmp_path):
         ("a.tsv", "text\tlabel\na\tb\n\nc\td\n", r"line 3 has 1 columns"),
         ("a.tsv", "text\tlabel\na\t \n", r"line 2 has no label in column 'label'"),
         ("a.tsv", "text\ttext\na\tb\n", r"names a column twice"),
+        ("a.csv", 'a,"b\nc"\nd,e\n', r"a.csv has the columns a, 'b\\nc', not text"),
         ("a.tsv", "", r"a.tsv is empty"),
         ("a.tsv", "\n", r"a.tsv has no header"),
         ("a.csv", 'text,label\n"a\nb",c\n"d",e,f\n', r"a.csv, line 4 has 3 columns"),
@@ -133,11 +134,29 @@ def test_tables_are_joined_and_held_out_by_text(tmp_path):
         ("a.jsonl", '{"text": "a", "label": "b"}\n[1]\n', r"line 2 is no JSON object"),
         ("a.jsonl", '["text", "label"]\n', r"line 1 is no JSON object"),
         ("a.jsonl", "null\n", r"line 1 is no JSON object"),
-        ("a.jsonl", "text\n", r"a.jsonl, line 1: "),
+        ("a.jsonl", "text\n", r"a.jsonl, line 1 is no JSON \("),
         ("a.jsonl", '{"text": 5, "label": "b"}\n', r"line 1 has 5 as 'text'"),
         ("a.jsonl", '{"text": "a", "label": null}\n', r"line 1 has no label"),
         ("a.jsonl", '{"text": "a", "label": {}}\n', r"line 1 has {} as 'label'"),
         ("a.jsonl", '{"text": "\\ud83d", "label": 1}\n', r"line 1 has half a character"),
+        ("a.jsonl", '{"text": "a", "label": NaN}\n', r"line 1 has NaN as 'label': give a class"),
+        ("a.jsonl", '{"text": "a", "label": -1e999}\n', r"line 1 has -Infinity as 'label'"),
+        ("a.jsonl", '{"text": NaN, "label": "b"}\n', r"line 1 has NaN as 'text': give a text"),
+        ("a.jsonl", '{"text": %s}\n' % ("[" * 99_999), r"line 1 is JSON of too many levels"),
+        ("a.jsonl", '{"text": "a", "label": %s}\n' % ("9" * 5000), r"line 1 has a number of too"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": "b"}\n{"n": %s}' % ("9" * 5000),
+            r"line 2 has a number",
+        ),
+        ("a.jsonl", '{"text": "a", "label": "b"}\n\n{}\n', r"line 2 is no JSON \("),
+        ("a.tsv", "text\tlabel\ra\tb\r", r"a.tsv, line 1 has line ends of \\r alone: convert them"),
+        ("a.csv", "text,label\ra,b\r", r"a.csv, line 1 has line ends of \\r alone: convert them"),
+        (
+            "a.csv",
+            "text,label\na,b\rc,d\r",
+            r"a.csv, line 2 has line ends of \\r alone: convert them",
+        ),
         ("a.txt", "text\tlabel\n", r"a.txt is no table \(.tsv, .csv, .jsonl\)"),
     ],
 )
@@ -146,6 +165,52 @@ def test_broken_tables_name_file_line_and_what_there_is(tmp_path, name, text, na
     with pytest.raises(DataError, match=names) as error:
         load(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("objective", ["classification", "regression"])
+def test_labels_of_json_that_are_no_numbers_of_json_are_refused(tmp_path, objective):
+    path = write(tmp_path / "a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": NaN}\n')
+    with pytest.raises(DataError, match=r"a.jsonl, line 2 has NaN as 'label'"):
+        load(path, objective=objective)
+
+
+@pytest.mark.parametrize("end", ["\n", "\n\n", "\r\n \r\n", "\n\n\n  "])
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("a.tsv", ("text\tlabel", "a\tb", "\tc")),
+        ("a.csv", ("text,label", "a,b", ",c")),
+        ("a.jsonl", ('{"text": "a", "label": "b"}', '{"text": "", "label": "c"}')),
+    ],
+)
+def test_blank_lines_at_the_end_are_no_rows(tmp_path, name, lines, end):
+    path = write(tmp_path / name, "\n".join(lines) + end)
+    assert load(path) == [{"text": "a", "label": "b"}, {"text": "", "label": "c"}]
+
+
+def test_a_blank_line_is_a_row_where_a_tsv_has_one_column(tmp_path):
+    path = write(tmp_path / "a.tsv", "text\na\n\n")
+    assert load(path, objective="causal_lm", columns=("text",)) == [{"text": "a"}, {"text": ""}]
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.jsonl"])
+def test_an_error_lists_few_of_many_columns(tmp_path, name):
+    names = [f"column{i}" for i in range(100_000)]
+    header = {"a.tsv": "\t".join(names), "a.csv": ",".join(names)}.get(name)
+    path = write(tmp_path / name, header or json.dumps(dict.fromkeys(names, "")))
+    for more in ({}, {"columns": ("text",)}, {"columns": ("column1",), "label": "kind"}):
+        with pytest.raises(DataError, match=r"column11, \.\.\. \(100,000 in all\)") as error:
+            load(path, **more)
+        assert len(str(error.value)) < 600
+
+
+def test_an_error_shows_the_beginning_of_a_long_value(tmp_path):
+    rows = [{"text": list(range(99_999)), "label": "b"}, {"text": "a", "label": "x" * 99_999}]
+    for row, objective in zip(rows, ("classification", "regression"), strict=True):
+        path = write(tmp_path / "a.jsonl", json.dumps(row))
+        with pytest.raises(DataError, match=r"line 1 has .*\.\.\.") as error:
+            load(path, objective=objective)
+        assert len(str(error.value)) < 400
 
 
 def test_a_cell_may_be_longer_than_the_131072_characters_that_python_reads_unless_told(tmp_path):

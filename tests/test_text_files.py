@@ -1,3 +1,6 @@
+import bz2
+import gzip
+import lzma
 import re
 
 import pytest
@@ -106,6 +109,44 @@ def test_a_huge_file_is_several_documents(tmp_path, monkeypatch):
     assert "".join(documents) == text
     assert max(map(len, documents)) < 130
     assert all(re.fullmatch(r"(line \d+ grün\n)+", document) for document in documents)
+
+
+TEXT = "the same words in every encoding\n" * 99
+FOREIGN = {
+    "gzip": gzip.compress(TEXT.encode()),
+    "bzip2": bz2.compress(TEXT.encode()),
+    "xz": lzma.compress(TEXT.encode()),
+    "Zstandard": b"\x28\xb5\x2f\xfd\x04\x58\xf0\x80" + bytes(range(256)),
+    "zip archive": b"PK\x03\x04\x14\x00\x00\x00\x08\x00" + bytes(range(256)),
+    "Parquet": b"PAR1\x15\x04\x15\xb8\x01\x15" + bytes(range(256)),
+    "UTF-16": TEXT.encode("utf-16"),
+    "UTF-16 or no text": TEXT.encode("utf-16-le"),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+@pytest.mark.parametrize("objective", ["causal_lm", "classification", "translation"])
+def test_a_file_that_is_no_utf8_is_called_what_it_is(tmp_path, what, objective):
+    path = tmp_path / ("a.tsv" if objective == "classification" else "a")
+    path.write_bytes(FOREIGN[what])
+    paths = (str(path),) * (2 if objective == "translation" else 1)
+    own = {"train": paths, "valid": paths, "test": paths}
+    with pytest.raises(DataError, match=rf"a(\.tsv)? is .*{what}.*: ") as error:
+        list(sources.load(DataConfig(source="files", objective=objective, **own), "train"))
+    assert "\n" not in str(error.value)
+
+
+def test_text_files_of_one_line_with_carriage_returns_do_not_translate_each_other(tmp_path):
+    paths = [str(write(tmp_path / name, "one\rtwo\r")) for name in ("a", "b")]
+    data = DataConfig(source="files", objective="translation", train=paths, valid=paths, test=paths)
+    with pytest.raises(DataError, match=r"a has line ends of \\r alone: convert them"):
+        sources.load(data, "train")
+
+
+@pytest.mark.parametrize("mark", ["\r\n", *"\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"])
+def test_a_text_becomes_one_line(mark):
+    assert len(f"a{mark}b".splitlines()) == 2
+    assert text_files.one_line(f"a{mark}b{mark}") == "a b "
 
 
 def test_invalid_utf8_names_file_and_line(tmp_path):
