@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import math
+import os
+import pty
 import re
 import resource
 import shutil
@@ -211,6 +213,45 @@ def test_classify_a_text_or_each_line(classifier, capsys, pipe):
     out = pipe(["classify", str(classifier), "--checkpoint", "last"], lines)
     names = [line.split("\t")[0] for line in out.splitlines()]
     assert names[:3] == ["good", "bad", "bad"] and len(names) == 4
+
+
+SPEAK = """
+import sys
+from train import cli
+def run(_):
+    print("grün → 日本")
+    print("grün →", file=sys.stderr)
+    return 0
+cli.run = run
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_output_is_utf_8_whatever_is_the_encoding_here(encoding):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-c", SPEAK]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
+    assert (done.stdout.decode(), done.stderr.decode()) == ("grün → 日本\n", "grün →\n")
+
+
+def test_a_terminal_gets_what_it_can_show():
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, "-c", SPEAK]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=theirs, stderr=subprocess.PIPE)
+    assert os.read(ours, 1000).decode("latin-1") == "grün ? ??\r\n"
+    assert done.stderr.decode() == "grün →\n"
+    os.close(theirs)
+    os.close(ours)
+
+
+def test_arguments_are_text():
+    bad = os.fsencode("gr") + b"\xff"
+    done = run_piped(["generate", "run", bad], b"")  # type: ignore[list-item]
+    assert done.returncode == 2
+    said = "heedful: error: the argument 'gr\\udcff' is not UTF-8: convert or rename it\n"
+    assert done.stderr.decode() == said
 
 
 def test_a_mistake_that_is_found_late_leaves_no_run_behind(corpus, tmp_path, capsys):

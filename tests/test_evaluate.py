@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ import toy
 from rich.console import Console
 
 from data import sources
-from data.config import TokenizerConfig
+from data.config import DataConfig, TokenizerConfig
 from data.pipeline import Dataset
 from model.config import ModelConfig
 from model.transformer import build
-from train.config import TrainError
+from train import evaluate
+from train.config import DecodeConfig, TrainError
 from train.evaluate import describe, frequency_loss, measure, report
 from train.load import Trained, load
 from train.perplexity import strided_loss
@@ -197,3 +199,62 @@ def test_strides_that_cannot_be(text, classes):
             strided_loss(step, text.params, prepare(text), text.mesh, stride)
     with pytest.raises(TrainError, match="not classification"):
         strided_loss(step, classes.params, prepare(classes), classes.mesh, 5)
+
+
+@pytest.fixture
+def translation(tmp_path) -> Trained:
+    toy.write_corpus(tmp_path / "corpus", {"train": 97, "valid": 5, "test": 7})
+    pairs = {
+        split: tuple(str(tmp_path / "corpus" / f"{split}.{language}") for language in ("en", "de"))
+        for split in ("train", "valid", "test")
+    }
+    data = DataConfig(
+        source="files", batch_tokens=256, max_length=16, buckets=1, tokenizer=WORDS, **pairs
+    )
+    decode = DecodeConfig(beam=1, extra_length=3)
+    train = dataclasses.replace(toy.TRAIN, average=1, decode=decode)
+    toy.random_run(tmp_path / "run", toy.model("encoder_decoder"), data, train)
+    return load(tmp_path / "run", toy.QUIET)
+
+
+class Gone(io.StringIO):
+    """A reader that goes away when the first score is to be shown."""
+
+    def write(self, text: str) -> int:
+        if "validation loss" in text:
+            raise UnicodeEncodeError("ascii", text, 0, 1, "no such character")
+        return super().write(text)
+
+
+class GoneLater(Gone):
+    def write(self, text: str) -> int:
+        if "test BLEU" in text:
+            raise BrokenPipeError
+        return io.StringIO.write(self, text)
+
+
+def test_results_are_written_before_they_are_shown(translation):
+    decode, folder = translation.run.train.decode, translation.run.directory
+    with pytest.raises(UnicodeEncodeError):
+        report(translation, decode, Console(file=Gone()))
+    assert {"valid_loss", "test_loss"} <= json.loads((folder / "result.json").read_text()).keys()
+    with pytest.raises((BrokenPipeError, SystemExit)):
+        report(translation, decode, Console(file=GoneLater()))
+    assert "test_bleu" in json.loads((folder / "result.json").read_text())
+    assert len((folder / "translations.test.txt").read_text().splitlines()) == 7
+
+
+def test_a_run_that_cannot_be_written_is_measured_all_the_same(translation, monkeypatch):
+    def refused(path: Path, _: Any) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(evaluate, "write_json", refused)
+    console = Console(file=io.StringIO(), width=500)
+    assert "test_bleu" in report(translation, translation.run.train.decode, console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    for words in (
+        "result.json cannot be written (Read-only file system): what follows is only shown",
+        "validation loss: ",
+        "test BLEU: ",
+    ):
+        assert words in said

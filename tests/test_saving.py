@@ -66,7 +66,7 @@ def full_disk() -> Iterator[None]:
 def goes_on(folder: Path) -> None:
     run = new_run(folder)
     with opened(run) as (saving, checkpoints, at, said):
-        assert "checkpoint saved" in saving.save(at(1), last=False)
+        saving.save(at(1), last=False)
         saving.score(1, 0.0)
         saving.settle()
         with full_disk():
@@ -74,7 +74,8 @@ def goes_on(folder: Path) -> None:
                 saving.save(at(step), last=False)
                 saving.score(step, 1.0)
                 saving.settle()
-        assert "checkpoint saved" in saving.save(at(4), last=True)
+        saving.save(at(4), last=True)
+        assert "checkpoint saved" in saving.said()
         saving.score(4, 0.0)
         saving.settle()
         assert checkpoints.scored == checkpoints.steps == [1, 4]
@@ -135,6 +136,18 @@ def test_what_cannot_be_written(what, tmp_path):
     process.start()
     process.join()
     assert process.exitcode == 0
+
+
+def test_a_checkpoint_is_called_saved_when_it_is(tmp_path, monkeypatch):
+    with opened(new_run(tmp_path)) as (saving, checkpoints, at, said):
+        is_on_disk = checkpoints.is_on_disk
+        monkeypatch.setattr(checkpoints, "is_on_disk", lambda _: False)  # a slow disk
+        saving.save(at(1), last=False)
+        assert "checkpoint being written" in saving.said() and not said
+        saving.settle()
+        assert said == ["checkpoint of step 1 saved"]
+        monkeypatch.setattr(checkpoints, "is_on_disk", is_on_disk)
+        assert "checkpoint saved" in saving.said() and not is_on_disk(2)
 
 
 def test_checkpoints_of_another_run_are_refused(tmp_path, unchecked):

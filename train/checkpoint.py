@@ -179,6 +179,13 @@ class Checkpoints:
                 draft.rmtree()
         self._manager, self._has_failed = self._open(clean=False), False
 
+    def is_on_disk(self, step: int) -> bool:
+        """Whether a checkpoint is complete by now."""
+        path = self.directory / str(step)
+        with suppress(OSError):
+            return path.is_dir() and ocp.utils.is_checkpoint_finalized(path)
+        return False
+
     def wait(self) -> None:
         """Returns when everything is on disk; raises SaveFailed if it could not be written."""
         self._guard(self._manager.wait_until_finished)

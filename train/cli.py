@@ -1,5 +1,6 @@
 """The command line: which command runs, and in what process."""
 
+import io
 import logging
 import os
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 from configs import base
 from data.config import DataError
 from model.config import ModelError
-from train import commands
+from train import commands, signals
 from train.config import Interrupted, TrainError
 from train.flags import take
 from train.memory import keep_memory
@@ -46,8 +47,10 @@ heedful COMMAND CONFIG|RUN --help lists every flag with its meaning."""
 
 
 def main() -> None:
+    signals.watch(*sys.argv[1:2])
     keep_memory()
     _quiet()
+    _speak_utf8()
     try:
         code = run(sys.argv[1:])
         sys.stdout.flush()
@@ -66,7 +69,8 @@ def run(arguments: list[str]) -> int:
 
     0; 1 where an audit finds something, bits differ, a plan does not fit, or another process of the
     run has died; 2 for a user's error; 75 (EX_TEMPFAIL: the same command resumes) when SIGTERM came
-    and the run is saved on all processes; 130 when SIGINT did.
+    and the run is saved on all processes; 130 when SIGINT did. Where there is nothing to save
+    `signals` ends the process with the same codes; commands other than train have 143 for SIGTERM.
     """
     try:
         return _dispatch(arguments)
@@ -129,6 +133,9 @@ def _join(arguments: list[str]) -> list[str]:
 
 
 def _dispatch(arguments: list[str]) -> int:
+    for argument in arguments:
+        if not _is_unicode(argument):
+            raise TrainError(f"the argument {argument!a} is not UTF-8: convert or rename it")
     command, rest = (arguments or ["--help"])[0], arguments[1:]
     if command in OF_SEVERAL and not commands.helps(rest):
         rest = _join(rest)
@@ -163,6 +170,18 @@ def _dispatch(arguments: list[str]) -> int:
     else:
         return COMMANDS[command](rest[0], rest[1:]) or 0
     return 0
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written; Python keeps bytes that are no text in halves of pairs."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _speak_utf8() -> None:
+    """Files and pipes get UTF-8, and a terminal what it can show."""
+    for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors=errors)
 
 
 def _quiet() -> None:

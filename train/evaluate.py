@@ -87,9 +87,10 @@ def report(
     seed: int = 0,
     stride: int | None = None,
 ) -> dict[str, Any]:
-    """Prints what the model scores on validation and test data, writes it to result.json.
+    """Writes what the model scores on validation and test data to result.json, and prints it.
 
-    With the scores stands what they are of: the steps of the checkpoints, how it was decoded. For a
+    Where nothing can be written, as in the run of somebody else, it is printed all the same. With
+    the scores stands what they are of: the steps of the checkpoints, how it was decoded. For a
     translation samples are shown, and all translations written beside the run. With a `stride` long
     documents are read in windows that overlap (`strided_loss`). Raises TrainError where the devices
     do not divide the batches.
@@ -101,6 +102,7 @@ def report(
     result: dict[str, Any] = {"checkpoints": trained.steps}
     if stride is not None:
         result["stride"] = stride
+    lines: list[str] = []
     for split in ("valid", "test"):
         prepare = partial(Dataset.prepare, run.data, tokenizer, split, seed=run.train.seed)
         dataset = one_first(prepare)
@@ -115,25 +117,39 @@ def report(
                 loss = strided_loss(eval_step, trained.params, dataset, trained.mesh, stride)
                 measured = {"loss": loss}
         name = "validation" if split == "valid" else "test"
-        for line in describe(measured, dataset):
-            console.print(f"{name} {line}")
+        lines += [f"{name} {line}" for line in describe(measured, dataset)]
         if is_first():
             measured["frequency_loss"] = known = frequency_loss(dataset)
-            console.print(f"{name} loss of a guess by frequency alone: {known:.4f}")
+            lines.append(f"{name} loss of a guess by frequency alone: {known:.4f}")
             if measured["loss"] > NO_BETTER * known:
-                console.print(NOTHING_LEARNED)
+                lines.append(NOTHING_LEARNED)
         result |= {f"{split}_{key}": value for key, value in measured.items()}
+    _write(run, result, console)
+    for line in lines:
+        console.print(line, markup=False)
     if run.data.objective == "translation":
-        _write(run, result)
-        result |= _translate(trained, decode, console, seed)
-    _write(run, result)
+        scored, lines, text = _translate(trained, decode, console, seed)
+        result |= scored
+        _write(run, result, console, text)
+        for line in lines:
+            console.print(line, markup=False)
     console.print(f"\nthe run lies in {run.directory}")
     return result
 
 
-def _write(run: Run, result: dict[str, Any]) -> None:
-    if is_first():
+def _write(
+    run: Run, result: dict[str, Any], console: Console, translations: str | None = None
+) -> None:
+    """Writes what was computed, before any of it is shown: a reader of output may go away."""
+    if not is_first():
+        return
+    try:
         write_json(run.directory / "result.json", result)
+        if translations is not None:
+            write_whole(run.directory / "translations.test.txt", translations)
+    except OSError as error:
+        problem = f"{error.filename} cannot be written ({error.strerror}): what follows is only "
+        console.print(f"{problem}shown, copy the run to keep it", style="yellow")
 
 
 def describe(measured: dict[str, float], dataset: Dataset) -> list[str]:
@@ -157,8 +173,12 @@ def describe(measured: dict[str, float], dataset: Dataset) -> list[str]:
 
 def _translate(
     trained: Trained, decode: DecodeConfig, console: Console, seed: int
-) -> dict[str, Any]:
-    """Translates the test split, shows samples, and returns the scores with their signatures."""
+) -> tuple[dict[str, Any], list[str], str]:
+    """Translates the test split.
+
+    Returns the scores with their signatures, the lines that show them and samples, and all
+    translations.
+    """
     run, tokenizer = trained.run, trained.tokenizer
     translator = Translator(run.model, decode, tokenizer, trained.params, trained.mesh, seed)
     examples = list(sources.load(run.data, "test"))
@@ -168,17 +188,15 @@ def _translate(
     seconds = time.perf_counter() - started
     references = [tokenizer.plain(example["target"]) for example in examples]
     result: dict[str, Any] = {"decode": to_json(decode), "seed": seed}
+    lines = []
     measured = scores.translation(translations, references, pretokenized=tokenizer.pretokenized)
     for name, (score, signature) in measured.items():
-        console.print(f"test {name}: {score:.2f} ({signature})")
+        lines.append(f"test {name}: {score:.2f} ({signature})")
         result |= {f"test_{name.lower()}": score, f"{name.lower()}_signature": signature}
-    console.print(f"translated {len(examples):,} sentences in {seconds:.1f} s")
+    lines.append(f"translated {len(examples):,} sentences in {seconds:.1f} s")
     picked = np.random.default_rng(0).permutation(len(examples))[: run.train.samples]
     for i in picked:
-        console.print(f"\n  source     {tokenizer.plain(examples[i]['source'])}", markup=False)
-        console.print(f"  reference  {references[i]}", markup=False)
-        console.print(f"  heedful    {translations[i]}", markup=False)
-    if is_first():
-        text = "".join(line + "\n" for line in translations)
-        write_whole(run.directory / "translations.test.txt", text)
-    return result
+        lines.append(f"\n  source     {tokenizer.plain(examples[i]['source'])}")
+        lines.append(f"  reference  {references[i]}")
+        lines.append(f"  heedful    {translations[i]}")
+    return result, lines, "".join(line + "\n" for line in translations)

@@ -202,7 +202,7 @@ def _loop(
             lambda step, text: bar.update(task, completed=step, description=text),
         )
 
-        def judge(step: int, said: str) -> None:
+        def judge(step: int, said: Callable[[], str]) -> None:
             """Measures the state, and gives its checkpoint the score."""
             measured = validate(state)
             score = _score(measured, config.metric)
@@ -210,12 +210,12 @@ def _loop(
             patience.add(step, score)
             writer.write(step, {f"valid_{name}": value for name, value in measured.items()})
             listed = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
-            console.print(f"step {step:,}: validation {listed}, {said}")
+            console.print(f"step {step:,}: validation {listed}, {said()}")
 
         if first == 0:
             fingerprints.write(0, fingerprint(state.params))
         elif lacks_score:
-            judge(first, "which its checkpoint lacked")
+            judge(first, lambda: "which its checkpoint lacked")
         for step in range(first + 1, config.steps + 1):
             if patience.is_over(step - 1):
                 console.print(f"no better checkpoint since step {patience.best_step:,}: stopped")
@@ -235,10 +235,10 @@ def _loop(
                 began = time.perf_counter()
                 meter.drain()
                 # Before it is measured: where a stop comes in the meantime, it is there.
-                said = saving.save(state, is_due=is_due(step), last=is_last or is_stopped)
+                saving.save(state, is_due=is_due(step), last=is_last or is_stopped)
                 if is_stopped:
                     raise stop.interrupted(step)
-                judge(step, said)
+                judge(step, saving.said)
                 meter.leave_out(time.perf_counter() - began)
         saving.settle()
         if stop.is_asked():

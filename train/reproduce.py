@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from train import signals
 from train.checkpoint import Checkpoints
 from train.config import Interrupted, TrainError
 from train.fingerprint import make_fingerprint
@@ -204,4 +205,5 @@ def _fresh_directory(chosen: Path | None) -> Iterator[Path]:
         )
     else:
         with tempfile.TemporaryDirectory(prefix="heedful-") as name:
+            signals.leftovers.append(name)
             yield Path(name)

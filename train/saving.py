@@ -37,6 +37,7 @@ class Saving:
         from the devices."""
         self._score: tuple[int, float] | None = None
         self._is_begun = True
+        self._step, self._held, self._is_awaited = 0, 0.0, False
 
     def position(self) -> dict[str, Any]:
         """What a checkpoint holds beside the state."""
@@ -60,8 +61,8 @@ class Saving:
             )
         self._batches.set_state(position["iterator"])
 
-    def save(self, state: TrainState, *, last: bool, is_due: bool = True) -> str:
-        """Begins to save and returns what has happened, in words.
+    def save(self, state: TrainState, *, last: bool, is_due: bool = True) -> None:
+        """Begins to save; `said` tells what has become of it.
 
         Where none `is_due` it is for a stop only. The `last` checkpoint of this process is on disk
         on return, and SaveFailed if it is not. Any other may fail: that is told, training goes on,
@@ -76,9 +77,16 @@ class Saving:
             self._is_begun = True
         else:
             self._is_begun = self._try(begin)
-        seconds = time.perf_counter() - began
-        self.seconds += seconds
-        return f"checkpoint saved (held up {seconds:.2f} s)" if self._is_begun else "nothing saved"
+        self._step, self._held = int(state.step), time.perf_counter() - began
+        self.seconds += self._held
+
+    def said(self) -> str:
+        """What has become of the newest checkpoint, in words; `settle` says the rest."""
+        if not self._is_begun:
+            return "nothing saved"
+        self._is_awaited = not self._checkpoints.is_on_disk(self._step)
+        state = "being written" if self._is_awaited else "saved"
+        return f"checkpoint {state} (held up {self._held:.2f} s)"
 
     def score(self, step: int, score: float) -> None:
         """Takes the score of the newest checkpoint, which may not be on disk yet."""
@@ -87,7 +95,12 @@ class Saving:
     def settle(self) -> None:
         """Waits until the newest checkpoint is on disk, and gives it its score, if it has one."""
         score, self._score = self._score, None
-        if self._is_begun and self._try(self._checkpoints.wait) and score is not None:
+        is_awaited, self._is_awaited = self._is_awaited, False
+        if not (self._is_begun and self._try(self._checkpoints.wait)):
+            return
+        if is_awaited:
+            self._console.print(f"checkpoint of step {self._step:,} saved")
+        if score is not None:
             self._try(lambda: self._checkpoints.add_score(*score))
 
     def lacks_score(self, step: int) -> bool:

@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from train import signals
 from train.config import Interrupted
 from train.hosts import several
 from train.sharding import place, whole
-
-RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 class Stop:
     """While entered, the first SIGINT or SIGTERM only asks to stop; the second acts as usual.
 
+    So does the first in a command that runs alone and has made no step yet: it has nothing to save.
     `late`: steps after which all processes learn what was asked on one, so that none waits for it.
     """
 
@@ -29,19 +29,27 @@ class Stop:
         self._any = jax.jit(jnp.any, out_shardings=whole(mesh))
 
     def __enter__(self) -> "Stop":
-        self._former = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        signals.is_saving = several()
+        self._former = {number: signal.signal(number, self._ask) for number in signals.ENDING}
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        signals.is_saving = False  # From here on a signal ends the process, if it is a command's.
+        self._restore()
+        if kind is None and self._signal is not None:  # It has come since that was asked last.
+            raise Interrupted("stopped after the last step, saved", self._code())
+
+    def _restore(self) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: Any) -> None:
         self._signal = number
-        self.__exit__()
+        self._restore()
 
     def agreed(self) -> bool:
         """Whether to stop after this step, the same on all processes; to be asked once a step."""
+        signals.is_saving = True
         asked = self._signal is not None
         if not several():
             return asked
@@ -58,5 +66,8 @@ class Stop:
         return self._any(place(flags, self._one_each))
 
     def interrupted(self, step: int) -> Interrupted:
-        code = 128 + signal.SIGINT if self._signal == signal.SIGINT else RESUMABLE
-        return Interrupted(f"stopped at step {step:,}, saved", code)
+        return Interrupted(f"stopped at step {step:,}, saved", self._code())
+
+    def _code(self) -> int:
+        """The exit code; of another process's signal that of SIGTERM."""
+        return 128 + signal.SIGINT if self._signal == signal.SIGINT else signals.RESUMABLE

@@ -1,0 +1,93 @@
+"""SIGINT and SIGTERM end a command in every phase, without a traceback, and the second one at once.
+
+In processes of their own. A test sends nothing before the command has said that it is there.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import toy
+from launch import ROOT
+
+BEGIN = """
+import atexit, gc, hashlib, signal, time
+from train import cli, signals
+def run(_):
+    print("there", flush=True)
+    work()
+    return 0
+cli.run = run
+"""
+PHASES = {
+    "python": "while True: time.sleep(0.01)",
+    "not python": "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)",
+    "what catches everything": """while True:
+        try: time.sleep(60)
+        except BaseException: pass""",
+    "a callback that nothing is raised from": """
+    gc.callbacks.append(lambda *_: time.sleep(0.1))
+    while True: gc.collect()""",
+    "the end of the process": "atexit.register(time.sleep, 60)",
+    "saving": """
+    signals.is_saving = True
+    signal.signal(signal.SIGINT, lambda *_: print("saving", flush=True))
+    while True: time.sleep(0.01)""",
+}
+
+
+def start(phase: str, command: str) -> subprocess.Popen:
+    code = f"{BEGIN}\ndef work():\n    {PHASES[phase]}\ncli.main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, command],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "there\n"
+    return process
+
+
+@pytest.mark.parametrize("phase", [phase for phase in PHASES if phase != "saving"])
+def test_one_signal_ends_every_phase(phase):
+    process = start(phase, "evaluate")
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "heedful: ended by SIGINT\n")
+
+
+def test_while_it_saves_the_second_one_ends_at_once():
+    process = start("saving", "train")
+    process.send_signal(signal.SIGINT)
+    assert process.stdout is not None and process.stdout.readline() == "saving\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said == "heedful: ended by SIGINT; the same command goes on from the last checkpoint\n"
+
+
+@pytest.mark.parametrize(("command", "code"), [("train", 75), ("translate", 143)])
+def test_sigterm_says_whether_the_same_command_goes_on(command, code):
+    process = start("python", command)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code and said.startswith("heedful: ended by SIGTERM")
+    assert ("the same command goes on" in said) == (command == "train")
+
+
+@pytest.mark.parametrize("delay", [1.5, 3, 5, 7])
+def test_training_ends_wherever_it_is(delay: float, tmp_path: Path):
+    """While it imports, reads, compiles or trains; all of its process group are told."""
+    command = toy.flags(toy.write_corpus(tmp_path), tmp_path / "run", 10**6, 10**5)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train.cli", "train", *command, "--audit"],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    *_, last = said.decode().splitlines()
+    assert last.startswith("heedful: ") and b"Traceback" not in said, said

@@ -1,0 +1,64 @@
+"""SIGINT and SIGTERM, one path for every phase of a command.
+
+The first one ends it at once where nothing can be lost. While `train.stop.Stop` has something to
+save it only asks for that, and the second one ends at once. A thread does it: the main one may be
+in a compiler, and an exception in the midst of other people's code may be swallowed, or abort.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import threading
+from contextlib import suppress
+
+ENDING = (signal.SIGINT, signal.SIGTERM)
+RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again
+PATIENCE = 3  # seconds that the last words and the tidying up may take
+
+is_saving = False
+"""Whether the first signal only asks to save."""
+leftovers: list[str] = []
+"""Folders that go with the process."""
+
+
+def watch(command: str = "") -> None:
+    """Begins to listen, for a process that runs this command."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    # A handler waits for what is not Python to end; what is written here does not.
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    for number in ENDING:
+        signal.signal(number, lambda *_: None)
+    threading.Thread(target=_enforce, args=(read, command), daemon=True).start()
+
+
+def _enforce(read: int, command: str) -> None:
+    number = _next(read)
+    if is_saving:
+        number = _next(read)
+    # Training goes on where it was when the same command comes again.
+    resumes = command == "train"
+    code = RESUMABLE if resumes and number == signal.SIGTERM else 128 + number
+    late = threading.Timer(PATIENCE, os._exit, [code])
+    late.daemon = True
+    late.start()
+    # A terminal gets its line back, and the cursor that a progress bar hides.
+    said = "\x1b[?25h\n" if os.isatty(2) else ""
+    said += f"heedful: ended by {signal.Signals(number).name}"
+    said += "; the same command goes on from the last checkpoint\n" if resumes else "\n"
+    with suppress(OSError):
+        os.write(2, said.encode())
+    children = getattr(sys.modules.get("multiprocessing"), "active_children", list)
+    for child in children():
+        child.kill()
+    for folder in leftovers:
+        shutil.rmtree(folder, ignore_errors=True)
+    os._exit(code)
+
+
+def _next(read: int) -> int:
+    """The next of these signals."""
+    while True:
+        if (number := os.read(read, 1)[0]) in ENDING:
+            return number
