@@ -43,7 +43,8 @@ PROBE = (
 class Tokenizer:
     """Text to ids and back, with a vocabulary learned here or taken over from another model.
 
-    vocab_size: 1 + the largest id.
+    vocab_size: 1 + the largest id that the model has a row for.
+    rowless: added tokens with larger ids, by name; a text that holds one is refused.
     pad, bos, eos, unk, mask: ids of the special tokens, None for those that it lacks; `bos` is
     `pad` then, with which the decoders of such models (T5, Marian) begin.
     ends: all tokens that end what a model writes; training data has `eos`.
@@ -54,14 +55,15 @@ class Tokenizer:
     otherwise.
     """
 
-    def __init__(self, text: str, special: Special | None = None):
+    def __init__(self, text: str, special: Special | None = None, rows: int | None = None):
         """Takes the contents of a tokenizer.json, and what other files say of its special tokens.
 
-        Without `special` their spelling tells them.
+        Without `special` their spelling tells them. `rows` is the vocab_size of a model that
+        exists: raises DataError where the vocabulary, without added tokens, is larger.
         """
         contents = json.loads(text)
         _require_bounds(contents)
-        self._json, self.special = text, special
+        self._json, self.special, self._rows = text, special, rows
         self._tokenizer = tokenizers.Tokenizer.from_str(text)
         # A file may ask for these. Here texts are never cut, and batches do the padding.
         self._tokenizer.no_truncation()
@@ -71,8 +73,19 @@ class Tokenizer:
         self.pretokenized = isinstance(self._tokenizer.model, models.WordLevel)
 
         vocabulary = self._tokenizer.get_vocab()
-        self.vocab_size = 1 + max(vocabulary.values())
+        size = 1 + max(vocabulary.values())
+        self.vocab_size = size if rows is None else min(size, rows)
         added = {token["content"]: token for token in contents["added_tokens"]}
+        by_id = sorted(vocabulary, key=vocabulary.__getitem__)
+        self.rowless = {n: i for n in by_id if (i := vocabulary[n]) >= self.vocab_size}
+        if self.rowless.keys() - added.keys():
+            raise DataError(
+                f"has {size} entries, but its model was trained with {rows}: put the model's own "
+                "tokenizer there"
+            )
+        for name in self.rowless:
+            del vocabulary[name]
+            added.pop(name)
         # An ordinary word may be spelled like the special token of another tokenizer.
         names = {name: vocabulary[name] for name in (added or vocabulary)}
         find = lambda known: next((names[name] for name in known if name in names), None)  # noqa: E731
@@ -99,7 +112,7 @@ class Tokenizer:
             self._hidden[self.unk] = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tokenizer, (self._json, self.special)
+        return Tokenizer, (self._json, self.special, self._rows)
 
     @classmethod
     def train(
@@ -115,16 +128,17 @@ class Tokenizer:
         return cls(learn(texts, config, objective))
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path, rows: int | None = None) -> Self:
         """Reads the tokenizer.json of a run or of Hugging Face, or the vocab.txt of WordPiece.
 
-        Files beside it say which tokens are special, and how a vocab.txt splits.
+        Files beside it say which tokens are special, and how a vocab.txt splits. `rows` is the
+        vocab_size of the model that it is for, if there is one.
         """
         path = Path(path)
         try:
             text = path.read_text("utf-8")
             text = read_wordpiece(text, read_config(path)) if path.suffix == ".txt" else text
-            tokenizer = cls(text)
+            tokenizer = cls(text, rows=rows)
         except OSError as error:
             raise DataError(f"cannot read the tokenizer {path}: {error.strerror}") from error
         except DataError as error:
@@ -138,12 +152,13 @@ class Tokenizer:
             special = Special.load(of_run, tokenizer.vocab_size)
         else:
             vocabulary = tokenizer._tokenizer.get_vocab()
+            vocabulary = {n: i for n, i in vocabulary.items() if n not in tokenizer.rowless}
             special = named_beside(path, vocabulary, tokenizer.unknown)
         return tokenizer if special is None else tokenizer.following(special)
 
     def following(self, special: Special) -> Self:
         """Returns the same tokenizer with these special tokens."""
-        return type(self)(self._json, special)
+        return type(self)(self._json, special, self._rows)
 
     @classmethod
     def prepare(cls, texts: Iterable[str], config: TokenizerConfig, objective: str) -> Self:
@@ -212,13 +227,24 @@ class Tokenizer:
     ) -> list[np.ndarray]:
         """Returns the ids of each text, int32 [T], without begin or end.
 
-        What is spelled like a special token is text, or with `special_tokens` that token.
+        What is spelled like a special token is text, or with `special_tokens` that token. Raises
+        DataError for a text with a token that the model has no row for.
         """
         if special_tokens:
             encodings = self._with_special.encode_batch_fast(list(texts), add_special_tokens=False)
-            return [np.array(e.ids, np.int32) for e in encodings]
+            return [self._with_rows(np.array(e.ids, np.int32)) for e in encodings]
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [self._without_special(np.array(e.ids, np.int32)) for e in encodings]
+        rows = (self._with_rows(np.array(e.ids, np.int32)) for e in encodings)
+        return [self._without_special(ids) for ids in rows]
+
+    def _with_rows(self, ids: np.ndarray) -> np.ndarray:
+        if self.rowless and (beyond := ids[ids >= self.vocab_size]).size:
+            raise DataError(
+                f"a text has {self.name(int(beyond[0]))!r}, which the tokenizer has as number "
+                f"{beyond[0]}, but the model has only {self.vocab_size} rows of embeddings: take "
+                "it out of the text"
+            )
+        return ids
 
     @cached_property
     def _with_special(self) -> tokenizers.Tokenizer:

@@ -1,16 +1,19 @@
 """Out to the files of transformers and in again: the same bits, names and tokenizer."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+import tokenizers
 import toy
 from test_cli import fails
+from tiny_pretrained import change_tensors
 
-from data.config import TokenizerConfig
+from data.config import DataError, TokenizerConfig
 from model.config import (
     AttentionConfig,
     FeedForwardConfig,
@@ -144,3 +147,61 @@ def test_mistakes(runs, tmp_path, capsys):
     larger["model"]["vocab"]["zebra"] = 98
     (target / "tokenizer.json").write_text(json.dumps(larger))
     fails(capsys, ["import", f"hf:{target}"], "tokenizer.json has 99 entries", "own tokenizer")
+
+
+def test_what_is_left_out_is_listed(runs, tmp_path, capsys):
+    """By an import and by fine-tuning, as are the wrappers in names of tensors."""
+    given = dict(named(jax.device_get(load(runs / "language", toy.QUIET).params)))
+    target, run = tmp_path / "hf", tmp_path / "run"
+    assert cli.run(["export", str(runs / "language"), str(target)]) == 0
+    other = {"cls.seq_relationship.bias": np.zeros(2, np.float32)}
+
+    def wrap(tensors: dict[str, Any]) -> None:
+        for name in list(tensors):
+            tensors[f"module._orig_mod.{name}"] = tensors.pop(name)
+        tensors |= other
+
+    change_tensors(target, wrap)
+    notes = [
+        f"hf:{target}: _orig_mod. taken off names of tensors",
+        f"hf:{target}: module. taken off names of tensors",
+        f"hf:{target}: left out, as it is no part of the model: cls.seq_relationship.bias",
+    ]
+    capsys.readouterr()
+    assert cli.run(["import", f"hf:{target}", "--run-dir", str(run)]) == 0
+    assert set(notes) <= set(capsys.readouterr().out.splitlines())
+    found = dict(named(jax.device_get(load(run, toy.QUIET).params)))
+    for key, value in given.items():
+        assert value.tobytes() == found[key].tobytes(), key
+    flags = toy.files(runs / "table.tsv") + toy.training(steps=2, every=2)
+    command = ["train", "sentiment_tiny", "--run-dir", str(tmp_path / "tuned"), *flags]
+    command += ["--data.max-length", "16", "--data.batch-tokens", "256", "--data.buckets", "1"]
+    assert cli.run([*command, "--init-from", f"hf:{target}"]) == 0
+    assert set(notes) <= set(capsys.readouterr().out.splitlines())
+    change_tensors(target, lambda t: t.update({"bert.encoder.layer.0.attention.bias": np.ones(3)}))
+    fails(capsys, ["import", f"hf:{target}"], "layer.0.attention.bias, for which", "no place")
+
+
+def test_added_tokens_that_the_model_has_no_row_for(runs, tmp_path, capsys):
+    target, run = tmp_path / "hf", tmp_path / "run"
+    assert cli.run(["export", str(runs / "classes"), str(target)]) == 0
+    path = target / "tokenizer.json"
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    size = tokenizer.get_vocab_size()
+    tokenizer.add_tokens(["tool"])
+    tokenizer.add_special_tokens(["[PAD]"])
+    tokenizer.save(str(path))
+    capsys.readouterr()
+    assert cli.run(["import", f"hf:{target}", "--run-dir", str(run)]) == 0
+    assert f"{path} has tool, [PAD], but the model no rows for them" in capsys.readouterr().out
+    for directory in (runs / "classes", run):
+        assert cli.run(["classify", str(directory), "small red [PAD] cat"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == lines[1]
+    found = Run.open(run).tokenizer()
+    assert found.vocab_size == size == Run.open(run).model.vocab_size
+    assert found.ordinary.max() < size and len(found.is_special) == size and found.pad == 0
+    assert pickle.loads(pickle.dumps(found)).rowless == {"tool": size, "[PAD]": size + 1}
+    fails(capsys, ["classify", str(run), "a tool"], "a text has 'tool'", f"only {size} rows")
+    with pytest.raises(DataError, match=r"a text has '\[PAD\]'"):
+        found.encode_batch(["a [PAD]"], special_tokens=True)

@@ -37,6 +37,8 @@ def llama2c(path: Path, is_tied: bool = True) -> dict[str, np.ndarray]:
         **({} if is_tied else {"wcls": (V, D)}),
     }
     weights = {n: 0.5 * rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}
+    angles = np.arange(length)[:, None] / 10_000 ** (np.arange(0, H, 2) / H)
+    weights |= {"freq_cos": np.float32(np.cos(angles)), "freq_sin": np.float32(np.sin(angles))}
     header = [*list(SIZES.values())[:5], V if is_tied else -V, length]
     path.write_bytes(
         np.array(header, "<i4").tobytes() + b"".join(w.tobytes() for w in weights.values())
@@ -103,6 +105,16 @@ def test_llama2c_files_that_are_refused(tmp_path: Path):
     ):
         path.write_bytes(spoiled)
         refused(lambda: pretrained.read_llama2c(path), str(path), *parts)
+    spoiled = np.frombuffer(content, "<f4").copy()
+    for at, value, part in (
+        (7 + 30, np.nan, "embedding/table has values that are not finite"),
+        (len(spoiled) - 3, 0.5, "its sines are not those"),
+        (len(spoiled) - 3 - 19 * 2, np.float32(0.5), "its cosines are not those"),
+    ):
+        other = spoiled.copy()
+        other[at] = value
+        path.write_bytes(other.tobytes())
+        refused(lambda: pretrained.read_llama2c(path), str(path), part)
     path.write_bytes(content + b"tokenizer")
     found: Pretrained = pretrained.read_llama2c(path, following=9)
     assert found.config.vocab_size == V

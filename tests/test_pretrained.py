@@ -22,6 +22,7 @@ from tiny_pretrained import (
     change_tensors,
     export,
     random,
+    refused,
 )
 
 from model import pretrained
@@ -135,23 +136,49 @@ def test_names_that_other_files_use(tmp_path: Path):
     assert found.unused == ["cls.seq_relationship.bias", "pooler.dense.bias"]
 
 
-def test_the_first_release_of_gpt2_and_of_llama(tmp_path: Path):
-    for name, prefix, buffer in (
-        ("GPT2LMHeadModel", "transformer.", "h.0.attn.bias"),
-        ("LlamaForCausalLM", "", "model.layers.1.self_attn.rotary_emb.inv_freq"),
-    ):
-        directory = export(tmp_path / name, name)
-        expected = read(directory)
+FREQUENCIES = 500.0 ** -np.array([0, 0.5])
+ANGLES = np.arange(512)[:, None] / 10_000 ** (np.arange(0, 10, 2) / 10)
+BUFFERS: list[tuple[str, str, np.ndarray]] = [
+    ("BertModel", "embeddings.position_ids", np.arange(17)[None]),
+    ("LongformerModel", "embeddings.position_ids", np.arange(19)[None]),
+    ("GPT2LMHeadModel", "h.0.attn.bias", np.tril(np.ones((1, 1, 17, 17), bool))),
+    ("GPT2LMHeadModel", "h.2.attn.masked_bias", np.array(-1e4)),
+    ("LlamaForCausalLM", "model.layers.1.self_attn.rotary_emb.inv_freq", FREQUENCIES),
+    ("LlamaForCausalLM tied", "model.layers.0.self_attn.rotary_emb.inv_freq", FREQUENCIES),
+    *(
+        (
+            "MarianMTModel",
+            f"model.{stack}.embed_positions.weight",
+            np.concatenate([np.sin(ANGLES), np.cos(ANGLES)], axis=-1),
+        )
+        for stack in ("encoder", "decoder")
+    ),
+]
 
-        def old(tensors: dict[str, Any], prefix=prefix, buffer=buffer) -> None:
-            for key in list(tensors):
-                tensors[key.removeprefix(prefix)] = tensors.pop(key)
-            tensors[buffer] = np.zeros((1, 2), np.float32)
 
+@pytest.mark.parametrize(("name", "buffer", "values"), BUFFERS)
+def test_buffers_that_files_have(name: str, buffer: str, values: np.ndarray, tmp_path: Path):
+    """They are compared with what the model computes with, in any precision."""
+    directory = export(tmp_path, name)
+    expected = read(directory)
+
+    def old(tensors: dict[str, Any]) -> None:
+        for key in list(tensors):
+            tensors[key.removeprefix("transformer.")] = tensors.pop(key)
+
+    if name.startswith("GPT2"):
         change_tensors(directory, old)
+    is_float = values.dtype.kind == "f"
+    for dtype in (np.float32, np.float16, ml_dtypes.bfloat16) if is_float else (values.dtype,):
+        change_tensors(directory, lambda t, dtype=dtype: t.update({buffer: values.astype(dtype)}))
         found = read(directory)
         assert_equal(found.params, expected.params)
         assert found.unused == []
+    wrong = np.array(values, np.float32)
+    wrong.reshape(-1)[-1] += 0.1 if wrong.ndim else 1e4
+    for other in (wrong, np.zeros((3, 2), np.float32), np.full_like(wrong, np.nan)):
+        change_tensors(directory, lambda t, other=other: t.update({buffer: other}))
+        refused(lambda: read(directory), f"{buffer} is not what this config.json makes of it")
 
 
 def test_tied_tensors_under_one_of_their_names(tmp_path: Path):

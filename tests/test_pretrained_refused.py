@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tiny import V
 from tiny_pretrained import (
     BERT,
@@ -284,6 +284,51 @@ def test_files_that_are_refused(spoil: Callable, parts: tuple[str, ...], tmp_pat
     directory = export(tmp_path, "GPT2LMHeadModel")
     spoil(directory)
     refused(lambda: read(directory), str(directory), *parts)
+
+
+def test_tensors_of_another_model(tmp_path: Path):
+    """What the model would compute with in its body or its head has a place, or is refused."""
+    cases = {
+        "LlamaForCausalLM": ["model.layers.0.self_attn.q_proj.bias", "model.norm.bias",
+                             "lm_head.bias"],
+        "LlamaForCausalLM tied": ["model.layers.2.mlp.up_proj.weight", "lm_head.bias"],
+        "LlamaModel": ["layers.1.self_attn.q_norm.weight"],
+        "BertForMaskedLM": ["bert.encoder.layer.2.output.dense.weight",
+                            "bert.embeddings.norm.weight", "cls.predictions.scale"],
+        "BertForSequenceClassification": ["bert.encoder.embed.weight", "classifier.scale"],
+        "GPT2LMHeadModel": ["transformer.h.0.ln_cross_attn.weight", "h.0.crossattention.bias"],
+        "T5ForConditionalGeneration": ["encoder.block.0.layer.0.SelfAttention.q.bias",
+                                       "decoder.block.1.layer.2.DenseReluDense.wi_0.weight"],
+        "MarianMTModel": ["model.encoder.layernorm_embedding.weight", "lm_head.bias",
+                          "model.decoder.layers.0.fc3.weight"],
+    }  # fmt: skip
+    for name, tensors in cases.items():
+        directory = export(tmp_path / name, name)
+        whole = load_file(directory / "model.safetensors")
+        for tensor in tensors:
+            save_file(whole | {tensor: np.ones(3, np.float32)}, directory / "model.safetensors")
+            for reads in (read, pretrained.read_config):
+                refused(lambda r=reads, d=directory: r(d), f"has {tensor}, for which", "no place")
+
+
+def test_one_tensor_under_two_names(tmp_path: Path):
+    directory = export(tmp_path, "GPT2LMHeadModel")
+    change_tensors(directory, lambda t: t.update({"wpe.weight": t["transformer.wpe.weight"] + 1}))
+    refused(lambda: read(directory), "has transformer.wpe.weight and wpe.weight", "one tensor")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_weights_that_are_not_finite(value: float, dtype: Any, tmp_path: Path):
+    directory = export(tmp_path, "GPT2LMHeadModel")
+    name = "transformer.h.1.mlp.c_fc.bias"
+
+    def spoil(tensors: dict[str, Any]) -> None:
+        tensors[name] = tensors[name].astype(dtype)
+        tensors[name][3] = value
+
+    change_tensors(directory, spoil)
+    refused(lambda: read(directory), "model.safetensors", name, "NaN or infinite")
 
 
 def test_no_directory(tmp_path: Path):

@@ -14,7 +14,7 @@ from model.config import ModelConfig
 from train.checkpoint import Checkpoints
 from train.config import DecodeConfig, MeshConfig, TrainConfig, TrainError
 from train.hosts import is_first, to_host
-from train.init_from import Source
+from train.init_from import Source, print_notes
 from train.load import Trained
 from train.record import add_environment, environment
 from train.run import Run, is_begun, write_json
@@ -68,6 +68,7 @@ def import_run(
     checkpoints.save_params(params)
     checkpoints.close()
     console.print(f"parameters: {parameter_count(params):,} ({source.model.architecture})")
+    print_notes(source, console)
     console.print(f"the run lies in {directory}")
     return run
 

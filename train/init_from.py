@@ -38,6 +38,8 @@ class Source(NamedTuple):
     params: Callable[[], Any]
     labels: Callable[[], Sequence[str]] = tuple
     """Names of the classes of a classifier, if it has any."""
+    notes: Sequence[str] = ()
+    """What was left out of its files or changed, in lines for the user."""
 
     @property
     def label(self) -> str:
@@ -72,15 +74,15 @@ def _open_directory(name: str, directory: Path) -> Source:
             f"{directory} has neither {' nor '.join(TOKENIZERS)}: save its tokenizer there "
             "(in transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...))"
         )
-    tokenizer = Tokenizer.load(found[0])
-    model = pretrained.read_config(directory)
-    if tokenizer.vocab_size > (model.vocab_size or 0):
-        raise TrainError(
-            f"{found[0]} has {tokenizer.vocab_size} entries, but the model in {directory} was "
-            f"trained with {model.vocab_size}: put its own tokenizer there"
-        )
-    read = lambda: pretrained.read(directory)  # noqa: E731
-    return Source(name, model, tokenizer, lambda: read().params, lambda: read().labels)
+    files = pretrained.ModelDirectory(directory)
+    tokenizer, notes = Tokenizer.load(found[0], files.config.vocab_size), files.notes
+    if tokenizer.rowless:
+        names = ", ".join(tokenizer.rowless)
+        notes += [f"{found[0]} has {names}, but the model no rows for them: no text may hold them"]
+    read = files.read
+    return Source(
+        name, files.config, tokenizer, lambda: read().params, lambda: read().labels, notes
+    )
 
 
 def _open_minilm(name: str) -> Source:
@@ -176,6 +178,7 @@ def take_over(
         raise TrainError(f"train.reinit has {sorted(unused)[0]!r}, which fits no parameter")
     rows["left out"] = [(name, leaf.size) for name, leaf in given.items()]
     _print(source.name, rows, console)
+    print_notes(source, console)
     return jax.tree.unflatten(jax.tree.structure(fresh), leaves)
 
 
@@ -203,6 +206,11 @@ def _copies(given: dict[str, Any], fresh: Any) -> dict[str, np.ndarray]:
 def _place(value: Any, like: jax.Array) -> jax.Array:
     host = np.asarray(value, like.dtype)
     return jax.make_array_from_callback(host.shape, like.sharding, lambda index: host[index])
+
+
+def print_notes(source: Source, console: Console) -> None:
+    for note in source.notes:
+        console.print(f"{source.name}: {note}", markup=False)
 
 
 def _print(name: str, rows: dict[str, list[tuple[str, int]]], console: Console) -> None:

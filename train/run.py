@@ -79,7 +79,7 @@ class Run:
         return self.directory / "tokenizer.json"
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.tokenizer_path)
+        return Tokenizer.load(self.tokenizer_path, self.model.vocab_size)
 
     def start(self, tokenizer: Tokenizer) -> None:
         """Writes what describes the run, unless the directory holds this very run already.

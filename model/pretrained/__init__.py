@@ -4,7 +4,7 @@ BERT, Longformer, GPT-2, LLaMA, T5 and Marian; numpy on the host, float32. Error
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from model.config import ModelConfig, ModelError, require
 from model.pretrained.architecture import (
+    WRAPPERS,
     HuggingFace,
     Keys,
     Pretrained,
@@ -25,6 +26,7 @@ from model.pretrained.lora import merge_lora
 from model.pretrained.tensors import CONFIG, Tensors, read_json, save
 
 __all__ = [
+    "ModelDirectory",
     "Pretrained",
     "config_from_hf",
     "config_to_hf",
@@ -40,25 +42,37 @@ Special = Mapping[str, int | list[int]]
 
 def read(directory: Path) -> Pretrained:
     """The model in a directory with config.json and safetensors."""
-    return _Source(directory).read()
+    return ModelDirectory(directory).read()
 
 
 def read_config(directory: Path) -> ModelConfig:
     """Its config alone; of the tensors only names are read, and what may be tied."""
-    return _Source(directory).config
+    return ModelDirectory(directory).config
 
 
-class _Source:
-    """A directory with a model, whose tensors are known by the names of the table."""
+class ModelDirectory:
+    """A directory with a model, whose tensors are known by the names of the table.
+
+    Raises ModelError for tensors without a place that the model would compute with.
+    """
 
     def __init__(self, directory: Path):
         path = directory / CONFIG
         self.keys = Keys(read_json(path), str(path))
         self.kind, self.architecture = architecture_of(self.keys)
         self.tensors = Tensors(directory)
-        self.actual = {self.kind.canonical(name): name for name in self.tensors.names}
+        self.actual: dict[str, str] = {}
+        for name in sorted(self.tensors.names):
+            other = self.actual.setdefault(self.kind.canonical(name), name)
+            require(
+                other == name,
+                f"{self.tensors.source} has {other} and {name}, which are one tensor of "
+                f"{self.kind.model_type}: take one of them out",
+            )
         self._untie()
         self.config = self.kind.from_hf(self.keys, self.architecture, self.actual.keys())
+        self.places = places(self.kind, self.config)
+        self._sort_rest()
 
     def _untie(self) -> None:
         """Leaves one name to tensors that are in the file under several."""
@@ -76,31 +90,70 @@ class _Source:
     def _bits(self, name: str) -> bytes:
         return self.tensors.read(self.actual[name]).tobytes()
 
-    def read(self) -> Pretrained:
-        found, ours = places(self.kind, self.config), shapes(self.config)
-        left = dict(self.actual)
-
-        def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
-            if name not in left:
-                raise ModelError(f"{self.tensors.source} has no tensor {name}")
-            return self.tensors.read(left.pop(name), shape)
-
-        params = to_params(found, ours, tensor)
+    def _sort_rest(self) -> None:
+        """What is left without a place: buffers, to be compared, and what may be left out."""
+        placed = {name for place in self.places for name, _ in place.names()}
+        rest = self.actual.keys() - placed
         for name, other in self._ties():
             require(
-                other not in left,
+                other not in rest,
                 f"{self.tensors.source}: {other} differs from {name}, "
                 "but one matrix for both is all that is supported",
             )
-        buffers = re.compile(self.kind.buffers)
+        if self.config.head.kind == "language_model":
+            placed.update(*self.kind.tied.values())
+        checks = {name: self._check(name) for name in rest}
+        self.buffers = {name: check for name, check in checks.items() if check}
+        rest -= self.buffers.keys()
+        needed = [self.actual[name] for name in rest if self.kind.is_needed(name, placed)]
+        if needed:
+            raise ModelError(
+                f"{self.tensors.source} has {_some(needed)}, for which a {self.architecture} with "
+                f"this {CONFIG} has no place: give the {CONFIG} that these weights were saved with"
+            )
+        self.unused = sorted(self.actual[name] for name in rest)
+
+    def _check(self, name: str) -> Callable[[np.ndarray, ModelConfig], bool] | None:
+        found = (c for pattern, c in self.kind.buffers.items() if re.fullmatch(pattern, name))
+        return next(found, None)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of what is read, in lines."""
+        wrapped = {m[0] for name in self.tensors.names for m in re.finditer(WRAPPERS, name)}
+        notes = [f"{prefix} taken off names of tensors" for prefix in sorted(wrapped)]
+        if self.unused:
+            notes.append(f"left out, as it is no part of the model: {_some(self.unused)}")
+        return notes
+
+    def read(self) -> Pretrained:
+        def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
+            if name not in self.actual:
+                raise ModelError(f"{self.tensors.source} has no tensor {name}")
+            return self.tensors.read(self.actual[name], shape)
+
+        params = to_params(self.places, shapes(self.config), tensor)
+        for name, is_right in self.buffers.items():
+            require(
+                is_right(self.tensors.raw(self.actual[name]), self.config),
+                f"{self.tensors.source}: {self.actual[name]} is not what this {CONFIG} makes "
+                f"of it: give the {CONFIG} of these weights, or take the tensor out",
+            )
         return Pretrained(
             config=self.config,
             params=params,
             architecture=self.architecture,
-            unused=sorted(left[name] for name in left if not buffers.fullmatch(name)),
+            unused=self.unused,
             special=_special(self.keys),
             labels=_labels(self.keys, self.config),
         )
+
+
+def _some(names: Iterable[str], most: int = 5) -> str:
+    """The first names in the order of the alphabet, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def write(

@@ -1,8 +1,12 @@
 """What is known of an architecture of Hugging Face's transformers."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
 
 from model.config import Architecture, ModelConfig, ModelError, require
 
@@ -19,6 +23,10 @@ ACTIVATIONS = {
 """Their names to ours."""
 ACTIVATION_NAMES = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new", "silu": "silu"}
 """Ours to theirs."""
+
+
+WRAPPERS = r"^(module\.)+|(?<![^.])_orig_mod\."
+"""What torch's DataParallel and torch.compile put before the names of tensors."""
 
 
 class Keys:
@@ -101,8 +109,11 @@ class HuggingFace:
     """Tensors that files may have under further names."""
     ties_output: bool = True
     """Whether the output projection is the embedding where config.json does not say."""
-    buffers: str = r"(?!)"
-    """Regular expression of what files may hold that is no parameter."""
+    buffers: Mapping[str, Callable[[np.ndarray, ModelConfig], bool]] = field(default_factory=dict)
+    """What files may hold that is no parameter: a regular expression of its names, and whether
+    values are those that a model of this config computes with."""
+    heads: str = r"(?!)"
+    """Regular expression of tensors below the prefix that belong to other heads, or to nothing."""
     special: tuple[str, ...] = ()
     """Ids of special tokens that its config.json has, null where there is none."""
     required: tuple[str, ...] = ()
@@ -112,10 +123,24 @@ class HuggingFace:
 
     def canonical(self, name: str) -> str:
         """Name of a tensor as the table has it: with the prefix, and as torch calls norms."""
-        if self.body and name.split(".")[0] in self.body_modules:
+        name = re.sub(WRAPPERS, "", name)
+        if name.split(".")[0] in self.body_modules:
             name = self.body + name
         return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
             "LayerNorm.beta", "LayerNorm.bias"
+        )
+
+    def is_needed(self, name: str, placed: Set[str]) -> bool:
+        """Whether the model computes another function without a tensor that has no place in it.
+
+        That is one of the body, or one beside or below those of its head.
+        """
+        if re.fullmatch(self.heads, name):
+            return False
+        is_body = self.body or name.split(".")[0] in self.body_modules
+        modules = {other.rpartition(".")[0] for other in placed} - {""}
+        return (bool(is_body) and name.startswith(self.body)) or any(
+            name.startswith(module + ".") for module in modules
         )
 
 
@@ -137,6 +162,19 @@ class Pretrained:
     """Ids of special tokens, named as in config.json: eos_token_id, ..."""
     labels: list[str] = field(default_factory=list)
     """Names of the classes, if they have any."""
+
+
+def is_close(found: np.ndarray, expected: np.ndarray) -> bool:
+    """Whether values are the expected ones, as far as their type and angles in float32 can tell."""
+    if found.shape != expected.shape or not jnp.issubdtype(found.dtype, jnp.floating):
+        return False
+    eps = max(1e-4, float(jnp.finfo(found.dtype).eps))
+    return np.allclose(found.astype(np.float32), expected, rtol=eps, atol=eps)
+
+
+def is_range(found: np.ndarray, config: ModelConfig) -> bool:
+    """Whether values count from 0."""
+    return np.array_equal(found.ravel(), np.arange(found.size))
 
 
 def vocab_size(config: ModelConfig) -> int:

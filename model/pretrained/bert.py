@@ -16,6 +16,7 @@ from model.pretrained.architecture import (
     ACTIVATION_NAMES,
     HuggingFace,
     Keys,
+    is_range,
     label_values,
     made_up_labels,
     vocab_size,
@@ -129,6 +130,7 @@ BERT = HuggingFace(
         "bert.embeddings.word_embeddings.weight": ("cls.predictions.decoder.weight",),
         "cls.predictions.bias": ("cls.predictions.decoder.bias",),
     },
-    buffers=r"bert\.embeddings\.position_ids",
+    buffers={r"bert\.embeddings\.position_ids": is_range},
+    heads=r"bert\.pooler\..*",
     special=("pad_token_id",),
 )

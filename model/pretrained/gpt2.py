@@ -3,6 +3,8 @@
 from collections.abc import Set
 from typing import Any
 
+import numpy as np
+
 from model.config import (
     AttentionConfig,
     FeedForwardConfig,
@@ -76,6 +78,15 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _is_causal_mask(found: np.ndarray, config: ModelConfig) -> bool:
+    length = found.shape[-1] if found.ndim else 0
+    return np.array_equal(found, np.tril(np.ones((1, 1, length, length))))
+
+
+def _is_minus_infinity(found: np.ndarray, config: ModelConfig) -> bool:
+    return bool((found < -9_000).all())  # -1e4 in the first release
+
+
 GPT2 = HuggingFace(
     model_type="gpt2",
     architecture="decoder_only",
@@ -87,6 +98,9 @@ GPT2 = HuggingFace(
     body_modules=("wte", "wpe", "h", "ln_f"),
     conv1d=True,
     tied={"transformer.wte.weight": ("lm_head.weight",)},
-    buffers=r"transformer\.h\.\d+\.attn\.(masked_)?bias",  # the causal mask
+    buffers={
+        r"transformer\.h\.\d+\.attn\.bias": _is_causal_mask,
+        r"transformer\.h\.\d+\.attn\.masked_bias": _is_minus_infinity,
+    },
     special=("bos_token_id", "eos_token_id", "pad_token_id"),
 )

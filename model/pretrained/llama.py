@@ -3,6 +3,8 @@
 from collections.abc import Set
 from typing import Any
 
+import numpy as np
+
 from model.config import (
     AttentionConfig,
     FeedForwardConfig,
@@ -13,7 +15,14 @@ from model.config import (
     RotaryConfig,
     require,
 )
-from model.pretrained.architecture import ACTIVATION_NAMES, HuggingFace, Keys, vocab_size
+from model.positions import rotary_frequencies
+from model.pretrained.architecture import (
+    ACTIVATION_NAMES,
+    HuggingFace,
+    Keys,
+    is_close,
+    vocab_size,
+)
 
 TABLE = {
     "embedding": "model.embed_tokens",
@@ -132,6 +141,15 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _are_frequencies(found: np.ndarray, config: ModelConfig) -> bool:
+    """Those of the config, or those before they are scaled, as older files have them."""
+    rotary = config.positions.rotary
+    return any(
+        is_close(found, rotary_frequencies(config.head_dim, each))
+        for each in (rotary, RotaryConfig(base=rotary.base))
+    )
+
+
 LLAMA = HuggingFace(
     model_type="llama",
     architecture="decoder_only",
@@ -144,6 +162,6 @@ LLAMA = HuggingFace(
     bare=("LlamaModel",),
     tied={"model.embed_tokens.weight": ("lm_head.weight",)},
     ties_output=False,
-    buffers=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+    buffers={r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": _are_frequencies},
     special=("bos_token_id", "eos_token_id", "pad_token_id"),
 )

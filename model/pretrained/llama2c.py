@@ -8,6 +8,7 @@ has a matrix of its own.
 import math
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
@@ -20,6 +21,7 @@ from model.config import (
     PositionConfig,
     require,
 )
+from model.positions import rotation
 from model.pretrained.architecture import Pretrained
 
 HEADER = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len")
@@ -51,7 +53,16 @@ def read_llama2c(path: Path, *, following: int = 0) -> Pretrained:
     for name, shape in tensors.items():
         values = np.fromfile(path, "<f4", math.prod(shape), offset=offset).reshape(shape)
         offset += values.nbytes
+        require(bool(np.isfinite(values).all()), f"{path}: {name} has values that are not finite")
         params[name] = _ours(name, values, config)
+    rows = jnp.arange(sizes["seq_len"])[None]
+    turned = rotation(rows, config.head_dim, config.positions.rotary)
+    for name, expected in (("cosines", turned.cos), ("sines", turned.sin)):
+        require(
+            np.allclose(params[name], expected[0], atol=1e-3),
+            f"{path}: its {name} are not those of rotary positions with base 10000, which is all "
+            "that this format can say",
+        )
     params = {name: values for name, values in params.items() if "/" in name}
     return Pretrained(
         config=config,

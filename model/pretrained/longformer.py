@@ -20,6 +20,7 @@ from model.pretrained.architecture import (
     ACTIVATION_NAMES,
     HuggingFace,
     Keys,
+    is_range,
     label_values,
     made_up_labels,
     vocab_size,
@@ -162,6 +163,7 @@ LONGFORMER = HuggingFace(
         "longformer.embeddings.word_embeddings.weight": ("lm_head.decoder.weight",),
         "lm_head.bias": ("lm_head.decoder.bias",),
     },
-    buffers=r"longformer\.embeddings\.position_ids",
+    buffers={r"longformer\.embeddings\.position_ids": is_range},
+    heads=r"longformer\.pooler\..*",
     fixed={"pad_token_id": PADDING},
 )

@@ -3,6 +3,8 @@
 from collections.abc import Set
 from typing import Any
 
+import numpy as np
+
 from model.config import (
     AttentionConfig,
     FeedForwardConfig,
@@ -11,7 +13,14 @@ from model.config import (
     NormConfig,
     PositionConfig,
 )
-from model.pretrained.architecture import ACTIVATION_NAMES, HuggingFace, Keys, vocab_size
+from model.positions import sinusoids
+from model.pretrained.architecture import (
+    ACTIVATION_NAMES,
+    HuggingFace,
+    Keys,
+    is_close,
+    vocab_size,
+)
 
 ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
 
@@ -99,6 +108,11 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _are_sinusoids(found: np.ndarray, config: ModelConfig) -> bool:
+    positions = np.arange(config.positions.max_length)
+    return is_close(found, sinusoids(positions, config.width))
+
+
 MARIAN = HuggingFace(
     model_type="marian",
     architecture="encoder_decoder",
@@ -115,7 +129,7 @@ MARIAN = HuggingFace(
             "lm_head.weight",
         )
     },
-    buffers=r"model\.(en|de)coder\.embed_positions\.weight",
+    buffers={r"model\.(en|de)coder\.embed_positions\.weight": _are_sinusoids},
     special=(
         "pad_token_id",
         "bos_token_id",

@@ -128,6 +128,7 @@ T5 = HuggingFace(
     from_hf=from_hf,
     to_hf=to_hf,
     table=table,
+    body_modules=("shared", "encoder", "decoder"),
     tied={
         "shared.weight": (
             "encoder.embed_tokens.weight",
@@ -136,6 +137,6 @@ T5 = HuggingFace(
         )
     },
     # A table that the first release carries and no version of the model has read.
-    buffers=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+    heads=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
     special=("pad_token_id", "eos_token_id", "decoder_start_token_id"),
 )

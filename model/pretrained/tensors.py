@@ -92,7 +92,10 @@ class Tensors:
         return set(self._where)
 
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        """A tensor, half precision widened to float32; raises ModelError for another `shape`."""
+        """A tensor, half precision widened to float32; raises ModelError for another `shape`.
+
+        And for values that are not finite.
+        """
         path = self._where[name]
         view = self._open(path).get_slice(name)
         found, dtype = tuple(view.get_shape()), view.get_dtype()
@@ -102,7 +105,17 @@ class Tensors:
             )
         if dtype not in FLOATS:
             raise ModelError(f"{path}: {name} is of type {dtype}, supported: {', '.join(FLOATS)}")
-        return self._open(path).get_tensor(name).astype(np.float32, copy=False)
+        values = self.raw(name).astype(np.float32, copy=False)
+        if not np.isfinite(values).all():
+            raise ModelError(
+                f"{path}: {name} has values that are NaN or infinite: take weights from before "
+                "the training that spoilt them, or fetch the file again"
+            )
+        return values
+
+    def raw(self, name: str) -> np.ndarray:
+        """A tensor in the type of the file."""
+        return self._open(self._where[name]).get_tensor(name)
 
 
 def _reason(path: Path, error: Exception) -> str:
