@@ -1,5 +1,6 @@
 """What a user may choose about the data. The strings under fields are the command line's help."""
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from itertools import islice
@@ -114,6 +115,7 @@ class ListOpsConfig:
     """Of the expressions."""
 
     def __post_init__(self) -> None:
+        _require_choices("data.listops", self)
         for name, least in (
             ("examples", 1), ("held_out", 1), ("min_length", 1), ("max_depth", 2),
             ("max_arguments", 2), ("seed", 0),
@@ -277,9 +279,13 @@ class DataConfig:
 
 
 def _require_choices(section: str, config: Any) -> None:
-    """An unknown choice would silently mean whichever branch comes last."""
+    """An unknown choice would mean whichever branch comes last; infinity passes lower limits."""
     for entry in fields(config):
         value, choices = getattr(config, entry.name), get_args(entry.type)
+        require(
+            not isinstance(value, float) or math.isfinite(value),
+            f"{section}.{entry.name} is {value}: give a finite number",
+        )
         require(
             get_origin(entry.type) is not Literal or value in choices,
             f"{section}.{entry.name} is {value!r}: give one of {', '.join(map(str, choices))}",

@@ -1,5 +1,6 @@
 """What a model is: frozen values, checked when they are made. No jax is imported here."""
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin
 
@@ -105,6 +106,7 @@ class AttentionConfig:
     linformer: LinformerConfig = field(default_factory=LinformerConfig)
 
     def __post_init__(self):
+        require_choices("attention", self)
         require(self.heads > 0, f"attention.heads must be positive, not {self.heads}")
         require(
             self.window is None or self.window >= 0,
@@ -321,6 +323,7 @@ class LoraConfig:
     """Linear maps that are adapted: query, key, value, out, up, gate, down."""
 
     def __post_init__(self):
+        require_choices("lora", self)
         require(self.rank >= 0, f"lora.rank must be at least 0, not {self.rank}")
         require(self.alpha > 0, f"lora.alpha must be positive, not {self.alpha}")
         known = ("query", "key", "value", "out", "up", "gate", "down")
@@ -473,9 +476,12 @@ class ModelConfig:
 
 
 def require_choices(section: str, config: Any, error: type[ValueError] = ModelError) -> None:
-    """An unknown choice would silently mean whichever branch comes last."""
+    """An unknown choice would silently mean whichever branch comes last, and a lower limit lets
+    infinity pass."""
     for entry in fields(config):
         value, choices = getattr(config, entry.name), get_args(entry.type)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise error(f"{section}.{entry.name} must be a finite number, not {value}")
         if get_origin(entry.type) is Literal and value not in choices:
             known = ", ".join(map(str, choices))
             raise error(f"{section}.{entry.name} must be one of {known}, not {value}")

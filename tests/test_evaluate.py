@@ -21,9 +21,11 @@ from model.config import ModelConfig
 from model.transformer import build
 from train import evaluate
 from train.config import DecodeConfig, TrainError
-from train.evaluate import describe, frequency_loss, measure, report
+from train.evaluate import describe, evaluation_directory, frequency_loss, measure, report
 from train.load import Trained, load
+from train.metrics import Lines
 from train.perplexity import strided_loss
+from train.run import write_json
 from train.step import make_eval_step
 
 WORDS = TokenizerConfig(kind="words")
@@ -175,6 +177,95 @@ def test_a_model_that_knows_nothing_is_told(text):
     assert result["valid_frequency_loss"] == pytest.approx(known)
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert f"validation loss of a guess by frequency alone: {known:.4f}\nthat is no better" in said
+
+
+def test_a_loss_that_is_no_number_is_an_error(text):
+    params = jax.tree.map(lambda x: x * jnp.nan, text.params)
+    broken = dataclasses.replace(text, params=params)
+    result = text.run.directory / "result.json"
+    before = result.read_text() if result.exists() else None
+    for stride in (None, 5):
+        with pytest.raises(TrainError, match=r"the validation loss is nan.*nothing is written"):
+            report(broken, text.run.train.decode, toy.QUIET, stride=stride)
+    assert (result.read_text() if result.exists() else None) == before
+
+
+def test_files_of_numbers_are_json(tmp_path):
+    values = {"a": [1.5, math.nan], "b": (math.inf, {"c": -math.inf}), "d": "NaN", "e": True}
+    write_json(tmp_path / "x.json", values)
+    lines = Lines(tmp_path / "x.jsonl", 0)
+    lines.write(values)
+    lines.close()
+    for name in ("x.json", "x.jsonl"):
+        found = json.loads((tmp_path / name).read_text(), parse_constant=pytest.fail)
+        assert found == {"a": [1.5, None], "b": [None, {"c": None}], "d": "NaN", "e": True}
+
+
+def test_the_class_of_an_f1_is_named(classes, numbers):
+    measured = {"loss": 1.0, "accuracy": 0.5, "f1": 0.25, "matthews": 0.0}
+    dataset = prepare(classes)
+    assert f"f1 of class {dataset.classes[1]}: 25.00 %" in describe(measured, dataset)
+    three = dataclasses.replace(dataset, classes=("a", "b", "c"))
+    assert "f1 of all classes, their mean: 25.00 %" in describe(measured, three)
+
+
+def test_other_settings_lie_elsewhere(text):
+    run, own = text.run, text.run.train.decode
+    assert run.train.average == 1
+    usual: dict[str, Any] = {"fallback": False, "seed": 0, "stride": None, "other_data": False}
+
+    def name(decode: DecodeConfig = own, checkpoint: str | None = None, **others: Any) -> str:
+        return evaluation_directory(run, decode, checkpoint=checkpoint, **usual | others).name
+
+    for checkpoint in (None, "best"):
+        found = evaluation_directory(run, own, checkpoint=checkpoint, **usual)
+        assert found == run.directory
+    decode = dataclasses.replace(own, beam=7)
+    assert name(decode, "last") == "checkpoint=last,beam=7"
+    assert name(stride=5, seed=3, fallback=True) == "fallback=True,seed=3,stride=5"
+    assert name(other_data=True) == "other_data=True"
+    strange = [name(dataclasses.replace(own, stop=(stop,))) for stop in ("/../", "/.. ", "x" * 300)]
+    assert len(set(strange)) == 3
+    assert all(len(n) < 120 and "/" not in n for n in strange)
+    report(text, own, toy.QUIET)
+    before = (run.directory / "result.json").read_text()
+    elsewhere = evaluation_directory(run, own, checkpoint=None, **usual | {"stride": 5})
+    console = Console(file=io.StringIO(), width=500)
+    report(text, own, console, stride=5, directory=elsewhere)
+    assert (run.directory / "result.json").read_text() == before
+    assert json.loads((elsewhere / "result.json").read_text())["stride"] == 5
+    assert f"result.json lies in {elsewhere}" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_data_that_are_not_those_of_the_training(text, tmp_path):
+    files = text.run.data.train
+    sums = {split: prepare(text, split).data_fingerprint for split in ("train", "valid", "test")}
+    run = dataclasses.replace(text.run, directory=tmp_path)
+    moved = dataclasses.replace(text, run=run)
+
+    def measured(recorded: dict[str, str], **how: Any) -> str:
+        environment = {"from_step": 0, "config": run.values(), "data": recorded}
+        write_json(tmp_path / "environment.json", [environment])
+        console = Console(file=io.StringIO(), width=500)
+        report(moved, run.train.decode, console, **how)
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    report(moved, run.train.decode, console := Console(file=io.StringIO(), width=500))
+    assert "has no record of its training data" in console.file.getvalue()  # type: ignore[attr-defined]
+    of_before = {name: sums[name] for name in ("train", "valid")}
+    for recorded in (sums, of_before):
+        assert "training data" not in measured(recorded)
+    for recorded, name in (
+        (sums | {"valid": "0"}, "validation"), (sums | {"test": "0"}, "test"),
+        (of_before | {"train": "0"}, "test"),
+    ):  # fmt: skip
+        with pytest.raises(TrainError, match=rf"the {name} data of .*{files[0]}.* --other-data"):
+            measured(recorded)
+        assert f"the {name} data of" in measured(recorded, other_data=True)
+    # Another test than the recorded one may be asked for.
+    environment = {"config": {"data": {"test": ["a.txt"]}}, "data": sums | {"test": "0"}}
+    write_json(tmp_path / "environment.json", [environment])
+    report(moved, run.train.decode, toy.QUIET)
 
 
 @pytest.mark.parametrize("stride", [5, 16])

@@ -30,6 +30,7 @@ CHARS = Tokenizer.train([LETTERS], TokenizerConfig(kind="chars", vocab_size=99),
 BYTES = Tokenizer.train(["x"], TokenizerConfig(kind="bytes", vocab_size=260), "causal_lm")
 PROMPTS = ["", "ab", "lmabcabgkdbaj", "c", "kkkkkkk"]
 CHUNK = 6  # that does not divide the 16 positions of these
+OWN = ("seed", "prefix", "tell", "longest")  # arguments of a Generator itself
 LONGEST = 25  # positions of a prompt and what is written after it
 
 
@@ -39,7 +40,7 @@ def small(tokenizer: Tokenizer = CHARS, **changes: Any) -> ModelConfig:
 
 
 def make(config: ModelConfig, tokenizer: Tokenizer = CHARS, mesh: Any = MESH, **options: Any):
-    own = {name: options.pop(name) for name in ("seed", "prefix") if name in options}
+    own = {name: options.pop(name) for name in OWN if name in options}
     params = random_params(build(config), jnp.zeros((1, 3), jnp.int32), scale=1.0)
     values: dict[str, Any] = {"beam": 1, "max_tokens": 11} | options
     decode = DecodeConfig(**values)
@@ -63,13 +64,23 @@ class Plain:
         return [BOS, *tokenizer.encode_batch([text])[0].tolist()]
 
     def logits(self, prompt: list[int], written: list[int]) -> np.ndarray:
+        context = (prompt + written)[self.first(len(prompt), len(written)) :]
         tokens = np.zeros((1, self.longest), np.int32)
-        tokens[0, : len(prompt + written)] = prompt + written
-        row = self.forward(tokens, jnp.array([len(prompt)]))[len(prompt + written) - 1]
+        tokens[0, : len(context)] = context
+        prefix = max(len(prompt) - self.first(len(prompt), len(written)), 0)
+        row = self.forward(tokens, jnp.array([prefix]))[len(context) - 1]
         row, penalty = np.array(row), self.generator.decode.repetition_penalty
         for token in {*prompt[1:], *written}:  # The begin is no token of the text.
             row[token] = row[token] / penalty if row[token] > 0 else row[token] * penalty
         return row
+
+    def first(self, prompt: int, written: int) -> int:
+        """The first token that the next one is written from."""
+        positions, stride = self.generator.model.positions, self.longest // 4
+        if positions.kind != "learned" or prompt + self.generator.decode.max_tokens <= self.longest:
+            return 0
+        read = prompt + written - written % stride
+        return max(read - (self.longest - stride + 1), 0)
 
     def decode(self, text: str, line: int) -> tuple[list[int], float]:
         """Tokens and the sum of their log-probabilities."""
@@ -257,18 +268,53 @@ def writing_program(config: ModelConfig, prompts: list[str]) -> str:
         return generator._advance.lower(generator.params, writing, 11).compile().as_text()
 
 
-def test_learned_positions_have_an_end():
+@pytest.mark.parametrize(
+    "options", [{"repetition_penalty": 1.2}, {"prefix": True, "attention_window": 4}]
+)
+def test_beyond_learned_positions_a_text_slides(options: dict, monkeypatch):
+    """A quarter of the table after another, and each text as it does alone."""
+    monkeypatch.setattr(generate, "CHUNK", CHUNK)
+    window = {"attention_window": options.pop("attention_window", None)}
+    config = small(positions="learned", positions_max_length=LONGEST, **window)
+    told: list[str] = []
+    endless = Tokenizer(CHARS._json)
+    endless.eos = None
+    options |= {"max_tokens": 20, "temperature": 3.0, "tell": told.append}
+    generator = make(config, endless, **options)
+    prompts = [*PROMPTS, "ab" * 9, "abc" * 13]
+    written = generator(prompts)
+    assert written == Plain(generator)(prompts)
+    assert told == [
+        "up to 60 tokens go beyond model.positions.max_length = 25: there each token is written "
+        "from the last 20 to 25"
+    ]
+    assert "".join(generator.stream(prompts[-1])) == Plain(generator)(prompts[-1:])[0] != ""
+
+
+def test_a_beam_ends_with_learned_positions():
     config = small(positions="learned", positions_max_length=LONGEST)
-    generator = make(config, max_tokens=4)
+    generator = make(config, max_tokens=4, beam=2)
     fits = "abcdefghijabcdefghij"  # and the begin token: 21 = 25 - 4
-    assert generator([fits]) == Plain(generator)([fits])
-    with pytest.raises(TrainError, match=r"prompt 2 has 22 tokens.*max_tokens = 4 .*= 25"):
+    assert len(generator([fits])) == 1
+    with pytest.raises(
+        TrainError, match=r"prompt 2 has 22 tokens.*max_tokens = 4 .*= 25.*beam = 1"
+    ):
         generator(["a", fits + "a"])
-    with pytest.raises(TrainError, match="prompt 1 has 22 tokens"):
-        generator.stream(fits + "a")
-    generator = make(config, max_tokens=25)
-    with pytest.raises(TrainError, match=r"prompt 1 has 1 tokens.*max_tokens = 25 .*= 25"):
-        generator([""])
+
+
+def test_texts_longer_than_those_of_the_training_are_told():
+    told: list[str] = []
+    generator = make(small(), max_tokens=3, longest=8, tell=told.append)
+    generator(["abcd"])
+    assert told == []
+    generator(["abcd", "abcde"])
+    assert told[0].startswith("up to 9 tokens are more than data.max_length = 8 of the training")
+
+
+def test_a_prompt_that_would_take_too_long_is_refused():
+    generator = make(small(), max_tokens=3, batch_tokens=64)
+    with pytest.raises(TrainError, match=r"prompt 2 has 65 tokens, more than .*batch_tokens = 64"):
+        generator(["a", "a" * 64])
 
 
 def test_who_cannot_write_says_so():

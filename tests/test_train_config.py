@@ -1,7 +1,16 @@
 """Every value that cannot work is refused, by its name."""
 
+import dataclasses
+import inspect
+import math
+
 import pytest
 
+import data.config
+import model.config
+import train.config
+from data.config import DataError
+from model.config import ModelError
 from train.config import DecodeConfig, MeshConfig, OptimizerConfig, TrainConfig, TrainError
 
 
@@ -41,6 +50,12 @@ from train.config import DecodeConfig, MeshConfig, OptimizerConfig, TrainConfig,
         (DecodeConfig, {"repetition_penalty": 0.5}, ["decode.repetition_penalty", "0.5"]),
         (DecodeConfig, {"max_tokens": 0}, ["decode.max_tokens"]),
         (DecodeConfig, {"stop": ("a", "")}, ["decode.stop", "empty"]),
+        (DecodeConfig, {"early_stopping": "maybe"}, ["decode.early_stopping", "never", "maybe"]),
+        (DecodeConfig, {"beam": 10**9}, ["decode.beam = 1,000,000,000", "batch_tokens = 4,096"]),
+        (DecodeConfig, {"max_tokens": 10**9}, ["decode.max_tokens", "1,048,576", "1,000,000,000"]),
+        (DecodeConfig, {"extra_length": 10**9}, ["decode.extra_length", "1,048,576"]),
+        (DecodeConfig, {"length_penalty": 1e9}, ["decode.length_penalty", "10"]),
+        (DecodeConfig, {"beam": 1, "temperature": 1e-40}, ["decode.temperature", "1e-6"]),
         (TrainConfig, {"steps": 0}, ["train.steps", "0"]),
         (TrainConfig, {"seed": -1}, ["train.seed"]),
         (TrainConfig, {"samples": -1}, ["train.samples"]),
@@ -69,3 +84,21 @@ def test_bad_value_is_named(cls, values, words):
 def test_a_warmup_may_last_for_all_steps_of_a_schedule_without_end(schedule):
     optimizer = OptimizerConfig(warmup_steps=9, schedule=schedule)
     assert TrainConfig(steps=7, optimizer=optimizer).optimizer is optimizer
+
+
+def configs() -> list[type]:
+    modules = (model.config, data.config, train.config)
+    found = {c for m in modules for _, c in inspect.getmembers(m, dataclasses.is_dataclass)}
+    return sorted(found, key=lambda cls: cls.__name__)
+
+
+@pytest.mark.parametrize("cls", configs())
+def test_no_number_is_infinite_or_none_at_all(cls):
+    numbers = [entry.name for entry in dataclasses.fields(cls) if "float" in str(entry.type)]
+    for name in numbers:
+        for value in (math.nan, math.inf, -math.inf):
+            with pytest.raises((DataError, ModelError, TrainError)) as error:
+                cls(**{name: value})
+            assert name in str(error.value) and str(value) in str(error.value)
+    if cls is DecodeConfig:
+        assert {"length_penalty", "repetition_penalty"} <= {*numbers}

@@ -112,6 +112,18 @@ def test_learned_positions_leave_room_for_the_translation():
         translator(["a", "a" * 14, "b", "b" * 20])
 
 
+def test_long_texts_are_told_and_very_long_ones_refused():
+    translator, told = make(batch_tokens=64), []
+    translator.longest, translator.tell = 5, told.append
+    translator(["abcd", "m"])
+    assert told == []
+    translator(["abcd", "abcde", "a" * 40])
+    assert told[0].startswith("2 of 3 lines have more than data.max_length = 5 tokens")
+    assert "the first in line 2" in told[0]
+    with pytest.raises(TrainError, match=r"line 2 .* has 65 tokens, more than .*batch_tokens = 64"):
+        translator(["a", "a" * 64])
+
+
 def test_what_is_not_for_translations_says_so():
     with pytest.raises(TrainError, match=r"decode\.stop.*after a prompt"):
         make(stop=(".",))

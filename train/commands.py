@@ -61,6 +61,8 @@ class EvaluateArguments(DecodeArguments):
     stride: int | None = None
     """For causal_lm: read long documents in windows of data.max_length that move by so many tokens,
     so that each token is predicted from as many before it; None: pieces side by side."""
+    other_data: bool = False
+    """Measure on data that have changed since the training: the scores are of other texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,12 +104,21 @@ def train(name: str, experiment: Any, description: str, arguments: list[str]) ->
 
 
 def evaluate(directory: str, arguments: list[str]) -> None:
-    """heedful evaluate RUN"""
+    """heedful evaluate RUN: other settings than those of the training write to evaluations/"""
     chosen = _parse_for_run(EvaluateArguments, directory, arguments, "evaluate")
-    from train.evaluate import report
+    from train.evaluate import evaluation_directory, report
 
     trained = _load(directory, chosen)
-    report(trained, chosen.decode, console(), seed=chosen.seed, stride=chosen.stride)
+    settings = {name: value for name, value in vars(chosen).items() if name != "decode"}
+    report(
+        trained,
+        chosen.decode,
+        console(),
+        seed=chosen.seed,
+        stride=chosen.stride,
+        other_data=chosen.other_data,
+        directory=evaluation_directory(trained.run, chosen.decode, **settings),
+    )
 
 
 def translate(directory: str, arguments: list[str]) -> None:
@@ -117,7 +128,7 @@ def translate(directory: str, arguments: list[str]) -> None:
 
     lines = read_lines()
     trained = _load(directory, chosen, stderr=True)
-    translations = Translator(*_parts(trained, chosen))(lines)
+    translations = Translator(*_parts(trained, chosen), **_warning(trained))(lines)
     _warn_unknown(trained, lines)
     _print(translations)
 
@@ -132,15 +143,16 @@ def generate(directory: str, arguments: list[str]) -> None:
     lines = read_lines() if text is None else []
     trained = _load(directory, chosen, stderr=True)
     is_prefix = trained.run.data.objective == "prefix_lm"
-    generator = Generator(*_parts(trained, chosen), prefix=is_prefix)
+    generator = Generator(*_parts(trained, chosen), prefix=is_prefix, **_warning(trained))
     _warn_unknown(trained, lines if text is None else [text])
     if text is None:
         whole = [line + rest for line, rest in zip(lines, generator(lines), strict=True)]
         _print(text.replace("\n", " ") for text in whole)
         return
     show = partial(print, end="", flush=True) if is_first() else lambda _: None
+    pieces = generator.stream(text)
     show(text)
-    for piece in generator.stream(text):
+    for piece in pieces:
         show(piece)
     show("\n")
 
@@ -311,6 +323,17 @@ def _warn_unknown(trained: Any, lines: list[str]) -> None:
             style="yellow",
             markup=False,
         )
+
+
+def _warning(trained: Any) -> dict[str, Any]:
+    """How long the rows of the training were, if that is known, and where a user is warned."""
+    from train.record import data_record
+
+    is_known = "train" in data_record(trained.run)
+    return {
+        "longest": trained.run.data.max_length if is_known else None,
+        "tell": partial(console(stderr=True).print, style="yellow", markup=False),
+    }
 
 
 def helps(arguments: list[str]) -> bool:

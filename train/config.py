@@ -6,6 +6,8 @@ from typing import Literal
 
 from model.config import require_choices
 
+MOST = 1 << 20  # tokens of a text
+
 
 class TrainError(ValueError):
     """A run that cannot start or go on; one line, with the fix."""
@@ -117,6 +119,7 @@ class MeshConfig:
     """Devices that split heads, feed-forward and vocabulary."""
 
     def __post_init__(self):
+        require_choices("mesh", self, TrainError)
         for name in ("fsdp", "seq", "tensor"):
             value = getattr(self, name)
             require(value > 0, f"mesh.{name} must be positive, not {value}")
@@ -156,11 +159,14 @@ class DecodeConfig:
     """Divides positive scores of tokens seen before and multiplies negative ones
     (arXiv:1909.05858 §4.1). The begin token in front of a text counts as not seen."""
     max_tokens: int = 200
-    """Most tokens that are written after a prompt."""
+    """Most tokens that are written after a prompt. With beam 1 they may go beyond a table of
+    learned positions: there each is written from the last three quarters of the table or more,
+    which are read anew after every quarter."""
     stop: tuple[str, ...] = ()
     """Texts after a prompt end before the first of these."""
     batch_tokens: int = 4096
-    """Most positions (rows x source or prompt length, x beam on a CPU) that are decoded at once."""
+    """Most positions (rows x source or prompt length, x beam on a CPU) that are decoded at once. A
+    longer source or prompt is refused."""
 
     def __post_init__(self):
         require_choices("decode", self, TrainError)
@@ -170,6 +176,24 @@ class DecodeConfig:
         for name in ("length_penalty", "length_penalty_offset", "temperature", "top_k"):
             value = getattr(self, name)
             require(value >= 0, f"decode.{name} must be at least 0, not {value}")
+        for name in ("extra_length", "max_tokens"):
+            value = getattr(self, name)
+            require(value <= MOST, f"decode.{name} must be at most {MOST:,}, not {value:,}")
+        require(
+            self.beam <= self.batch_tokens,
+            f"decode.beam = {self.beam:,} must be at most decode.batch_tokens = "
+            f"{self.batch_tokens:,}, the positions that are decoded at once",
+        )
+        require(
+            self.length_penalty <= 10,
+            f"decode.length_penalty must be at most 10, not {self.length_penalty}: the powers of "
+            "long texts would be beyond all numbers",
+        )
+        require(
+            self.temperature == 0 or self.temperature >= 1e-6,
+            f"decode.temperature must be 0, which is greedy, or at least 1e-6, not "
+            f"{self.temperature}",
+        )
         require(0 < self.top_p <= 1, f"decode.top_p must lie in (0, 1], not {self.top_p}")
         require(0 <= self.min_p < 1, f"decode.min_p must lie in [0, 1), not {self.min_p}")
         require(

@@ -1,10 +1,13 @@
 """How good a model is: loss and perplexity, BLEU and chrF, accuracy and correlations."""
 
+import hashlib
 import math
+import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,17 +17,20 @@ from rich.console import Console
 
 from data import sources
 from data.pipeline import Dataset
+from data.store import fingerprint
 from data.writing import write_whole
 from train import scores
 from train.config import DecodeConfig, TrainError
 from train.hosts import is_first, one_first
 from train.load import Trained
-from train.perplexity import strided_loss
+from train.perplexity import NOTHING_TO_PREDICT, strided_loss
+from train.record import data_record
 from train.run import Run, to_json, write_json
 from train.sharding import require_divisible, rows_here, to_devices
 from train.step import make_eval_step
 from train.translate import Translator
 
+SPLITS = {"valid": "validation", "test": "test"}
 NO_BETTER = 0.98
 NOTHING_LEARNED = (
     "that is no better: nothing but frequencies was learned. Look at the learning rate and its "
@@ -52,10 +58,7 @@ def measure(eval_step: Callable, params: Any, dataset: Dataset, mesh: Mesh) -> d
             outputs, targets, counts = predicted
             kept.append((outputs[counts > 0], targets[counts > 0]))
     if not total_weight:
-        raise TrainError(
-            f"the {dataset.split} data has nothing to predict: all its tokens are special, or "
-            "unknown to the tokenizer; give other data, or another data.tokenizer"
-        )
+        raise TrainError(NOTHING_TO_PREDICT.format(split=dataset.split))
     measured = {name: total / total_weight for name, total in totals.items()}
     if kept:
         outputs, targets = map(np.concatenate, zip(*kept, strict=True))
@@ -86,16 +89,20 @@ def report(
     *,
     seed: int = 0,
     stride: int | None = None,
+    other_data: bool = False,
+    directory: Path | None = None,
 ) -> dict[str, Any]:
     """Writes what the model scores on validation and test data to result.json, and prints it.
 
     Where nothing can be written, as in the run of somebody else, it is printed all the same. With
     the scores stands what they are of: the steps of the checkpoints, how it was decoded. For a
-    translation samples are shown, and all translations written beside the run. With a `stride` long
-    documents are read in windows that overlap (`strided_loss`). Raises TrainError where the devices
-    do not divide the batches.
+    translation samples are shown, and all translations written beside it. They lie in `directory`;
+    None: that of the run. With a `stride` long documents are read in windows that overlap
+    (`strided_loss`). Raises TrainError where the devices do not divide the batches, where a loss is
+    no number, and, unless `other_data` allows it, where the data are not those of the training.
     """
     run, tokenizer = trained.run, trained.tokenizer
+    directory = directory or run.directory
     eval_step = make_eval_step(
         run.model, trained.mesh, run.train.loss_chunk, run.train.deterministic
     )
@@ -103,9 +110,10 @@ def report(
     if stride is not None:
         result["stride"] = stride
     lines: list[str] = []
-    for split in ("valid", "test"):
+    for split in SPLITS:
         prepare = partial(Dataset.prepare, run.data, tokenizer, split, seed=run.train.seed)
         dataset = one_first(prepare)
+        _require_same(run, dataset, console, other_data)
         for line in dataset.report:
             console.print(line)
         for shape in dataset.eval_plan.shapes:
@@ -116,7 +124,13 @@ def report(
             else:
                 loss = strided_loss(eval_step, trained.params, dataset, trained.mesh, stride)
                 measured = {"loss": loss}
-        name = "validation" if split == "valid" else "test"
+        name = SPLITS[split]
+        if not math.isfinite(measured["loss"]):
+            raise TrainError(
+                f"the {name} loss is {measured['loss']}, with the parameters of step "
+                f"{', '.join(map(str, trained.steps))}: nothing is written; choose another "
+                "--checkpoint, or train with a lower train.optimizer.peak_lr"
+            )
         lines += [f"{name} {line}" for line in describe(measured, dataset)]
         if is_first():
             measured["frequency_loss"] = known = frequency_loss(dataset)
@@ -124,29 +138,82 @@ def report(
             if measured["loss"] > NO_BETTER * known:
                 lines.append(NOTHING_LEARNED)
         result |= {f"{split}_{key}": value for key, value in measured.items()}
-    _write(run, result, console)
+    _write(directory, result, console)
     for line in lines:
         console.print(line, markup=False)
     if run.data.objective == "translation":
         scored, lines, text = _translate(trained, decode, console, seed)
         result |= scored
-        _write(run, result, console, text)
+        _write(directory, result, console, text)
         for line in lines:
             console.print(line, markup=False)
-    console.print(f"\nthe run lies in {run.directory}")
+    where = "the run lies in" if directory == run.directory else "result.json lies in"
+    console.print(f"\n{where} {directory}", markup=False)
     return result
 
 
+def evaluation_directory(
+    run: Run,
+    decode: DecodeConfig,
+    *,
+    checkpoint: str | None,
+    fallback: bool,
+    seed: int,
+    stride: int | None,
+    other_data: bool,
+) -> Path:
+    """Where the scores of these settings lie: in the run, where they are those of the training."""
+    ours, usual = to_json(decode), to_json(run.train.decode)
+    usually = "average" if run.train.average > 1 else "best"
+    others = {
+        "checkpoint": None if checkpoint == usually else checkpoint,
+        "fallback": fallback or None,
+        **{name: value for name, value in ours.items() if value != usual[name]},
+        "seed": seed or None,
+        "stride": stride,
+        "other_data": other_data or None,
+    }
+    settings = ",".join(f"{name}={value}" for name, value in others.items() if value is not None)
+    if not settings:
+        return run.directory
+    name = re.sub(r"[^\w.,=-]", "_", settings, flags=re.ASCII)
+    if name != settings or len(name) > 100:
+        name = f"{name[:100]},{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+    return run.directory / "evaluations" / name
+
+
+def _require_same(run: Run, dataset: Dataset, console: Console, other_data: bool) -> None:
+    """Compares the data of a split with the record of the training."""
+    known, split, now = data_record(run), dataset.split, dataset.data_fingerprint
+    if not known:
+        console.print(f"{run.directory} has no record of its training data: these may be others")
+        return
+    if split == "test" and split not in known and not run.data.test and "train" in known:
+        # In a record of before there is no test; this is a part of what is recorded.
+        split, now = "train", one_first(lambda: fingerprint(sources.load(run.data, "train")))
+    if known.get(split, now) == now:
+        return
+    files = ", ".join(getattr(run.data, dataset.split) or run.data.train) or run.data.source
+    problem = (
+        f"the {SPLITS[dataset.split]} data of {run.directory}, from {files}, are not those of its "
+        "training: their scores cannot be compared with others of the run"
+    )
+    if not other_data:
+        raise TrainError(f"{problem}; put them back, or measure these with --other-data")
+    console.print(problem, style="yellow", markup=False)
+
+
 def _write(
-    run: Run, result: dict[str, Any], console: Console, translations: str | None = None
+    directory: Path, result: dict[str, Any], console: Console, translations: str | None = None
 ) -> None:
     """Writes what was computed, before any of it is shown: a reader of output may go away."""
     if not is_first():
         return
     try:
-        write_json(run.directory / "result.json", result)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / "result.json", result)
         if translations is not None:
-            write_whole(run.directory / "translations.test.txt", translations)
+            write_whole(directory / "translations.test.txt", translations)
     except OSError as error:
         problem = f"{error.filename} cannot be written ({error.strerror}): what follows is only "
         console.print(f"{problem}shown, copy the run to keep it", style="yellow")
@@ -168,7 +235,15 @@ def describe(measured: dict[str, float], dataset: Dataset) -> list[str]:
     others = {name: value for name, value in measured.items() if name != "loss"}
     deciding = scores.main_scores(config.source, others)
     ordered = [*deciding, *(name for name in others if name not in deciding)]
-    return lines + [f"{name}: {100 * others[name]:.2f} %" for name in ordered]
+    named = {name: name for name in ordered}
+    if "f1" in named:
+        of = (
+            f"class {dataset.classes[1]}"
+            if len(dataset.classes) == 2
+            else "all classes, their mean"
+        )
+        named["f1"] = f"f1 of {of}"
+    return lines + [f"{named[name]}: {100 * others[name]:.2f} %" for name in ordered]
 
 
 def _translate(

@@ -1,6 +1,6 @@
 """Going on with a text: token by token to a terminal, or many prompts at once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from model.decoding import Decoded, Sampling, Writing, advance, beam_search, begin
 from model.transformer import build, empty_cache, put_together, take_apart
 from train.config import DecodeConfig, TrainError
-from train.rows import Rows, batches
+from train.rows import Rows, batches, require_length
 from train.sharding import whole
 
 CHUNK = 256  # positions of a prompt that are read at once
@@ -25,7 +25,12 @@ PIECE = 16  # tokens that a batch writes between two looks for stop strings
 class Generator:
     """Goes on with prompts, with one set of parameters of a decoder.
 
-    `prefix` says that the model was trained to see its prompt as a whole (prefix_lm).
+    `prefix` says that the model was trained to see its prompt as a whole (prefix_lm), `longest` how
+    long the rows of its training were; `tell` is called with what a user should know of a text.
+
+    A text that goes beyond a table of L learned positions slides: before its first token, and again
+    after every L / 4, its last 3 L / 4 + 1 tokens are read anew, from position 0 on. So each token
+    is written from the last 3 L / 4 + 1 to L. nanoGPT reads the last L anew for every token.
     """
 
     def __init__(
@@ -38,16 +43,22 @@ class Generator:
         seed: int = 0,
         *,
         prefix: bool = False,
+        longest: int | None = None,
+        tell: Callable[[str], object] = lambda _: None,
     ):
         _require_decoder(model)
         self.model, self.decode, self.tokenizer = model, decode, tokenizer
         self.mesh, self.seed, self.prefix = mesh, seed, prefix
+        self.longest, self.tell = longest, tell
+        positions = model.positions
+        self._table = positions.max_length if positions.kind == "learned" else None
         with jax.set_mesh(mesh):
             self.params = jax.jit(partial(take_apart, model))(params)
         self._begin = jax.jit(self._read_prompts)
         self._advance = jax.jit(
             self._write_on, donate_argnames="writing", out_shardings=(None, whole(mesh))
         )
+        self._slide = jax.jit(self._read_end, donate_argnames="writing")
         self._search = jax.jit(self._beam_search, out_shardings=whole(mesh))
 
     def stream(self, prompt: str) -> Iterator[str]:
@@ -70,7 +81,8 @@ class Generator:
         """The text after each prompt, in their order; an empty prompt begins a new text.
 
         A text does not depend on the other prompts, except that line i has its own random key.
-        Raises TrainError, naming the line, when a text may need more positions than there are.
+        Raises TrainError, naming the line, for a prompt of more than decode.batch_tokens tokens,
+        and where a beam search may need more positions than there are.
         """
         encoded = self._encode(prompts)
         texts = [""] * len(prompts)
@@ -91,25 +103,48 @@ class Generator:
         for number, ids in enumerate(encoded, 1):
             if not len(ids):
                 raise TrainError(f"prompt {number} is empty: the tokenizer has no begin token")
-            longest, more = self._longest(), self.decode.max_tokens
-            if longest is not None and len(ids) > longest:
+            require_length(f"prompt {number}", len(ids), self.decode)
+            if self._slides(len(ids)) and self.decode.beam > 1:
                 raise TrainError(
-                    f"prompt {number} has {len(ids)} tokens, and with decode.max_tokens = {more} "
-                    f"after them it goes beyond model.positions.max_length = "
-                    f"{self.model.positions.max_length}: shorten it or lower decode.max_tokens"
+                    f"prompt {number} has {len(ids)} tokens, and with decode.max_tokens = "
+                    f"{self.decode.max_tokens} after them it goes beyond "
+                    f"model.positions.max_length = {self._table}: shorten it, lower "
+                    "decode.max_tokens, or set decode.beam = 1, which goes on beyond"
                 )
+        self._tell_lengths([len(ids) for ids in encoded])
         return encoded
 
-    def _longest(self) -> int | None:
-        """Most tokens of a prompt, where positions are learned: its text needs room there too."""
-        positions = self.model.positions
-        return (
-            None if positions.kind != "learned" else positions.max_length - self.decode.max_tokens
-        )
+    def _slides(self, length: int) -> bool:
+        """Whether the text after a prompt, of this many tokens, may go beyond the table."""
+        return self._table is not None and length + self.decode.max_tokens > self._table
+
+    def _tell_lengths(self, lengths: Sequence[int]) -> None:
+        longest = max(lengths, default=0) + self.decode.max_tokens
+        if self._table is not None and longest > self._table:
+            self.tell(
+                f"up to {longest} tokens go beyond model.positions.max_length = {self._table}: "
+                f"there each token is written from the last {self._table - self._stride + 1} to "
+                f"{self._table}"
+            )
+        elif self.longest is not None and longest > self.longest:
+            self.tell(
+                f"up to {longest} tokens are more than data.max_length = {self.longest} of the "
+                "training: the model has seen none so far from a beginning"
+            )
+
+    @property
+    def _stride(self) -> int:
+        """Tokens that a text which slides writes between two readings."""
+        return max((self._table or 0) // 4, 1)
 
     def _batches(self, prompts: Sequence[np.ndarray]) -> Iterator[tuple[list[int], Rows]]:
-        sequences = dict(enumerate(prompts))
-        return batches(sequences, self.decode, self.mesh, self._longest())
+        """Those whose texts slide apart from the others, which must not depend on them."""
+        slide, stay = {}, {}
+        for i, ids in enumerate(prompts):
+            (slide if self._slides(len(ids)) else stay)[i] = ids
+        most = None if self._table is None else self._table - self.decode.max_tokens
+        yield from batches(stay, self.decode, self.mesh, most)
+        yield from batches(slide, self.decode, self.mesh)
 
     def _write(self, prompts: Sequence[np.ndarray], rows: Rows, every: int) -> Iterator[list[str]]:
         """Yields the next piece of each text, after every `every` tokens."""
@@ -130,10 +165,17 @@ class Generator:
             yield decoded
             return
         previous = None
+        stride = self._stride if self._slides(rows.inputs.shape[1]) else self.decode.max_tokens
         with jax.set_mesh(self.mesh):
             writing = self._begin(self.params, rows)
         for until in range(every, self.decode.max_tokens + every, every):
+            since = until - every
             with jax.set_mesh(self.mesh):
+                full = range(-(-since // stride) * stride or stride, until, stride)
+                for time in (time for time in full if time < self.decode.max_tokens):
+                    if time > since:
+                        writing, _ = self._advance(self.params, writing, time)
+                    writing = self._slide(self.params, writing, rows)
                 writing, decoded = self._advance(self.params, writing, until)
             if previous is not None:
                 yield previous
@@ -146,7 +188,29 @@ class Generator:
     def _read_prompts(self, params: Any, rows: Rows) -> Writing:
         lines = jax.vmap(lambda line: jax.random.fold_in(jax.random.key(self.seed), line))
         keys = lines(rows.lines) if self.decode.temperature > 0 else None
-        return begin(**self._prompts(params, rows), keys=keys)
+        writing = begin(**self._prompts(params, rows), keys=keys)
+        slides = self._slides(rows.inputs.shape[1])
+        return self._moved(params, writing, rows) if slides else writing
+
+    def _read_end(self, params: Any, writing: Writing, rows: Rows) -> Writing:
+        move = lambda: self._moved(params, writing, rows)  # noqa: E731
+        return jax.lax.cond(jnp.all(writing.done), lambda: writing, move)
+
+    def _moved(self, params: Any, writing: Writing, rows: Rows) -> Writing:
+        """The same texts, of which the last tokens stand at the beginning of the table."""
+        inputs, lengths, _ = rows
+        table = self._table or 0
+        kept, end = table - self._stride + 1, lengths + writing.time
+        first = jnp.maximum(end - kept, 0)
+        place, own = first[:, None] + jnp.arange(kept), lengths[:, None]
+        take = partial(jnp.take_along_axis, axis=1, mode="clip")
+        written = take(writing.decoded.tokens, jnp.maximum(place - own, 0))
+        tokens = jnp.where(place < own, take(inputs, place), written)
+        count = jnp.minimum(end, kept)
+        prefix = jnp.maximum(lengths - first, 0)
+        cache = self._prefill(params, tokens, count, table, prefix)
+        start = jnp.maximum(count - 1, 0) - writing.time
+        return writing._replace(start=start, cache=cache)
 
     def _write_on(self, params: Any, writing: Writing, until: jax.Array) -> tuple[Writing, Decoded]:
         sampling = Sampling(**{name: getattr(self.decode, name) for name in Sampling._fields})
@@ -190,17 +254,27 @@ class Generator:
             real = (position < lengths[:, None]) & (position >= (self.tokenizer.bos is not None))
             seen = jnp.zeros((len(lengths), self.model.vocab_size or 0), bool)
             seen = seen.at[index[:, None], inputs].max(real)
+        size, cache = inputs.shape[1] + self.decode.max_tokens, None
+        if not self._slides(inputs.shape[1]):
+            cache = self._prefill(params, inputs, lengths, size, lengths)
         return {
             "last": inputs[index, last],
-            "cache": self._prefill(params, inputs, lengths),
+            "cache": cache,
             "start": last,
             "limits": jnp.where(lengths > 0, self.decode.max_tokens, 0),
             "max_steps": self.decode.max_tokens,
             "seen": seen,
         }
 
-    def _prefill(self, params: Any, inputs: Int[Array, "B T"], lengths: Int[Array, " B"]) -> Any:
-        """A cache of all tokens of each row but the last, with room for what will be written.
+    def _prefill(
+        self,
+        params: Any,
+        inputs: Int[Array, "B T"],
+        lengths: Int[Array, " B"],
+        size: int,
+        prefix_len: Int[Array, " B"],
+    ) -> Any:
+        """A cache of `size` positions with all tokens of each row but the last.
 
         It is filled chunk by chunk, so that attention needs memory for chunk x length pairs. The
         last chunk may begin with tokens that were read before; each is remembered once.
@@ -209,7 +283,7 @@ class Generator:
         params = put_together(params)
         # A token that sees the whole prompt cannot be read before the rest of it.
         chunk = length if self.prefix else min(CHUNK, length)
-        prefix = {"prefix_len": lengths} if self.prefix else {}
+        prefix = {"prefix_len": prefix_len} if self.prefix else {}
 
         def read(i: jax.Array, cache: Any) -> Any:
             start = jnp.minimum(i * chunk, length - chunk)
@@ -219,7 +293,7 @@ class Generator:
             options = {"cache": cache, "is_real": is_real, "offset": start, "method": "decode"}
             return model.apply({"params": params}, tokens, **prefix, **options)[1]
 
-        cache = empty_cache(self.model, len(lengths), length + self.decode.max_tokens)
+        cache = empty_cache(self.model, len(lengths), size)
         chunks = (jnp.max(lengths) - 1 + chunk - 1) // chunk
         return take_apart(self.model, jax.lax.fori_loop(0, chunks, read, cache))
 

@@ -1,6 +1,7 @@
 """fit(): from a config to a trained model, resuming where a former call stopped."""
 
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -12,9 +13,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data import sources
 from data.pipeline import Dataset, TrainIterator
-from data.tokenizer import Tokenizer
 from model.attention import choose
 from model.config import ModelConfig
 from train.checkpoint import Checkpoints, CorruptCheckpoint
@@ -34,7 +33,7 @@ from train.state import Setup, TrainState, first_state, init_params, parameter_c
 from train.step import make_eval_step, make_train_step
 from train.stop import Stop
 from train.trainable import named, split
-from train.translate import longest_source, require_positions
+from train.translate import require_positions
 
 DETERMINISM = {
     True: "deterministic: no atomic additions, no kernels chosen by timing them; that costs speed "
@@ -66,7 +65,7 @@ def fit(
         valid_data = one_first(lambda: prepare("valid"))
         # Read at the end: what is wrong with it is to be known now.
         test_data = one_first(lambda: prepare("test"))
-        one_first(lambda: _require_room(run, tokenizer))
+        one_first(lambda: _require_room(run, test_data))
     require_same("config", repr((run.model, run.data, config)))
     require_same("tokenizer", tokenizer.fingerprint)
     require_same("data", train_data.data_fingerprint + valid_data.data_fingerprint)
@@ -79,13 +78,14 @@ def fit(
         require_divisible(shape, config.accumulate, mesh)
     for shape in valid_data.eval_plan.shapes + test_data.eval_plan.shapes:
         require_divisible(shape, 1, mesh)
-    del test_data  # It is prepared again at the end.
     describe(run.model, run.data.max_length, setup, console)
     if config.optimizer.warmup_steps > config.steps:
         console.print(_unfinished(config), style="yellow")
     if mesh.devices.flat[0].platform == "gpu":
         console.print(DETERMINISM[config.deterministic])
-    data = {"train": train_data.data_fingerprint, "valid": valid_data.data_fingerprint}
+    splits = {"train": train_data, "valid": valid_data, "test": test_data}
+    data = {name: dataset.data_fingerprint for name, dataset in splits.items()}
+    del test_data, splits  # It is prepared again at the end.
     now = environment(run, mesh, data)
     if witness is not None:
         witness.environment(now)
@@ -131,14 +131,11 @@ def _unfinished(config: TrainConfig) -> str:
     )
 
 
-def _require_room(run: Run, tokenizer: Tokenizer) -> None:
+def _require_room(run: Run, test_data: Dataset) -> None:
     """Raises TrainError where a test sentence could not be translated at the end."""
-    model, decode = run.model, run.train.decode
-    if run.data.objective != "translation" or longest_source(model, decode) is None:
-        return
-    texts = [example["source"] for example in sources.load(run.data, "test")]
-    sizes = [len(ids) + 1 for ids in tokenizer.encode_batch(texts)]  # and the end
-    require_positions(model, decode, sizes, "test sentences")
+    if run.data.objective == "translation":
+        sizes = (test_data.store.counts()["source"] + 1).tolist()  # and the end
+        require_positions(run.model, run.train.decode, sizes, "test sentences")
 
 
 @contextmanager
@@ -162,8 +159,9 @@ def _first_params(run: Run, setup: Setup, console: Console) -> Any:
 
 
 def _score(measured: dict[str, float], metric: str) -> float:
-    """The higher the better."""
-    return -measured[metric] if metric in ("loss", "smoothed_loss") else measured[metric]
+    """The higher the better; what is no number is the worst."""
+    score = -measured[metric] if metric in ("loss", "smoothed_loss") else measured[metric]
+    return score if math.isfinite(score) else -sys.float_info.max
 
 
 def _loop(

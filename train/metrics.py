@@ -14,6 +14,7 @@ import numpy as np
 from data.writing import write_whole
 from train.config import TrainError
 from train.hosts import is_first
+from train.run import finite
 
 
 class NonFiniteLoss(TrainError):
@@ -80,13 +81,13 @@ class Lines:
                 for line in read_lines(path)
                 if line["step"] < from_step or (line["step"] == from_step and not is_old(line))
             ]
-            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+            write_whole(path, "".join(json.dumps(finite(line)) + "\n" for line in kept))
         elif path.is_symlink():  # to nothing: opening it would make a file there
             path.unlink()
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
-        self._try(lambda: self._file.write(json.dumps(line) + "\n"))
+        self._try(lambda: self._file.write(json.dumps(finite(line), allow_nan=False) + "\n"))
         self._try(self._file.flush)
 
     def close(self) -> None:

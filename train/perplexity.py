@@ -14,6 +14,11 @@ from data.pipeline import Dataset
 from train.config import TrainError
 from train.sharding import whole_to_devices
 
+NOTHING_TO_PREDICT = (
+    "the {split} data has nothing to predict: all its tokens are special, or unknown to the "
+    "tokenizer; give other data, or another data.tokenizer"
+)
+
 
 def strided_loss(
     eval_step: Callable, params: Any, dataset: Dataset, mesh: Mesh, stride: int
@@ -40,6 +45,8 @@ def strided_loss(
             batch = whole_to_devices(pad_and_stack(rows, n_rows, config.max_length), mesh)
             losses, weights, _ = eval_step(params, batch)
             total, weight = total + float(losses["loss"]), weight + float(weights)
+    if not weight:
+        raise TrainError(NOTHING_TO_PREDICT.format(split=dataset.split))
     return total / weight
 
 

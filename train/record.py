@@ -58,6 +58,18 @@ def environments(directory: Path) -> list[dict[str, Any]]:
     return found if isinstance(found, list) else [{"from_step": 0, **found}]
 
 
+def data_record(run: Run) -> dict[str, str]:
+    """Fingerprints of the data that the run was trained on, by split, as far as they are known.
+
+    Without that of the test where another one is given now, which a run may.
+    """
+    last = (environments(run.directory) or [{}])[-1]
+    known = dict(last.get("data", {}))
+    if last.get("config", {}).get("data", {}).get("test") != list(run.data.test):
+        known.pop("test", None)
+    return known
+
+
 def add_environment(run: Run, now: dict[str, Any], from_step: int, console: Console) -> None:
     """Adds an environment to the record, and says what is new, unless it is that of before."""
     known = environments(run.directory)
@@ -70,6 +82,8 @@ def add_environment(run: Run, now: dict[str, Any], from_step: int, console: Cons
 
 def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between two environments, a line each."""
+    if "test" not in then.get("data", {}):  # in records of before
+        now = {**now, "data": {k: v for k, v in now.get("data", {}).items() if k != "test"}}
     ours, theirs = (
         {name: value for name, value in environment.items() if name not in INCIDENTAL}
         for environment in (now, then)

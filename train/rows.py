@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, UInt32
 
-from train.config import DecodeConfig
+from train.config import DecodeConfig, TrainError
 from train.sharding import RULES, place
 
 SHORTEST = 16  # lengths are 16, 32, 64, ...: one compilation each
@@ -20,6 +20,15 @@ class Rows(NamedTuple):
     lengths: Int[Array, " B"]
     lines: UInt32[Array, " B"]
     """Number of each sequence, for its random key: that must not depend on its neighbours."""
+
+
+def require_length(what: str, length: int, decode: DecodeConfig) -> None:
+    """Raises TrainError for a text that would take too long: attention grows with its square."""
+    if length > decode.batch_tokens:
+        raise TrainError(
+            f"{what} has {length:,} tokens, more than decode.batch_tokens = "
+            f"{decode.batch_tokens:,}: split it, or raise that"
+        )
 
 
 def batches(

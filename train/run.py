@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import types
 import typing
@@ -208,4 +209,13 @@ def differences(ours: Any, theirs: Any, name: str = "") -> Iterator[str]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes the file whole or not at all."""
-    write_whole(path, json.dumps(value, indent=1) + "\n")
+    write_whole(path, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """JSON values with null in the place of NaN and infinities, which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

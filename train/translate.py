@@ -1,6 +1,6 @@
 """From sentences to sentences: encode once, decode on the device, one line out per line in."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,16 @@ from model.config import ModelConfig, ModelError
 from model.decoding import Decoded, Sampling, beam_search, sample
 from model.transformer import build, empty_cache, put_together, take_apart
 from train.config import DecodeConfig, TrainError
-from train.rows import Rows, batches
+from train.rows import Rows, batches, require_length
 from train.sharding import whole
 
 
 class Translator:
-    """Translates with one set of parameters, sorted by length and batched, order kept."""
+    """Translates with one set of parameters, sorted by length and batched, order kept.
+
+    `longest` says how long the texts of its training were; `tell` is called with what a user should
+    know of a text.
+    """
 
     def __init__(
         self,
@@ -29,6 +33,9 @@ class Translator:
         params: Any,
         mesh: Mesh,
         seed: int = 0,
+        *,
+        longest: int | None = None,
+        tell: Callable[[str], object] = lambda _: None,
     ):
         if model.architecture != "encoder_decoder":
             raise TrainError(f"model.architecture {model.architecture} does not translate")
@@ -38,6 +45,7 @@ class Translator:
             raise TrainError("the tokenizer lacks the begin and end tokens of a translation")
         self.tokenizer, self.mesh = tokenizer, mesh
         self.model, self.decode, self.seed = model, decode, seed
+        self.longest, self.tell = longest, tell
         self.bos, self.eos = tokenizer.bos, tokenizer.eos
         with jax.set_mesh(mesh):
             self.params = jax.jit(partial(take_apart, model))(params)
@@ -46,10 +54,19 @@ class Translator:
     def __call__(self, texts: Sequence[str]) -> list[str]:
         """The translation of each text; of a blank one, a blank one.
 
-        Raises TrainError, naming the line, when a text is longer than the model's positions.
+        Raises TrainError, naming the line, when a text is longer than the model's positions, or has
+        more tokens than decode.batch_tokens.
         """
         sources = [np.append(ids, self.eos) for ids in self.tokenizer.encode_batch(texts)]
-        require_positions(self.model, self.decode, [*map(len, sources)])
+        sizes = [*map(len, sources)]
+        require_positions(self.model, self.decode, sizes)
+        beyond = [i for i, size in enumerate(sizes, 1) if size > (self.longest or size)]
+        if beyond:
+            self.tell(
+                f"{len(beyond)} of {len(texts)} lines have more than data.max_length = "
+                f"{self.longest} tokens of the training, the first in line {beyond[0]}: their "
+                "translations may lack parts; give a sentence a line"
+            )
         results = [""] * len(texts)
         todo = {i: sources[i] for i, text in enumerate(texts) if text.strip()}
         for i, tokens in self.tokens(todo):
@@ -128,7 +145,12 @@ def longest_source(model: ModelConfig, decode: DecodeConfig) -> int | None:
 def require_positions(
     model: ModelConfig, decode: DecodeConfig, sizes: Sequence[int], what: str = "sentences"
 ) -> None:
-    """Raises TrainError, naming the line, where a source is longer than the model's positions."""
+    """Raises TrainError, naming the line, where a source is longer than the model's positions.
+
+    Or than decode.batch_tokens.
+    """
+    for line, size in enumerate(sizes, 1):
+        require_length(f"line {line} of the {what}", size, decode)
     limit = longest_source(model, decode)
     if limit is None:
         return
