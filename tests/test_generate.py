@@ -1,6 +1,7 @@
 """What is written after a prompt, against a plain loop that runs the whole model for each token."""
 
 import dataclasses
+import importlib
 import itertools
 import re
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from tiny import INNER, KV_HEADS, LAYERS, POSITIONS, WIDTH, random_params, tiny
 
+from configs import base
 from data.config import TokenizerConfig
 from data.tokenizer import BOS, EOS, PAD, Tokenizer
 from model import transformer
@@ -289,6 +291,21 @@ def test_beyond_learned_positions_a_text_slides(options: dict, monkeypatch):
         "from the last 20 to 25"
     ]
     assert "".join(generator.stream(prompts[-1])) == Plain(generator)(prompts[-1:])[0] != ""
+
+
+@pytest.mark.parametrize("name", base.names())
+def test_a_config_can_write_with_its_own_settings(name: str):
+    module = importlib.import_module(f"configs.{name}")
+    for row in (None, *getattr(module, "ROWS", ())):
+        experiment, _ = base.load(f"{name}:{row}" if row else name)
+        model, decode = experiment.model, experiment.train.decode
+        if model.positions.kind != "learned":
+            continue
+        if model.architecture == "encoder_decoder":
+            room = model.positions.max_length - decode.extra_length
+            assert experiment.data.max_length <= room, row
+        elif model.architecture == "decoder_only":
+            assert decode.beam == 1, row  # It goes on beyond the table.
 
 
 def test_a_beam_ends_with_learned_positions():

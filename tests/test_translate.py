@@ -115,7 +115,7 @@ def test_learned_positions_leave_room_for_the_translation():
 def test_long_texts_are_told_and_very_long_ones_refused():
     translator, told = make(batch_tokens=64), []
     translator.longest, translator.tell = 5, told.append
-    translator(["abcd", "m"])
+    translator(["abcd", "m", " " * 99])  # A blank line is not read.
     assert told == []
     translator(["abcd", "abcde", "a" * 40])
     assert told[0].startswith("2 of 3 lines have more than data.max_length = 5 tokens")

@@ -58,7 +58,9 @@ class Translator:
         more tokens than decode.batch_tokens.
         """
         sources = [np.append(ids, self.eos) for ids in self.tokenizer.encode_batch(texts)]
-        sizes = [*map(len, sources)]
+        sizes = [
+            len(source) if text.strip() else 0 for source, text in zip(sources, texts, strict=True)
+        ]
         require_positions(self.model, self.decode, sizes)
         beyond = [i for i, size in enumerate(sizes, 1) if size > (self.longest or size)]
         if beyond:
