@@ -215,6 +215,33 @@ def test_classify_a_text_or_each_line(classifier, capsys, pipe):
     assert names[:3] == ["good", "bad", "bad"] and len(names) == 4
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--run-dir", "FILE/run"], ["FILE/run: Not a directory; give another path"]),
+        (["--run-dir", "FILE"], ["FILE is a file: give a directory to --run-dir"]),
+        (["--run-dir", f"run/{300 * 'x'}"], ["xxx: File name too long; give another path"]),
+        (["--run-dir=~/run", "--data.train=~/a.en", "~/a.de"], ["HOME/a.en"]),
+        (["--train.checkpoints", "FILE"], ["FILE is a file: give a folder to train.checkpoints"]),
+    ],
+)
+def test_places_that_cannot_be_used(flags, words, corpus, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    here = lambda text: (  # noqa: E731
+        text.replace("FILE", str(tmp_path / "file")).replace("HOME", str(tmp_path / "home"))
+    )
+    command = ["train", *toy.flags(corpus, tmp_path / "run"), *map(here, flags)]
+    fails(capsys, command, *map(here, words))
+
+
+def test_a_picture_needs_a_folder_that_can_be_written(trained, tmp_path, capsys, monkeypatch):
+    """Root may write everywhere but where the system says no."""
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    fails(capsys, ["attention", str(trained), "red cat"], f"{trained} cannot be written: give")
+    fails(capsys, ["masks", str(trained)], f"{trained} cannot be written: give another --output")
+
+
 SPEAK = """
 import sys
 from train import cli
@@ -417,10 +444,13 @@ def test_every_config_is_valid_and_says_its_command(name: str):
         (["train", "bert_tiny", "--train.reinit", "head"], ["train.reinit", "train.init_from"]),
         (["train", "bert_tiny", "--init-from", "package:gpt9"], ["package:gpt9", "minilm"]),
         (["train", "bert_tiny", "--init-from", "no/run"], ["no/run is no run directory"]),
-        (["import", "hf:no/dir"], ["no/dir", "tokenizer.json"]),
+        (["import", "hf:no/dir"], ["no/dir is no directory", "hf:"]),
+        (["import", "hf:~/no/dir"], [f"{Path.home()}/no/dir is no directory"]),
         (["export", "no/such/run"], ["needs a run directory and the directory to write"]),
         (["classify", "no/such/run", "text"], ["no/such/run is no run directory"]),
-        (["evaluate", "no/such/run"], ["no/such/run is no run directory"]),
+        (["evaluate", "no/such/run"], ["no/such/run is no run directory: it does not exist"]),
+        (["evaluate", "."], [". is no run directory: it has no config.json"]),
+        (["evaluate", 300 * "x"], ["x/config.json: File name too long; give another path"]),
         (["translate"], ["needs a run directory"]),
     ],
 )

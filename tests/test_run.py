@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from data.config import DataConfig, TokenizerConfig
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from train.config import DecodeConfig, TrainConfig, TrainError
-from train.run import FILES, Run, from_json, is_begun, to_json
+from train.run import FILES, Run, from_json, is_begun, to_json, train_paths
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +153,41 @@ def test_a_link_to_nothing_is_no_place_for_a_file(run, tokenizer, tmp_path):
     with pytest.raises(TrainError, match=r"has no config\.json, but tokenizer\.json"):
         run.start(tokenizer)
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_relative_paths_are_those_of_where_a_run_was_started(tokenizer, tmp_path, monkeypatch):
+    """Such as those of a run that is measured from another folder."""
+    home, away = tmp_path / "home", tmp_path / "away"
+    for folder in (home, away):
+        folder.mkdir()
+    for name in ("a.txt", "tokenizer.json", "source"):
+        (home / name).touch()
+    data = DataConfig(
+        source="files",
+        objective="causal_lm",
+        train=("a.txt", "gone.txt"),
+        tokenizer=TokenizerConfig(path="tokenizer.json"),
+    )
+    train = TrainConfig(init_from="hf:source", checkpoints="gs://bucket")
+    run = Run(Path("run"), ModelConfig(vocab_size=8), data, train)
+    monkeypatch.chdir(home)
+    run.start(tokenizer)
+    assert Run.open("run") == run
+    monkeypatch.chdir(away)
+    there = Run.open(home / "run")
+    assert there.data.train == (f"{home}/a.txt", "gone.txt")
+    assert there.data.tokenizer.path == f"{home}/tokenizer.json"
+    assert there.train.init_from == f"hf:{home}/source"
+    assert there.train.checkpoints == "gs://bucket"
+    path = home / "run" / "config.json"  # one of before has no such entry
+    path.write_text(json.dumps(run.values()))
+    assert Run.open(home / "run") == dataclasses.replace(run, directory=home / "run")
+
+
+@pytest.mark.parametrize(
+    ("init_from", "expected"),
+    [("hf:a", "hf:A"), ("a", "A"), ("package:minilm", "package:minilm"), (None, None)],
+)
+def test_paths_of_what_a_run_begins_from(init_from, expected):
+    train = TrainConfig(init_from=init_from, checkpoints="a")
+    assert train_paths(train, str.upper) == TrainConfig(init_from=expected, checkpoints="A")

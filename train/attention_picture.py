@@ -1,6 +1,7 @@
 """`heedful attention`: who looks at whom, as the attention weights of a model, drawn."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -237,10 +238,12 @@ def _require_readable(name: str, length: int) -> None:
 
 
 def require_ours(path: Path) -> None:
-    """Raises TrainError where writing to `path` would lose something else than a former picture."""
+    """Raises TrainError where writing to `path` fails, or loses what is no former picture."""
     from PIL import Image, UnidentifiedImageError
 
     require(path.suffix == ".png", f"--output {path} must end with .png")
+    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+    require(os.access(folder, os.W_OK), f"{folder} cannot be written: give another --output")
     if not path.exists():
         return
     try:

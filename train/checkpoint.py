@@ -37,6 +37,8 @@ class Checkpoints:
             exists = self.directory.is_dir()
         except ImportError as error:
             raise TrainError(f"{directory} cannot be reached: {error} (pip install it)") from error
+        if not exists and self.directory.exists():
+            raise TrainError(f"{directory} is a file: give a folder to train.checkpoints")
         if keep is None and not exists:
             raise TrainError(f"{directory} does not exist: the run has no checkpoint yet")
         one_first(self._make_directory)

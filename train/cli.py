@@ -80,9 +80,19 @@ def run(arguments: list[str]) -> int:
     except Interrupted as interruption:
         print(f"heedful: {interruption}; the same command resumes it", file=sys.stderr)
         return interruption.code
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.errno is None or isinstance(error, ConnectionError):
+            return _failed(error)
+        name = "a file" if error.filename is None else error.filename
+        print(
+            f"heedful: error: {name}: {error.strerror}; give another path, or make this one "
+            "readable and writable",
+            file=sys.stderr,
+        )
+        return 2
     except Exception as error:
-        if not _of_several():
-            raise
         return _failed(error)
 
 
@@ -93,6 +103,8 @@ def _of_several() -> bool:
 
 def _failed(error: Exception) -> int:
     """Says what has gone wrong in one of several processes; returns the exit code."""
+    if not _of_several():
+        raise error
     if sys.modules["train.hosts"].lost(error):
         reason = str(error).splitlines()[0][:200]
         print(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -12,8 +13,9 @@ from typing import Any
 
 from data.config import DataConfig, DataError
 from model.config import ModelConfig
+from train import flags
 from train.config import DecodeConfig, TrainConfig, TrainError
-from train.flags import early, parse
+from train.flags import early
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,6 +287,22 @@ def _adopted(model: ModelConfig, train: TrainConfig, arguments: list[str]) -> Mo
     return adopt(model, open_source(init_from, console()).model)
 
 
+def parse(default: Any, arguments: list[str], program: str, description: str = "") -> Any:
+    """The flags over the defaults, with the home directory for each ~ that begins a path."""
+    chosen, home = flags.parse(default, arguments, program, description), os.path.expanduser
+    from train.run import data_paths, train_paths
+
+    changed: dict[str, Any] = {}
+    for name, value in vars(chosen).items():
+        if isinstance(value, Path):
+            changed[name] = value.expanduser()
+        elif isinstance(value, DataConfig):
+            changed[name] = data_paths(value, home)
+        elif isinstance(value, TrainConfig):
+            changed[name] = train_paths(value, home)
+    return dataclasses.replace(chosen, **changed)
+
+
 def _parse_for_run(kind: Any, directory: str, arguments: list[str], command: str) -> Any:
     """The flags of a command whose defaults are those of the run."""
     keep_compiled()
@@ -381,8 +399,14 @@ def console(stderr: bool = False) -> Any:
 
     from train.hosts import is_first
 
-    plain = {"markup": False, "emoji": False, "highlight": False}
-    return Console(stderr=stderr, soft_wrap=True, quiet=not is_first(), **plain)
+    return Console(
+        stderr=stderr,
+        markup=False,
+        emoji=False,
+        highlight=False,
+        soft_wrap=True,
+        quiet=not is_first(),
+    )
 
 
 def keep_compiled() -> None:

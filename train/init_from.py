@@ -51,23 +51,26 @@ def open_source(init_from: str, console: Console) -> Source:
     """What `train.init_from` names; raises TrainError, DataError or ModelError."""
     kind, _, rest = init_from.partition(":")
     if kind == "hf":
-        return _open_directory(init_from, Path(rest))
+        return _open_directory(init_from, Path(rest).expanduser())
     if kind == "package":
         if rest not in PACKAGES:
             raise TrainError(f"unknown {init_from}: choose among {', '.join(PACKAGES)}")
         return PACKAGES[rest](init_from)
-    run = Run.open(init_from)
+    directory = Path(init_from).expanduser()
+    run = Run.open(directory)
     return Source(
         init_from,
         dataclasses.replace(run.model, lora=LoraConfig()),
         run.tokenizer(),
         # What low-rank updates have learned is part of the body.
-        lambda: pretrained.merge_lora(run.model, to_host(load(Path(init_from), console).params))[1],
+        lambda: pretrained.merge_lora(run.model, to_host(load(directory, console).params))[1],
         lambda: run.data.classes,
     )
 
 
 def _open_directory(name: str, directory: Path) -> Source:
+    if not directory.is_dir():
+        raise TrainError(f"{directory} is no directory: give that of a Hugging Face model to hf:")
     found = [directory / file for file in TOKENIZERS if (directory / file).is_file()]
     if not found:
         raise TrainError(

@@ -43,13 +43,18 @@ class Run:
 
     @classmethod
     def open(cls, directory: str | Path) -> "Run":
-        """A run that was started before; raises TrainError when there is none."""
+        """A run that was started before; raises TrainError when there is none.
+
+        Its relative paths are those of where it was started, if there is such a file.
+        """
         directory = Path(directory)
         path = directory / "config.json"
         if not path.is_file():
-            raise TrainError(f"{directory} is no run directory: it has no config.json")
+            lacks = "has no config.json" if directory.is_dir() else "does not exist"
+            raise TrainError(f"{directory} is no run directory: it {lacks}")
         try:
-            return cls.of(directory, json.loads(path.read_text("utf-8")))
+            values = json.loads(path.read_text("utf-8"))
+            return cls.of(directory, values)._from_here(values.get("started_in"))
         except (KeyError, TypeError, ValueError) as error:
             raise TrainError(f"{path} cannot be read as the config of a run: {error}") from error
 
@@ -62,6 +67,18 @@ class Run:
             from_json(DataConfig, values["data"]),
             from_json(TrainConfig, values["train"]),
         )
+
+    def _from_here(self, started_in: str | None) -> "Run":
+        """The same run where this process does not work in the folder it was started in."""
+        if started_in is None or os.path.realpath(started_in) == os.path.realpath("."):
+            return self
+
+        def there(path: str) -> str:
+            found = Path(started_in) / path
+            return str(found) if found.exists() else path
+
+        data, train = data_paths(self.data, there), train_paths(self.train, there)
+        return dataclasses.replace(self, data=data, train=train)
 
     @property
     def checkpoints(self) -> epath.Path:
@@ -105,18 +122,22 @@ class Run:
                 f"{self.checkpoints}: give the first to train.checkpoints, or move them"
             )
         if there != self:
-            write_json(self.directory / "config.json", self.values())
+            self._write_config()
 
     def _begin(self, tokenizer: Tokenizer) -> None:
         """Writes the config first: what a start without it leaves behind is taken for no run."""
         self.directory.mkdir(parents=True, exist_ok=True)
         release = self.lock()
         try:
-            write_json(self.directory / "config.json", self.values())
+            self._write_config()
             tokenizer.save(self.tokenizer_path)
             (self.directory / "environment.json").unlink(missing_ok=True)
         finally:
             release()
+
+    def _write_config(self) -> None:
+        values = {**self.values(), "started_in": os.getcwd()}
+        write_json(self.directory / "config.json", values)
 
     def lock(self) -> Callable[[], None]:
         """Keeps other processes from training here until what it returns is called, or this ends.
@@ -178,6 +199,26 @@ def _has_steps(checkpoints: epath.Path) -> bool:
         return checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
     except (ImportError, OSError) as error:
         raise TrainError(f"train.checkpoints {checkpoints} cannot be reached: {error}") from error
+
+
+def data_paths(data: DataConfig, change: Callable[[str], str]) -> DataConfig:
+    """The config with every path changed."""
+    files = {name: tuple(map(change, getattr(data, name))) for name in ("train", "valid", "test")}
+    path = data.tokenizer.path and change(data.tokenizer.path)
+    return dataclasses.replace(
+        data, tokenizer=dataclasses.replace(data.tokenizer, path=path), **files
+    )
+
+
+def train_paths(train: TrainConfig, change: Callable[[str], str]) -> TrainConfig:
+    """The config with every path changed; what is no path stays."""
+    init_from, checkpoints = train.init_from, train.checkpoints
+    if init_from is not None and not init_from.startswith("package:"):
+        kind, colon, path = init_from.rpartition("hf:")
+        init_from = kind + colon + change(path)
+    if checkpoints is not None and "://" not in checkpoints:
+        checkpoints = change(checkpoints)
+    return dataclasses.replace(train, init_from=init_from, checkpoints=checkpoints)
 
 
 def to_json(config: Any) -> Any:
