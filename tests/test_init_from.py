@@ -14,6 +14,7 @@ import pytest
 import toy
 from rich.console import Console
 from test_cli import fails
+from tiny_pretrained import export
 
 from data.config import DataError, TokenizerConfig
 from model.config import AttentionConfig, LoraConfig, ModelConfig, PerformerConfig, PositionConfig
@@ -282,9 +283,10 @@ def test_sources_that_are_none(tmp_path):
         open_source(str(tmp_path), toy.QUIET)
     with pytest.raises(TrainError, match=r"neither tokenizer.json nor vocab.txt"):
         open_source(f"hf:{tmp_path}", toy.QUIET)
-    (tmp_path / "tokenizer.json").write_text("{}")
+    directory = export(tmp_path, "GPT2LMHeadModel")
+    (directory / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="is not a tokenizer"):
-        open_source(f"hf:{tmp_path}", toy.QUIET)
+        open_source(f"hf:{directory}", toy.QUIET)
 
 
 # Through the command line ------------------------------------------------------------------------
