@@ -79,6 +79,8 @@ class TokenizerConfig:
         # A byte-level vocabulary starts from all 256 bytes, so that no text is out of reach.
         least = 4 + 256 if self.kind in ("bpe", "bytes") else 4 + 1
         _at_least("data.tokenizer.vocab_size", self.vocab_size, least)
+        # What learns a vocabulary takes memory for all of it at once.
+        _at_most("data.tokenizer.vocab_size", self.vocab_size, 1 << 22)
         require(
             self.vocab_size <= MOST_TOKENS,
             f"data.tokenizer.vocab_size is {self.vocab_size}: give {MOST_TOKENS} or less",
@@ -268,6 +270,10 @@ class DataConfig:
         _at_least("data.length_multiple", self.length_multiple, 1)
         _at_least("data.max_length", self.max_length, 2)
         _at_least("data.workers", self.workers, 0)
+        for name in ("batch_tokens", "batch_multiple", "buckets", "length_multiple"):
+            _at_most(f"data.{name}", getattr(self, name), (1 << 31) - 1)
+        _at_most("data.max_length", self.max_length, 1 << 24)
+        _at_most("data.workers", self.workers, 1 << 10)
         require(
             self.workers <= MOST_WORKERS,
             f"data.workers is {self.workers}: give at most {MOST_WORKERS} processes",
@@ -294,3 +300,7 @@ def _require_choices(section: str, config: Any) -> None:
 
 def _at_least(name: str, value: int, least: int) -> None:
     require(value >= least, f"{name} is {value}: give {least} or more")
+
+
+def _at_most(name: str, value: int, most: int) -> None:
+    require(value <= most, f"{name} is {value}: give {most} or less")

@@ -52,6 +52,10 @@ def one_line(error):
         ({"buckets": 0}, "data.buckets"),
         ({"max_length": 1}, "data.max_length is 1"),
         ({"workers": -1}, "data.workers is -1"),
+        ({"workers": 10**9}, "data.workers is 1000000000: give 1024 or less"),
+        ({"max_length": 10**9}, "data.max_length is 1000000000: give 16777216 or less"),
+        ({"batch_tokens": 2**31}, "data.batch_tokens is 2147483648: give 2147483647 or less"),
+        ({"buckets": 2**31}, "data.buckets"),
         ({"classes": ("a", "b"), "objective": "regression"}, "data.classes .*to classification"),
         ({"span_length": 2.0, "objective": "masked_lm"}, "data.span_length .*to span_corruption"),
         ({"noise": 0.2}, "data.noise is 0.2, .*masked_lm or span_corruption"),
@@ -67,7 +71,11 @@ def test_config_names_the_bad_field(changes, names):
 
 @pytest.mark.parametrize(
     ("changes", "names"),
-    [({"kind": "subwords"}, "kind is 'subwords'"), ({"vocab_size": 259}, "259")],
+    [
+        ({"kind": "subwords"}, "kind is 'subwords'"),
+        ({"vocab_size": 259}, "259"),
+        ({"vocab_size": 10**9}, "vocab_size is 1000000000: give 4194304 or less"),
+    ],
 )
 def test_tokenizer_config_names_the_bad_field(changes, names):
     with pytest.raises(DataError, match=names):

@@ -8,7 +8,14 @@ import toy
 
 from data.config import DataConfig, TokenizerConfig
 from data.tokenizer import Tokenizer
-from model.config import AttentionConfig, ModelConfig
+from model.config import (
+    AttentionConfig,
+    FeedForwardConfig,
+    LinformerConfig,
+    ModelConfig,
+    PerformerConfig,
+    PositionConfig,
+)
 from train.config import DecodeConfig, TrainConfig, TrainError
 from train.run import Run
 from train.start import require_fit, start_run
@@ -138,3 +145,47 @@ def test_a_translation_has_no_prompt_after_which_it_could_stop():
     train = TrainConfig(decode=DecodeConfig(stop=(".",)))
     with pytest.raises(TrainError, match=r"train.decode.stop = .* after a prompt: leave it out"):
         require_fit(toy.model("encoder_decoder"), DataConfig(), train)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"width": 10**9}, "model.vocab_size x model.width = "),
+        ({"layers": 10**9, "width": 2**14}, "model.layers x model.width"),
+        ({"vocab_size": 10**12}, "model.vocab_size x model.width"),
+        ({"feed_forward": FeedForwardConfig(width=10**12)}, "model.feed_forward.width"),
+        (
+            {"positions": PositionConfig(kind="learned", max_length=10**12)},
+            "model.positions.max_length x model.width",
+        ),
+        (
+            {
+                "attention": AttentionConfig(
+                    heads=2, core="performer", performer=PerformerConfig(features=10**12)
+                )
+            },
+            "model.attention.performer.features",
+        ),
+        (
+            {
+                "attention": AttentionConfig(
+                    heads=2,
+                    core="linformer",
+                    linformer=LinformerConfig(rank=10**6, max_length=10**6),
+                )
+            },
+            "model.attention.linformer.rank",
+        ),
+    ],
+)
+def test_sizes_without_room_are_refused_before_anything_is_made(folder, tmp_path, changes, words):
+    model = dataclasses.replace(toy.model(), **changes)
+    with pytest.raises(TrainError, match=rf"{words}.* in float32 have no room in the .* smaller"):
+        start(folder, tmp_path / "run", "masked_lm", model, packing=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_without_room_is_refused(folder, tmp_path):
+    model = dataclasses.replace(toy.model(), width=2**10)
+    with pytest.raises(TrainError, match=r"data\.batch_tokens / train\.accumulate .* no room"):
+        start(folder, tmp_path / "run", "masked_lm", model, batch_tokens=2**31 - 1)

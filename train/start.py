@@ -1,8 +1,10 @@
 """How a run begins: its tokenizer, what the data decides about the model, and whether they fit."""
 
 import dataclasses
+import math
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
 from data import pipeline
@@ -54,6 +56,7 @@ def start_run(
     if data.objective == "classification" and not data.classes:
         data = dataclasses.replace(data, classes=pipeline.classes(data))
     run = Run(directory, _sized(model, data, tokenizer), data, train)
+    _require_room(run)
     run.start(tokenizer)
     return run
 
@@ -95,6 +98,45 @@ def require_fit(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Non
             f"train.label_smoothing = {train.label_smoothing} means nothing for a regression: "
             "set it to 0"
         )
+
+
+def _require_room(run: Run) -> None:
+    """Raises TrainError where not even the largest arrays have room on all devices together.
+
+    Before anything is made: what is too large by far may end the process, or the machine.
+    """
+    from train.plan.report import capacity
+
+    here = jax.local_devices()
+    room = (capacity(None, here) or math.inf) * len(here) * jax.process_count()
+    model, data = run.model, run.data
+    attention, feed_forward = model.attention, model.feed_forward
+    matrices = 2 * attention.heads * model.head_dim + 2 * feed_forward.width
+    sizes = {
+        "model.vocab_size x model.width": (model.vocab_size or 0) * model.width,
+        "model.layers x model.width x (2 model.attention.heads x head_dim + 2 "
+        "model.feed_forward.width)": model.layers * model.width * matrices,
+        "data.batch_tokens / train.accumulate x model.width": (
+            data.batch_tokens // run.train.accumulate * model.width
+        ),
+    }
+    if model.positions.kind == "learned":
+        length = model.positions.max_length
+        sizes["model.positions.max_length x model.width"] = length * model.width
+    cores = {attention.core_of(place) for place in model.places}
+    if "performer" in cores:
+        name = "model.attention.performer.features x model.attention.heads x head_dim"
+        sizes[name] = attention.performer.features * attention.heads * model.key_dim
+    if "linformer" in cores:
+        linformer = attention.linformer
+        name = "model.attention.linformer.rank x model.attention.linformer.max_length"
+        sizes[name] = linformer.rank * linformer.max_length
+    for name, size in sizes.items():
+        if 4 * size > room:
+            raise TrainError(
+                f"{name} = {size:,} numbers in float32 have no room in the {room / 2**30:.1f} GiB "
+                "of all devices: give smaller ones"
+            )
 
 
 def _tokenizer_of_source(init_from: str, data: DataConfig, console: Console) -> Tokenizer:

@@ -64,7 +64,7 @@ def make_plan(
 ) -> Plan:
     """Compiles the step and reads its program."""
     chip = chip_of(devices[0])
-    compiled = compile_step(model, data, train, devices, _capacity(chip, devices))
+    compiled = compile_step(model, data, train, devices, capacity(chip, devices))
     exchanges, works, unknown = [], [], 0
     if compiled.text is not None:
         program = Program(compiled.text)
@@ -119,7 +119,7 @@ def attention_kernels(model: ModelConfig, data: DataConfig, compiled: Compiled) 
     return Work("attention kernels", scores * passes * tokens, 0, 1)
 
 
-def _capacity(chip: Chip | None, devices: Sequence[Any]) -> int | None:
+def capacity(chip: Chip | None, devices: Sequence[Any]) -> int | None:
     """Bytes that a program may use of each device."""
     if devices[0].platform == "cpu":  # the devices of a machine share its memory
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
