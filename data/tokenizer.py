@@ -47,7 +47,6 @@ class Tokenizer:
     rowless: added tokens with larger ids, by name; a text that holds one is refused.
     pad, bos, eos, unk, mask: ids of the special tokens, None for those that it lacks; `bos` is
     `pad` then, with which the decoders of such models (T5, Marian) begin.
-    ends: all tokens that end what a model writes; training data has `eos`.
     sentinels: ids of <extra_id_0>, <extra_id_1>, ...
     is_special: bool [V], whether an id is no text, `unk` included; ordinary: the ids that are.
     pretokenized: whether texts are words already, separated by spaces.
@@ -98,7 +97,7 @@ class Tokenizer:
         roles |= said
         self.pad, self.eos, self.unk, self.mask = (roles[r] for r in ("pad", "eos", "unk", "mask"))
         self.bos = self.pad if roles["bos"] is None else roles["bos"]
-        self.ends = said.get("ends") or ((self.eos,) if self.eos is not None else ())
+        self._ends = said.get("ends")
 
         canonical = json.dumps(contents, sort_keys=True, separators=(",", ":"))
         canonical += json.dumps(said, sort_keys=True) if said else ""
@@ -156,8 +155,8 @@ class Tokenizer:
             special = named_beside(path, vocabulary, tokenizer.unknown)
         return tokenizer if special is None else tokenizer.following(special)
 
-    def following(self, special: Special) -> Self:
-        """Returns the same tokenizer with these special tokens."""
+    def following(self, special: Special | None) -> Self:
+        """Returns the same tokenizer with these special tokens; None: those of its spelling."""
         return type(self)(self._json, special, self._rows)
 
     @classmethod
@@ -205,6 +204,11 @@ class Tokenizer:
         return model.get("unk_id") if name is None else self._tokenizer.token_to_id(name)
 
     @property
+    def ends(self) -> tuple[int, ...]:
+        """All tokens that end what a model writes; () where there is none."""
+        return self._ends or (() if self.eos is None else (self.eos,))
+
+    @property
     def frame(self) -> tuple[int, int]:
         """Begin and end of a text; both must be there (see `require`)."""
         assert self.bos is not None and self.eos is not None
@@ -213,6 +217,10 @@ class Tokenizer:
     def name(self, token: int) -> str:
         """How the vocabulary spells a token."""
         return self._tokenizer.id_to_token(token) or ""
+
+    def reads_as(self, other: "Tokenizer") -> bool:
+        """Whether the tokenizer.json is the same, whatever other files say of special tokens."""
+        return self.following(None).fingerprint == other.following(None).fingerprint
 
     def save(self, path: str | Path) -> None:
         """Writes the tokenizer.json, and beside it what other files say of its special tokens."""

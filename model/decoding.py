@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from model.axes import target_platform
@@ -19,6 +20,7 @@ from model.linear import FEW
 BLOCK = 32  # scores of which `highest` looks at the highest first
 
 Position = Int[Array, ""] | Int[Array, " R"]
+Ends = int | tuple[int, ...]
 Step = Callable[[Int[Array, "R 1"], Any, Position], tuple[Float[Array, "R V"], Any]]
 
 
@@ -35,6 +37,8 @@ class Sampling(NamedTuple):
     """Among those of this share of the likeliest one's probability (arXiv:2407.01082)."""
     repetition_penalty: float = 1.0
     """Against tokens that the row holds already (arXiv:1909.05858 §4.1)."""
+    never: tuple[int, ...] = ()
+    """Tokens that are not chosen."""
 
 
 class Decoded(NamedTuple):
@@ -97,11 +101,11 @@ def begin(
 
 
 def advance(
-    step: Step, rows: Writing, until: Int[Array, ""] | int, *, eos_id: int, sampling: Sampling
+    step: Step, rows: Writing, until: Int[Array, ""] | int, *, eos_id: Ends, sampling: Sampling
 ) -> Writing:
     """Writes on, token by token, until rows hold `until` tokens or all have ended.
 
-    No token has the id -1, so `eos_id` -1 leaves the end to the limits.
+    Each token of `eos_id` ends a row. No token has the id -1, so -1 leaves the end to the limits.
     """
     if sampling.temperature > 0.0 and rows.keys is None:
         raise ValueError(f"temperature = {sampling.temperature} needs random keys; 0 is greedy")
@@ -116,6 +120,7 @@ def advance(
         t, done, (tokens, lengths, scores) = rows.time, rows.done, rows.decoded
         logits, cache = step(rows.last[:, None], rows.cache, rows.start + t)
         logits = penalise(logits.astype(jnp.float32), rows.seen, sampling.repetition_penalty)
+        logits = _without(logits, sampling.never)
         chosen = _choose(logits, rows.keys, t, sampling)
         gain = logits[index, chosen] - log_total(logits, jnp.max(logits, axis=-1))
         seen = None if rows.seen is None else rows.seen.at[index, chosen].set(True)
@@ -123,7 +128,7 @@ def advance(
         return rows._replace(
             time=t + 1,
             last=chosen,
-            done=done | (chosen == eos_id) | (t + 1 >= rows.limits),
+            done=done | _ends(chosen, eos_id) | (t + 1 >= rows.limits),
             decoded=Decoded(
                 tokens=tokens.at[:, t].set(chosen),
                 lengths=lengths + ~done,
@@ -142,7 +147,7 @@ def sample(
     cache: Any,
     *,
     max_steps: int,
-    eos_id: int,
+    eos_id: Ends,
     sampling: Sampling = Sampling(),  # noqa: B008
     **rows: Any,
 ) -> Decoded:
@@ -169,6 +174,15 @@ def penalise(
     if seen is None or penalty == 1.0:
         return logits
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def _without(logits: Float[Array, "B V"], never: tuple[int, ...]) -> Float[Array, "B V"]:
+    """-inf for the tokens that are not chosen."""
+    return logits.at[:, jnp.array(never)].set(-jnp.inf) if never else logits
+
+
+def _ends(tokens: Int[Array, "*B"], eos_id: Ends) -> Bool[Array, "*B"]:
+    return jnp.isin(tokens, jnp.atleast_1d(jnp.asarray(eos_id, jnp.int32)))
 
 
 def _require_seen(penalty: float, seen: jax.Array | None) -> None:
@@ -271,12 +285,13 @@ def beam_search(
     start: Int[Array, ""] | Int[Array, " B"],
     limits: Int[Array, " B"],
     max_steps: int,
-    eos_id: int,
+    eos_id: Ends,
     width: int,
     exponent: float,
     offset: int = 5,
     early_stopping: bool | str = "never",
     repetition_penalty: float = 1.0,
+    never: tuple[int, ...] = (),
     seen: Bool[Array, "B V"] | None = None,
 ) -> Decoded:
     """The best of `width` hypotheses per row, by log-probability over length penalty.
@@ -291,7 +306,8 @@ def beam_search(
     length. That is exact, since log-probabilities only fall.
 
     The repetition penalty changes logits, as in sampling; transformers changes log-probabilities
-    in a beam search. `cache` must have `repeat(width)` and `reorder(parents [B, W])`.
+    in a beam search. Tokens in `never` are not chosen, and keep their share of the probability, as
+    there. `cache` must have `repeat(width)` and `reorder(parents [B, W])`.
     """
     _require_seen(repetition_penalty, seen)
     batch = last.shape[0]
@@ -299,6 +315,7 @@ def beam_search(
     penalty = partial(length_penalty, exponent=exponent, offset=offset)
     largest = penalty(jnp.maximum(limits, 1))  # An empty row divides by it, too.
     start = jnp.repeat(start, width) if start.ndim else start
+    candidates = width * (1 + max(1, np.size(eos_id)))
     # The finished hypotheses that decide when a row stops: the best one where that rule is exact.
     deciding = 1 if early_stopping == "never" else width
 
@@ -311,15 +328,16 @@ def beam_search(
         logits, cache = step(last.reshape(-1, 1), cache, start + t)
         logits = penalise(logits.astype(jnp.float32), seen, repetition_penalty)
 
-        # Twice the width: at most `width` of these can be ends, so `width` stay alive.
-        children = min(2 * width, logits.shape[-1])
-        likeliest, tokens = highest(logits, children)
-        log_probs = likeliest - log_total(logits, likeliest[:, 0])[:, None]
+        # So many that `width` stay alive, if all hypotheses may end in all ways.
+        children = min(candidates, logits.shape[-1])
+        likeliest, tokens = highest(_without(logits, never), children)
+        most = jnp.max(logits, axis=-1) if never else likeliest[:, 0]
+        log_probs = likeliest - log_total(logits, most)[:, None]
         totals = live_scores.reshape(-1, 1) + log_probs
-        scores, picks = jax.lax.top_k(totals.reshape(batch, -1), 2 * width)
+        scores, picks = jax.lax.top_k(totals.reshape(batch, -1), candidates)
         parents, chosen = picks // children, tokens.reshape(batch, -1)[rows, picks]
         sequences = live[rows, parents].at[:, :, t].set(chosen)
-        ended = (chosen == eos_id) | (t + 1 >= limits)[:, None]
+        ended = _ends(chosen, eos_id) | (t + 1 >= limits)[:, None]
 
         normalised = jnp.where(ended, scores / penalty(t + 1), -jnp.inf)[:, :width]
         normalised = jnp.where(done[:, None], -jnp.inf, normalised)

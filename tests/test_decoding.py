@@ -117,10 +117,11 @@ def penalty(length: int, exponent: float, offset: int = 5) -> float:
 
 
 def plain_beam(
-    log_probs, limit: int, width: int, exponent: float, eos: int, offset: int = 5,
-    early_stopping: bool | str = "never",
+    log_probs, limit: int, width: int, exponent: float, eos: int | tuple[int, ...],
+    offset: int = 5, early_stopping: bool | str = "never", never: tuple[int, ...] = (),
 ):  # fmt: skip
     """Beam search over Python tuples, with "never" to the last step: (tokens, score)."""
+    ends = (eos,) if isinstance(eos, int) else eos
     live: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     finished: list[tuple[float, tuple[int, ...]]] = []
     for length in range(1, limit + 1):
@@ -128,16 +129,17 @@ def plain_beam(
             (total + gain, (*tokens, token))
             for total, tokens in live
             for token, gain in enumerate(log_probs(tokens))
+            if token not in never
         ]
-        children = sorted(children, reverse=True)[: 2 * width]
+        children = sorted(children, reverse=True)[: (1 + len(ends)) * width]
         divisor = penalty(length, exponent, offset)
         finished += [
             (total / divisor, tokens)
             for total, tokens in children[:width]
-            if total > -math.inf and (tokens[-1] == eos or length == limit)
+            if total > -math.inf and (tokens[-1] in ends or length == limit)
         ]
         finished = sorted(finished, reverse=True)[:width]
-        live = [child for child in children if child[1][-1] != eos][:width]
+        live = [child for child in children if child[1][-1] not in ends][:width]
         is_full = len(finished) == width
         if early_stopping is True and is_full:
             break
@@ -188,6 +190,33 @@ def test_a_narrow_beam_is_that_of_plain_lists(
         assert found.tokens[row].tolist() == padded(best)
         assert found.lengths[row] == len(best)
         assert found.scores[row] == pytest.approx(total, abs=1e-5)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_every_end_ends_and_some_tokens_are_never_chosen(width: int):
+    ends = (EOS, next(token for token in range(V) if token != EOS))
+    never = (next(token for token in range(V) if token not in ends),)
+    changed = 0
+    for options in ({"eos": ends}, {"eos": EOS, "never": never}, {"eos": ends, "never": never}):
+        own = {"eos_id": options["eos"], "never": options.get("never", ())}
+        found = decode(beam_search, width=width, exponent=0.6, **own)
+        greedy = decode(sample, eos_id=own["eos_id"], sampling=Sampling(never=own["never"]))
+        for row, limit in enumerate(LIMITS):
+            if not limit:
+                continue
+            search = partial(plain_beam, partial(log_probs, row), limit)
+            best, total = search(width, 0.6, **options)
+            assert found.tokens[row].tolist() == padded(best)
+            assert found.scores[row] == pytest.approx(total, abs=1e-5)
+            likeliest: tuple[int, ...] = ()
+            while len(likeliest) < limit and not {*likeliest} & {*np.atleast_1d(own["eos_id"])}:
+                left = {
+                    t: p for t, p in enumerate(log_probs(row, likeliest)) if t not in own["never"]
+                }
+                likeliest += (max(left, key=left.__getitem__),)
+            assert greedy.tokens[row].tolist() == padded(likeliest)
+            changed += best != search(width, 0.6, EOS)[0]
+    assert changed > 3
 
 
 def test_rules_of_stopping_differ():

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import pytest
 import tokenizers
 import toy
 from test_cli import fails
-from tiny_pretrained import change_tensors
+from tiny_pretrained import GPT2, change_tensors
 
 from data.config import DataError, TokenizerConfig
+from data.tokenizer import Tokenizer
 from model.config import (
     AttentionConfig,
     FeedForwardConfig,
@@ -25,6 +28,8 @@ from model.config import (
 )
 from model.pretrained import merge_lora
 from train import cli
+from train.config import DecodeConfig
+from train.generate import Generator
 from train.load import load
 from train.run import Run
 from train.trainable import named
@@ -205,3 +210,160 @@ def test_added_tokens_that_the_model_has_no_row_for(runs, tmp_path, capsys):
     fails(capsys, ["classify", str(run), "a tool"], "a text has 'tool'", f"only {size} rows")
     with pytest.raises(DataError, match=r"a text has '\[PAD\]'"):
         found.encode_batch(["a [PAD]"], special_tokens=True)
+
+
+# What the files of other people say ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory) -> Path:
+    """A GPT-2 of random parameters, exported; its tokens are characters."""
+    folder = tmp_path_factory.mktemp("writer")
+    chars = TokenizerConfig(kind="chars", vocab_size=99)
+    text = toy.data(toy.write_text(folder), "causal_lm", tokenizer=chars)
+    toy.random_run(folder / "run", replace(GPT2, vocab_size=None), text)
+    assert cli.run(["export", str(folder / "run"), str(folder / "hf")]) == 0
+    return folder / "hf"
+
+
+def changed(source: Path, target: Path, **files: dict[str, Any]) -> Path:
+    """A copy of an export with other values in these files; None takes a key out."""
+    shutil.copytree(source, target)
+    for name, values in files.items():
+        path = target / f"{name}.json"
+        there = json.loads(path.read_text()) if path.exists() else {}
+        there = {key: v for key, v in (there | values).items() if v is not None}
+        path.write_text(json.dumps(there))
+    return target
+
+
+def imported(source: Path, directory: Path, *flags: str) -> Run:
+    assert cli.run(["import", f"hf:{source}", "--run-dir", str(directory), *flags]) == 0
+    return Run.open(directory)
+
+
+def test_special_tokens_are_those_of_the_files(writer, tmp_path):
+    """Ids of config.json, of generation_config.json before it, and names of the tokenizer."""
+    plain = imported(writer, tmp_path / "plain").tokenizer()
+    a, b = (int(plain.encode_batch([c])[0][0]) for c in "ab")
+    files = {
+        "config": {"eos_token_id": a, "bos_token_id": b, "pad_token_id": -1},
+        "generation_config": {"eos_token_id": [plain.eos, a]},
+        "tokenizer_config": {"eos_token": {"content": "a"}, "mask_token": "r"},
+    }
+    source = changed(writer, tmp_path / "hf", **files)
+    run = imported(source, tmp_path / "run")
+    found = run.tokenizer()
+    assert found.ends == (plain.eos, a) and found.eos == a and found.bos == b
+    assert found.name(found.mask) == "r" and found.pad == plain.pad
+    assert found.fingerprint != plain.fingerprint
+    # The pad is no special token because a config.json says so: its text stays text.
+    assert found.encode_batch(["b"])[0].tolist() == [b] and found.is_special[a]
+
+    assert cli.run(["export", str(run.directory), str(tmp_path / "back")]) == 0
+    for name in ("config", "generation_config", "tokenizer_config"):
+        before = json.loads((source / f"{name}.json").read_text())
+        after = json.loads((tmp_path / "back" / f"{name}.json").read_text())
+        same = [key for key in before if "token" in key and before[key] != -1]
+        assert len(same) >= 2 or name == "generation_config"
+        for key in same:
+            expected = before[key]
+            expected = expected["content"] if isinstance(expected, dict) else expected
+            assert after[key] == expected, (name, key)
+    again = imported(tmp_path / "back", tmp_path / "again").tokenizer()
+    assert (again.ends, again.bos, again.fingerprint) == (found.ends, b, found.fingerprint)
+
+
+def test_every_end_ends_a_text(writer, tmp_path, capsys):
+    tokenizer = Tokenizer.load(writer / "tokenizer.json")
+    written, more = [], []
+    for number in range(2):
+        source = changed(writer, tmp_path / f"hf{number}", config={"eos_token_id": [2, *more]})
+        directory = tmp_path / f"run{number}"
+        imported(source, directory)
+        capsys.readouterr()
+        flags = ["--decode.max-tokens", "12", "--decode.never", "2"]
+        assert cli.run(["generate", str(directory), "red", *flags]) == 0
+        written.append(capsys.readouterr().out.removesuffix("\n").removeprefix("red"))
+        more = tokenizer.encode_batch([written[0][-1]])[0].tolist()
+    assert len(written[0]) == 12
+    assert written[1] == written[0][: written[0].index(written[0][-1])]
+
+
+def test_a_special_token_in_a_prompt_is_that_token_where_it_is_asked_for(writer, tmp_path):
+    run = imported(writer, tmp_path / "run", "--decode.special-tokens")
+    assert run.train.decode.special_tokens
+    tokenizer = run.tokenizer()
+    for reads in (False, True):
+        decode = replace(run.train.decode, special_tokens=reads, max_tokens=3)
+        trained = load(run.directory, toy.QUIET)
+        generator = Generator(run.model, decode, tokenizer, trained.params, trained.mesh)
+        ids = generator._encode(["<bos>r<eos>d"])[0].tolist()
+        r, d = (int(tokenizer.encode_batch([c])[0][0]) for c in "rd")
+        assert (ids == [tokenizer.bos, r, tokenizer.eos, d]) == reads
+        assert ids[0] == tokenizer.bos and (tokenizer.eos in ids) == reads
+
+
+def test_generation_config_is_followed_or_named(writer, tmp_path, capsys):
+    values = {
+        "num_beams": 3, "length_penalty": 0.7, "early_stopping": True, "repetition_penalty": 1.2,
+        "max_new_tokens": 9, "bad_words_ids": [[0], [2], [5, 6]], "suppress_tokens": [7],
+        "no_repeat_ngram_size": 3, "max_length": 50, "use_cache": True, "temperature": 0.3,
+    }  # fmt: skip
+    source = changed(writer, tmp_path / "hf", generation_config=values)
+    capsys.readouterr()
+    run = imported(source, tmp_path / "run", "--decode.beam", "2")
+    decode = DecodeConfig(
+        beam=2, length_penalty=0.7, length_penalty_offset=0, early_stopping=True,
+        repetition_penalty=1.2, max_tokens=9, never=(0, 7),
+    )  # fmt: skip
+    assert run.train.decode == decode
+    out = capsys.readouterr().out
+    assert "decode.length_penalty = 0.7 (length_penalty)" in out
+    line = next(line for line in out.splitlines() if "not followed" in line)
+    for key in ("no_repeat_ngram_size", "max_length", "bad_words_ids"):
+        assert key in line
+    assert "use_cache" not in out and "temperature" not in out
+
+    sampled = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 0.5}
+    source = changed(writer, tmp_path / "sampling", generation_config=sampled)
+    decode = imported(source, tmp_path / "sampled").train.decode
+    assert (decode.beam, decode.temperature, decode.top_p, decode.top_k) == (1, 0.6, 0.9, 50)
+    assert decode.repetition_penalty == 1.0
+    assert "not followed: repetition_penalty" in capsys.readouterr().out
+
+    older = changed(writer, tmp_path / "older", config={"num_beams": 6, "bad_words_ids": [[0]]})
+    decode = imported(older, tmp_path / "older_run").train.decode
+    assert (decode.beam, decode.never) == (6, (0,))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("config", {"eos_token_id": "2"}, "\"eos_token_id\": '2': give an id"),
+        ("config", {"eos_token_id": [1.5]}, '"eos_token_id": [1.5]: give an id'),
+        ("generation_config", {"num_beams": "4"}, "\"num_beams\": '4'"),
+        ("generation_config", {"bad_words_ids": [3]}, '"bad_words_ids": [3]'),
+    ],
+)
+def test_values_that_cannot_be_read(writer, name, values, message, tmp_path, capsys):
+    source = changed(writer, tmp_path / "hf", **{name: values})
+    fails(capsys, ["import", f"hf:{source}", "--run-dir", str(tmp_path / "run")], message)
+
+
+def test_an_id_beyond_the_vocabulary_is_said(writer, tmp_path, capsys):
+    source = changed(writer, tmp_path / "hf", config={"eos_token_id": 50256})
+    found = imported(source, tmp_path / "run").tokenizer()
+    assert found.ends == (2,)
+    assert "config.json: eos_token_id 50256 is not used" in capsys.readouterr().out
+
+
+def test_a_run_from_before_has_no_list_of_special_tokens(writer, tmp_path, capsys):
+    run = imported(writer, tmp_path / "run")
+    path = run.directory / "special_tokens.json"
+    before = run.tokenizer().fingerprint
+    path.unlink()
+    assert run.tokenizer().fingerprint == before and run.tokenizer().special is None
+    for text in ("{", '{"eos": 2}', "[]"):
+        path.write_text(text)
+        fails(capsys, ["generate", str(run.directory), "red"], "special_tokens.json", "restore")

@@ -258,11 +258,18 @@ def import_(source: str, arguments: list[str]) -> None:
     """heedful import hf:DIR --run-dir RUN"""
     keep_compiled()
     from train.exchange import default_data, import_run
+    from train.generation_config import describe, follow
     from train.init_from import open_source
 
     opened = open_source(source, console())
-    default = ImportArguments(run_dir=Path("runs") / opened.label, data=default_data(opened.model))
+    decode, fields, left = follow(
+        opened.generation, opened.model.architecture, opened.tokenizer.ends
+    )
+    directory, data = Path("runs") / opened.label, default_data(opened.model)
+    default = ImportArguments(run_dir=directory, data=data, decode=decode)
     chosen = parse(default, arguments, f"heedful import {source}")
+    for line in describe(chosen.decode, fields, left):
+        console().print(line)
     import_run(opened, chosen.run_dir, chosen.data, chosen.decode, console())
 
 
@@ -339,7 +346,6 @@ def _warn_unknown(trained: Any, lines: list[str]) -> None:
             f"{found[0]:,}, are {tokenizer.name(tokenizer.unknown)}: the vocabulary lacks what the "
             "text has there",
             style="yellow",
-            markup=False,
         )
 
 

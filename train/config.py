@@ -158,6 +158,11 @@ class DecodeConfig:
     repetition_penalty: float = 1.0
     """Divides positive scores of tokens seen before and multiplies negative ones
     (arXiv:1909.05858 §4.1). The begin token in front of a text counts as not seen."""
+    never: tuple[int, ...] = ()
+    """Tokens, by their ids, that are never written."""
+    special_tokens: bool = False
+    """Read special tokens that an input spells (<|user|>, [MASK]) as these tokens. Otherwise their
+    spelling is text like any other, as in training."""
     max_tokens: int = 200
     """Most tokens that are written after a prompt. With beam 1 they may go beyond a table of
     learned positions: there each is written from the last three quarters of the table or more,
@@ -200,6 +205,10 @@ class DecodeConfig:
             self.repetition_penalty >= 1,
             f"decode.repetition_penalty must be at least 1, not {self.repetition_penalty}",
         )
+        require(
+            all(i >= 0 for i in self.never),
+            f"decode.never is {' '.join(map(str, self.never))}: give ids of tokens, from 0 on",
+        )
         require(all(self.stop), "decode.stop holds an empty text: every text would end there")
         sampling = self.temperature > 0 or self.top_k > 0 or self.top_p < 1 or self.min_p > 0
         require(
@@ -207,6 +216,16 @@ class DecodeConfig:
             "sampling needs decode.beam = 1 and decode.temperature above 0, "
             f"not {self.beam} and {self.temperature}",
         )
+
+
+def require_tokens(decode: DecodeConfig, vocab_size: int) -> None:
+    """Raises TrainError where `decode.never` has a token that a model does not have."""
+    beyond = [i for i in decode.never if i >= vocab_size]
+    require(
+        not beyond,
+        f"decode.never has {' '.join(map(str, beyond))}, but model.vocab_size is {vocab_size}: "
+        "leave it out",
+    )
 
 
 Metric = Literal["loss", "smoothed_loss", "accuracy", "f1", "matthews", "pearson", "spearman"]

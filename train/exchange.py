@@ -1,6 +1,7 @@
 """Runs from the models of other libraries, and models for them from runs."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,18 +98,34 @@ def export_run(trained: Trained, directory: Path, console: Console) -> None:
     if not is_first():
         return
     tokenizer = trained.tokenizer
+    files = {} if tokenizer.special is None else tokenizer.special.files
     roles = {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
     special = {f"{role}_token_id": i for role, i in roles.items() if i is not None}
+    if "config.json" in files:
+        special = _within(files["config.json"], model.vocab_size or 0)
     if model.architecture == "encoder_decoder" and tokenizer.bos is not None:
-        special["decoder_start_token_id"] = tokenizer.bos
+        special.setdefault("decoder_start_token_id", tokenizer.bos)
     labels = trained.run.data.classes
     pretrained.write(directory, model, params, special=special, labels=labels)
-    tokenizer.save(directory / "tokenizer.json")
+    tokenizer.following(None).save(directory / "tokenizer.json")
     # What transformers calls a tokenizer that is all in its tokenizer.json.
     values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     named = roles | {"unk": tokenizer.unk, "mask": tokenizer.mask}
     values |= {f"{role}_token": tokenizer.name(i) for role, i in named.items() if i is not None}
+    values |= files.get("tokenizer_config.json", {})
     write_json(directory / "tokenizer_config.json", values)
+    if (name := "generation_config.json") in files and model.head.kind == "language_model":
+        write_json(directory / name, files[name])
     console.print(
         f"exported to {directory}: {', '.join(sorted(p.name for p in directory.iterdir()))}"
     )
+
+
+def _within(special: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """The ids that a model of `size` tokens has, as they were before it was imported."""
+    found = {}
+    for key, value in special.items():
+        inside = [i for i in (value if isinstance(value, list) else [value]) if i in range(size)]
+        if inside:
+            found[key] = inside if isinstance(value, list) else value
+    return found

@@ -14,7 +14,7 @@ from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.decoding import Decoded, Sampling, Writing, advance, beam_search, begin
 from model.transformer import build, empty_cache, put_together, take_apart
-from train.config import DecodeConfig, TrainError
+from train.config import DecodeConfig, TrainError, require_tokens
 from train.rows import Rows, batches, require_length
 from train.sharding import whole
 
@@ -47,6 +47,7 @@ class Generator:
         tell: Callable[[str], object] = lambda _: None,
     ):
         _require_decoder(model)
+        require_tokens(decode, model.vocab_size or 0)
         self.model, self.decode, self.tokenizer = model, decode, tokenizer
         self.mesh, self.seed, self.prefix = mesh, seed, prefix
         self.longest, self.tell = longest, tell
@@ -95,10 +96,14 @@ class Generator:
         return texts
 
     def _encode(self, prompts: Sequence[str]) -> list[np.ndarray]:
-        """Each prompt's tokens after the begin token, as a document is in training."""
+        """Each prompt's tokens after the begin token, as a document is in training.
+
+        A prompt may begin with that token itself, where special tokens are read.
+        """
         bos = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
+        read = self.tokenizer.encode_batch(prompts, special_tokens=self.decode.special_tokens)
         encoded = [
-            np.append(bos, ids).astype(np.int32) for ids in self.tokenizer.encode_batch(prompts)
+            np.append([] if ids[:1].tolist() == bos else bos, ids).astype(np.int32) for ids in read
         ]
         for number, ids in enumerate(encoded, 1):
             if not len(ids):
@@ -215,24 +220,21 @@ class Generator:
     def _write_on(self, params: Any, writing: Writing, until: jax.Array) -> tuple[Writing, Decoded]:
         sampling = Sampling(**{name: getattr(self.decode, name) for name in Sampling._fields})
         step = self._step(params)
-        writing = advance(step, writing, until, eos_id=self._eos, sampling=sampling)
+        writing = advance(step, writing, until, eos_id=self.tokenizer.ends, sampling=sampling)
         return writing, writing.decoded
 
     def _beam_search(self, params: Any, rows: Rows) -> Decoded:
         return beam_search(
             self._step(params),
             **self._prompts(params, rows),
-            eos_id=self._eos,
+            eos_id=self.tokenizer.ends,
             width=self.decode.beam,
             exponent=self.decode.length_penalty,
             offset=self.decode.length_penalty_offset,
             early_stopping=self.decode.early_stopping,
             repetition_penalty=self.decode.repetition_penalty,
+            never=self.decode.never,
         )
-
-    @property
-    def _eos(self) -> int:
-        return -1 if self.tokenizer.eos is None else self.tokenizer.eos
 
     def _step(self, params: Any):
         model = build(self.model)
@@ -329,7 +331,7 @@ class Text:
         return waiting
 
     def _add(self, token: int) -> str:
-        if token == self.tokenizer.eos:
+        if token in self.tokenizer.ends:
             self.ended = True
             return self.rest()
         self._new.append(token)

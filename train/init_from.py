@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +13,12 @@ from rich.table import Table
 
 from data import packages
 from data.llama2c import read_llama2c
+from data.special import Special, of_model
 from data.tokenizer import Tokenizer
 from model import pretrained
 from model.config import LoraConfig, ModelConfig
+from model.pretrained.tensors import CONFIG, read_json
+from train import generation_config
 from train.config import TrainError
 from train.hosts import to_host
 from train.load import load
@@ -40,6 +43,8 @@ class Source(NamedTuple):
     """Names of the classes of a classifier, if it has any."""
     notes: Sequence[str] = ()
     """What was left out of its files or changed, in lines for the user."""
+    generation: Mapping[str, Any] = {}
+    """What its generation_config.json says of decoding."""
 
     @property
     def label(self) -> str:
@@ -78,13 +83,29 @@ def _open_directory(name: str, directory: Path) -> Source:
             "(in transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...))"
         )
     files = pretrained.ModelDirectory(directory)
-    tokenizer, notes = Tokenizer.load(found[0], files.config.vocab_size), files.notes
+    model = files.config
+    tokenizer, notes = Tokenizer.load(found[0], model.vocab_size), files.notes
     if tokenizer.rowless:
         names = ", ".join(tokenizer.rowless)
         notes += [f"{found[0]} has {names}, but the model no rows for them: no text may hold them"]
-    read = files.read
+    config = read_json(directory / CONFIG)
+    writes = model.head.kind == "language_model" and model.architecture != "encoder_only"
+    generation = generation_config.read(directory, config) if writes else {}
+    ids = {CONFIG: {key: config[key] for key in config if key.endswith("_token_id")}}
+    if writes and (directory / generation_config.FILE).is_file():
+        ids[generation_config.FILE] = generation
+    special, unused = of_model(
+        tokenizer.special or Special(), ids, tokenizer.vocab_size, architecture=model.architecture
+    )
+    notes += unused
     return Source(
-        name, files.config, tokenizer, lambda: read().params, lambda: read().labels, notes
+        name,
+        model,
+        tokenizer.following(special),
+        lambda: files.read().params,
+        lambda: files.read().labels,
+        notes,
+        generation,
     )
 
 

@@ -27,8 +27,8 @@ MAY_DIFFER = (
 )  # fmt: skip
 # What a run writes beside its config.
 FILES = (
-    "config.json", "tokenizer.json", "environment.json", "metrics.jsonl", "fingerprints.jsonl",
-    "result.json", "translations.test.txt", "checkpoints",
+    "config.json", "tokenizer.json", "special_tokens.json", "environment.json", "metrics.jsonl",
+    "fingerprints.jsonl", "result.json", "translations.test.txt", "checkpoints",
 )  # fmt: skip
 
 

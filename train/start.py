@@ -142,7 +142,7 @@ def _require_room(run: Run) -> None:
 def _tokenizer_of_source(init_from: str, data: DataConfig, console: Console) -> Tokenizer:
     tokenizer = open_source(init_from, console).tokenizer
     path = data.tokenizer.path
-    if path is not None and Tokenizer.load(path).fingerprint != tokenizer.fingerprint:
+    if path is not None and not tokenizer.reads_as(Tokenizer.load(path)):
         raise TrainError(
             f"data.tokenizer.path {path} is another tokenizer than that of {init_from}: "
             "leave it out, parameters and vocabulary belong together"

@@ -13,7 +13,7 @@ from data.tokenizer import Tokenizer
 from model.config import ModelConfig, ModelError
 from model.decoding import Decoded, Sampling, beam_search, sample
 from model.transformer import build, empty_cache, put_together, take_apart
-from train.config import DecodeConfig, TrainError
+from train.config import DecodeConfig, TrainError, require_tokens
 from train.rows import Rows, batches, require_length
 from train.sharding import whole
 
@@ -43,6 +43,7 @@ class Translator:
             raise TrainError(f"decode.stop = {decode.stop} ends texts after a prompt: leave it out")
         if tokenizer.bos is None or tokenizer.eos is None:
             raise TrainError("the tokenizer lacks the begin and end tokens of a translation")
+        require_tokens(decode, model.vocab_size or 0)
         self.tokenizer, self.mesh = tokenizer, mesh
         self.model, self.decode, self.seed = model, decode, seed
         self.longest, self.tell = longest, tell
@@ -57,7 +58,9 @@ class Translator:
         Raises TrainError, naming the line, when a text is longer than the model's positions, or has
         more tokens than decode.batch_tokens.
         """
-        sources = [np.append(ids, self.eos) for ids in self.tokenizer.encode_batch(texts)]
+        special = self.decode.special_tokens
+        encoded = self.tokenizer.encode_batch(texts, special_tokens=special)
+        sources = [np.append(ids, self.eos) for ids in encoded]
         sizes = [
             len(source) if text.strip() else 0 for source, text in zip(sources, texts, strict=True)
         ]
@@ -115,7 +118,7 @@ class Translator:
             "start": start,
             "limits": jnp.where(lengths > 0, lengths + config.extra_length, 0),
             "max_steps": max_steps,
-            "eos_id": self.eos,
+            "eos_id": self.tokenizer.ends,
             "seen": None,
         }
         if config.repetition_penalty != 1:
@@ -130,6 +133,7 @@ class Translator:
                 offset=config.length_penalty_offset,
                 early_stopping=config.early_stopping,
                 repetition_penalty=config.repetition_penalty,
+                never=config.never,
                 **common,
             )
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(self.seed), i))(lines)

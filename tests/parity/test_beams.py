@@ -68,27 +68,35 @@ def tokenizer() -> Tokenizer:
     return found
 
 
-def theirs(model: Any, limit: int, **options: Any) -> tuple[list[list[int]], np.ndarray]:
+def theirs(
+    model: Any, limit: int, last: tuple[int, ...] = (EOS,), **options: Any
+) -> tuple[list[list[int]], np.ndarray]:
     found = model.generate(
         torch.tensor(PROMPTS, dtype=torch.long),
         attention_mask=torch.ones(PROMPTS.shape, dtype=torch.long),
         max_new_tokens=limit, return_dict_in_generate=True, output_scores=True,
-        do_sample=False, **options,
+        do_sample=False, eos_token_id=list(last), **options,
     )  # fmt: skip
     first = 1 if model.config.is_encoder_decoder else LENGTH
-    return [cut(row) for row in found.sequences[:, first:].tolist()], found.sequences_scores.numpy()
+    return [
+        cut(row, last) for row in found.sequences[:, first:].tolist()
+    ], found.sequences_scores.numpy()
 
 
-def cut(row: list[int]) -> list[int]:
+def cut(row: list[int], last: tuple[int, ...] = (EOS,)) -> list[int]:
     """Up to the end, or to the padding behind a shorter hypothesis."""
-    ends = [i for i, token in enumerate(row) if token == EOS]
+    ends = [i for i, token in enumerate(row) if token in last]
     return row[: ends[0] + 1] if ends else row
 
 
-def searched(found: Any, limit: int, **options: Any) -> tuple[list[list[int]], np.ndarray]:
+def searched(
+    found: Any, limit: int, last: tuple[int, ...] = (), **options: Any
+) -> tuple[list[list[int]], np.ndarray]:
     decode = DecodeConfig(extra_length=max(limit - LENGTH, 1), max_tokens=limit, **options)
     make = Translator if found.config.architecture == "encoder_decoder" else Generator
-    writer: Any = make(found.config, decode, tokenizer(), found.params, MESH)
+    known = tokenizer()
+    known._ends = last
+    writer: Any = make(found.config, decode, known, found.params, MESH)
     run = writer._run if make is Translator else writer._search
     rows, scores = [[0]] * ROWS, np.zeros(ROWS)
     for numbers, some in batches(dict(enumerate(PROMPTS)), decode, MESH):
@@ -120,3 +128,21 @@ def test_every_row_is_that_of_transformers(
         np.testing.assert_allclose(own_scores, scores, rtol=1e-4)
         ends += [EOS in row for row in rows]
     assert {*ends} == {True, False}  # or living ones never competed with finished ones
+
+
+def test_several_ends_and_words_that_are_never_written(both):
+    model, found = both
+    last, never = (EOS, 5, 9), (PAD, 7, 4)
+    rows, scores = theirs(
+        model, 9, last, num_beams=3, length_penalty=1.0, bad_words_ids=[[i] for i in never]
+    )
+    own, own_scores = searched(
+        found, 9, last, beam=3, length_penalty=1.0, length_penalty_offset=0, early_stopping=False,
+        never=never,
+    )  # fmt: skip
+    assert own == rows
+    np.testing.assert_allclose(own_scores, scores, rtol=1e-4)
+    assert len({row[-1] for row in rows} & {*last}) > 1
+    assert not {*never} & {token for row in rows for token in row}
+    free = theirs(model, 9, last, num_beams=3, length_penalty=1.0)[0]
+    assert free != rows and {*never} & {token for row in free for token in row}
