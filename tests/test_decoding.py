@@ -156,7 +156,7 @@ def test_a_wide_beam_finds_the_best_of_all_sequences(exponent: float, offset: in
     words = [token for token in range(V) if token != EOS]
     cut = 0
     for row, limit in enumerate(LIMITS):
-        ended = [
+        ended: list[tuple[int, ...]] = [
             (*tokens, EOS)
             for length in range(limit)
             for tokens in itertools.product(words, repeat=length)

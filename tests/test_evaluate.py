@@ -215,7 +215,8 @@ def test_other_settings_lie_elsewhere(text):
     usual: dict[str, Any] = {"fallback": False, "seed": 0, "stride": None, "other_data": False}
 
     def name(decode: DecodeConfig = own, checkpoint: str | None = None, **others: Any) -> str:
-        return evaluation_directory(run, decode, checkpoint=checkpoint, **usual | others).name
+        settings: dict[str, Any] = usual | others
+        return evaluation_directory(run, decode, checkpoint=checkpoint, **settings).name
 
     for checkpoint in (None, "best"):
         found = evaluation_directory(run, own, checkpoint=checkpoint, **usual)
@@ -229,7 +230,8 @@ def test_other_settings_lie_elsewhere(text):
     assert all(len(n) < 120 and "/" not in n for n in strange)
     report(text, own, toy.QUIET)
     before = (run.directory / "result.json").read_text()
-    elsewhere = evaluation_directory(run, own, checkpoint=None, **usual | {"stride": 5})
+    usual["stride"] = 5
+    elsewhere = evaluation_directory(run, own, checkpoint=None, **usual)
     console = Console(file=io.StringIO(), width=500)
     report(text, own, console, stride=5, directory=elsewhere)
     assert (run.directory / "result.json").read_text() == before

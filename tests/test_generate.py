@@ -63,7 +63,7 @@ class Plain:
 
     def prompt(self, text: str) -> list[int]:
         tokenizer = self.generator.tokenizer
-        return [BOS, *tokenizer.encode_batch([text])[0].tolist()]
+        return [tokenizer.bos, *tokenizer.encode_batch([text])[0].tolist()]
 
     def logits(self, prompt: list[int], written: list[int]) -> np.ndarray:
         context = (prompt + written)[self.first(len(prompt), len(written)) :]
@@ -123,6 +123,21 @@ def test_a_batch_is_what_each_prompt_alone_gives_without_a_cache(kind: str, monk
         lengths.add(len(tokens))
     assert len(lengths) > 1  # Some end before others.
     assert not found.lengths[len(numbers) :].any()
+
+
+def test_a_begin_that_is_the_end_is_not_penalised():
+    """GPT-2's texts begin and end with one token; what stands in front is no token of a text."""
+    one = Tokenizer(CHARS._json)
+    one.bos = one.eos = 11  # that this model writes often
+    generator = make(small(), one, temperature=3.0, repetition_penalty=50.0)
+    ((numbers, rows),) = generator._batches(generator._encode(PROMPTS))
+    *_, found = generator._decode(rows, 11)
+    plain = Plain(generator)
+    for row, line in enumerate(numbers):
+        tokens, score = plain.decode(PROMPTS[line], line)
+        assert found.tokens[row, : found.lengths[row]].tolist() == tokens
+        assert found.scores[row] == pytest.approx(score, abs=1e-3)
+    assert found.lengths[: len(numbers)].min() < 11
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 3.0, "prefix": True}])
@@ -223,7 +238,7 @@ def test_a_wide_beam_finds_the_best_of_all_texts():
             for n in range(steps)
             for before in itertools.product(others, repeat=n)
         }
-        ended = [
+        ended: list[tuple[int, ...]] = [
             (*before, EOS) for n in range(steps) for before in itertools.product(others, repeat=n)
         ]
         ended += itertools.product(others, repeat=steps)  # They are cut, and as good.

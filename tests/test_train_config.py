@@ -88,8 +88,8 @@ def test_a_warmup_may_last_for_all_steps_of_a_schedule_without_end(schedule):
 
 def configs() -> list[type]:
     modules = (model.config, data.config, train.config)
-    found = {c for m in modules for _, c in inspect.getmembers(m, dataclasses.is_dataclass)}
-    return sorted(found, key=lambda cls: cls.__name__)
+    found = {cls for module in modules for _, cls in inspect.getmembers(module, inspect.isclass)}
+    return sorted(filter(dataclasses.is_dataclass, found), key=lambda cls: cls.__name__)
 
 
 @pytest.mark.parametrize("cls", configs())

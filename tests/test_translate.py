@@ -22,6 +22,9 @@ CHARS = Tokenizer.train(["abcdefghijklm"], CONFIG, "translation")
 # Of T5 and Marian: other numbers, and decoders that begin with the padding token.
 OTHERS = Tokenizer(CHARS._json)
 OTHERS.pad, OTHERS.bos, OTHERS.eos = 2, 2, 0
+# As of BART: a text begins with its end.
+SAME = Tokenizer(CHARS._json)
+SAME.bos = SAME.eos
 TEXTS = ["abc", "  ", "lkjihgfedcba", "m", *"fgacd"]
 
 
@@ -55,7 +58,7 @@ def plain_one(translator: Translator, forward: Any, text: str, line: int):
     source[0, : len(ids)] = ids
     key = jax.random.fold_in(jax.random.key(translator.seed), line)
     written = [translator.bos]
-    while len(written) <= longest and translator.eos not in written:
+    while len(written) <= longest and translator.eos not in written[1:]:
         tokens = np.zeros((1, 20), np.int32)
         tokens[0, : len(written)] = written
         row = np.array(forward(tokens, source)[len(written) - 1])
@@ -72,8 +75,9 @@ def plain_one(translator: Translator, forward: Any, text: str, line: int):
     [
         (CHARS, "rotary", {"temperature": 2.0, "repetition_penalty": 1.5}),
         (OTHERS, "relative", {"temperature": 2.0}),
+        (SAME, "relative", {"temperature": 2.0, "repetition_penalty": 50.0}),
     ],
-    ids=["rotary", "relative"],
+    ids=["rotary", "relative", "one-token"],
 )
 def test_a_translation_is_what_each_text_alone_gives(tokenizer, positions: str, options: dict):
     translator = make(tokenizer, positions, **options)
