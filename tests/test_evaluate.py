@@ -228,6 +228,10 @@ def test_other_settings_lie_elsewhere(text):
     strange = [name(dataclasses.replace(own, stop=(stop,))) for stop in ("/../", "/.. ", "x" * 300)]
     assert len(set(strange)) == 3
     assert all(len(n) < 120 and "/" not in n for n in strange)
+    (run.directory / "evaluations").symlink_to(run.directory.parent)
+    with pytest.raises(TrainError, match="evaluations is a link"):
+        name(seed=3)
+    (run.directory / "evaluations").unlink()
     report(text, own, toy.QUIET)
     before = (run.directory / "result.json").read_text()
     usual["stride"] = 5

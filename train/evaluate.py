@@ -162,7 +162,10 @@ def evaluation_directory(
     stride: int | None,
     other_data: bool,
 ) -> Path:
-    """Where the scores of these settings lie: in the run, where they are those of the training."""
+    """Where the scores of these settings lie: in the run, where they are those of the training.
+
+    Raises TrainError where a link stands there: it could lead to the files of a user.
+    """
     ours, usual = to_json(decode), to_json(run.train.decode)
     usually = "average" if run.train.average > 1 else "best"
     others = {
@@ -179,7 +182,11 @@ def evaluation_directory(
     name = re.sub(r"[^\w.,=-]", "_", settings, flags=re.ASCII)
     if name != settings or len(name) > 100:
         name = f"{name[:100]},{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
-    return run.directory / "evaluations" / name
+    place = run.directory / "evaluations" / name
+    for folder in (place.parent, place):
+        if folder.is_symlink():
+            raise TrainError(f"{folder} is a link, and nothing is written through one: remove it")
+    return place
 
 
 def _require_same(run: Run, dataset: Dataset, console: Console, other_data: bool) -> None:
