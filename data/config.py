@@ -21,7 +21,9 @@ TEXT_OBJECTIVES = ("causal_lm", "masked_lm", "prefix_lm", "span_corruption")
 GENERATING = ("causal_lm", "prefix_lm", "span_corruption", "translation")
 PACKABLE = ("causal_lm", "masked_lm")
 MOST_TOKENS = 10_000_000  # In a vocabulary; the largest that are in use have a million.
-MOST_WORKERS = 1024
+MOST_LISTOPS = {
+    "examples": 10_000_000, "held_out": 10_000_000, "max_depth": 500, "max_arguments": 1000
+}  # fmt: skip
 # Settings that say nothing for the other objectives.
 ONLY_FOR = {
     "classes": ("classification",),
@@ -123,6 +125,8 @@ class ListOpsConfig:
             ("max_arguments", 2), ("seed", 0),
         ):  # fmt: skip
             _at_least(f"data.listops.{name}", getattr(self, name), least)
+        for name, most in MOST_LISTOPS.items():
+            _at_most(f"data.listops.{name}", getattr(self, name), most)
         require(
             self.max_length > self.min_length + 1,
             f"data.listops.max_length is {self.max_length}: give at least 2 more than "
@@ -274,10 +278,6 @@ class DataConfig:
             _at_most(f"data.{name}", getattr(self, name), (1 << 31) - 1)
         _at_most("data.max_length", self.max_length, 1 << 24)
         _at_most("data.workers", self.workers, 1 << 10)
-        require(
-            self.workers <= MOST_WORKERS,
-            f"data.workers is {self.workers}: give at most {MOST_WORKERS} processes",
-        )
 
     @property
     def is_packed(self) -> bool:

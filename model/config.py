@@ -8,6 +8,9 @@ Architecture = Literal["encoder_only", "decoder_only", "encoder_decoder"]
 Place = Literal["self", "decoder", "cross"]
 """Where an attention stands: alone in its stack, in a decoder beside cross-attention, or across."""
 
+MOST_LAYERS = 10_000
+MOST_GLOBAL = 100_000
+
 
 class ModelError(ValueError):
     """A model that cannot be built, or an input that it cannot take; one line, with the fix."""
@@ -113,8 +116,8 @@ class AttentionConfig:
             f"attention.window must be None or at least 0, not {self.window}",
         )
         require(
-            self.global_tokens >= 0,
-            f"attention.global_tokens must be at least 0, not {self.global_tokens}",
+            0 <= self.global_tokens <= MOST_GLOBAL,
+            f"attention.global_tokens must lie in [0, {MOST_GLOBAL}], not {self.global_tokens}",
         )
         for name in ("dilation", "global_tokens"):
             require(
@@ -389,6 +392,12 @@ class ModelConfig:
         for name in ("width", "layers", "unroll"):
             value = getattr(self, name)
             require(value is None or value > 0, f"model.{name} must be positive, not {value}")
+        for name in ("layers", "encoder_layers"):
+            value = getattr(self, name)
+            require(
+                value is None or value <= MOST_LAYERS,
+                f"model.{name} must be at most {MOST_LAYERS}, not {value}",
+            )
         require(
             self.vocab_size is None or self.vocab_size > 0,
             f"model.vocab_size must be positive, not {self.vocab_size}",

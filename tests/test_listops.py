@@ -4,6 +4,7 @@ import random
 import re
 import statistics
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 
 import jax
@@ -220,3 +221,16 @@ def test_each_core_trains_by_the_command_that_the_config_gives(name):
         )[0]
         assert jax.eval_shape(train, tokens).shape == (2, 10)
     assert cores == {"auto", "longformer", "performer", "linformer"}
+
+
+@pytest.mark.parametrize("name", ["examples", "held_out", "max_depth", "max_arguments"])
+def test_numbers_that_would_never_end_are_refused(name):
+    with pytest.raises(DataError, match=f"data.listops.{name} is 1000000000: give .* or less"):
+        ListOpsConfig(**{name: 1_000_000_000})
+
+
+def test_the_deepest_expressions_can_be_drawn():
+    config = ListOpsConfig(max_depth=500, max_arguments=1000, min_length=1, max_length=10_000)
+    for seed in range(20):
+        with suppress(listops._TooLongError):
+            listops.draw(random.Random(seed), config)

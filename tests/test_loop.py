@@ -1,13 +1,19 @@
 """The loop's own accounts."""
 
+import dataclasses
+import io
 from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
+from rich.console import Console
 
-from train.loop import AHEAD, _Meter
+from train.config import OptimizerConfig
+from train.loop import AHEAD, _Meter, fit
+from train.start import start_run
 
 
 class Loss(float):
@@ -34,3 +40,16 @@ def test_a_batch_is_waited_for_only_where_no_work_is_left():
     (values,) = written
     assert values["input_wait_share"] == pytest.approx(0.2, abs=0.01)
     assert values["loss"] == 1.5
+
+
+def test_a_warmup_that_is_longer_than_the_training_is_said(tmp_path):
+    optimizer = OptimizerConfig(peak_lr=0.5, warmup_steps=5, schedule="constant")
+    config = dataclasses.replace(toy.TRAIN, steps=2, optimizer=optimizer)
+    data = toy.data(toy.write_table(tmp_path), "classification")
+    model = toy.model(head=toy.CLASSIFIER)
+    said = io.StringIO()
+    fit(start_run(tmp_path / "run", model, data, config, toy.QUIET), Console(file=said, width=999))
+    assert (
+        "train.optimizer.warmup_steps = 5 is more than train.steps = 2: the learning rate ends at "
+        "0.2 and never comes to train.optimizer.peak_lr = 0.5; shorten the warmup"
+    ) in said.getvalue()

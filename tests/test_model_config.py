@@ -34,6 +34,13 @@ def classifier(name: str) -> HeadConfig:
     ("make", "field", "value"),
     [
         (lambda: tiny(attention_heads=0), "attention.heads", "0"),
+        (lambda: tiny(layers=10_001), "model.layers", "10001"),
+        (lambda: tiny(encoder_layers=10_001), "model.encoder_layers", "10001"),
+        (
+            lambda: tiny(attention_window=1, attention_global_tokens=100_001),
+            "attention.global_tokens",
+            "100001",
+        ),
         (lambda: tiny(width=14), "model.attention.heads = 6", "model.width = 14"),
         (lambda: tiny(attention_kv_heads=4), "attention.kv_heads = 4", "attention.heads = 6"),
         (lambda: tiny(attention_kv_heads=0), "attention.kv_heads", "0"),

@@ -93,7 +93,12 @@ def run(arguments: list[str]) -> int:
         )
         return 2
     except Exception as error:
-        return _failed(error)
+        is_memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+        if not is_memory or _of_several():
+            return _failed(error)
+        reason = next(iter(str(error).splitlines()), "")[:200]
+        print(f"heedful: error: out of memory ({reason}): ask for less of it", file=sys.stderr)
+        return 2
 
 
 def _of_several() -> bool:
