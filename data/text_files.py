@@ -46,16 +46,6 @@ def one_line(text: str) -> str:
     return _BREAK.sub(" ", text)
 
 
-def not_utf8(name: str, head: bytes, error: UnicodeDecodeError, line: int) -> DataError:
-    """The error for a text, named so, whose `line` is not UTF-8: what its first bytes say it is."""
-    if what := _what(head):
-        return DataError(f"{name} {what}")
-    return DataError(
-        f"{name}, line {line}: byte {error.start + 1} of the line "
-        f"({error.object[error.start]:#04x}) is not valid UTF-8; convert it to UTF-8"
-    )
-
-
 def checked_lines(path: str) -> Iterator[bytes]:
     """Yields the lines of a file, ends included; raises DataError unless they are UTF-8."""
     line, head = 0, b""
@@ -67,22 +57,49 @@ def checked_lines(path: str) -> Iterator[bytes]:
                 text.decode("utf-8")
                 yield text
     except UnicodeDecodeError as error:
-        raise not_utf8(path, head, error, line) from error
+        raise _not_utf8(path, head, error, line, error.start) from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; check the path") from error
 
 
+def checked_text(text: bytes, name: str) -> str:
+    """Returns a text in UTF-8 without its byte order mark; raises DataError, naming the line."""
+    _require_text(text[:_HEAD], name)
+    try:
+        return text.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start]  # Without the mark.
+        line, start = before.count(b"\n") + 1, error.start - before.rfind(b"\n") - 1
+        raise _not_utf8(name, text, error, line, start) from error
+
+
 def _head(file: BinaryIO, path: str) -> bytes:
-    """Returns the first bytes of a file; raises DataError where zeros say it is no text."""
+    """Returns the first bytes of a file, and goes back to its begin."""
     head = file.read(_HEAD)
     file.seek(0)
-    what = _what(head) if 0 in head else None
-    if what or head.count(0) > len(head) // 4:
-        raise DataError(f"{path} {what or 'is UTF-16 or no text: convert it to UTF-8'}")
+    _require_text(head, path)
     return head
 
 
+def _require_text(head: bytes, name: str) -> None:
+    """Raises DataError where zeros among the first bytes say that this is no UTF-8."""
+    what = _what(head) if 0 in head else None
+    if what or head.count(0) > len(head) // 4:
+        raise DataError(f"{name} {what or 'is UTF-16 or no text: convert it to UTF-8'}")
+
+
+def _not_utf8(name: str, head: bytes, error: UnicodeDecodeError, line: int, at: int) -> DataError:
+    """The error for byte `at` of a line; where the first bytes say what it is, that is said."""
+    if what := _what(head):
+        return DataError(f"{name} {what}")
+    return DataError(
+        f"{name}, line {line}: byte {at + 1} of the line ({error.object[error.start]:#04x}) is not "
+        "valid UTF-8; convert it to UTF-8"
+    )
+
+
 def _what(head: bytes) -> str | None:
+    """What a file is by its first bytes, and what to do, where that is known."""
     return next((what for start, what in _SIGNATURES.items() if head.startswith(start)), None)
 
 

@@ -1,6 +1,7 @@
 """The command line as a user meets it; each mistake is one line with exit code 2."""
 
 import contextlib
+import gzip
 import io
 import json
 import math
@@ -18,7 +19,7 @@ import toy
 from rich.table import Table
 
 from configs import base
-from data.config import DataConfig, TokenizerConfig
+from data.config import DataConfig, DataError, TokenizerConfig
 from model.config import PositionConfig
 from train import cli, commands
 from train.checkpoint import Checkpoints
@@ -303,6 +304,79 @@ def lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_a_tab_is_what_it_was_in_the_training(classifier, table, capsys, tmp_path):
+    def answer(*arguments: str) -> tuple[str, str]:
+        assert cli.run(["classify", str(classifier), *arguments]) == 0
+        return tuple(capsys.readouterr())  # type: ignore[return-value]
+
+    capsys.readouterr()
+    text, pair = answer("red\tcat", "--no-pairs"), answer("red\tcat", "--pairs")
+    assert text[0] != pair[0]
+    assert answer("red\tcat") == text == answer("red cat")
+    copy = shutil.copytree(classifier, tmp_path / "run")
+    values = json.loads((copy / "config.json").read_text())
+    values["data"]["train"] = [str(tmp_path / "gone.tsv")]
+    (copy / "config.json").write_text(json.dumps(values))
+    assert cli.run(["classify", str(copy), "red\tcat"]) == 0
+    out, said = capsys.readouterr()
+    assert out == pair[0] and "not known whether the training data had pairs" in said
+    assert cli.run(["classify", str(copy), "red cat"]) == 0
+    out, said = capsys.readouterr()
+    assert out == text[0] and "not known" not in said
+
+
+@pytest.mark.parametrize("mark", ["\n", "\r", "\u2028"])
+def test_a_class_is_one_line(mark, tmp_path, capsys):
+    table = toy.write_table(tmp_path).with_suffix(".jsonl")
+    rows = [{"text": s, "label": f"{toy.label(s)}{mark}!"} for s in toy.sentences(499)]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.run(sentiment(table, tmp_path / "run", steps=2, every=2)) == 0
+    capsys.readouterr()
+    assert cli.run(["classify", str(tmp_path / "run"), "red"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"(good|bad) !\t0\.\d{4}", line)
+
+
+STDIN = [
+    ("\ufeffred cat\nblue dog\n".encode(), ["red cat", "blue dog"]),
+    (b"red cat\r\nblue dog\r\n", ["red cat", "blue dog"]),
+    (b"red cat\n\nblue", ["red cat", "", "blue"]),
+    (b"", []),
+]
+NO_STDIN = [
+    (gzip.compress(b"red cat\n"), "standard input is compressed with gzip: decompress it"),
+    ("red cat\n".encode("utf-16"), "standard input is UTF-16: convert it to UTF-8"),
+    ("red cat\n".encode("utf-16-le"), "standard input is UTF-16 or no text"),
+    ("\ufeffred\nschön".encode().replace(b"\xc3\xb6", b"\xf6"), "line 2: byte 4"),
+    (b"red cat\rblue dog\r", "standard input has line ends of \\r alone"),
+]
+
+
+@pytest.mark.parametrize(("stdin", "lines"), STDIN)
+def test_standard_input_is_read_as_a_file_is(stdin, lines, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+    assert commands.read_lines() == lines
+
+
+@pytest.mark.parametrize(("stdin", "words"), NO_STDIN)
+def test_standard_input_that_is_no_text_is_called_what_it_is(stdin, words, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+    with pytest.raises(DataError, match=re.escape(words)):
+        commands.read_lines()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("Unable to allocate 59.6 GiB"), RuntimeError("RESOURCE_EXHAUSTED: Out\nx")],
+)
+def test_memory_that_is_not_there_is_said_in_a_line(error, monkeypatch, capsys):
+    def fail(arguments: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "_dispatch", fail)
+    fails(capsys, ["cores"], "out of memory (", str(error).splitlines()[0])
+
+
 def test_names_with_brackets_are_printed_as_they_are(tmp_path, capsys):
     table = toy.write_table(tmp_path, lambda line: "[/pos]" if "red" in line else "[bold]:smile:")
     assert cli.run([*sentiment(table, tmp_path / "run", steps=4)]) == 0
@@ -506,7 +580,7 @@ def test_a_model_is_asked_for_what_it_does_not_do(capsys, trained, classifier, m
     fails(capsys, ["generate", str(classifier), "red"], "encoder_only", "does not write texts")
     fails(capsys, ["evaluate", str(classifier), "--stride", "3"], "--stride", "causal_lm")
     fails(capsys, ["classify", str(classifier), "red " * 20], "line 1 has", "data.max_length = 16")
-    fails(capsys, ["classify", str(classifier), "a\tb\tc"], "line 1 has 3 texts")
+    fails(capsys, ["classify", str(classifier), "a\tb\tc", "--pairs"], "line 1 has 3 texts")
 
 
 def test_too_long_sentences_are_counted(capsys, tmp_path):

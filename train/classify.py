@@ -1,12 +1,16 @@
 """From texts to classes, or to numbers."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import jax
 import numpy as np
 
+from data import sources
 from data.batch import pad_and_stack
+from data.config import DataError
 from data.objectives import OBJECTIVES, Arrays
+from data.text_files import one_line
 from model.transformer import build
 from train.config import TrainError
 from train.load import Trained
@@ -15,11 +19,27 @@ from train.sharding import whole, whole_to_devices
 from train.step import model_inputs
 
 
-class Classifier:
-    """Classifies texts with a run: sorted by length and batched, order kept."""
+def trained_on_pairs(trained: Trained) -> bool | None:
+    """Whether the run has learned from pairs of texts; None: it was trained elsewhere, or its data
+    is gone.
+    """
+    if trained.steps == [0]:  # as imported
+        return None
+    try:
+        return "pair" in sources.fields(trained.run.data)
+    except DataError:
+        return None
 
-    def __init__(self, trained: Trained):
-        run = trained.run
+
+class Classifier:
+    """Classifies texts with a run: sorted by length and batched, order kept.
+
+    A tab stands between the two texts of a pair where `pairs`, else it is a part of the text. None:
+    as in the training data, where it is known; where it is not, it stands between two texts.
+    """
+
+    def __init__(self, trained: Trained, pairs: bool | None = None):
+        run, self._pairs = trained.run, pairs
         if run.model.head.kind != "classifier":
             raise TrainError(
                 f"{run.directory} is a {run.data.objective} model, which does not classify: "
@@ -33,10 +53,7 @@ class Classifier:
         )
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
-        """One line per text: class and probability, or the number of a regression.
-
-        A pair is two texts with a tab between them.
-        """
+        """One line per text: class and probability, or the number of a regression."""
         outputs = self.outputs(texts)
         if self.config.objective == "regression":
             return [f"{number:.4f}" for number in outputs[:, 0]]
@@ -44,8 +61,13 @@ class Classifier:
         chances /= chances.sum(-1, keepdims=True)
         best = chances.argmax(-1)
         return [
-            f"{self.config.classes[c]}\t{row[c]:.4f}" for c, row in zip(best, chances, strict=True)
+            f"{one_line(self.config.classes[c])}\t{row[c]:.4f}"
+            for c, row in zip(best, chances, strict=True)
         ]
+
+    @cached_property
+    def pairs(self) -> bool:
+        return trained_on_pairs(self.trained) is not False if self._pairs is None else self._pairs
 
     def outputs(self, texts: Sequence[str]) -> np.ndarray:
         """The model's outputs, float32 [E, C].
@@ -66,7 +88,7 @@ class Classifier:
 
     def _row(self, number: int, text: str) -> Arrays:
         names = ("text", "pair")
-        parts = text.split("\t")
+        parts = text.split("\t") if "\t" in text and self.pairs else [text]
         if len(parts) > 2:
             raise TrainError(f"line {number} has {len(parts)} texts between tabs: give one or two")
         ids = self.trained.tokenizer.encode_batch(parts)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig, DataError
+from data.text_files import CR_ONLY, checked_text, one_line
 from model.config import ModelConfig
 from train import flags
 from train.config import DecodeConfig, TrainConfig, TrainError
@@ -45,6 +46,15 @@ class LoadArguments:
 
 
 LOAD_FIELDS = {entry.name for entry in dataclasses.fields(LoadArguments)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyArguments(LoadArguments):
+    """Name the classes of texts."""
+
+    pairs: bool | None = None
+    """Whether a tab stands between the two texts of a pair, or is a part of the text; None: as in
+    the training data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +159,7 @@ def generate(directory: str, arguments: list[str]) -> None:
     _warn_unknown(trained, lines if text is None else [text])
     if text is None:
         whole = [line + rest for line, rest in zip(lines, generator(lines), strict=True)]
-        _print(text.replace("\n", " ") for text in whole)
+        _print(map(one_line, whole))
         return
     show = partial(print, end="", flush=True) if is_first() else lambda _: None
     pieces = generator.stream(text)
@@ -162,12 +172,20 @@ def generate(directory: str, arguments: list[str]) -> None:
 def classify(directory: str, arguments: list[str]) -> None:
     """heedful classify RUN ["text"]: the class of a text, or of each line of standard input"""
     text, arguments = _text(arguments)
-    chosen = _parse_for_run(LoadArguments, directory, arguments, "classify")
-    from train.classify import Classifier
+    chosen = _parse_for_run(ClassifyArguments, directory, arguments, "classify")
+    from train.classify import Classifier, trained_on_pairs
+    from train.hosts import from_first
 
     lines = read_lines() if text is None else [text]
-    trained = _load(directory, chosen, stderr=True)
-    answers = Classifier(trained)(lines)
+    trained, pairs = _load(directory, chosen, stderr=True), chosen.pairs
+    if pairs is None and any("\t" in line for line in lines):
+        pairs = json.loads(from_first(json.dumps(trained_on_pairs(trained))))
+        if pairs is None:
+            console(stderr=True).print(
+                "it is not known whether the training data had pairs: a tab is taken to stand "
+                "between two texts (--pairs; --no-pairs makes it a part of the text)"
+            )
+    answers = Classifier(trained, pairs)(lines)
     _warn_unknown(trained, [line.replace("\t", " ") for line in lines])
     _print(answers)
 
@@ -388,15 +406,12 @@ def read_lines() -> list[str]:
 
 
 def _lines_here() -> list[str]:
-    lines = sys.stdin.buffer.read().split(b"\n")
-    lines = lines[:-1] if lines and not lines[-1] else lines
-    decoded = []
-    for number, line in enumerate(lines, 1):
-        try:
-            decoded.append(line.decode("utf-8").rstrip("\r"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"standard input is not UTF-8 in line {number}: convert it") from error
-    return decoded
+    text = sys.stdin.buffer.read()
+    lines = checked_text(text, "standard input").split("\n")
+    lines = lines if lines[-1] else lines[:-1]
+    if len(lines) == 1 and "\r" in lines[0].rstrip("\r"):
+        raise DataError(f"standard input {CR_ONLY}")
+    return [line.rstrip("\r") for line in lines]
 
 
 def console(stderr: bool = False) -> Any:

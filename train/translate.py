@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from data.text_files import one_line
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig, ModelError
 from model.decoding import Decoded, Sampling, beam_search, sample
@@ -75,7 +76,7 @@ class Translator:
         results = [""] * len(texts)
         todo = {i: sources[i] for i, text in enumerate(texts) if text.strip()}
         for i, tokens in self.tokens(todo):
-            results[i] = self.tokenizer.decode(tokens).replace("\n", " ")
+            results[i] = one_line(self.tokenizer.decode(tokens))
         return results
 
     def tokens(self, sources: Mapping[int, np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
