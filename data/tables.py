@@ -11,6 +11,7 @@ from typing import Any
 
 from data.config import DataError, listed, short
 from data.examples import Example
+from data.reading import parse_json
 from data.text_files import CR_ONLY, TextFile, checked_lines
 
 # Each takes lines with their ends and takes no more of them than a row needs.
@@ -55,13 +56,9 @@ def _csv_rows(lines: Iterable[str]) -> Iterator[list[str]]:
 
 def _json_value(line: str) -> Any:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise _RowError(f"is no JSON ({error.msg}): give one object a line") from error
-    except RecursionError as error:
-        raise _RowError("is JSON of too many levels: take the inner ones out") from error
+        return parse_json(line)
     except ValueError as error:
-        raise _RowError("has a number of too many digits: write it as a text") from error
+        raise _RowError(f"is no JSON ({error}): give one object a line") from error
 
 
 def header(path: str) -> tuple[str, ...]:

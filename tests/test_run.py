@@ -36,6 +36,35 @@ def test_a_run_can_be_opened_again(tokenizer, tmp_path):
     assert run.tokenizer().fingerprint == tokenizer.fingerprint
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda text: "[" * 99_999, "config of a run: it has too many levels"),
+        (lambda text: text.replace("512", "5" * 5000), "it has a number of too many digits"),
+        (lambda text: text.replace('"en"', '"\\ud800"'), "half a character"),
+        (lambda text: text[:99], "cannot be read as the config of a run"),
+        (lambda text: "[]", "cannot be read as the config of a run"),
+        (lambda text: '{"model": 5}', "model is no object"),
+        (lambda text: text.replace('"width"', '"witdh"', 1), "model.witdh is unknown"),
+        (lambda text: text.replace('"layers": 6', '"layers": 6.5'), "model.layers = 6.5"),
+        (lambda text: text.replace('"layers": 6', '"layers": true'), "model.layers = True"),
+        (lambda text: text.replace('"bias": true', '"bias": "no"', 1), "attention.bias = 'no'"),
+        (lambda text: text.replace('"source": "', '"source": 7, "label": "'), "data.source = 7"),
+        (lambda text: text.replace('"train": []', '"train": "a"'), "data.train = 'a'"),
+    ],
+)
+def test_a_damaged_config_is_refused_in_one_line(change, words, tokenizer, tmp_path):
+    run = Run(tmp_path / "run", ModelConfig(vocab_size=8), DataConfig(), TrainConfig())
+    run.start(tokenizer)
+    path = tmp_path / "run" / "config.json"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(TrainError) as error:
+        Run.open(tmp_path / "run")
+    message = str(error.value)
+    assert str(path) in message and words in message
+    assert "\n" not in message and len(message) < 400
+
+
 def test_another_config_is_refused_and_every_difference_named(tokenizer, tmp_path):
     run = Run(tmp_path / "run", ModelConfig(vocab_size=8), DataConfig(), TrainConfig())
     run.start(tokenizer)

@@ -15,6 +15,7 @@ from typing import Any
 from etils import epath
 
 from data.config import DataConfig
+from data.reading import parse_json, require_characters
 from data.tokenizer import Tokenizer
 from data.writing import write_whole
 from model.config import ModelConfig
@@ -53,9 +54,11 @@ class Run:
             lacks = "has no config.json" if directory.is_dir() else "does not exist"
             raise TrainError(f"{directory} is no run directory: it {lacks}")
         try:
-            values = json.loads(path.read_text("utf-8"))
+            require_characters(values := parse_json(path.read_text("utf-8")))
+            if not isinstance(values, dict):
+                raise TypeError("it is no object")
             return cls.of(directory, values)._from_here(values.get("started_in"))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise TrainError(f"{path} cannot be read as the config of a run: {error}") from error
 
     @classmethod
@@ -63,9 +66,9 @@ class Run:
         """The run whose `values` these are; what they do not have has its default."""
         return cls(
             directory,
-            from_json(ModelConfig, values["model"]),
-            from_json(DataConfig, values["data"]),
-            from_json(TrainConfig, values["train"]),
+            from_json(ModelConfig, values["model"], "model"),
+            from_json(DataConfig, values["data"], "data"),
+            from_json(TrainConfig, values["train"], "train"),
         )
 
     def _from_here(self, started_in: str | None) -> "Run":
@@ -226,16 +229,27 @@ def to_json(config: Any) -> Any:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_json(cls: Any, value: Any) -> Any:
-    """The config of class `cls` that `to_json` turned into `value`."""
+def from_json(cls: Any, value: Any, name: str = "") -> Any:
+    """The config of class `cls` that `to_json` turned into `value`; raises TypeError for others."""
     if dataclasses.is_dataclass(cls):
+        if not isinstance(value, dict):
+            raise TypeError(f"{name} is no object")
         hints = typing.get_type_hints(cls)
-        return cls(**{name: from_json(hints[name], item) for name, item in value.items()})  # type: ignore[operator]
+        if unknown := sorted(value.keys() - hints.keys()):
+            raise TypeError(f"{name}.{unknown[0]} is unknown: another version has written it")
+        return cls(**{k: from_json(hints[k], v, f"{name}.{k}") for k, v in value.items()})  # type: ignore[operator]
+    choices = typing.get_args(cls)
     if typing.get_origin(cls) is tuple:
-        return tuple(value)
+        if not isinstance(value, list):
+            raise TypeError(f"{name} = {value!r}: it must be a list")
+        return tuple(from_json(choices[0], item, name) for item in value)
     if isinstance(cls, types.UnionType):
-        inner = next((a for a in typing.get_args(cls) if dataclasses.is_dataclass(a)), None)
-        return value if value is None or inner is None else from_json(inner, value)
+        inner = next(choice for choice in choices if choice is not type(None))
+        return value if value is None else from_json(inner, value, name)
+    kinds = {float: (int, float), int: int, str: str, bool: bool}
+    is_other = isinstance(value, bool) and cls is not bool
+    if cls in kinds and (is_other or not isinstance(value, kinds[cls])):
+        raise TypeError(f"{name} = {value!r}: it must be of type {cls.__name__}")
     return value
 
 

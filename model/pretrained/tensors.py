@@ -33,6 +33,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path} does not exist")
     try:
         values = json.loads(path.read_text("utf-8"))
+    except RecursionError as error:
+        raise ModelError(f"{path} is not JSON that can be read: it has too many levels") from error
     except ValueError as error:
         raise ModelError(f"{path} is not JSON ({error})") from error
     if not isinstance(values, dict):
