@@ -304,25 +304,23 @@ def lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_tab_is_what_it_was_in_the_training(classifier, table, capsys, tmp_path):
-    def answer(*arguments: str) -> tuple[str, str]:
-        assert cli.run(["classify", str(classifier), *arguments]) == 0
+def test_a_tab_is_what_it_was_in_the_training(classifier, capsys, tmp_path):
+    def answer(run: Path, *arguments: str) -> tuple[str, str]:
+        assert cli.run(["classify", str(run), *arguments]) == 0
         return tuple(capsys.readouterr())  # type: ignore[return-value]
 
     capsys.readouterr()
-    text, pair = answer("red\tcat", "--no-pairs"), answer("red\tcat", "--pairs")
-    assert text[0] != pair[0]
-    assert answer("red\tcat") == text == answer("red cat")
-    copy = shutil.copytree(classifier, tmp_path / "run")
+    tabs = "dog\tblue\tcat"  # no pair: three texts
+    assert answer(classifier, tabs)[0] == answer(classifier, "dog blue cat")[0]
+    fails(capsys, ["classify", str(classifier), tabs, "--tab", "pair"], "line 1 has 3 texts")
+    copy = Path(shutil.copytree(classifier, tmp_path / "run"))
     values = json.loads((copy / "config.json").read_text())
     values["data"]["train"] = [str(tmp_path / "gone.tsv")]
     (copy / "config.json").write_text(json.dumps(values))
-    assert cli.run(["classify", str(copy), "red\tcat"]) == 0
-    out, said = capsys.readouterr()
-    assert out == pair[0] and "not known whether the training data had pairs" in said
-    assert cli.run(["classify", str(copy), "red cat"]) == 0
-    out, said = capsys.readouterr()
-    assert out == text[0] and "not known" not in said
+    assert answer(copy, tabs, "--tab", "text")[0] == answer(classifier, tabs)[0]
+    assert "not known whether the training data had pairs" in answer(copy, "dog\tblue")[1]
+    assert "not known" not in answer(copy, "dog blue")[1]
+    assert cli.run(["classify", str(copy), tabs]) == 2
 
 
 @pytest.mark.parametrize("mark", ["\n", "\r", "\u2028"])
@@ -580,7 +578,7 @@ def test_a_model_is_asked_for_what_it_does_not_do(capsys, trained, classifier, m
     fails(capsys, ["generate", str(classifier), "red"], "encoder_only", "does not write texts")
     fails(capsys, ["evaluate", str(classifier), "--stride", "3"], "--stride", "causal_lm")
     fails(capsys, ["classify", str(classifier), "red " * 20], "line 1 has", "data.max_length = 16")
-    fails(capsys, ["classify", str(classifier), "a\tb\tc", "--pairs"], "line 1 has 3 texts")
+    fails(capsys, ["classify", str(classifier), "a\tb\tc", "--tab", "pair"], "line 1 has 3 texts")
 
 
 def test_too_long_sentences_are_counted(capsys, tmp_path):

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data.config import DataConfig, DataError
 from data.text_files import CR_ONLY, checked_text, one_line
@@ -52,9 +52,9 @@ LOAD_FIELDS = {entry.name for entry in dataclasses.fields(LoadArguments)}
 class ClassifyArguments(LoadArguments):
     """Name the classes of texts."""
 
-    pairs: bool | None = None
-    """Whether a tab stands between the two texts of a pair, or is a part of the text; None: as in
-    the training data."""
+    tab: Literal["trained", "pair", "text"] = "trained"
+    """What a tab is: it stands between the two texts of a pair, or is a part of the text; trained:
+    what it is in the training data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,13 +177,14 @@ def classify(directory: str, arguments: list[str]) -> None:
     from train.hosts import from_first
 
     lines = read_lines() if text is None else [text]
-    trained, pairs = _load(directory, chosen, stderr=True), chosen.pairs
+    trained = _load(directory, chosen, stderr=True)
+    pairs = {"trained": None, "pair": True, "text": False}[chosen.tab]
     if pairs is None and any("\t" in line for line in lines):
         pairs = json.loads(from_first(json.dumps(trained_on_pairs(trained))))
         if pairs is None:
             console(stderr=True).print(
                 "it is not known whether the training data had pairs: a tab is taken to stand "
-                "between two texts (--pairs; --no-pairs makes it a part of the text)"
+                "between two texts (--tab pair; --tab text makes it a part of the text)"
             )
     answers = Classifier(trained, pairs)(lines)
     _warn_unknown(trained, [line.replace("\t", " ") for line in lines])

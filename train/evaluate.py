@@ -18,6 +18,7 @@ from rich.console import Console
 from data import sources
 from data.pipeline import Dataset
 from data.store import fingerprint
+from data.text_files import one_line
 from data.writing import write_whole
 from train import scores
 from train.config import DecodeConfig, TrainError
@@ -278,7 +279,7 @@ def _translate(
     lines.append(f"translated {len(examples):,} sentences in {seconds:.1f} s")
     picked = np.random.default_rng(0).permutation(len(examples))[: run.train.samples]
     for i in picked:
-        lines.append(f"\n  source     {tokenizer.plain(examples[i]['source'])}")
-        lines.append(f"  reference  {references[i]}")
+        lines.append(f"\n  source     {one_line(tokenizer.plain(examples[i]['source']))}")
+        lines.append(f"  reference  {one_line(references[i])}")
         lines.append(f"  heedful    {translations[i]}")
     return result, lines, "".join(line + "\n" for line in translations)
