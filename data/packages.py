@@ -261,7 +261,7 @@ def _download(package: Package, scratch: Path) -> None:
     if command[0] is None:
         reason = "npm is not installed"
     else:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
         if not done.returncode and (scratch / package.file).exists():
             return
         reason = (done.stderr.strip().splitlines() or ["no such file in the release"])[-1]

@@ -156,7 +156,9 @@ def _code() -> dict[str, Any]:
 
 def _git(*arguments: str) -> str | None:
     try:
-        found = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        found = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace"
+        )
     except OSError:  # no git here
         return None
     return found.stdout.strip() if found.returncode == 0 else None

@@ -30,6 +30,7 @@ MAY_DIFFER = (
 FILES = (
     "config.json", "tokenizer.json", "special_tokens.json", "environment.json", "metrics.jsonl",
     "fingerprints.jsonl", "result.json", "translations.test.txt", "checkpoints",
+    "evaluations",
 )  # fmt: skip
 
 

@@ -125,7 +125,7 @@ def write_png(audit: Audit, title: str, path: Path, software: str) -> None:
                 for border in np.flatnonzero(np.diff(ids)):
                     draw(border + 0.5, color="black", linewidth=0.6)
     patches = [Patch(facecolor=COLOURS[state], label=MEANING[state]) for state in MEANING]
-    figure.suptitle(f"{title}\nqueries down, keys across", fontsize=FONT + 3)
+    figure.suptitle(f"{title}\nqueries down, keys across", fontsize=FONT + 3, parse_math=False)
     figure.legend(
         handles=patches, loc="outside lower center", ncols=3, fontsize=FONT, frameon=False
     )
