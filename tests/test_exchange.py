@@ -351,6 +351,15 @@ def test_values_that_cannot_be_read(writer, name, values, message, tmp_path, cap
     fails(capsys, ["import", f"hf:{source}", "--run-dir", str(tmp_path / "run")], message)
 
 
+def test_an_import_says_that_spaces_are_lost(writer, tmp_path, capsys):
+    source = Path(shutil.copytree(writer, tmp_path / "hf"))
+    words = TokenizerConfig(kind="wordpiece", vocab_size=30)
+    Tokenizer.train(["a b"], words).save(source / "tokenizer.json")
+    run = imported(source, tmp_path / "run")
+    assert "tokenizer.json does not keep spaces" in capsys.readouterr().out
+    assert run.tokenizer().loses_spaces
+
+
 def test_an_id_beyond_the_vocabulary_is_said(writer, tmp_path, capsys):
     source = changed(writer, tmp_path / "hf", config={"eos_token_id": 50256})
     found = imported(source, tmp_path / "run").tokenizer()

@@ -98,6 +98,10 @@ def _open_directory(name: str, directory: Path) -> Source:
         tokenizer.special or Special(), ids, tokenizer.vocab_size, architecture=model.architecture
     )
     notes += unused
+    if writes and tokenizer.loses_spaces:
+        notes.append(
+            f"{found[0]} does not keep spaces: texts come with one around each punctuation mark"
+        )
     return Source(
         name,
         model,
@@ -203,6 +207,12 @@ def take_over(
     rows["left out"] = [(name, leaf.size) for name, leaf in given.items()]
     _print(source.name, rows, console)
     print_notes(source, console)
+    if source.generation:
+        console.print(
+            f"{generation_config.FILE} of {source.name} is not followed in training: train.decode "
+            "says how texts are written",
+            style="yellow",
+        )
     return jax.tree.unflatten(jax.tree.structure(fresh), leaves)
 
 

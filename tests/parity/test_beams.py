@@ -1,5 +1,6 @@
 """Beam search beside that of transformers: every row, of random decoders and encoder-decoders."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -132,17 +133,16 @@ def test_every_row_is_that_of_transformers(
 
 def test_several_ends_and_words_that_are_never_written(both):
     model, found = both
-    last, never = (EOS, 5, 9), (PAD, 7, 4)
-    rows, scores = theirs(
-        model, 9, last, num_beams=3, length_penalty=1.0, bad_words_ids=[[i] for i in never]
-    )
+    options: dict[str, Any] = {"num_beams": 3, "length_penalty": 1.0}
+    free, _ = theirs(model, 9, **options)
+    counts = Counter(token for row in free for token in row if token != EOS)
+    frequent = [token for token, _ in counts.most_common(3)]
+    last, never = (EOS, frequent[0]), (PAD, *frequent[1:])
+    rows, scores = theirs(model, 9, last, bad_words_ids=[[i] for i in never], **options)
     own, own_scores = searched(
         found, 9, last, beam=3, length_penalty=1.0, length_penalty_offset=0, early_stopping=False,
         never=never,
     )  # fmt: skip
-    assert own == rows
+    assert own == rows != free
     np.testing.assert_allclose(own_scores, scores, rtol=1e-4)
-    assert len({row[-1] for row in rows} & {*last}) > 1
-    assert not {*never} & {token for row in rows for token in row}
-    free = theirs(model, 9, last, num_beams=3, length_penalty=1.0)[0]
-    assert free != rows and {*never} & {token for row in free for token in row}
+    assert frequent[0] in {row[-1] for row in rows}
