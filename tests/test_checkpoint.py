@@ -1,13 +1,20 @@
 """What is kept, what is refused, and that what comes back is what was saved."""
 
+import multiprocessing
+import os
+import random
+import shutil
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, CorruptCheckpoint
 from train.config import TrainError
 from train.state import TrainState
 
@@ -135,3 +142,119 @@ def test_a_step_that_is_not_there(folder):
 def test_nothing_there_yet(tmp_path):
     with pytest.raises(TrainError, match="no checkpoint yet"):
         Checkpoints(tmp_path / "none", "abc")
+
+
+# Damage ------------------------------------------------------------------------------------------
+
+
+def of_any_bits(step: int) -> TrainState:
+    """A state whose arrays are stored as they are: random bits cannot be compressed."""
+    rng = np.random.default_rng(step)
+    draw = lambda: jnp.asarray(  # noqa: E731
+        rng.integers(0, 2**32, (37, 64), np.uint32).view(np.float32)
+    )
+    params = {"body": {"kernel": draw()}, "head": {"kernel": draw()}}
+    moments = {name: jax.tree.map(lambda _: draw(), params) for name in ("mu", "nu")}
+    return TrainState(jnp.int32(step), params, (moments, jnp.int32(step)))
+
+
+def read(folder: Path) -> tuple[TrainState, dict] | str:
+    """What the checkpoint of step 4 holds, or why it is refused."""
+    try:
+        return Checkpoints(folder, "abc").restore(4, abstract(of_any_bits(4)))
+    except CorruptCheckpoint as error:
+        return str(error)
+
+
+def same(found: tuple[TrainState, dict] | str) -> bool:
+    if isinstance(found, str):
+        return False
+    ours, theirs = jax.tree.flatten(found[0]), jax.tree.flatten(of_any_bits(4))
+    bits = lambda tree: [np.asarray(x).tobytes() for x in tree[0]]  # noqa: E731
+    return ours[1] == theirs[1] and bits(ours) == bits(theirs) and found[1] == {"next": 4}
+
+
+def save_any_bits(folder: Path) -> list[Path]:
+    """Saves a checkpoint, and returns its files."""
+    with Checkpoints(folder, "abc", keep=1) as checkpoints:
+        checkpoints.save(of_any_bits(4), {"next": 4})
+    assert same(read(folder))
+    return sorted(path for path in (folder / "4").rglob("*") if path.is_file())
+
+
+def flip(path: Path, bit: int) -> bytes:
+    """Turns a bit of a file over, and returns what the file held."""
+    before = path.read_bytes()
+    changed = bytearray(before)
+    changed[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(changed)
+    return before
+
+
+def find_flipped_bits(folder: Path) -> None:
+    """Of fifty, 25 lie anywhere in the data, as most bits do, and 25 in any file."""
+    files, rng, refused = save_any_bits(folder), random.Random(0), 0
+    largest = sorted(files, key=lambda path: -path.stat().st_size)[:2]
+    for turn in range(50):
+        path = (
+            largest[turn % 2] if turn < 25 else rng.choice([p for p in files if p.stat().st_size])
+        )
+        before = flip(path, rng.randrange(8 * path.stat().st_size))
+        found = read(folder)
+        path.write_bytes(before)
+        if isinstance(found, str):
+            item = path.relative_to(folder / "4").parts[0]
+            assert f"4 is corrupt ({item}" in found or item == "sums", (path, found)
+            refused += 1
+        else:
+            assert same(found), path  # It stands there twice, or says nothing of the data.
+    assert refused > 25 and same(read(folder))
+
+
+def name_what_differs(folder: Path) -> None:
+    files, state = save_any_bits(folder), of_any_bits(4)
+    arrays = {"params.head.kernel": state.params["head"]["kernel"]}
+    arrays |= {"opt_state.0.nu.body.kernel": state.opt_state[0]["nu"]["body"]["kernel"]}
+    for name, array in arrays.items():
+        piece = np.asarray(array).tobytes()[400:416]
+        places = [(path, path.read_bytes().find(piece)) for path in files]
+        ((path, place),) = [found for found in places if found[1] >= 0]
+        before = flip(path, 8 * place + 3)
+        message = str(read(folder))
+        assert f"({name}: the bits are not those that were saved)" in message, message
+        assert "--fallback" in message
+        path.write_bytes(before)
+    position = folder / "4" / "data" / "metadata"
+    position.write_text(position.read_text().replace("4", "5"))
+    assert "(data: the bits are not those that were saved)" in str(read(folder))
+
+
+def alone(what: Callable[[Path], None], folder: Path) -> None:
+    try:
+        what(folder)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("what", [find_flipped_bits, name_what_differs])
+def test_damage_is_found(what: Any, tmp_path):
+    """In a process of its own: see test_cli.test_a_corrupt_checkpoint."""
+    folder = tmp_path / "checkpoints"
+    process = multiprocessing.get_context("spawn").Process(target=alone, args=(what, folder))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_one_from_before_there_were_sums_is_read_and_that_is_said_once(folder, tmp_path, capfd):
+    copy = shutil.copytree(folder, tmp_path / "checkpoints")
+    for step in (4, 5):
+        shutil.rmtree(copy / str(step) / "sums")
+    checkpoints = Checkpoints(copy, "abc")
+    for step in (4, 5):
+        restored, _ = checkpoints.restore(step, abstract(state(0)))
+        jax.tree.map(np.testing.assert_array_equal, restored, state(step))
+    said = capfd.readouterr().err
+    assert said.count("was written before checkpoints had sums") == 1 and "checkpoints/4" in said

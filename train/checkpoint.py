@@ -1,7 +1,9 @@
 """Checkpoints: parameters, optimizer state, data iterator and who they belong to, with orbax."""
 
+import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -15,8 +17,13 @@ from etils import epath
 
 from data.writing import write_whole
 from train.config import Interrupted, TrainError
-from train.hosts import any_process, is_first, one_first, several
+from train.fingerprint import words_of_leaves
+from train.hosts import any_process, is_first, one_first, several, to_host
+from train.record import named_words
 from train.state import TrainState
+from train.trainable import named
+
+_words = jax.jit(words_of_leaves)
 
 
 class Checkpoints:
@@ -24,7 +31,8 @@ class Checkpoints:
 
     They are written in the background and appear under their step only when complete; scores, in
     `scores.json` beside them, come later. Each carries the fingerprint of its tokenizer; opening it
-    with another is an error.
+    with another is an error. Each also carries sums of all that it holds, and whatever is read is
+    compared with them.
     """
 
     def __init__(
@@ -43,6 +51,7 @@ class Checkpoints:
             raise TrainError(f"{directory} does not exist: the run has no checkpoint yet")
         one_first(self._make_directory)
         self._manager, self._has_failed = self._open(clean=keep is not None), False
+        self._is_told = False
         self.scores = self._read_scores()
         """Of the checkpoints that have one, by step: the higher the better."""
 
@@ -77,7 +86,7 @@ class Checkpoints:
         return ocp.CheckpointManager(
             self.directory,
             options=options,
-            item_names=("params", "opt_state", "data", "tokenizer"),
+            item_names=("params", "opt_state", "data", "tokenizer", "sums"),
         )
 
     @property
@@ -170,8 +179,10 @@ class Checkpoints:
     def _begin(self, step: int, **items: Any) -> None:
         if self._has_failed:
             self._guard(self._open_again)
-        tokenizer = ocp.args.JsonSave({"fingerprint": self.fingerprint})
-        args = ocp.args.Composite(**items, tokenizer=tokenizer)
+        items["tokenizer"] = ocp.args.JsonSave({"fingerprint": self.fingerprint})
+        sums = _sums({name: args.item for name, args in items.items()})
+        sums["sums"] = _json_sum(sums)
+        args = ocp.args.Composite(**items, sums=ocp.args.JsonSave(sums))
         self._guard(lambda: self._manager.save(step, args=args, force=True))
 
     def _open_again(self) -> None:
@@ -198,7 +209,7 @@ class Checkpoints:
 
     def position(self, step: int) -> dict:
         """The iterator state at `step`."""
-        return self._read(step, data=ocp.args.JsonRestore()).data
+        return self._read(step, data=ocp.args.JsonRestore())["data"]
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
         """State and iterator state at `step`, placed as `abstract` says."""
@@ -209,28 +220,57 @@ class Checkpoints:
             data=ocp.args.JsonRestore(),
         )
         counter = jax.device_put(jnp.int32(step), abstract.step.sharding)
-        return TrainState(counter, items.params, items.opt_state), items.data
+        return TrainState(counter, items["params"], items["opt_state"]), items["data"]
 
     def restore_params(self, step: int, abstract: Any) -> Any:
         """The parameters at `step`, placed as `abstract` says."""
-        return self._read(step, params=ocp.args.StandardRestore(abstract)).params
+        return self._read(step, params=ocp.args.StandardRestore(abstract))["params"]
 
-    def _read(self, step: int, **items: Any) -> Any:
+    def _read(self, step: int, **items: Any) -> dict[str, Any]:
         if step not in self.steps:
             listed = ", ".join(map(str, self.steps)) or "none"
             raise TrainError(f"{self.directory} has no checkpoint {step}; it has {listed}")
-        args = ocp.args.Composite(tokenizer=ocp.args.JsonRestore(), **items)
-        restored: Any = None
-        # orbax and tensorstore raise many kinds for a broken file
-        with _shared(partial(CorruptCheckpoint, self.directory / str(step))):
-            restored = self._manager.restore(step, args=args)
-        found = restored.tokenizer["fingerprint"]
+        items["tokenizer"] = ocp.args.JsonRestore()
+        path = self.directory / str(step)
+        if (path / "sums").exists():
+            items["sums"] = ocp.args.JsonRestore()
+        restored: dict[str, Any] = {}
+        for name, how in items.items():
+            # orbax and tensorstore raise many kinds for a broken file
+            with _shared(partial(CorruptCheckpoint, path, item=name)):
+                found = self._manager.restore(step, args=ocp.args.Composite(**{name: how}))
+                restored[name] = found[name]
+        kept = restored.pop("sums", None)
+        sums = _sums(restored)
+        with _shared(partial(CorruptCheckpoint, path)):
+            self._compare(path, kept, sums)
+        found = restored["tokenizer"]["fingerprint"]
         if found != self.fingerprint:
             raise TrainError(
                 f"checkpoint {self.directory / str(step)} belongs to tokenizer {found[:12]}, not "
                 f"to {self.fingerprint[:12]} of this run: put its own tokenizer.json back"
             )
         return restored
+
+    def _compare(self, path: epath.Path, kept: Any, found: dict[str, str]) -> None:
+        """Raises ValueError where what was `found` in a checkpoint is not what was saved."""
+        if kept is None:
+            if is_first() and not self._is_told:
+                self._is_told = True
+                print(
+                    f"heedful: checkpoint {path} was written before checkpoints had sums: whether "
+                    "its bits are those that were saved cannot be checked",
+                    file=sys.stderr,
+                )
+            return
+        if not isinstance(kept, dict) or kept.pop("sums", None) != _json_sum(kept):
+            raise ValueError("its sums are not what was saved")
+        items = {name.partition(".")[0] for name in found}
+        kept = {name: value for name, value in kept.items() if name.partition(".")[0] in items}
+        names = sorted(name for name in kept | found if kept.get(name) != found.get(name))
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"{names[0]}{more}: the bits are not those that were saved")
 
     def _guard(self, action: Callable[[], Any]) -> None:
         try:
@@ -259,11 +299,27 @@ class SaveFailed(TrainError):
 class CorruptCheckpoint(TrainError):
     """A checkpoint that is there and cannot be read."""
 
-    def __init__(self, path: epath.Path, error: Exception):
+    def __init__(self, path: epath.Path, error: Exception, item: str = ""):
+        where = f"{item}: " if item else ""
         super().__init__(
-            f"checkpoint {path} is corrupt ({_reason(error)}): "
-            "give --fallback to use the one before it"
+            f"checkpoint {path} is corrupt ({where}{_reason(error)}): to use the one before it, "
+            "give --fallback to a command that has it, or move this one away"
         )
+
+
+def _sums(items: dict[str, Any]) -> dict[str, str]:
+    """Sums of all bits of these items: by name one for each array, and one for each JSON value."""
+    is_json = lambda name: name in ("data", "tokenizer")  # noqa: E731
+    arrays = {name: item for name, item in items.items() if not is_json(name)}
+    sums = {name: _json_sum(item) for name, item in items.items() if is_json(name)}
+    if arrays:
+        names = [name for name, _ in named(arrays)]
+        sums |= named_words(names, to_host(_words(arrays)))
+    return sums
+
+
+def _json_sum(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 @contextmanager

@@ -129,7 +129,7 @@ class FingerprintWriter:
             self._lines.close()
 
 
-def named_words(names: Sequence[str], words: jax.Array) -> dict[str, str]:
+def named_words(names: Sequence[str], words: jax.Array | np.ndarray) -> dict[str, str]:
     """The words of each parameter, in hex."""
     rows = np.asarray(words).astype(">u4")
     return {name: row.tobytes().hex() for name, row in zip(names, rows, strict=True)}
