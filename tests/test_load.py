@@ -1,6 +1,9 @@
 """Which parameters of a run are used: one checkpoint, or the mean of several."""
 
+import dataclasses
 import io
+import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -64,3 +67,37 @@ def test_without_averaging_the_best_is_used(tmp_path):
     train = TrainConfig(keep=3, average=1)
     run = toy.random_run(tmp_path / "run", toy.model("decoder_only"), data, train, SCORES)
     assert load(run.directory, toy.QUIET).steps == [5]
+
+
+def test_where_none_has_a_score_the_newest_is_used(tmp_path):
+    """As after a stop before the first measurement."""
+    data = toy.data(toy.write_text(tmp_path), "causal_lm")
+    train = TrainConfig(keep=3, average=1)
+    run = toy.random_run(tmp_path / "run", toy.model("decoder_only"), data, train, {3: 0.0, 5: 0.0})
+    (run.checkpoints / "scores.json").unlink()
+    for which in (None, "best"):
+        out = Console(file=io.StringIO(), soft_wrap=True)
+        assert load(run.directory, out, checkpoint=which).steps == [5]
+        assert "no checkpoint has a score yet: the newest stands" in out.file.getvalue()
+    train = dataclasses.replace(train, average=2)
+    (run.directory / "config.json").write_text(
+        json.dumps(dataclasses.replace(run, train=train).values())
+    )
+    assert load(run.directory, toy.QUIET).steps == [3, 5]
+
+
+DAMAGE = [b"", b"{", b"[]", b"null", b'{"3": "x"}', b"\xff\xfe", b"[" * 100_000]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=range(len(DAMAGE)))
+def test_damaged_scores_are_those_of_the_metrics(run, tmp_path, damage, capfd):
+    copy = Run.open(shutil.copytree(run.directory, tmp_path / "run"))
+    train = dataclasses.replace(copy.train, average=1)
+    (copy.directory / "config.json").write_text(
+        json.dumps(dataclasses.replace(copy, train=train).values())
+    )
+    lines = [{"step": step, "valid_loss": -score} for step, score in SCORES.items()]
+    copy.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (copy.checkpoints / "scores.json").write_bytes(damage)
+    assert load(copy.directory, toy.QUIET).steps == [5]
+    assert "scores.json is damaged" in capfd.readouterr().err

@@ -147,6 +147,28 @@ def test_a_run_records_what_its_bits_depend_on(trained):
     assert "loss" not in lines[0] and np.frombuffer(bytes.fromhex(lines[2]["loss"]), ">f4")[0] > 0
 
 
+@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b"3", b"\xff", b'[{"from_step": "0"}]'])
+def test_a_damaged_record_is_kept_and_begun_anew(text, tmp_path, damage, capfd):
+    model, data = toy.model("decoder_only"), toy.data(text, "causal_lm")
+    run = start_run(tmp_path / "run", model, data, toy.TRAIN, toy.QUIET)
+    path = run.directory / "environment.json"
+    path.write_bytes(damage)
+    assert record.environments(run.directory) == []
+    record.add_environment(run, {"python": "3"}, 7, toy.QUIET)
+    assert record.environments(run.directory) == [{"from_step": 7, "python": "3"}]
+    assert (run.directory / "environment.json.damaged").read_bytes() == damage
+    assert "environment.json is damaged" in capfd.readouterr().err
+
+
+def test_without_a_record_no_environments_are_called_the_same(copy, heedful):
+    (copy / "environment.json").write_text("{")
+    with (copy / "fingerprints.jsonl").open("a") as file:
+        file.write('[]\n{"step": 6}\n{"step": 2, "parameters": null}\n')
+    code, said = heedful("verify", copy)
+    assert code == 0 and "the environments cannot be compared" in said, said
+    assert "identical to step 6" in said
+
+
 def test_a_run_is_reproduced_to_the_bit(trained, heedful, tmp_path):
     code, out = heedful("reproduce", trained, "--run-dir", tmp_path / "again")
     assert code == 0, out

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -19,6 +18,7 @@ from data.writing import write_whole
 from train.config import Interrupted, TrainError
 from train.fingerprint import words_of_leaves
 from train.hosts import any_process, is_first, one_first, several, to_host
+from train.metrics import tell
 from train.record import named_words
 from train.state import TrainState
 from train.trainable import named
@@ -36,8 +36,13 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory: epath.PathLike, tokenizer_fingerprint: str, keep: int | None = None
+        self,
+        directory: epath.PathLike,
+        tokenizer_fingerprint: str,
+        keep: int | None = None,
+        measured: Callable[[], dict[int, float]] = dict,
     ):
+        """`measured` gives the scores where those beside the checkpoints are lost."""
         path = epath.Path(directory)
         self.directory = path if "://" in str(path) else path.absolute()
         self.fingerprint, self._keep, self._is_due = tokenizer_fingerprint, keep, True
@@ -52,7 +57,7 @@ class Checkpoints:
         one_first(self._make_directory)
         self._manager, self._has_failed = self._open(clean=keep is not None), False
         self._is_told = False
-        self.scores = self._read_scores()
+        self.scores = self._read_scores(measured)
         """Of the checkpoints that have one, by step: the higher the better."""
 
     def _make_directory(self) -> None:
@@ -136,13 +141,20 @@ class Checkpoints:
     def _scores_path(self) -> epath.Path:
         return self.directory / "scores.json"
 
-    def _read_scores(self) -> dict[int, float]:
+    def _read_scores(self, measured: Callable[[], dict[int, float]]) -> dict[int, float]:
         if self._scores_path.exists():
-            found = json.loads(self._scores_path.read_text())
-            return {int(step): score for step, score in found.items()}
+            try:
+                found = json.loads(self._scores_path.read_bytes())
+                return {int(step): float(score) for step, score in found.items()}
+            except (AttributeError, RecursionError, TypeError, ValueError) as error:
+                if is_first():
+                    tell(
+                        f"{self._scores_path} is damaged ({error}): scores are those of the metrics"
+                    )
+                return measured()
         # Before there was this file each checkpoint had its own.
         metrics = {step: self._manager.metrics(step) for step in self.steps}
-        return {step: found["score"] for step, found in metrics.items() if found}
+        return {step: found["score"] for step, found in metrics.items() if found} or measured()
 
     def set_aside(self, step: int) -> epath.Path:
         """Moves a checkpoint out of the way, and says where to; nothing is deleted."""
@@ -257,10 +269,9 @@ class Checkpoints:
         if kept is None:
             if is_first() and not self._is_told:
                 self._is_told = True
-                print(
-                    f"heedful: checkpoint {path} was written before checkpoints had sums: whether "
-                    "its bits are those that were saved cannot be checked",
-                    file=sys.stderr,
+                tell(
+                    f"checkpoint {path} was written before checkpoints had sums: whether its bits "
+                    "are those that were saved cannot be checked"
                 )
             return
         if not isinstance(kept, dict) or kept.pop("sums", None) != _json_sum(kept):

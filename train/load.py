@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from data.tokenizer import Tokenizer
 from train.checkpoint import Checkpoints, CorruptCheckpoint
 from train.config import MeshConfig, TrainError
+from train.metrics import scores
 from train.run import Run
 from train.sharding import make_mesh
 from train.state import abstract_params
@@ -40,8 +42,12 @@ def load(
     """
     run = Run.open(directory)
     tokenizer, mesh = run.tokenizer(), _mesh(run.train.mesh, console)
-    checkpoints = Checkpoints(run.checkpoints, tokenizer.fingerprint)
+    measured = partial(scores, run.metrics, run.train.metric)
+    checkpoints = Checkpoints(run.checkpoints, tokenizer.fingerprint, measured=measured)
     which = checkpoint or ("average" if run.train.average > 1 else "best")
+    if which == "best" and checkpoints.steps and not checkpoints.scored:
+        console.print("no checkpoint has a score yet: the newest stands for the best")
+        which = "last"
     candidates, count = _candidates(checkpoints, which, run.train.average)
     abstract = abstract_params(run.model, mesh)
     params, steps = _average(checkpoints, candidates, count, abstract, fallback, console)

@@ -1,7 +1,6 @@
 """fit(): from a config to a trained model, resuming where a former call stopped."""
 
 import math
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,7 @@ from train.evaluate import measure
 from train.fingerprint import make_fingerprint
 from train.hosts import is_first, one_first, require_same, several
 from train.init_from import open_source, take_over
-from train.metrics import MetricsWriter, require_finite
+from train.metrics import MetricsWriter, require_finite, score, scores
 from train.optimizer import learning_rate
 from train.plan.rescue import explained
 from train.record import FingerprintWriter, Witness, add_environment, environment
@@ -90,9 +89,10 @@ def fit(
     if witness is not None:
         witness.environment(now)
 
+    measured = partial(scores, run.metrics, config.metric)
     with (
         _alone(run),
-        Checkpoints(run.checkpoints, tokenizer.fingerprint, config.keep) as checkpoints,
+        Checkpoints(run.checkpoints, tokenizer.fingerprint, config.keep, measured) as checkpoints,
         closing(
             train_data.train_iterator(*rows_here(mesh), partial(to_devices, mesh=mesh))
         ) as batches,
@@ -158,12 +158,6 @@ def _first_params(run: Run, setup: Setup, console: Console) -> Any:
     return take_over(params, source, run.model, run.train.reinit, console)
 
 
-def _score(measured: dict[str, float], metric: str) -> float:
-    """The higher the better; what is no number is the worst."""
-    score = -measured[metric] if metric in ("loss", "smoothed_loss") else measured[metric]
-    return score if math.isfinite(score) else -sys.float_info.max
-
-
 def _loop(
     run: Run,
     state: TrainState,
@@ -203,9 +197,9 @@ def _loop(
         def judge(step: int, said: Callable[[], str]) -> None:
             """Measures the state, and gives its checkpoint the score."""
             measured = validate(state)
-            score = _score(measured, config.metric)
-            saving.score(step, score)
-            patience.add(step, score)
+            of_step = score(measured, config.metric)
+            saving.score(step, of_step)
+            patience.add(step, of_step)
             writer.write(step, {f"valid_{name}": value for name, value in measured.items()})
             listed = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
             console.print(f"step {step:,}: validation {listed}, {said()}")

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from train.hosts import is_first
-from train.metrics import Lines, read_lines
+from train.metrics import Lines, keep_damaged, read_lines
 from train.run import Run, differences, write_json
 
 ROOT = Path(__file__).parent.parent
@@ -53,9 +53,23 @@ def environment(run: Run, mesh: Mesh, data: Mapping[str, str]) -> dict[str, Any]
 
 def environments(directory: Path) -> list[dict[str, Any]]:
     """Those that the run has been trained in, in order, each with the step that it began from."""
+    return _environments(directory)[0]
+
+
+def _environments(directory: Path) -> tuple[list[dict[str, Any]], str | None]:
+    """What is recorded, and what is wrong with the file, if anything: then nothing is."""
     path = directory / "environment.json"
-    found = json.loads(path.read_text("utf-8")) if path.exists() else []
-    return found if isinstance(found, list) else [{"from_step": 0, **found}]
+    if not path.exists():
+        return [], None
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        return [], str(error)
+    found = [{"from_step": 0, **found}] if isinstance(found, dict) else found
+    is_one = lambda each: isinstance(each, dict) and type(each.get("from_step")) is int  # noqa: E731
+    if isinstance(found, list) and all(map(is_one, found)):
+        return found, None
+    return [], "it holds no environments"
 
 
 def data_record(run: Run) -> dict[str, str]:
@@ -72,7 +86,9 @@ def data_record(run: Run) -> dict[str, str]:
 
 def add_environment(run: Run, now: dict[str, Any], from_step: int, console: Console) -> None:
     """Adds an environment to the record, and says what is new, unless it is that of before."""
-    known = environments(run.directory)
+    known, problem = _environments(run.directory)
+    if problem and is_first():
+        keep_damaged(run.directory / "environment.json", problem)
     new = changes(known[-1], now) if known else []
     for change in new:
         console.print(f"resuming in another environment: {change}", style="yellow")
@@ -139,7 +155,8 @@ def fingerprints(run: Run) -> dict[int, dict[str, Any]]:
     """The lines of a run's `fingerprints.jsonl` by step; a line cut short by a kill is left out."""
     if not run.fingerprints.exists():
         return {}
-    return {line["step"]: line for line in read_lines(run.fingerprints)}
+    lines = read_lines(run.fingerprints)
+    return {line["step"]: line for line in lines if isinstance(line.get("parameters"), dict)}
 
 
 def _code() -> dict[str, Any]:

@@ -141,7 +141,9 @@ class _Comparison:
         # The config of the copy is compared where it comes from.
         self.now = {**now, "config": self.original.values()}
         found = self._changes(self.first + 1)
-        self._print("this environment is that of the record", found)
+        same = "this environment is that of the record"
+        unknown = "environment.json is missing or damaged: the environments cannot be compared"
+        self._print(same if self.environments else unknown, found)
         for name in ("train", "tokenizer"):
             if any(line.startswith(f"data.{name} ") for line in found):
                 self.differs = 0, f"nothing was trained: data.{name} has changed"
