@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import resource
 import struct
 import sys
@@ -9,11 +10,13 @@ import threading
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]
 from tensorboardX.record_writer import masked_crc32c
 
 from train.config import TrainError
-from train.metrics import Lines, MetricsWriter, read_lines, scores
+from train.metrics import Lines, MetricsWriter, lasting, read_lines, scores
 
 
 def test_later_lines_and_what_was_cut_short_are_dropped(tmp_path):
@@ -137,3 +140,17 @@ def test_a_disk_that_is_full_from_the_beginning_is_told(tmp_path, monkeypatch):
     with pytest.raises(TrainError, match=r"metrics.jsonl cannot be written \(No space .*make room"):
         Lines(path, from_step=1)
     assert read_lines(path) == [{"step": 1}]
+
+
+def test_a_log_on_a_full_disk_ends_nothing(tmp_path):
+    with Path("/dev/full").open("w") as full:
+        console = Console(file=full)
+        with lasting(console), Progress(console=console) as bar:
+            task = bar.add_task("training", total=3)
+            for step in range(3):
+                console.print("x" * 10_000)
+                bar.update(task, completed=step)
+        assert console.file is full
+        with pytest.raises(OSError, match="No space left"):
+            console.print("x" * 10_000)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,61 @@ def test_two_do_not_train_in_one_directory(tmp_path):
         loop.fit(run, toy.QUIET)
     release()
     run.lock()()
+
+
+def away(run: Path) -> Path:
+    """Moves the directory of a run, and says where its last checkpoint should be."""
+    return run.rename(run.with_name("away"))
+
+
+def deleted(run: Path) -> Path:
+    shutil.rmtree(run)
+    return run
+
+
+def deleted_and_taken(run: Path) -> Path:
+    """Another run stands in its place."""
+    shutil.rmtree(run)
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    return run.with_name("run.2")
+
+
+@pytest.mark.parametrize(
+    ("lose", "elsewhere"), [(away, False), (deleted, True), (deleted_and_taken, False)]
+)
+def test_a_run_whose_directory_is_lost_stops_and_loses_nothing(
+    lose: Any, elsewhere: bool, tmp_path, monkeypatch
+):
+    """At step 5, between the checkpoints of 3 and 6."""
+    text = toy.write_text(tmp_path)
+    whole, run = short_run(tmp_path / "whole", text), short_run(tmp_path / "run", text)
+    if elsewhere:
+        train = dataclasses.replace(run.train, checkpoints=str(tmp_path / "elsewhere"))
+        run = dataclasses.replace(run, train=train)
+        run.start(run.tokenizer())
+    loop.fit(whole, toy.QUIET)
+    found = []
+
+    def agreed(_: Stop) -> bool:
+        found.append(lose(run.directory) if len(found) == 4 else None)
+        return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "agreed", agreed)
+        with pytest.raises(TrainError) as error:
+            loop.fit(run, toy.QUIET)
+    place = found[4]
+    said = f"moved to {place}" if lose is away else "deleted"
+    assert f"{run.directory} was {said} while the run trained: " in str(error.value)
+    assert f"stopped at step 6, whose checkpoint is in {tmp_path}" in str(error.value)
+    assert f"--run-dir {place} resumes it" in str(error.value)
+    if lose is not deleted:
+        assert not (run.directory / "checkpoints").exists()
+    run = Run.open(place)
+    assert run.tokenizer().fingerprint == whole.tokenizer().fingerprint
+    loop.fit(run, toy.QUIET)
+    same_bits(*(checkpoint(each.directory, 12)[0] for each in (run, whole)))
 
 
 def test_a_checkpoint_can_be_corrupt_twice(tmp_path):

@@ -4,12 +4,14 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from configs import base
 from data.config import DataConfig, TokenizerConfig
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
+from train.checkpoint import Checkpoints
 from train.config import DecodeConfig, TrainConfig, TrainError
 from train.run import FILES, Run, from_json, is_begun, to_json, train_paths
 
@@ -220,3 +222,40 @@ def test_relative_paths_are_those_of_where_a_run_was_started(tokenizer, tmp_path
 def test_paths_of_what_a_run_begins_from(init_from, expected):
     train = TrainConfig(init_from=init_from, checkpoints="a")
     assert train_paths(train, str.upper) == TrainConfig(init_from=expected, checkpoints="A")
+
+
+@pytest.mark.parametrize("name", ["exp[1]", "a*b", "a?b", "a\\b"])
+def test_a_path_that_checkpoints_do_not_come_back_from_is_refused(tokenizer, tmp_path, name: str):
+    """orbax globs below it; the folder above counts too."""
+    for directory in (tmp_path / name, tmp_path / name / "run"):
+        run = Run(directory, ModelConfig(vocab_size=8), DataConfig(), TrainConfig())
+        with pytest.raises(TrainError, match=r"has . in its name: .* one of \* \? \[ \\; rename"):
+            run.start(tokenizer)
+    train = TrainConfig(checkpoints=str(tmp_path / name))
+    with pytest.raises(TrainError, match=r"train\.checkpoints"):
+        dataclasses.replace(run, directory=tmp_path / "run", train=train).start(tokenizer)
+    assert list(tmp_path.iterdir()) == []
+    # What is written elsewhere is not concerned.
+    train = TrainConfig(checkpoints=str(tmp_path / "elsewhere"))
+    dataclasses.replace(run, train=train).start(tokenizer)
+    with pytest.raises(TrainError, match="in its name"):
+        Checkpoints(tmp_path / name, "abc", keep=1)
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "a]b", "{a}", "a%20b", "a:b", "a#b", "a\nb", "~a", "ä", "a;b$c", "'a'", "a|b"]
+)
+def test_checkpoints_come_back_from_any_other_path(tmp_path, name: str):
+    with Checkpoints(tmp_path / name / "checkpoints", "abc", keep=1) as checkpoints:
+        checkpoints.save_params({"kernel": jnp.ones(3)})
+    opened = Checkpoints(tmp_path / name / "checkpoints", "abc")
+    restored = opened.restore_params(0, {"kernel": jnp.zeros(3)})
+    assert restored["kernel"].tolist() == [1, 1, 1]
+
+
+def test_a_bucket_is_no_run_directory(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Run(Path("gs://bucket/run"), ModelConfig(vocab_size=8), DataConfig(), TrainConfig())
+    with pytest.raises(TrainError, match=r"give the bucket to train\.checkpoints"):
+        run.start(tokenizer)
+    assert list(tmp_path.iterdir()) == []

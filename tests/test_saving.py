@@ -50,6 +50,7 @@ def opened(
     batches = data.train_iterator()
     saving = Saving(run, checkpoints, batches, data.data_fingerprint, screen)  # type: ignore
     yield saving, checkpoints, lambda step: state.replace(step=step), screen.said
+    saving.close()
     checkpoints.close()
     batches.close()
 

@@ -20,6 +20,7 @@ from train.fingerprint import words_of_leaves
 from train.hosts import any_process, is_first, one_first, several, to_host
 from train.metrics import tell
 from train.record import named_words
+from train.run import require_plain
 from train.state import TrainState
 from train.trainable import named
 
@@ -45,6 +46,7 @@ class Checkpoints:
         """`measured` gives the scores where those beside the checkpoints are lost."""
         path = epath.Path(directory)
         self.directory = path if "://" in str(path) else path.absolute()
+        require_plain(self.directory)
         self.fingerprint, self._keep, self._is_due = tokenizer_fingerprint, keep, True
         try:
             exists = self.directory.is_dir()

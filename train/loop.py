@@ -21,7 +21,7 @@ from train.evaluate import measure
 from train.fingerprint import make_fingerprint
 from train.hosts import is_first, one_first, require_same, several
 from train.init_from import open_source, take_over
-from train.metrics import MetricsWriter, require_finite, score, scores
+from train.metrics import MetricsWriter, lasting, require_finite, score, scores
 from train.optimizer import learning_rate
 from train.plan.rescue import explained
 from train.record import FingerprintWriter, Witness, add_environment, environment
@@ -91,13 +91,14 @@ def fit(
 
     measured = partial(scores, run.metrics, config.metric)
     with (
+        lasting(console),
         _alone(run),
         Checkpoints(run.checkpoints, tokenizer.fingerprint, config.keep, measured) as checkpoints,
         closing(
             train_data.train_iterator(*rows_here(mesh), partial(to_devices, mesh=mesh))
         ) as batches,
+        closing(Saving(run, checkpoints, batches, train_data.data_fingerprint, console)) as saving,
     ):
-        saving = Saving(run, checkpoints, batches, train_data.data_fingerprint, console)
         restored = start or _restore(checkpoints, setup.abstract, saving, fallback, console)
         if restored is None:
             state = first_state(setup, _first_params(run, setup, console))

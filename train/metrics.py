@@ -10,13 +10,14 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Console
 
 from data.writing import write_whole
 from train.config import TrainError
@@ -197,6 +198,40 @@ def keep_damaged(path: Path, reason: str) -> None:
     copy = next(each for each in map(path.with_name, names) if not os.path.lexists(each))
     shutil.copyfile(path, copy)
     tell(f"{path} is damaged ({reason}): it is written anew, and what it was is kept in {copy}")
+
+
+@contextlib.contextmanager
+def lasting(console: Console) -> Iterator[None]:
+    """While entered, what cannot be printed is left out: a log on a full disk ends no training."""
+    former, console.file = console.file, _Lasting(console.file)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        console.file = former
+
+
+class _Lasting:
+    """A stream whose disk may be full. A pipe that nobody reads any more is told as ever."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try(lambda: self._stream.write(text))
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except BrokenPipeError:
+            raise
+        except OSError:
+            return 0
 
 
 def tell(text: str) -> None:

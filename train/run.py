@@ -34,6 +34,10 @@ FILES = (
 )  # fmt: skip
 
 
+GLOB = "*?[\\"
+BUCKETS = ("gs:/", "s3:/")
+
+
 @dataclass(frozen=True)
 class Run:
     """The three configs of a run, resolved, and where it lies."""
@@ -110,6 +114,12 @@ class Run:
         Raises TrainError when the directory holds a run of another config, or no run but files that
         one would replace, and when its checkpoints are not where this one looks for them.
         """
+        require_plain(self.checkpoints)
+        if str(self.directory).startswith(BUCKETS) and not self.directory.exists():
+            raise TrainError(
+                f"--run-dir {self.directory} is no folder of this machine: give the bucket to "
+                "train.checkpoints, and a folder to --run-dir"
+            )
         if not is_begun(self.directory) and is_first():
             self._begin(tokenizer)
             return
@@ -169,6 +179,47 @@ class Run:
         found = differences(self.values(), there.values())
         others = [line for line in found if not line.startswith(MAY_DIFFER)]
         return "; ".join(others[:3]) + ("; ..." if len(others) > 3 else "")
+
+
+class Home:
+    """The directory of a run while it trains, held open: a move or a deletion is noticed."""
+
+    def __init__(self, directory: Path):
+        self._directory, self._handle = directory, os.open(directory, os.O_RDONLY)
+
+    def close(self) -> None:
+        os.close(self._handle)
+
+    def is_lost(self) -> bool:
+        """Whether another directory, or none, has its name."""
+        try:
+            return not self._is(self._directory)
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:  # A share that does not answer for a while.
+            return False
+
+    def found(self) -> Path | None:
+        """Where it has been moved to, if the system says so; None: it has been deleted."""
+        try:
+            path = Path(os.readlink(f"/proc/self/fd/{self._handle}"))
+            return path if self._is(path) else None
+        except OSError:
+            return None
+
+    def _is(self, path: Path) -> bool:
+        return os.path.samestat(os.stat(path), os.fstat(self._handle))
+
+
+def require_plain(checkpoints: epath.Path) -> None:
+    """Raises TrainError for a place from which orbax, which globs, reads other files or none."""
+    path = str(checkpoints if "://" in str(checkpoints) else checkpoints.absolute())
+    if found := [character for character in GLOB if character in path]:
+        raise TrainError(
+            f"{path} has {found[0]} in its name: checkpoints cannot be read back from a path with "
+            f"one of {' '.join(GLOB)}; rename that folder, or give another --run-dir or "
+            "train.checkpoints"
+        )
 
 
 def is_begun(directory: Path) -> bool:

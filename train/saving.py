@@ -1,8 +1,10 @@
 """Checkpoints while a run trains: written in the background, and no end of it when one fails."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +12,8 @@ from rich.console import Console
 from data.pipeline import TrainIterator
 from train.checkpoint import Checkpoints, SaveFailed
 from train.config import TrainError
-from train.run import Run
+from train.hosts import any_process, from_first, is_first
+from train.run import Home, Run
 from train.state import TrainState
 
 
@@ -26,7 +29,8 @@ class Saving:
         console: Console,
     ):
         self._run, self._checkpoints, self._batches = run, checkpoints, batches
-        self._console = console
+        self._console, self._home = console, Home(run.directory)
+        self._tokenizer = run.tokenizer()  # The file may be gone when it is wanted.
         self._fixed = {
             "data_fingerprint": data_fingerprint,
             "config": run.values(),
@@ -38,6 +42,9 @@ class Saving:
         self._score: tuple[int, float] | None = None
         self._is_begun = True
         self._step, self._held, self._is_awaited = 0, 0.0, False
+
+    def close(self) -> None:
+        self._home.close()
 
     def position(self) -> dict[str, Any]:
         """What a checkpoint holds beside the state."""
@@ -66,9 +73,12 @@ class Saving:
 
         Where none `is_due` it is for a stop only. The `last` checkpoint of this process is on disk
         on return, and SaveFailed if it is not. Any other may fail: that is told, training goes on,
-        and the next one is tried.
+        and the next one is tried. Where the directory of the run is gone, the checkpoint is saved
+        where that can be, and TrainError says where.
         """
         began = time.perf_counter()
+        if any_process(is_first() and self._home.is_lost()):
+            self._rescue(state)
         self.settle()
         begin = lambda: self._checkpoints.save(state, self.position(), is_due=is_due)  # noqa: E731
         if last:
@@ -87,6 +97,27 @@ class Saving:
         self._is_awaited = not self._checkpoints.is_on_disk(self._step)
         state = "being written" if self._is_awaited else "saved"
         return f"checkpoint {state} (held up {self._held:.2f} s)"
+
+    def _rescue(self, state: TrainState) -> None:
+        """Saves a run whose directory is lost where that is now, or in a new one, and raises."""
+        run = self._run
+        self.settle()
+        moved = self._home.found() if is_first() else None
+        names = (run.directory.name, *(f"{run.directory.name}.{n}" for n in range(2, 1000)))
+        free = (path for path in map(run.directory.with_name, names) if not _holds(path))
+        place = Path(from_first(str(moved or next(free))))
+        there = dataclasses.replace(run, directory=place)
+        if not moved and is_first():
+            there.start(self._tokenizer)
+        tokenizer, keep = self._tokenizer.fingerprint, run.train.keep
+        with Checkpoints(there.checkpoints, tokenizer, keep) as checkpoints:
+            if (step := int(state.step)) not in checkpoints.steps:
+                checkpoints.save(state, self.position(), is_due=False)
+        raise TrainError(
+            f"{run.directory} was {f'moved to {place}' if moved else 'deleted'} while the run "
+            f"trained: the training has stopped at step {step:,}, whose checkpoint is in "
+            f"{there.checkpoints}; the same command with --run-dir {place} resumes it"
+        )
 
     def score(self, step: int, score: float) -> None:
         """Takes the score of the newest checkpoint, which may not be on disk yet."""
@@ -118,3 +149,8 @@ class Saving:
             )
             return False
         return True
+
+
+def _holds(path: Path) -> bool:
+    """Whether something lies at `path`, other than an empty folder."""
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
