@@ -76,6 +76,8 @@ def test_scores_are_found_in_the_metrics(tmp_path):
         '{"step": 2, "loss": 9.0}\n{"step": 4, "valid_loss": 1.5, "valid_f1": 0.5}\nx\n'
     )
     assert scores(path, "loss") == {4: -1.5} and scores(path, "f1") == {4: 0.5}
+    path.write_text('{"step": 6, "valid_loss": null}')
+    assert scores(path, "loss") == {6: -sys.float_info.max}
 
 
 # Events ------------------------------------------------------------------------------------------
