@@ -305,8 +305,8 @@ def beam_search(
     "never": when no living hypothesis can become better than the best finished one, whatever its
     length. That is exact, since log-probabilities only fall.
 
-    The repetition penalty changes logits, as in sampling; transformers changes log-probabilities
-    in a beam search. Tokens in `never` are not chosen, and keep their share of the probability, as
+    The repetition penalty changes log-probabilities, not logits as in sampling, and their sum is
+    then below 1. Tokens in `never` are not chosen, and keep their share of the probability, as
     there. `cache` must have `repeat(width)` and `reorder(parents [B, W])`.
     """
     _require_seen(repetition_penalty, seen)
@@ -326,13 +326,17 @@ def beam_search(
     def body(state):
         t, done, last, live, live_scores, best, best_length, finished, seen, cache = state
         logits, cache = step(last.reshape(-1, 1), cache, start + t)
-        logits = penalise(logits.astype(jnp.float32), seen, repetition_penalty)
+        logits = logits.astype(jnp.float32)
+        if seen is not None:
+            logits -= log_total(logits, jnp.max(logits, axis=-1))[:, None]
+            logits = penalise(logits, seen, repetition_penalty)
 
         # So many that `width` stay alive, if all hypotheses may end in all ways.
         children = min(candidates, logits.shape[-1])
-        likeliest, tokens = highest(_without(logits, never), children)
-        most = jnp.max(logits, axis=-1) if never else likeliest[:, 0]
-        log_probs = likeliest - log_total(logits, most)[:, None]
+        log_probs, tokens = highest(_without(logits, never), children)
+        if seen is None:
+            most = jnp.max(logits, axis=-1) if never else log_probs[:, 0]
+            log_probs -= log_total(logits, most)[:, None]
         totals = live_scores.reshape(-1, 1) + log_probs
         scores, picks = jax.lax.top_k(totals.reshape(batch, -1), candidates)
         parents, chosen = picks // children, tokens.reshape(batch, -1)[rows, picks]

@@ -366,15 +366,19 @@ def test_what_decoding_needs_and_does_not_get_is_missed():
             advance(step, rows, 1, eos_id=EOS, sampling=sampling)
 
 
-def penalised(row: int, history: tuple[int, ...], held: tuple[int, ...], penalty: float):
-    """Log-probabilities after the repetition penalty, on raw scores."""
+def penalised(
+    row: int, history: tuple[int, ...], held: tuple[int, ...], penalty: float, in_beam: bool = False
+):
+    """Log-probabilities after the repetition penalty, on raw scores, or in a beam on themselves."""
     node = 0
     for token in history:
         node = node * V + 1 + token
     scores = TABLE[row, node].copy()
+    if in_beam:
+        scores -= np.log(np.sum(np.exp(scores)))
     for token in {*history, *held}:
         scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
-    return scores - np.log(np.sum(np.exp(scores)))
+    return scores if in_beam else scores - np.log(np.sum(np.exp(scores)))
 
 
 @pytest.mark.parametrize("width", [0, 2])
@@ -396,7 +400,7 @@ def test_the_repetition_penalty_counts_prompt_and_text(width: int):
         found = decode(sample, seen=jnp.array(seen), sampling=sampling)
     differs = False
     for row, limit in enumerate(LIMITS):
-        scores = partial(penalised, row, held=held[row], penalty=penalty)
+        scores = partial(penalised, row, held=held[row], penalty=penalty, in_beam=width > 0)
         if width:
             best, _ = plain_beam(scores, limit, width, 0.6, EOS)
             plain, _ = plain_beam(partial(log_probs, row), limit, width, 0.6, EOS)

@@ -70,8 +70,10 @@ class Plain:
         tokens = np.zeros((1, self.longest), np.int32)
         tokens[0, : len(context)] = context
         prefix = max(len(prompt) - self.first(len(prompt), len(written)), 0)
-        row = self.forward(tokens, jnp.array([prefix]))[len(context) - 1]
-        row, penalty = np.array(row), self.generator.decode.repetition_penalty
+        row = np.array(self.forward(tokens, jnp.array([prefix]))[len(context) - 1])
+        if self.generator.decode.beam > 1:
+            row -= np.log(np.sum(np.exp(row)))
+        penalty = self.generator.decode.repetition_penalty
         for token in {*prompt[1:], *written}:  # The begin is no token of the text.
             row[token] = row[token] / penalty if row[token] > 0 else row[token] * penalty
         return row
@@ -234,7 +236,7 @@ def test_a_wide_beam_finds_the_best_of_all_texts():
     for prompt in prompts:
         known = plain.prompt(prompt)
         log_probs = {
-            before: np.asarray(jax.nn.log_softmax(plain.logits(known, list(before))))
+            before: plain.logits(known, list(before))
             for n in range(steps)
             for before in itertools.product(others, repeat=n)
         }

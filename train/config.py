@@ -158,7 +158,8 @@ class DecodeConfig:
     (arXiv:2407.01082)."""
     repetition_penalty: float = 1.0
     """Divides positive scores of tokens seen before and multiplies negative ones
-    (arXiv:1909.05858 §4.1). The begin token in front of a text counts as not seen."""
+    (arXiv:1909.05858 §4.1). The begin token in front of a text counts as not seen. In a beam search
+    the scores are log-probabilities, as in Hugging Face transformers."""
     never: tuple[int, ...] = ()
     """Tokens, by their ids, that are never written."""
     special_tokens: bool = False

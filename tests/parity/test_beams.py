@@ -54,6 +54,7 @@ def marian() -> Any:
     )  # fmt: skip
     model = sharp(transformers.MarianMTModel(config), 2)
     model.final_logits_bias[0, EOS] = 3.0
+    model.final_logits_bias[0, START] = -99.0  # Theirs is penalised as seen, ours is not.
     return model
 
 
@@ -97,6 +98,8 @@ def searched(
     make = Translator if found.config.architecture == "encoder_decoder" else Generator
     known = tokenizer()
     known._ends = last
+    if make is Generator:
+        known.bos = None  # The prompts have no begin, all of it is text.
     writer: Any = make(found.config, decode, known, found.params, MESH)
     run = writer._run if make is Translator else writer._search
     rows, scores = [[0]] * ROWS, np.zeros(ROWS)
@@ -110,21 +113,24 @@ def searched(
 
 @pytest.mark.parametrize("early_stopping", ["never", False, True])
 @pytest.mark.parametrize(
-    ("exponent", "sizes"), [(0.0, [(2, 6)]), (1.0, [(4, 6), (3, 20)]), (2.0, [(4, 9)])]
+    ("exponent", "sizes", "penalty"),
+    [
+        (0.0, [(2, 6)], 1.0),
+        (1.0, [(4, 6), (3, 20)], 1.0),
+        (2.0, [(4, 9)], 1.0),
+        (1.0, [(4, 8)], 1.3),
+    ],
 )
 def test_every_row_is_that_of_transformers(
-    both, early_stopping: bool | str, exponent: float, sizes: list[tuple[int, int]]
+    both, early_stopping: bool | str, exponent: float, sizes: list[tuple[int, int]], penalty: float
 ):
     model, found = both
     ends = []
+    common = {"length_penalty": exponent, "early_stopping": early_stopping}
+    common |= {"repetition_penalty": penalty}
     for width, limit in sizes:
-        rows, scores = theirs(
-            model, limit, num_beams=width, length_penalty=exponent, early_stopping=early_stopping
-        )
-        own, own_scores = searched(
-            found, limit, beam=width, length_penalty=exponent, length_penalty_offset=0,
-            early_stopping=early_stopping,
-        )  # fmt: skip
+        rows, scores = theirs(model, limit, num_beams=width, **common)
+        own, own_scores = searched(found, limit, beam=width, length_penalty_offset=0, **common)
         assert own == rows
         np.testing.assert_allclose(own_scores, scores, rtol=1e-4)
         ends += [EOS in row for row in rows]
