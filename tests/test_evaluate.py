@@ -355,3 +355,4 @@ def test_a_run_that_cannot_be_written_is_measured_all_the_same(translation, monk
         "test BLEU: ",
     ):
         assert words in said
+    assert "the run lies in" not in said

@@ -139,17 +139,18 @@ def report(
             if measured["loss"] > NO_BETTER * known:
                 lines.append(NOTHING_LEARNED)
         result |= {f"{split}_{key}": value for key, value in measured.items()}
-    _write(directory, result, console)
+    is_written = _write(directory, result, console)
     for line in lines:
         console.print(line, markup=False)
     if run.data.objective == "translation":
         scored, lines, text = _translate(trained, decode, console, seed)
         result |= scored
-        _write(directory, result, console, text)
+        is_written = _write(directory, result, console, text)
         for line in lines:
             console.print(line, markup=False)
     where = "the run lies in" if directory == run.directory else "result.json lies in"
-    console.print(f"\n{where} {directory}", markup=False)
+    if is_written:
+        console.print(f"\n{where} {directory}", markup=False)
     return result
 
 
@@ -213,10 +214,13 @@ def _require_same(run: Run, dataset: Dataset, console: Console, other_data: bool
 
 def _write(
     directory: Path, result: dict[str, Any], console: Console, translations: str | None = None
-) -> None:
-    """Writes what was computed, before any of it is shown: a reader of output may go away."""
+) -> bool:
+    """Writes what was computed, before any of it is shown: a reader of output may go away.
+
+    Returns whether it could be written.
+    """
     if not is_first():
-        return
+        return True
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "result.json", result)
@@ -225,6 +229,8 @@ def _write(
     except OSError as error:
         problem = f"{error.filename} cannot be written ({error.strerror}): what follows is only "
         console.print(f"{problem}shown, copy the run to keep it", style="yellow")
+        return False
+    return True
 
 
 def describe(measured: dict[str, float], dataset: Dataset) -> list[str]:
