@@ -1,15 +1,19 @@
 # make train: install and train the default experiment; make test: install and run the tests;
-# make coverage: the same, and the lines that no test runs.
+# make coverage: the same, and the lines that no test runs;
+# make test-slow: some thousand damaged inputs, in minutes.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test coverage parity check clean
+.PHONY: train test test-slow coverage parity check clean
 
 train: .venv/installed
 	$(BIN)/heedful train translate_tiny
 
 test: .venv/installed-dev
 	$(BIN)/pytest -n 2
+
+test-slow: .venv/installed-dev
+	$(BIN)/pytest -m slow
 
 coverage: .venv/installed-dev
 	$(BIN)/pytest -n 2 --cov --cov-report=term:skip-covered
