@@ -110,7 +110,7 @@ OUTPUTS = dataclasses.replace(CLASSES, head=dataclasses.replace(toy.CLASSIFIER, 
                 toy.model(), attention=AttentionConfig(heads=2, window=3, global_tokens=2)
             ),
             {},
-            ["model.attention.global_tokens = 2", "set data.packing False"],
+            ["model.attention.global_tokens = 2", "--data.no-packing"],
         ),
     ],
 )

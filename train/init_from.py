@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,7 +180,7 @@ def take_over(
     rows: dict[str, list[tuple[str, int]]] = {
         "loaded": [], "copied": [], "new, random": [], "left out": []
     }  # fmt: skip
-    leaves = []
+    leaves, misfits = [], dict[str, str]()
     for name, leaf in named(fresh):
         fitting = [pattern for pattern in reinit if re.search(pattern, name)]
         unused.difference_update(fitting)
@@ -190,10 +191,8 @@ def take_over(
         elif name in given and not fitting:
             value = given.pop(name)
             if value.shape != leaf.shape:
-                raise TrainError(
-                    f"{name} has shape {value.shape} in {source.name} and {leaf.shape} here: "
-                    f"give --train.reinit '{re.escape(name)}' to begin it at random"
-                )
+                misfits[name] = f"{name} has shape {value.shape} there and {leaf.shape} here"
+                continue
             leaves.append(_place(value, leaf))
             rows["loaded"].append((name, leaf.size))
         elif fitting or name.startswith("head.") or "lora_" in name:
@@ -202,6 +201,12 @@ def take_over(
             rows["new, random"].append((name, leaf.size))
         else:
             raise TrainError(f"{source.name} has no {name}: init from a model of the same kind")
+    if misfits:
+        patterns = shlex.join([*reinit, *map(re.escape, misfits)])
+        raise TrainError(
+            f"{source.name} does not fit ({', '.join(misfits.values())}): "
+            f"give --train.reinit {patterns} to begin at random"
+        )
     if unused:
         raise TrainError(f"train.reinit has {sorted(unused)[0]!r}, which fits no parameter")
     rows["left out"] = [(name, leaf.size) for name, leaf in given.items()]

@@ -76,7 +76,7 @@ def require_fit(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Non
             name = {"self": "core", "decoder": "decoder_core", "cross": "cross_core"}[place]
             raise TrainError(
                 f"model.attention.{name} {core} cannot tell the documents of a packed row apart: "
-                "set data.packing to False, or choose another core"
+                "give --data.no-packing, or choose another core"
             )
     metrics = METRICS.get(data.objective, ("loss", "smoothed_loss"))
     if train.metric not in metrics:
@@ -87,7 +87,7 @@ def require_fit(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Non
     if model.attention.global_tokens and data.is_packed:
         raise TrainError(
             f"model.attention.global_tokens = {model.attention.global_tokens} are the first of a "
-            "row, and data.packing puts several documents in a row: set data.packing False"
+            "row, and data.packing puts several documents in a row: give --data.no-packing"
         )
     if data.objective == "translation" and train.decode.stop:
         raise TrainError(
