@@ -30,6 +30,67 @@ from model.config import HeadConfig, LoraConfig
 from model.pretrained import read, write
 from model.transformer import build
 
+SAVED = {"transformers_version": "4.9.0", "use_cache": True, "task_specific_params": None}
+FOUND: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bert-base-uncased": (
+        "bert",
+        "BertForMaskedLM",
+        {"gradient_checkpointing": False, "initializer_range": 0.02, "pad_token_id": 0}
+        | {"position_embedding_type": "absolute", **SAVED},
+    ),
+    "bert-base-chinese": (
+        "bert",
+        "BertForMaskedLM",
+        {"directionality": "bidi", "pooler_fc_size": 768, "pooler_num_attention_heads": 12}
+        | {"pooler_num_fc_layers": 3, "pooler_size_per_head": 128}
+        | {"pooler_type": "first_token_transform", "output_past": True},
+    ),
+    "ms-marco-MiniLM": (
+        "bert",
+        "BertForSequenceClassification",
+        {"_name_or_path": "nreimers/MiniLM", "torch_dtype": "float32", "_num_labels": 2}
+        | {"sentence_transformers": {"activation_fn": "torch.nn.Identity"}}
+        | {"finetuning_task": "mrpc", "problem_type": "single_label_classification"},
+    ),
+    "longformer": (
+        "longformer",
+        "LongformerForMaskedLM",
+        {"attention_mode": "longformer", "ignore_attention_mask": False, "sep_token_id": 2},
+    ),
+    "gpt2": (
+        "gpt2",
+        "GPT2LMHeadModel",
+        {"n_ctx": 1024, "summary_type": "cls_index", "summary_use_proj": True}
+        | {"summary_activation": None, "summary_first_dropout": 0.1, "bos_token_id": 50256}
+        | {"summary_proj_to_labels": True, "hidden_size": 768}
+        | {"task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}},
+    ),
+    "Llama-2": (
+        "llama",
+        "LlamaForCausalLM",
+        {"pretraining_tp": 1, "max_sequence_length": 2048, "rope_scaling": None, **SAVED}
+        | {"dtype": "bfloat16", "attention_bias": False, "eos_token_id": [128001, 128009]},
+    ),
+    "flan-t5": (
+        "t5",
+        "T5ForConditionalGeneration",
+        {"n_positions": 512, "output_past": True, "dense_act_fn": "relu", "is_gated_act": False}
+        | {"classifier_dropout": 0.0, "num_hidden_layers": 6, "is_encoder_decoder": True}
+        | {"task_specific_params": {"translation_en_to_de": {"prefix": "translate: "}}},
+    ),
+    "opus-mt": (
+        "marian",
+        "MarianMTModel",
+        {"_num_labels": 3, "add_bias_logits": False, "add_final_layer_norm": False}
+        | {"bad_words_ids": [[58100]], "classif_dropout": 0.0, "classifier_dropout": 0.0}
+        | {"decoder_vocab_size": 58101, "extra_pos_embeddings": 58101, "num_hidden_layers": 12}
+        | {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "max_length": 512}
+        | {"num_beams": 6, "forced_eos_token_id": 0, "init_std": 0.02, **SAVED}
+        | {"force_bos_token_to_be_generated": False, "static_position_embeddings": True},
+    ),
+}
+"""What config.json has in known models, beside sizes."""
+
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_round_trip_to_the_bit(name: str, tmp_path: Path):
@@ -74,6 +135,45 @@ def test_ropes_before_and_after_transformers_5(tmp_path: Path):
     change(directory, rope_theta=500, rope_scaling=legacy, rope_parameters=None)
     (directory / "config.json").write_text(json.dumps(old | {"rope_scaling": legacy}))
     assert read(directory).config == config
+
+
+def test_ropes_in_two_places(tmp_path: Path):
+    """As in transformers: rope_scaling wins, and a length beside it over the one in it."""
+    directory = export(tmp_path, "LlamaForCausalLM tied")
+    change(directory, rope_parameters={"rope_type": "linear", "factor": 7.0})
+    assert read(directory).config.positions.rotary == LLAMA3
+    change(directory, original_max_position_embeddings=50)
+    assert read(directory).config.positions.rotary == replace(LLAMA3, original_length=50)
+    scaling = json.loads((directory / "config.json").read_text())["rope_scaling"]
+    del scaling["original_max_position_embeddings"]
+    change(directory, rope_scaling=scaling, original_max_position_embeddings=None)
+    assert read(directory).config.positions.rotary == replace(LLAMA3, original_length=19)
+
+
+def test_keys_under_other_names(tmp_path: Path):
+    """As in transformers: a name of all architectures wins over its own."""
+    directory = export(tmp_path, "GPT2LMHeadModel")
+    change(directory, num_attention_heads=5, max_position_embeddings=17, n_positions=None)
+    config = read(directory).config
+    assert (config.attention.heads, config.positions.max_length) == (5, 17)
+    directory = export(tmp_path / "marian", "MarianMTModel")
+    change(directory, num_hidden_layers=3, encoder_layers=2)
+    assert read(directory).config.encoder_layers == 3
+
+
+def test_the_activation_of_t5_has_two_names(tmp_path: Path):
+    directory = export(tmp_path, "T5ForConditionalGeneration 1.1")
+    change(directory, dense_act_fn="silu", is_gated_act=True, feed_forward_proj="relu")
+    feed_forward = read(directory).config.feed_forward
+    assert (feed_forward.activation, feed_forward.gated) == ("silu", True)
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_else_files_have_changes_nothing(name: str):
+    model_type, classes, more = FOUND[name]
+    values = {"model_type": model_type, "architectures": [classes]}
+    found, plain = (pretrained.config_from_hf(v) for v in (values | more, values))
+    assert found == plain
 
 
 def test_a_rope_that_is_scaled_by_1_is_not_scaled(tmp_path: Path):

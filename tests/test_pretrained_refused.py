@@ -40,7 +40,7 @@ from model.config import (
     PerformerConfig,
     PositionConfig,
 )
-from model.pretrained import read, write
+from model.pretrained import read, read_config, write
 from model.pretrained import tensors as tensors_module
 
 # What no architecture expresses -----------------------------------------------------------------
@@ -379,6 +379,24 @@ def test_matrices_that_must_be_one(name: str, tensor: str, other: str, tmp_path:
         ("MarianMTModel", "decoder_vocab_size", 17),
         ("MarianMTModel", "share_encoder_decoder_embeddings", False),
         ("MarianMTModel", "encoder_layerdrop", 0.1),
+        ("MarianMTModel", "num_attention_heads", 2),
+        ("GPT2LMHeadModel", "is_causal", False),
+        ("LlamaForCausalLM", "is_causal", False),
+        ("T5ForConditionalGeneration", "is_causal", False),
+        ("MarianMTModel", "is_causal", False),
+        ("GPT2LMHeadModel", "tie_encoder_decoder", True),
+        ("BertForMaskedLM", "pruned_heads", {"0": [1]}),
+        ("LongformerForMaskedLM", "ignore_attention_mask", True),
+        ("LlamaForCausalLM", "layer_types", ["full_attention", "sliding_attention"]),
+        ("LlamaForCausalLM", "partial_rotary_factor", 0.5),
+        ("LlamaForCausalLM", "rms_norm_eps", float("inf")),
+        ("T5ForConditionalGeneration", "dense_act_fn", "tanh"),
+        ("T5ForConditionalGeneration", "num_hidden_layers", 2),
+        ("BertForSequenceClassification", "problem_type", "multi_label_classification"),
+        ("BertForSequenceClassification", "problem_type", "regression"),
+        ("BertForSequenceClassification", "num_labels", 2),
+        ("LongformerForSequenceClassification", "problem_type", "multi_label_classification"),
+        ("GPT2LMHeadModel", "n_layer", 2**31),
     ],
 )
 def test_values_in_config_json_that_are_refused(name: str, key: str, value: Any, tmp_path: Path):
@@ -388,10 +406,93 @@ def test_values_in_config_json_that_are_refused(name: str, key: str, value: Any,
 
 
 @pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("LlamaForCausalLM", "per_layer_config", {"1": {"num_key_value_heads": 1}}),
+        ("LlamaForCausalLM", "sliding_window", 4),
+        ("BertForMaskedLM", "auto_map", {"AutoModel": "own.Model"}),
+        ("BertForMaskedLM", "transformers_weights", "other.safetensors"),
+        ("GPT2LMHeadModel", "kind_of_attention", 0),
+    ],
+)
+def test_keys_that_are_not_known_are_refused(name: str, key: str, value: Any, tmp_path: Path):
+    directory = export(tmp_path, name)
+    change(directory, **{key: value})
+    refused(lambda: read(directory), f'config.json has "{key}": {value!r}', "not known")
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: None}))
+    read(directory)
+
+
+HUGE = 2_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("GPT2LMHeadModel", {"n_embd": 1_500_000_000}),
+        ("GPT2LMHeadModel", {"n_inner": HUGE}),
+        ("GPT2LMHeadModel", {"n_layer": 9_999}),
+        ("LlamaForCausalLM", {"num_hidden_layers": 9_999}),
+        ("BertForMaskedLM", {"vocab_size": HUGE}),
+        (
+            "T5ForConditionalGeneration",
+            {
+                "relative_attention_num_buckets": HUGE,
+                "relative_attention_max_distance": HUGE,
+            },
+        ),
+    ],
+)
+def test_sizes_are_compared_before_memory_is_taken(
+    name: str, sizes: dict[str, int], tmp_path: Path
+):
+    directory = export(tmp_path, name)
+    change(directory, **sizes)
+    for call in (read, read_config):
+        refused(lambda call=call: call(directory), str(directory / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "part"),
+    [
+        (
+            "T5ForConditionalGeneration",
+            {"relative_attention_num_buckets": 6},
+            '"relative_attention_num_buckets" = 6 must be a multiple of 4, and '
+            '"relative_attention_max_distance" = 5 above half of it',
+        ),
+        (
+            "GPT2LMHeadModel",
+            {"n_head": 4},
+            '"n_head" = 4 does not divide "n_embd" = 15',
+        ),
+        (
+            "GPT2LMHeadModel",
+            {"num_attention_heads": 4},
+            '"num_attention_heads" = 4 does not divide "n_embd" = 15',
+        ),
+        ("GPT2LMHeadModel", {"n_inner": 0}, '"n_inner" must be positive, not 0'),
+        ("T5ForConditionalGeneration", {"num_decoder_layers": 0}, '"num_decoder_layers" must be'),
+        ("LlamaForCausalLM", {"num_key_value_heads": 4}, '"num_key_value_heads" = 4 must divide'),
+        ("BertForMaskedLM", {"layer_norm_eps": 0}, '"layer_norm_eps" must be positive, not 0'),
+        ("MarianMTModel", {"dropout": 1.5}, '"dropout" must lie in [0, 1), not 1.5'),
+    ],
+)
+def test_values_that_make_no_model_are_named_as_in_the_file(
+    name: str, changes: dict[str, Any], part: str, tmp_path: Path
+):
+    directory = export(tmp_path, name)
+    change(directory, **changes)
+    refused(lambda: read(directory), f"{directory / 'config.json'}: {part}")
+
+
+@pytest.mark.parametrize(
     ("scaling", "part"),
     [
         ({"rope_type": "yarn", "factor": 2.0}, "\"rope_type\": 'yarn'"),
         ({"rope_type": "linear"}, 'has no "factor"'),
+        ({"rope_type": "linear", "factor": 2.0, "beta_fast": 3}, '"beta_fast": 3'),
         ({"partial_rotary_factor": 0.5}, '"partial_rotary_factor": 0.5'),
     ],
 )

@@ -70,8 +70,9 @@ class ModelDirectory:
                 f"{self.kind.model_type}: take one of them out",
             )
         self._untie()
-        self.config = self.kind.from_hf(self.keys, self.architecture, self.actual.keys())
+        self.config = self.kind.config(self.keys, self.architecture, self.actual.keys())
         self.places = places(self.kind, self.config)
+        self._check_shapes()
         self._sort_rest()
 
     def _untie(self) -> None:
@@ -89,6 +90,14 @@ class ModelDirectory:
 
     def _bits(self, name: str) -> bytes:
         return self.tensors.read(self.actual[name]).tobytes()
+
+    def _check_shapes(self) -> None:
+        """Compares what config.json asks for with the file, before any memory is taken for it."""
+        for place in self.places:
+            for name, _ in place.names():
+                if name not in self.actual:
+                    raise ModelError(f"{self.tensors.source} has no tensor {name}")
+                self.tensors.check(self.actual[name], place.shape)
 
     def _sort_rest(self) -> None:
         """What is left without a place: buffers, to be compared, and what may be left out."""
@@ -127,11 +136,7 @@ class ModelDirectory:
         return notes
 
     def read(self) -> Pretrained:
-        def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
-            if name not in self.actual:
-                raise ModelError(f"{self.tensors.source} has no tensor {name}")
-            return self.tensors.read(self.actual[name], shape)
-
+        tensor = lambda name: self.tensors.read(self.actual[name])  # noqa: E731
         params = to_params(self.places, shapes(self.config), tensor)
         for name, is_right in self.buffers.items():
             require(

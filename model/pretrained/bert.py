@@ -125,6 +125,34 @@ BERT = HuggingFace(
     table=lambda config: TABLE,
     body="bert.",
     body_modules=("embeddings", "encoder", "pooler"),
+    # of TensorFlow's files, and of sentence-transformers
+    idle=frozenset(
+        {
+            "directionality",
+            "is_causal",
+            "pooler_fc_size",
+            "pooler_num_attention_heads",
+            "pooler_num_fc_layers",
+            "pooler_size_per_head",
+            "pooler_type",
+            "sbert_ce_default_activation_function",
+            "sentence_transformers",
+        }
+    ),
+    fields={
+        "model.vocab_size": "vocab_size",
+        "model.width": "hidden_size",
+        "model.layers": "num_hidden_layers",
+        "model.types": "type_vocab_size",
+        "model.dropout": "hidden_dropout_prob",
+        "attention.heads": "num_attention_heads",
+        "attention.dropout": "attention_probs_dropout_prob",
+        "feed_forward.width": "intermediate_size",
+        "norm.epsilon": "layer_norm_eps",
+        "positions.max_length": "max_position_embeddings",
+        "head.outputs": "num_labels",
+        "head.dropout": "classifier_dropout",
+    },
     bare=("BertModel",),
     tied={
         "bert.embeddings.word_embeddings.weight": ("cls.predictions.decoder.weight",),

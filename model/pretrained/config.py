@@ -40,7 +40,7 @@ def config_from_hf(
     """
     keys = Keys(values, source)
     kind, name = architecture_of(keys)
-    return kind.from_hf(keys, name, names)
+    return kind.config(keys, name, names)
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -60,7 +60,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
             continue
         try:
             values = {"model_type": kind.model_type, **kind.to_hf(config), "dtype": "float32"}
-            back = config_from_hf(values, tensor_names(kind, config))
+            keys = Keys(values)
+            back = kind.from_hf(keys, architecture_of(keys)[1], tensor_names(kind, config))
         except ModelError as error:
             near.append((len(fields(config)), str(error)))
             continue

@@ -33,9 +33,8 @@ TABLE = {
 def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
     keys.only("add_cross_attention", False)
     keys.only("scale_attn_by_inverse_layer_idx", False)
-    dropout = keys.get("resid_pdrop", 0.1)
-    keys.only("embd_pdrop", dropout)
-    width = keys.get("n_embd", 768)
+    dropout = keys.same("embd_pdrop", "resid_pdrop", 0.1)
+    width, inner = keys.get("n_embd", 768), keys.optional("n_inner", int)
     return ModelConfig(
         architecture="decoder_only",
         vocab_size=keys.get("vocab_size", 50257),
@@ -47,7 +46,7 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
             dropout=keys.get("attn_pdrop", 0.1),
         ),
         feed_forward=FeedForwardConfig(
-            width=keys.optional("n_inner", int) or 4 * width,
+            width=4 * width if inner is None else inner,
             activation=keys.activation("activation_function", "gelu_new"),
         ),
         norm=NormConfig(position="pre", epsilon=keys.get("layer_norm_epsilon", 1e-5)),
@@ -96,6 +95,35 @@ GPT2 = HuggingFace(
     table=lambda config: TABLE,
     body="transformer.",
     body_modules=("wte", "wpe", "h", "ln_f"),
+    aliases={
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
+    idle=frozenset(
+        {
+            "is_decoder",
+            "n_ctx",
+            "reorder_and_upcast_attn",
+            "summary_activation",
+            "summary_first_dropout",
+            "summary_proj_to_labels",
+            "summary_type",
+            "summary_use_proj",
+        }
+    ),
+    fields={
+        "model.vocab_size": "vocab_size",
+        "model.width": "n_embd",
+        "model.layers": "n_layer",
+        "model.dropout": "resid_pdrop",
+        "attention.heads": "n_head",
+        "attention.dropout": "attn_pdrop",
+        "feed_forward.width": "n_inner",
+        "norm.epsilon": "layer_norm_epsilon",
+        "positions.max_length": "n_positions",
+    },
     conv1d=True,
     tied={"transformer.wte.weight": ("lm_head.weight",)},
     buffers={

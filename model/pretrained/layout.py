@@ -115,14 +115,14 @@ def _place(kind: HuggingFace, name: str, paths: list[str], ours: Mapping[str, Sh
 
 
 def to_params(
-    found: list[Place], ours: Mapping[str, Shape], read: Callable[[str, Shape], np.ndarray]
+    found: list[Place], ours: Mapping[str, Shape], read: Callable[[str], np.ndarray]
 ) -> dict[str, Any]:
-    """The tree of parameters, out of tensors that `read(name, shape)` gives one by one."""
+    """The tree of parameters, out of tensors that `read(name)` gives one by one."""
     params = {path: np.empty(shape, np.float32) for path, shape in ours.items()}
     for place in found:
         ends = np.cumsum([part[-1] for part in place.parts])[:-1]
         for name, layer in place.names():
-            tensor = read(name, place.shape)
+            tensor = read(name)
             tensor = (tensor.T if place.transposed else tensor)[place.skipped :]
             for path, part in zip(place.paths, np.split(tensor, ends, axis=-1), strict=True):
                 params[path][layer] = part.reshape(params[path][layer].shape)

@@ -42,6 +42,11 @@ TABLE = {
 
 def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
     heads, width = keys.get("num_attention_heads", 32), keys.get("hidden_size", 4096)
+    layers, types = keys.get("num_hidden_layers", 32), keys.value("layer_types")
+    is_full = isinstance(types, list) and all(x == "full_attention" for x in types)
+    if types is not None and not (is_full and len(types) == layers):
+        raise keys.unsupported("layer_types", types, f"full_attention for each of {layers} layers")
+    keys.only("rope_interleaved", False)
     kv_heads, head_dim = (keys.optional(k, int) for k in ("num_key_value_heads", "head_dim"))
     # The bare body of an untied model is that of a classifier whose classes are yet to come.
     is_bare = name == "LlamaModel"
@@ -51,7 +56,7 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
         architecture="decoder_only",
         vocab_size=keys.get("vocab_size", 32000),
         width=width,
-        layers=keys.get("num_hidden_layers", 32),
+        layers=layers,
         attention=AttentionConfig(
             heads=heads,
             kv_heads=None if kv_heads == heads else kv_heads,
@@ -79,16 +84,27 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
     )
 
 
+SCALINGS = frozenset({"factor", "low_freq_factor", "high_freq_factor"})
+"""Keys of scalings, each read where the type asks for it."""
+
+
 def _rotary(keys: Keys) -> RotaryConfig:
-    """From `rope_parameters`, or from `rope_theta` and `rope_scaling` as before transformers 5."""
-    key = "rope_parameters" if keys.values.get("rope_parameters") else "rope_scaling"
-    values = keys.values.get(key) or {}
+    """From `rope_scaling` and `rope_theta`, or from `rope_parameters`, as in transformers 5."""
+    given = {key: keys.value(key) for key in ("rope_parameters", "rope_scaling")}
+    key = "rope_scaling" if given["rope_scaling"] else "rope_parameters"
+    values = given[key] or {}
     if not isinstance(values, dict):
         raise keys.unsupported(key, values, "an object")
     rope = Keys(values, f"{key} in {keys.name}")
     base = rope.get("rope_theta", keys.get("rope_theta", 10_000.0))
-    rope.only("partial_rotary_factor", 1.0)
+    for where in (keys, rope):
+        where.only("partial_rotary_factor", 1.0)
+    # The one beside the object wins over the one in it.
+    longest = keys.get("max_position_embeddings", 2048)
+    length = rope.get("original_max_position_embeddings", longest)
+    length = keys.get("original_max_position_embeddings", length)
     kind = rope.get("rope_type", rope.get("type", "default"))
+    rope.refuse_others(SCALINGS, {})
     if kind not in ("default", "linear", "llama3"):
         raise rope.unsupported("rope_type", kind, "default, linear or llama3")
     factor = 1.0 if kind == "default" else rope.required("factor", float)
@@ -102,7 +118,7 @@ def _rotary(keys: Keys) -> RotaryConfig:
         factor=factor,
         low_frequency_factor=rope.required("low_freq_factor", float),
         high_frequency_factor=rope.required("high_freq_factor", float),
-        original_length=rope.required("original_max_position_embeddings", int),
+        original_length=length,
     )
 
 
@@ -159,6 +175,34 @@ LLAMA = HuggingFace(
     table=lambda config: TABLE,
     body="model.",
     body_modules=("embed_tokens", "layers", "norm"),
+    idle=frozenset(
+        {
+            "is_decoder",
+            "max_sequence_length",
+            "pretraining_tp",
+            "unsloth_fixed",
+            "unsloth_version",
+        }
+    ),
+    fields={
+        "model.vocab_size": "vocab_size",
+        "model.width": "hidden_size",
+        "model.layers": "num_hidden_layers",
+        "model.attention.head_dim": "head_dim",
+        "attention.heads": "num_attention_heads",
+        "attention.kv_heads": "num_key_value_heads",
+        "attention.head_dim": "head_dim",
+        "attention.dropout": "attention_dropout",
+        "feed_forward.width": "intermediate_size",
+        "norm.epsilon": "rms_norm_eps",
+        "positions.max_length": "max_position_embeddings",
+        "positions.rotary.base": "rope_theta",
+        "positions.rotary.factor": "factor",
+        "positions.rotary.low_frequency_factor": "low_freq_factor",
+        "low_frequency_factor": "low_freq_factor",
+        "positions.rotary.high_frequency_factor": "high_freq_factor",
+        "positions.rotary.original_length": "original_max_position_embeddings",
+    },
     bare=("LlamaModel",),
     tied={"model.embed_tokens.weight": ("lm_head.weight",)},
     ties_output=False,

@@ -68,6 +68,8 @@ def table(config: ModelConfig) -> dict[str, str]:
 def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
     keys.only("pad_token_id", PADDING)
     keys.only("tie_word_embeddings", True)
+    keys.only("attention_mode", "longformer")
+    keys.only("ignore_attention_mask", False)
     dropout = keys.get("hidden_dropout_prob", 0.1)
     activation = keys.activation("hidden_act", "gelu")
     if name == "LongformerForMaskedLM":
@@ -111,7 +113,7 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
 
 def _window(keys: Keys) -> int:
     """Positions to each side; theirs counts both sides, for each layer or for all."""
-    value = keys.values.get("attention_window", 512)
+    value = keys.value("attention_window", 512)
     windows = value if isinstance(value, list) else [value]
     if len(set(windows)) != 1 or not isinstance(windows[0], int) or windows[0] % 2:
         raise keys.unsupported("attention_window", value, "one even number for all layers")
@@ -157,6 +159,23 @@ LONGFORMER = HuggingFace(
     table=table,
     body="longformer.",
     body_modules=("embeddings", "encoder", "pooler"),
+    idle=frozenset({"is_causal", "onnx_export"}),
+    fields={
+        "model.vocab_size": "vocab_size",
+        "model.width": "hidden_size",
+        "model.layers": "num_hidden_layers",
+        "model.types": "type_vocab_size",
+        "model.dropout": "hidden_dropout_prob",
+        "attention.heads": "num_attention_heads",
+        "attention.dropout": "attention_probs_dropout_prob",
+        "attention.window": "attention_window",
+        "attention.global_tokens": "global_tokens",
+        "feed_forward.width": "intermediate_size",
+        "norm.epsilon": "layer_norm_eps",
+        "positions.max_length": "max_position_embeddings",
+        "head.outputs": "num_labels",
+        "head.dropout": "hidden_dropout_prob",
+    },
     bare=("LongformerModel",),
     skipped={"inputs/positions/table": PADDING + 1},
     tied={

@@ -51,14 +51,16 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
     for key in ("static_position_embeddings", "share_encoder_decoder_embeddings"):
         keys.only(key, True)
     keys.only("tie_word_embeddings", True)
+    keys.only("is_encoder_decoder", True)
+    keys.only("do_blenderbot_90_layernorm", False)
     for key in ("encoder_layerdrop", "decoder_layerdrop"):
         keys.only(key, 0.0)
-    vocabulary, heads = keys.get("vocab_size", 58101), keys.get("decoder_attention_heads", 16)
-    inner = keys.get("decoder_ffn_dim", 4096)
+    vocabulary = keys.get("vocab_size", 58101)
+    if keys.optional("decoder_vocab_size", int) is not None:
+        keys.same("decoder_vocab_size", "vocab_size", vocabulary)
     # One decoder and one encoder of equal blocks.
-    keys.only("decoder_vocab_size", vocabulary, None)
-    keys.only("encoder_attention_heads", heads)
-    keys.only("encoder_ffn_dim", inner)
+    heads = keys.same("encoder_attention_heads", "decoder_attention_heads", 16)
+    inner = keys.same("encoder_ffn_dim", "decoder_ffn_dim", 4096)
     layers, encoder_layers = keys.get("decoder_layers", 12), keys.get("encoder_layers", 12)
     return ModelConfig(
         architecture="encoder_decoder",
@@ -122,6 +124,33 @@ MARIAN = HuggingFace(
     table=lambda config: TABLE,
     body="model.",
     body_modules=("shared", "encoder", "decoder"),
+    aliases={
+        "hidden_size": "d_model",
+        "num_attention_heads": "encoder_attention_heads",
+        "num_hidden_layers": "encoder_layers",
+    },
+    idle=frozenset(
+        {
+            "add_bias_logits",
+            "classif_dropout",
+            "classifier_dropout",
+            "extra_pos_embeddings",
+            "save_step",
+        }
+    ),
+    fields={
+        "model.vocab_size": "vocab_size",
+        "model.width": "d_model",
+        "model.layers": "decoder_layers",
+        "model.encoder_layers": "encoder_layers",
+        "model.dropout": "dropout",
+        "attention.heads": "decoder_attention_heads",
+        "attention.dropout": "attention_dropout",
+        "feed_forward.width": "decoder_ffn_dim",
+        "feed_forward.dropout": "activation_dropout",
+        "norm.epsilon": "layer_norm_epsilon",
+        "positions.max_length": "max_position_embeddings",
+    },
     tied={
         "model.shared.weight": (
             "model.encoder.embed_tokens.weight",

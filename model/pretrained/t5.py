@@ -47,17 +47,21 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
     keys.only("is_encoder_decoder", True)
     keys.only("is_decoder", False)
     encoder_layers = keys.get("num_layers", 6)
-    layers = keys.optional("num_decoder_layers", int) or encoder_layers
+    keys.only("num_hidden_layers", encoder_layers)
+    layers = keys.optional("num_decoder_layers", int)
+    layers = encoder_layers if layers is None else layers
     heads, width = keys.get("num_heads", 8), keys.get("d_model", 512)
     head_dim, dropout = keys.get("d_kv", 64), keys.get("dropout_rate", 0.1)
     projection = keys.get("feed_forward_proj", "relu")
-    gated = projection.startswith("gated-")
     activation = projection.removeprefix("gated-")
     if activation not in ACTIVATIONS:
         choices = f"{', '.join(ACTIVATIONS)}, each with or without gated-"
         raise keys.unsupported("feed_forward_proj", projection, choices)
     if projection == "gated-gelu":  # that of T5 1.1 is the approximation
         activation = "gelu_new"
+    # Two keys that say the same, and win.
+    gated = keys.get("is_gated_act", projection.startswith("gated-"))
+    activation = keys.activation("dense_act_fn", activation)
     return ModelConfig(
         architecture="encoder_decoder",
         vocab_size=keys.get("vocab_size", 32128),
@@ -73,7 +77,7 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
         ),
         feed_forward=FeedForwardConfig(
             width=keys.get("d_ff", 2048),
-            activation=ACTIVATIONS[activation],  # type: ignore[arg-type]
+            activation=activation,
             gated=gated,
             bias=False,
             dropout=dropout,
@@ -135,6 +139,23 @@ T5 = HuggingFace(
             "decoder.embed_tokens.weight",
             "lm_head.weight",
         )
+    },
+    aliases={"hidden_size": "d_model", "num_attention_heads": "num_heads", "head_dim": "d_kv"},
+    idle=frozenset({"classifier_dropout", "n_positions"}),
+    fields={
+        "model.vocab_size": "vocab_size",
+        "model.width": "d_model",
+        "model.layers": "num_decoder_layers",
+        "model.encoder_layers": "num_layers",
+        "model.dropout": "dropout_rate",
+        "attention.heads": "num_heads",
+        "attention.head_dim": "d_kv",
+        "attention.dropout": "dropout_rate",
+        "feed_forward.width": "d_ff",
+        "feed_forward.dropout": "dropout_rate",
+        "norm.epsilon": "layer_norm_epsilon",
+        "positions.buckets": "relative_attention_num_buckets",
+        "positions.max_distance": "relative_attention_max_distance",
     },
     # A table that the first release carries and no version of the model has read.
     heads=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",

@@ -93,18 +93,17 @@ class Tensors:
     def names(self) -> set[str]:
         return set(self._where)
 
-    def read(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        """A tensor, half precision widened to float32; raises ModelError for another `shape`.
-
-        And for values that are not finite.
-        """
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises ModelError where a tensor has another shape; none of its values is read."""
         path = self._where[name]
-        view = self._open(path).get_slice(name)
-        found, dtype = tuple(view.get_shape()), view.get_dtype()
-        if shape is not None and found != shape:
-            raise ModelError(
-                f"{path}: {name} has shape {found}, but {CONFIG} asks for {tuple(shape)}"
-            )
+        found = tuple(self._open(path).get_slice(name).get_shape())
+        if found != shape:
+            raise ModelError(f"{path}: {name} has shape {found}, but {CONFIG} asks for {shape}")
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor, half precision widened to float32; raises ModelError for NaN and infinity."""
+        path = self._where[name]
+        dtype = self._open(path).get_slice(name).get_dtype()
         if dtype not in FLOATS:
             raise ModelError(f"{path}: {name} is of type {dtype}, supported: {', '.join(FLOATS)}")
         values = self.raw(name).astype(np.float32, copy=False)
