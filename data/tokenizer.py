@@ -15,7 +15,7 @@ from tokenizers import models
 
 from data.config import GENERATING, MOST_TOKENS, DataError, TokenizerConfig
 from data.special import FILE, Special, named_beside, read_config
-from data.vocabulary import BYTES, SPECIAL, learn, read_wordpiece
+from data.vocabulary import BYTES, SPECIAL, framed, learn, read_wordpiece
 from data.writing import write_whole
 
 # The ids in a tokenizer that is learned here. Code asks the tokenizer, which may be another's.
@@ -229,6 +229,22 @@ class Tokenizer:
         if self.special is not None:
             self.special.save(beside)
         write_whole(Path(path), self._json)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether its tokenizer.json leaves begin and end to the caller, as those made here do."""
+        return json.loads(self._json).get("post_processor") is None
+
+    def framing(self, architecture: str) -> Self:
+        """Returns the same tokenizer for transformers, which asks it for begin and end.
+
+        One that puts them around a text already is as it was.
+        """
+        if not self.is_bare or self.eos is None:
+            return self
+        begin = None if self.bos is None else self.name(self.bos)
+        text = framed(self._json, architecture, begin, self.name(self.eos))
+        return type(self)(text, self.special, self._rows)
 
     def encode_batch(
         self, texts: Sequence[str], *, special_tokens: bool = False

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from data.config import DataError, TokenizerConfig
 from data.special import names_in
@@ -86,6 +86,35 @@ def _flag(config: Mapping[str, Any], key: str, default: bool | None) -> bool | N
             f"stands beside a tokenizer_config.json with {key} {value!r}: give true or false"
         )
     return default if value is None else value
+
+
+def framed(text: str, architecture: str, begin: str | None, end: str) -> str:
+    """Returns a tokenizer.json that puts begin and end around a text by itself, as transformers
+    wants it, and joins tokens as this library does.
+
+    A model reads a text as it was trained: an encoder begin and end, the encoder of a translation
+    the end, a decoder the begin.
+    """
+    tokenizer = tokenizers.Tokenizer.from_str(text)
+    before = f"{begin} " if begin and architecture != "encoder_decoder" else ""
+    after = f" {end}" if architecture != "decoder_only" else ""
+    names = [name for name in (begin, end) if name in (before + after).split()]
+    types = ":1" if architecture == "encoder_only" else ""
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{before}$A{after}",
+        pair=f"{before}$A{after} $B{types}{after + types if after else ''}",
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in names],
+    )
+    if isinstance(tokenizer.model, models.WordLevel) and tokenizer.decoder is None:
+        # A space before each token, and none within words of pieces.
+        tokenizer.decoder = decoders.Sequence([
+            decoders.WordPiece(prefix=" ", cleanup=False),
+            decoders.Fuse(),
+            decoders.Replace(tokenizers.Regex("@@( |$)"), ""),
+        ])  # fmt: skip
+    whole, made = json.loads(text), json.loads(tokenizer.to_str())
+    whole |= {name: made[name] for name in ("post_processor", "decoder")}
+    return json.dumps(whole, ensure_ascii=False, indent=1)
 
 
 def _bpe(texts: Iterable[str], config: TokenizerConfig, special: list[str]):

@@ -287,6 +287,10 @@ def test_sources_that_are_none(tmp_path):
         open_source(str(tmp_path), toy.QUIET)
     with pytest.raises(TrainError, match=r"neither tokenizer.json nor vocab.txt"):
         open_source(f"hf:{tmp_path}", toy.QUIET)
+    for name in ("source.spm", "target.spm", "vocab.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(TrainError, match=r"source.spm and target.spm.* two tokenizers cannot"):
+        open_source(f"hf:{tmp_path}", toy.QUIET)
     directory = export(tmp_path, "GPT2LMHeadModel")
     (directory / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="is not a tokenizer"):

@@ -107,10 +107,17 @@ def export_run(trained: Trained, directory: Path, console: Console) -> None:
         special.setdefault("decoder_start_token_id", tokenizer.bos)
     labels = trained.run.data.classes
     pretrained.write(directory, model, params, special=special, labels=labels)
-    tokenizer.following(None).save(directory / "tokenizer.json")
+    framing = tokenizer.framing(model.architecture).following(None)
+    framing.save(directory / "tokenizer.json")
     # What transformers calls a tokenizer that is all in its tokenizer.json.
     values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    names = ["input_ids", *(["token_type_ids"] if model.types > 1 else []), "attention_mask"]
+    values |= {"model_input_names": names, "clean_up_tokenization_spaces": False}
     named = roles | {"unk": tokenizer.unk, "mask": tokenizer.mask}
+    if tokenizer.is_bare and tokenizer.special is None:  # The text "<eos>" is text.
+        values["split_special_tokens"] = True
+    if model.architecture == "decoder_only":
+        values["padding_side"] = "left"
     values |= {f"{role}_token": tokenizer.name(i) for role, i in named.items() if i is not None}
     values |= files.get("tokenizer_config.json", {})
     write_json(directory / "tokenizer_config.json", values)

@@ -27,6 +27,7 @@ from train.run import Run, differences, to_json
 from train.trainable import named
 
 TOKENIZERS = ("tokenizer.json", "vocab.txt")
+TWO_TOKENIZERS = ("source.spm", "target.spm")  # As opus-mt models are published.
 # What a new run says of attention; the rest belongs to the parameters. What attention looks at is
 # the source's too, where the new run sets no window.
 OF_USE = ("core", "decoder_core", "cross_core", "dropout", "performer", "linformer")
@@ -78,6 +79,13 @@ def _open_directory(name: str, directory: Path) -> Source:
     if not directory.is_dir():
         raise TrainError(f"{directory} is no directory: give that of a Hugging Face model to hf:")
     found = [directory / file for file in TOKENIZERS if (directory / file).is_file()]
+    if not found and any((directory / file).is_file() for file in TWO_TOKENIZERS):
+        raise TrainError(
+            f"{directory} has {' and '.join(TWO_TOKENIZERS)}, a tokenizer for each language, and "
+            "no tokenizer.json: models with two tokenizers cannot be imported; transformers' "
+            "save_pretrained writes no tokenizer.json of them either. Choose a model for "
+            "translation that has a tokenizer.json for both languages, such as T5"
+        )
     if not found:
         raise TrainError(
             f"{directory} has neither {' nor '.join(TOKENIZERS)}: save its tokenizer there "

@@ -1,0 +1,149 @@
+"""Exported runs answer texts in transformers as they do here, begin and end included."""
+
+import dataclasses
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import toy
+from peer import array, torch, transformers
+
+from data.config import TokenizerConfig
+from data.vocabulary import read_wordpiece
+from model.config import (
+    AttentionConfig,
+    FeedForwardConfig,
+    HeadConfig,
+    ModelConfig,
+    NormConfig,
+    PositionConfig,
+)
+from train import cli
+from train.classify import Classifier
+from train.generate import Generator
+from train.load import Trained, load
+from train.translate import Translator
+
+SENTENCES = [
+    "small red cat sleeps",
+    "Bird",
+    "large dog, (blue) CAT runs!",
+    "a zebra <eos> sings",
+    "dog dog dog",
+]
+
+
+def texts_for(kind: str) -> list[str]:
+    """The sentences; a word that is spelled like a special token is that token in transformers."""
+    return [s.replace("<eos>", "<unk>") for s in SENTENCES] if kind == "words" else SENTENCES
+
+
+def without_unknown(text: str, kind: str) -> str:
+    """A text of ours as transformers shows it: unknown tokens are special ones there."""
+    if kind == "words":
+        return " ".join(word for word in text.split(" ") if word != "<unk>")
+    return text.replace("<unk>", "")
+
+
+KINDS = ("bpe", "chars", "bytes", "words")
+POSITIONS = PositionConfig(kind="learned", max_length=128)
+BASE = ModelConfig(
+    architecture="encoder_only",
+    width=16,
+    layers=2,
+    attention=AttentionConfig(heads=2),
+    feed_forward=FeedForwardConfig(width=12, activation="gelu"),
+    positions=POSITIONS,
+    scale_embeddings=False,
+)
+BERT = dataclasses.replace(
+    BASE, norm=NormConfig(epsilon=1e-12, embeddings=True), types=2, init="normal",
+    head=HeadConfig(kind="classifier"),
+)  # fmt: skip
+GPT2 = dataclasses.replace(
+    BASE,
+    architecture="decoder_only",
+    feed_forward=FeedForwardConfig(width=12, activation="gelu_tanh"),
+    norm=NormConfig(position="pre", epsilon=1e-5),
+)
+MARIAN = dataclasses.replace(
+    BASE, architecture="encoder_decoder", norm=NormConfig(epsilon=1e-5), positions=PositionConfig()
+)
+
+
+def exported(folder: Path, model: ModelConfig, data: Any) -> tuple[Trained, Any, Path]:
+    """A random run, the tokenizer of its export in transformers, and where the export lies."""
+    toy.random_run(folder / "run", model, data)
+    assert cli.run(["export", str(folder / "run"), str(folder / "hf")]) == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "hf")
+    return load(folder / "run", toy.QUIET), tokenizer, folder / "hf"
+
+
+def small(kind: str) -> TokenizerConfig:
+    return TokenizerConfig(kind=kind, vocab_size=300)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "wordpiece", "vocab.txt"])
+def test_classes(kind: str, tmp_path: Path):
+    texts = texts_for(kind)
+    config = small("words" if kind == "vocab.txt" else kind)
+    if kind == "vocab.txt":
+        path = tmp_path / "vocab.txt"
+        entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "##s", *toy.SOURCE, "z"]
+        path.write_text("\n".join(dict.fromkeys(entries)) + "\n")
+        assert read_wordpiece(path.read_text(), {})
+        config = TokenizerConfig(path=str(path))
+    data = toy.data(toy.write_table(tmp_path), "classification", tokenizer=config, max_length=100)
+    trained, tokenizer, directory = exported(tmp_path, BERT, data)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(directory).eval()
+    pairs = [f"{a}\t{b}" for a, b in pairwise(texts)]
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    both = tokenizer(texts[:-1], texts[1:], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        found = [array(model(**batch).logits) for batch in (inputs, both)]
+    expected = [Classifier(trained).outputs(some) for some in (texts, pairs)]
+    np.testing.assert_allclose(np.concatenate(found), np.concatenate(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_translations(kind: str, tmp_path: Path):
+    texts = texts_for(kind)
+    toy.write_corpus(tmp_path)
+    files = (str(tmp_path / "train.en"), str(tmp_path / "train.de"))
+    data = dataclasses.replace(
+        toy.data(tmp_path, "translation", tokenizer=small(kind)), train=files
+    )
+    trained, tokenizer, directory = exported(tmp_path, MARIAN, data)
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(directory).eval()
+    translator = Translator(
+        trained.run.model, trained.run.train.decode, trained.tokenizer, trained.params, trained.mesh
+    )
+    extra = trained.run.train.decode.extra_length
+    for text, expected in zip(texts, translator(texts), strict=True):
+        inputs = tokenizer(text, return_tensors="pt")
+        most = inputs["input_ids"].shape[1] + extra
+        ids = model.generate(**inputs, max_new_tokens=most, do_sample=False, num_beams=1)
+        found = tokenizer.decode(ids[0], skip_special_tokens=True)
+        assert found.replace("\n", " ") == without_unknown(expected, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_that_go_on(kind: str, tmp_path: Path):
+    texts = texts_for(kind)
+    data = toy.data(toy.write_text(tmp_path), "causal_lm", tokenizer=small(kind))
+    trained, tokenizer, directory = exported(tmp_path, GPT2, data)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    decode = dataclasses.replace(trained.run.train.decode, max_tokens=20)
+    generator = Generator(
+        trained.run.model, decode, trained.tokenizer, trained.params, trained.mesh
+    )
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+    start = inputs["input_ids"].shape[1]
+    for row, text, expected in zip(ids, texts, generator(texts), strict=True):
+        (prompt,) = trained.tokenizer.encode_batch([text])
+        whole = tokenizer.decode([*prompt, *row[start:]], skip_special_tokens=True)
+        ours = trained.tokenizer.decode(prompt) + expected
+        assert whole == without_unknown(ours, kind)
