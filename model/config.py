@@ -8,7 +8,6 @@ Architecture = Literal["encoder_only", "decoder_only", "encoder_decoder"]
 Place = Literal["self", "decoder", "cross"]
 """Where an attention stands: alone in its stack, in a decoder beside cross-attention, or across."""
 
-MOST_LAYERS = 10_000
 MOST_GLOBAL = 100_000
 
 
@@ -392,12 +391,6 @@ class ModelConfig:
         for name in ("width", "layers", "unroll"):
             value = getattr(self, name)
             require(value is None or value > 0, f"model.{name} must be positive, not {value}")
-        for name in ("layers", "encoder_layers"):
-            value = getattr(self, name)
-            require(
-                value is None or value <= MOST_LAYERS,
-                f"model.{name} must be at most {MOST_LAYERS}, not {value}",
-            )
         require(
             self.vocab_size is None or self.vocab_size > 0,
             f"model.vocab_size must be positive, not {self.vocab_size}",

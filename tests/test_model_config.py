@@ -34,8 +34,6 @@ def classifier(name: str) -> HeadConfig:
     ("make", "field", "value"),
     [
         (lambda: tiny(attention_heads=0), "attention.heads", "0"),
-        (lambda: tiny(layers=10_001), "model.layers", "10001"),
-        (lambda: tiny(encoder_layers=10_001), "model.encoder_layers", "10001"),
         (
             lambda: tiny(attention_window=1, attention_global_tokens=100_001),
             "attention.global_tokens",

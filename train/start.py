@@ -111,11 +111,12 @@ def _require_room(run: Run) -> None:
     room = (capacity(None, here) or math.inf) * len(here) * jax.process_count()
     model, data = run.model, run.data
     attention, feed_forward = model.attention, model.feed_forward
+    deeper = "encoder_layers" if (model.encoder_layers or 0) > model.layers else "layers"
     matrices = 2 * attention.heads * model.head_dim + 2 * feed_forward.width
     sizes = {
         "model.vocab_size x model.width": (model.vocab_size or 0) * model.width,
-        "model.layers x model.width x (2 model.attention.heads x head_dim + 2 "
-        "model.feed_forward.width)": model.layers * model.width * matrices,
+        f"model.{deeper} x model.width x (2 model.attention.heads x head_dim + 2 "
+        "model.feed_forward.width)": getattr(model, deeper) * model.width * matrices,
         "data.batch_tokens / train.accumulate x model.width": (
             data.batch_tokens // run.train.accumulate * model.width
         ),
