@@ -84,10 +84,6 @@ class TokenizerConfig:
         # What learns a vocabulary takes memory for all of it at once.
         _at_most("data.tokenizer.vocab_size", self.vocab_size, 1 << 22)
         require(
-            self.vocab_size <= MOST_TOKENS,
-            f"data.tokenizer.vocab_size is {self.vocab_size}: give {MOST_TOKENS} or less",
-        )
-        require(
             not self.lowercase or self.kind == "wordpiece",
             f"data.tokenizer.lowercase needs data.tokenizer.kind wordpiece, not {self.kind}",
         )

@@ -95,9 +95,13 @@ def rotation(positions: Int[Array, "b T"], head_dim: int, config: RotaryConfig) 
 
 
 def rotary_frequencies(head_dim: int, config: RotaryConfig) -> np.ndarray:
-    """base^(-2i/H), float32 [H/2], scaled for longer inputs as `config` says."""
+    """base^(-2i/H), float32 [H/2], scaled for longer inputs as `config` says.
+
+    Powers in float32 would be off in their last bit, and angles by that times the position.
+    """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = np.float32(1.0) / np.float32(config.base) ** exponents
+    powers = config.base ** exponents.astype(np.float64)
+    frequencies = np.float32(1.0) / powers.astype(np.float32)
     if config.scaling == "linear":
         return frequencies / np.float32(config.factor)
     if config.scaling == "llama3":

@@ -136,7 +136,7 @@ def test_a_run_records_what_its_bits_depend_on(trained):
     (environment,) = record.environments(trained)
     assert environment["from_step"] == 0
     assert environment["config"] == Run.open(trained).values()
-    assert environment["data"].keys() == {"train", "valid", "tokenizer"}
+    assert environment["data"].keys() == {"train", "valid", "test", "tokenizer"}
     assert environment["packages"].keys() >= {"jax", "jaxlib", "flax", "orbax-checkpoint"}
     assert "device_count=8" in environment["variables"]["XLA_FLAGS"]
     assert environment["devices"]["mesh"] == {"data": 2, "fsdp": 2, "seq": 1, "tensor": 2}

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -124,7 +125,7 @@ def fit(
 def _unfinished(config: TrainConfig) -> str:
     """What there is to say of a warmup that is longer than the training."""
     optimizer = config.optimizer
-    last = float(learning_rate(optimizer, config.steps)(config.steps - 1))
+    last = np.asarray(learning_rate(optimizer, config.steps)(config.steps - 1)).item()
     return (
         f"train.optimizer.warmup_steps = {optimizer.warmup_steps:,} is more than train.steps = "
         f"{config.steps:,}: the learning rate ends at {last:.3g} and never comes to "

@@ -83,6 +83,24 @@ def test_padded(models):
     assert_close("hidden states", states["decoder"], blocks, REAL)
 
 
+def test_far_positions(tmp_path):
+    """Frequencies that are off in their last bit show at this distance."""
+    config = transformers.LlamaConfig(
+        vocab_size=V,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        intermediate_size=31,
+        attn_implementation="eager",
+    )
+    theirs = randomised(transformers.LlamaForCausalLM(config))
+    tokens = np.random.default_rng(0).integers(1, V, (1, 3000))
+    with torch.no_grad():
+        expected = array(theirs(**tensors(input_ids=tokens)).logits)
+    logits, _ = run(ours(theirs, tmp_path), tokens)
+    assert_close("logits", logits, expected)
+
+
 def test_packed(models):
     theirs, found = models
     documents = [TOKENS[0, :3], TOKENS[1], TOKENS[2, :2]]
