@@ -62,6 +62,17 @@ def test_none_goes_before_there_are_as_many_as_are_kept(tmp_path):
             assert checkpoints.steps == [*range(max(step - 4, 1), step + 1)]
 
 
+def test_those_that_somebody_removes_are_told(tmp_path, capfd):
+    with Checkpoints(tmp_path / "checkpoints", "abc", keep=5) as checkpoints:
+        for step in (1, 2):
+            save(checkpoints, step, float(step))
+        assert "lost" not in capfd.readouterr().err
+        shutil.rmtree(checkpoints.directory)
+        save(checkpoints, 3, 3.0)
+        assert "has lost its checkpoints of step 1, 2; training goes on" in capfd.readouterr().err
+        assert checkpoints.steps == [3] and checkpoints.best() == 3
+
+
 def test_one_without_a_score_is_never_the_best(tmp_path):
     with Checkpoints(tmp_path / "checkpoints", "abc", keep=2) as checkpoints:
         save(checkpoints, 1, None)

@@ -193,11 +193,22 @@ class Checkpoints:
     def _begin(self, step: int, **items: Any) -> None:
         if self._has_failed:
             self._guard(self._open_again)
+        self._notice_lost()
         items["tokenizer"] = ocp.args.JsonSave({"fingerprint": self.fingerprint})
         sums = _sums({name: args.item for name, args in items.items()})
         sums["sums"] = _json_sum(sums)
         args = ocp.args.Composite(**items, sums=ocp.args.JsonSave(sums))
         self._guard(lambda: self._manager.save(step, args=args, force=True))
+
+    def _notice_lost(self) -> None:
+        """Tells of checkpoints that somebody else has removed, and counts them no longer."""
+        lost = [step for step in self.steps if not (self.directory / str(step)).exists()]
+        if not any_process(bool(lost)):
+            return
+        if is_first():
+            listed = ", ".join(f"{step:,}" for step in lost)
+            tell(f"{self.directory} has lost its checkpoints of step {listed}; training goes on")
+        self._manager.reload()
 
     def _open_again(self) -> None:
         # It may go on failing. What still writes there is in the way of removing all of it.
