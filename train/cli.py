@@ -1,5 +1,6 @@
 """The command line: which command runs, and in what process."""
 
+import inspect
 import io
 import logging
 import os
@@ -210,7 +211,9 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", "coroutine .* was never awaited")
 
     def tell(problem: Any) -> None:
-        if "Event loop is closed" not in str(problem.exc_value):
+        # Coroutines here are orbax's, and what they fail of is raised where they are awaited.
+        is_told = inspect.iscoroutine(problem.object) or "loop is closed" in str(problem.exc_value)
+        if not is_told:
             sys.__unraisablehook__(problem)
 
     sys.unraisablehook = tell

@@ -49,11 +49,11 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
     keys.only("position_embedding_type", "absolute")
     keys.only("tie_word_embeddings", True)
     dropout = keys.get("hidden_dropout_prob", 0.1)
+    rate = keys.optional("classifier_dropout", float)  # A language model may have it, unused.
     if name in ("BertForMaskedLM", "BertForPreTraining"):
         head = HeadConfig(transform=True, bias=True)
     else:
         # The bare body is that of a classifier whose classes are yet to come.
-        rate = keys.optional("classifier_dropout", float)
         head = HeadConfig(
             kind="classifier",
             outputs=None if name == "BertModel" else keys.outputs(),

@@ -103,7 +103,7 @@ def test_classes(kind: str, tmp_path: Path):
     both = tokenizer(texts[:-1], texts[1:], padding=True, return_tensors="pt")
     with torch.no_grad():
         found = [array(model(**batch).logits) for batch in (inputs, both)]
-    expected = [Classifier(trained).outputs(some) for some in (texts, pairs)]
+    expected = [Classifier(trained, pairs=True).outputs(some) for some in (texts, pairs)]
     np.testing.assert_allclose(np.concatenate(found), np.concatenate(expected), atol=1e-5)
 
 
@@ -145,5 +145,6 @@ def test_texts_that_go_on(kind: str, tmp_path: Path):
     for row, text, expected in zip(ids, texts, generator(texts), strict=True):
         (prompt,) = trained.tokenizer.encode_batch([text])
         whole = tokenizer.decode([*prompt, *row[start:]], skip_special_tokens=True)
+        whole = whole.rstrip("\ufffd")  # Bytes that are no character yet are not shown here.
         ours = trained.tokenizer.decode(prompt) + expected
         assert whole == without_unknown(ours, kind)
