@@ -26,10 +26,10 @@ BEGAN = time.perf_counter()
 class Numbers:
     """A tokenizer of texts that are numbers of tokens; none of them ends a text."""
 
-    bos, eos = 0, -1
+    bos, eos, ends = 0, -1, (-1,)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [[int(word) for word in text.split()] for text in texts]
+    def encode_batch(self, texts: Sequence[str], special_tokens: bool = False) -> list[np.ndarray]:
+        return [np.array(text.split(), np.int32) for text in texts]
 
     def decode(self, tokens: Sequence[int]) -> str:
         return " ".join(map(str, tokens))

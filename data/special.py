@@ -23,6 +23,7 @@ NAMES = {
     "mask": ("mask_token",),
 }
 ROLES = (*NAMES, "unk")
+AS_IT_WAS = ("split_special_tokens",)  # Settings that an export writes back.
 LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -87,6 +88,7 @@ def named_beside(path: Path, vocabulary: Mapping[str, int], unknown: int | None)
     pad, bos, eos, mask = (
         next((ids[k] for k in keys if k in ids), None) for keys in NAMES.values()
     )
+    kept = {key: values[key] for key in AS_IT_WAS if type(values.get(key)) is bool}
     named = {ids[key] for keys in NAMES.values() for key in keys if key in ids}
     listed = [some for key in LISTS if isinstance(some := values.get(key), list)]
     contents = [content for some in listed for token in some if (content := _content(token))]
@@ -98,7 +100,7 @@ def named_beside(path: Path, vocabulary: Mapping[str, int], unknown: int | None)
         unk=None if unknown in named else unknown,
         mask=mask,
         named=tuple(sorted(named)),
-        files={CONFIG: names},
+        files={CONFIG: names | kept},
     )
 
 

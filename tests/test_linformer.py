@@ -146,7 +146,7 @@ def test_several_documents_become_nan_and_packed_data_is_refused():
     data = DataConfig(source="files", train=("x",), objective="masked_lm", packing=True)
     for name in ONE_DOCUMENT:
         model = tiny("encoder_only", attention_core=name)
-        with pytest.raises(TrainError, match=rf"model\.attention\.core {name}.*data\.packing"):
+        with pytest.raises(TrainError, match=rf"model\.attention\.core {name}.*data\.no-packing"):
             require_fit(model, data, TrainConfig(label_smoothing=0.0))
 
 

@@ -112,7 +112,7 @@ def fill_events(folder: Path) -> None:
     writer = MetricsWriter(folder, from_step=0)
     writer.write(1, {"loss": 0.5})
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300, former[1]))  # within a record
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, former[1]))  # within a record
     for step in range(2, 101):
         writer.write(step, {"loss": step / 2})
     assert threading.active_count() == 1

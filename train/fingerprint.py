@@ -14,7 +14,11 @@ from train.sharding import whole
 
 def make_fingerprint(mesh: Mesh) -> Callable[[Any], jax.Array]:
     """(parameters) -> uint32 [arrays, 2] in the order of the leaves, jitted, whole everywhere."""
-    return jax.jit(words_of_leaves, out_shardings=whole(mesh))
+
+    def fingerprint(params: Any) -> UInt32[Array, "arrays 2"]:
+        return words_of_leaves(params)
+
+    return jax.jit(fingerprint, out_shardings=whole(mesh))
 
 
 def words_of_leaves(tree: Any) -> UInt32[Array, "arrays 2"]:
