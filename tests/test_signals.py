@@ -18,6 +18,7 @@ BEGIN = """
 import atexit, gc, hashlib, signal, time
 from train import cli, signals
 def run(_):
+    prepare()
     print("there", flush=True)
     work()
     return 0
@@ -33,15 +34,17 @@ PHASES = {
     gc.callbacks.append(lambda *_: time.sleep(0.1))
     while True: gc.collect()""",
     "the end of the process": "atexit.register(time.sleep, 60)",
-    "saving": """
-    signals.is_saving = True
-    signal.signal(signal.SIGINT, lambda *_: print("saving", flush=True))
-    while True: time.sleep(0.01)""",
+    "saving": "while True: time.sleep(0.01)",
+}
+BEFORE = {  # a signal may come
+    "saving": """signals.is_saving = True
+    signal.signal(signal.SIGINT, lambda *_: print("saving", flush=True))""",
 }
 
 
 def start(phase: str, command: str) -> subprocess.Popen:
-    code = f"{BEGIN}\ndef work():\n    {PHASES[phase]}\ncli.main()"
+    prepare = f"def prepare():\n    {BEFORE.get(phase, 'pass')}"
+    code = f"{BEGIN}\n{prepare}\ndef work():\n    {PHASES[phase]}\ncli.main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, command],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
