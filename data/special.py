@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import DataError
+from data.reading import parse_json
 from data.writing import write_whole
 
 FILE = "special_tokens.json"  # Beside the tokenizer.json of a run.
@@ -42,7 +43,7 @@ class Special:
     named: tuple[int, ...] = ()
     """Tokens that the tokenizer's files call special."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What the files hold, by their names: an export writes it back."""
+    """Contents of the files, by their names: an export writes them back."""
 
     def changes(self, roles: Mapping[str, int | None], marked: Set[int]) -> dict[str, Any]:
         """Returns what is otherwise than the spelling of the tokens tells: roles, ends, named.
@@ -158,10 +159,10 @@ def of_model(
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text("utf-8"))
+        values = parse_json(path.read_text("utf-8"))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{path} is not JSON: restore or delete it") from error
     if not isinstance(values, dict):
         raise DataError(f"{path} is JSON, but no object: restore or delete it")

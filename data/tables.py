@@ -39,7 +39,7 @@ def _rows(path: str, lines: Iterable[str]) -> Iterator[Any]:
 
 
 class _RowError(Exception):
-    """What is wrong with a row, and what to do, without its file and line."""
+    """A fault of a row, and what to do, without its file and line."""
 
 
 def _csv_rows(lines: Iterable[str]) -> Iterator[list[str]]:

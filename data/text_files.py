@@ -99,7 +99,7 @@ def _not_utf8(name: str, head: bytes, error: UnicodeDecodeError, line: int, at: 
 
 
 def _what(head: bytes) -> str | None:
-    """What a file is by its first bytes, and what to do, where that is known."""
+    """Name the kind of a file by its first bytes, and what to do, where the kind is known."""
     return next((what for start, what in _SIGNATURES.items() if head.startswith(start)), None)
 
 

@@ -219,7 +219,7 @@ class Tokenizer:
         return self._tokenizer.id_to_token(token) or ""
 
     def reads_as(self, other: "Tokenizer") -> bool:
-        """Whether the tokenizer.json is the same, whatever other files say of special tokens."""
+        """Tell if the tokenizer.json is the same, whatever other files say of special tokens."""
         return self.following(None).fingerprint == other.following(None).fingerprint
 
     def save(self, path: str | Path) -> None:
@@ -232,7 +232,7 @@ class Tokenizer:
 
     @property
     def is_bare(self) -> bool:
-        """Whether its tokenizer.json leaves begin and end to the caller, as those made here do."""
+        """True where its tokenizer.json leaves begin and end to the caller, as ours do."""
         return json.loads(self._json).get("post_processor") is None
 
     def framing(self, architecture: str) -> Self:
@@ -283,7 +283,7 @@ class Tokenizer:
 
     @cached_property
     def loses_spaces(self) -> bool:
-        """Whether a text comes back with spaces that it did not have, as from WordPiece."""
+        """True where a text comes back with spaces that it did not have, as from WordPiece."""
         (ids,) = self.encode_batch(["(a)"])
         return " " in self._tokenizer.decode(ids.tolist(), skip_special_tokens=False).strip()
 

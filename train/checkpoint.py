@@ -218,7 +218,7 @@ class Checkpoints:
         self._manager, self._has_failed = self._open(clean=False), False
 
     def is_on_disk(self, step: int) -> bool:
-        """Whether a checkpoint is complete by now."""
+        """Tell if a checkpoint is complete by now."""
         path = self.directory / str(step)
         with suppress(OSError):
             return path.is_dir() and ocp.utils.is_checkpoint_finalized(path)

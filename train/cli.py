@@ -191,7 +191,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether a text can be written; Python keeps bytes that are no text in halves of pairs."""
+    """Tell if a text can be written; Python keeps bytes that are no text in halves of pairs."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 

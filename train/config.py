@@ -7,7 +7,7 @@ from typing import Literal
 from model.config import require_choices
 
 MOST = 1 << 20  # tokens of a text
-WIDEST = 4096  # hypotheses of a beam
+MOST_BEAM = 4096  # hypotheses of a beam
 
 
 class TrainError(ValueError):
@@ -186,7 +186,9 @@ class DecodeConfig:
         for name in ("extra_length", "max_tokens"):
             value = getattr(self, name)
             require(value <= MOST, f"decode.{name} must be at most {MOST:,}, not {value:,}")
-        require(self.beam <= WIDEST, f"decode.beam must be at most {WIDEST:,}, not {self.beam:,}")
+        require(
+            self.beam <= MOST_BEAM, f"decode.beam must be at most {MOST_BEAM:,}, not {self.beam:,}"
+        )
         require(
             self.length_penalty <= 10,
             f"decode.length_penalty must be at most 10, not {self.length_penalty}: the powers of "

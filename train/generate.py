@@ -120,7 +120,7 @@ class Generator:
         return encoded
 
     def _slides(self, length: int) -> bool:
-        """Whether the text after a prompt, of this many tokens, may go beyond the table."""
+        """Tell if the text after a prompt, of this many tokens, may go beyond the table."""
         return self._table is not None and length + self.decode.max_tokens > self._table
 
     def _tell_lengths(self, lengths: Sequence[int]) -> None:

@@ -44,9 +44,9 @@ class Source(NamedTuple):
     labels: Callable[[], Sequence[str]] = tuple
     """Names of the classes of a classifier, if it has any."""
     notes: Sequence[str] = ()
-    """What was left out of its files or changed, in lines for the user."""
+    """Lines for the user about parts of its files that were left out or changed."""
     generation: Mapping[str, Any] = {}
-    """What its generation_config.json says of decoding."""
+    """Values of its generation_config.json."""
 
     @property
     def label(self) -> str:

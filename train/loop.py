@@ -123,7 +123,7 @@ def fit(
 
 
 def _unfinished(config: TrainConfig) -> str:
-    """What there is to say of a warmup that is longer than the training."""
+    """A warning about a warmup that is longer than the training."""
     optimizer = config.optimizer
     last = np.asarray(learning_rate(optimizer, config.steps)(config.steps - 1)).item()
     return (

@@ -57,7 +57,7 @@ def environments(directory: Path) -> list[dict[str, Any]]:
 
 
 def _environments(directory: Path) -> tuple[list[dict[str, Any]], str | None]:
-    """What is recorded, and what is wrong with the file, if anything: then nothing is."""
+    """The environments on record, and the fault of a file that cannot be read, without any."""
     path = directory / "environment.json"
     if not path.exists():
         return [], None

@@ -191,7 +191,7 @@ class Home:
         os.close(self._handle)
 
     def is_lost(self) -> bool:
-        """Whether another directory, or none, has its name."""
+        """Tell if another directory, or none, has its name."""
         try:
             return not self._is(self._directory)
         except (FileNotFoundError, NotADirectoryError):
@@ -223,7 +223,7 @@ def require_plain(checkpoints: epath.Path) -> None:
 
 
 def is_begun(directory: Path) -> bool:
-    """Whether a run lies here that has something to lose: a checkpoint, or a result.
+    """Tell if a run lies here that has something to lose: a checkpoint, or a result.
 
     Raises TrainError for a file, and for a folder that is no run but holds files of the same names.
     """
@@ -245,7 +245,7 @@ def is_begun(directory: Path) -> bool:
 
 
 def _is_something(path: Path) -> bool:
-    """Whether a file, a link, or a folder that is not empty stands there."""
+    """Tell if a file, a link, or a folder that is not empty stands there."""
     return any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
 
 

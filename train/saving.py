@@ -91,7 +91,7 @@ class Saving:
         self.seconds += self._held
 
     def said(self) -> str:
-        """What has become of the newest checkpoint, in words; `settle` says the rest."""
+        """The state of the newest checkpoint, in words; `settle` says the rest."""
         if not self._is_begun:
             return "nothing saved"
         self._is_awaited = not self._checkpoints.is_on_disk(self._step)
@@ -152,5 +152,5 @@ class Saving:
 
 
 def _holds(path: Path) -> bool:
-    """Whether something lies at `path`, other than an empty folder."""
+    """Tell if something lies at `path`, other than an empty folder."""
     return path.exists() and not (path.is_dir() and not any(path.iterdir()))

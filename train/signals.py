@@ -17,7 +17,7 @@ RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again
 PATIENCE = 3  # seconds that the last words and the tidying up may take
 
 is_saving = False
-"""Whether the first signal only asks to save."""
+"""True while the first signal only asks to save."""
 leftovers: list[str] = []
 """Folders that go with the process."""
 

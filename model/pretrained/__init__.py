@@ -100,7 +100,7 @@ class ModelDirectory:
                 self.tensors.check(self.actual[name], place.shape)
 
     def _sort_rest(self) -> None:
-        """What is left without a place: buffers, to be compared, and what may be left out."""
+        """Sort tensors without a place: buffers, to be compared, and those that may be left out."""
         placed = {name for place in self.places for name, _ in place.names()}
         rest = self.actual.keys() - placed
         for name, other in self._ties():
@@ -128,7 +128,7 @@ class ModelDirectory:
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know of what is read, in lines."""
+        """Lines that a user should read about the files."""
         wrapped = {m[0] for name in self.tensors.names for m in re.finditer(WRAPPERS, name)}
         notes = [f"{prefix} taken off names of tensors" for prefix in sorted(wrapped)]
         if self.unused:

@@ -30,7 +30,7 @@ SINGLE = "single_label_classification"
 
 
 WRAPPERS = r"^(module\.)+|(?<![^.])_orig_mod\."
-"""What torch's DataParallel and torch.compile put before the names of tensors."""
+"""Prefixes that torch's DataParallel and torch.compile put before the names of tensors."""
 
 
 class Keys:
@@ -169,7 +169,7 @@ class HuggingFace:
     ties_output: bool = True
     """Whether the output projection is the embedding where config.json does not say."""
     buffers: Mapping[str, Callable[[np.ndarray, ModelConfig], bool]] = field(default_factory=dict)
-    """What files may hold that is no parameter: a regular expression of its names, and whether
+    """Tensors of a file that are no parameters: a regular expression of their names, and whether
     values are those that a model of this config computes with."""
     heads: str = r"(?!)"
     """Regular expression of tensors below the prefix that belong to other heads, or to nothing."""
@@ -214,7 +214,7 @@ class HuggingFace:
         )
 
     def is_needed(self, name: str, placed: Set[str]) -> bool:
-        """Whether the model computes another function without a tensor that has no place in it.
+        """Tell if the model computes another function without a tensor that has no place in it.
 
         That is one of the body, or one beside or below those of its head.
         """
@@ -248,7 +248,7 @@ class Pretrained:
 
 
 def is_close(found: np.ndarray, expected: np.ndarray) -> bool:
-    """Whether values are the expected ones, as far as their type and angles in float32 can tell."""
+    """Tell if values are the expected ones, as far as their type and angles in float32 show it."""
     if found.shape != expected.shape or not jnp.issubdtype(found.dtype, jnp.floating):
         return False
     eps = max(1e-4, float(jnp.finfo(found.dtype).eps))
@@ -256,7 +256,7 @@ def is_close(found: np.ndarray, expected: np.ndarray) -> bool:
 
 
 def is_range(found: np.ndarray, config: ModelConfig) -> bool:
-    """Whether values count from 0."""
+    """Tell if values count from 0."""
     return np.array_equal(found.ravel(), np.arange(found.size))
 
 
