@@ -56,7 +56,8 @@ DEMONSTRATIONS = {
 }
 LEAKING = (
     "-c",
-    "from model import masks; masks.causal = masks.full; from train.cli import main; main()",
+    "from heedful.model import masks; masks.causal = masks.full; "
+    "from heedful.train.cli import main; main()",
 )
 
 
@@ -105,7 +106,7 @@ def verdict(trained: Trained) -> str:
 
 
 def write(run: Path) -> str:
-    command = [sys.executable, "-m", "train.cli", "generate", str(run), "ROMEO:"]
+    command = [sys.executable, "-m", "heedful.train.cli", "generate", str(run), "ROMEO:"]
     command += ["--decode.max-tokens", "57"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 

@@ -7,16 +7,16 @@ import flax.linen as nn
 import jax
 
 from benchmarks.worker import Case, Program, Run, Skipped, limit_memory, peak_resident, serve
-from model import masks
-from model.attention import ATTENTION, choose
-from model.config import (
+from heedful.model import masks
+from heedful.model.attention import ATTENTION, choose
+from heedful.model.config import (
     AttentionConfig,
     LinformerConfig,
     ModelConfig,
     ModelError,
     PerformerConfig,
 )
-from model.masks import AttentionMask
+from heedful.model.masks import AttentionMask
 
 
 class Attention(nn.Module):

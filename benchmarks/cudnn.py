@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model import masks
-from model.attention.cudnn import cudnn
-from model.attention.dense import dense
-from model.masks import AttentionMask
+from heedful.model import masks
+from heedful.model.attention.cudnn import cudnn
+from heedful.model.attention.dense import dense
+from heedful.model.masks import AttentionMask
 
 B, N, K, H = 2, 8, 4, 64
 LENGTHS = range(64, 8192 + 1, 63)

@@ -11,14 +11,14 @@ import numpy as np
 from benchmarks.beside import Setting
 from benchmarks.training_ours import about_jax, peak
 from benchmarks.worker import Ready, answer_with, samples
-from configs import base
-from train.config import DecodeConfig, MeshConfig
-from train.costs import parts
-from train.generate import Generator
-from train.memory import keep_in_place
-from train.sharding import make_mesh
-from train.state import init_params, parameter_count
-from train.translate import Translator
+from heedful.configs import base
+from heedful.train.config import DecodeConfig, MeshConfig
+from heedful.train.costs import parts
+from heedful.train.generate import Generator
+from heedful.train.memory import keep_in_place
+from heedful.train.sharding import make_mesh
+from heedful.train.state import init_params, parameter_count
+from heedful.train.translate import Translator
 
 BEGAN = time.perf_counter()
 

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.command import parser
-from model import masks
-from model.attention.flash import flash
-from model.attention.performer import Performer
-from model.config import PerformerConfig
+from heedful.model import masks
+from heedful.model.attention.flash import flash
+from heedful.model.attention.performer import Performer
+from heedful.model.config import PerformerConfig
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -28,17 +28,17 @@ from rich.console import Console
 from benchmarks.beside import ON_GPU
 from benchmarks.command import parser
 from benchmarks.training_ours import about_jax
-from configs import base
-from data import pipeline, sources
-from data.config import DataConfig
-from data.tokenizer import Tokenizer
-from model.config import ModelConfig
-from train.config import TrainConfig
-from train.costs import BACKWARD, parts
-from train.init_from import adopt, open_source
-from train.sharding import make_mesh
-from train.state import set_up
-from train.trainable import named
+from heedful.configs import base
+from heedful.data import pipeline, sources
+from heedful.data.config import DataConfig
+from heedful.data.tokenizer import Tokenizer
+from heedful.model.config import ModelConfig
+from heedful.train.config import TrainConfig
+from heedful.train.costs import BACKWARD, parts
+from heedful.train.init_from import adopt, open_source
+from heedful.train.sharding import make_mesh
+from heedful.train.state import set_up
+from heedful.train.trainable import named
 
 
 class Read(NamedTuple):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.command import parser
 from benchmarks.runs import train
-from configs.vaswani_table3 import BASE, ROWS
+from heedful.configs.vaswani_table3 import BASE, ROWS
 
 
 def main(argv: Sequence[str] | None = None) -> None:

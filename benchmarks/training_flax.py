@@ -20,7 +20,7 @@ from flax.core import meta
 
 from benchmarks.training_ours import about_jax, peak
 from benchmarks.worker import Ready, answer_with, samples
-from configs import base
+from heedful.configs import base
 
 BEGAN = time.perf_counter()
 

@@ -12,11 +12,11 @@ import numpy as np
 
 from benchmarks.beside import Setting
 from benchmarks.worker import Ready, answer_with, ceiling, highest_resident, samples
-from configs import base
-from train.costs import parts
-from train.memory import keep_in_place
-from train.state import first_state, init_params, parameter_count, set_up
-from train.step import make_train_step
+from heedful.configs import base
+from heedful.train.costs import parts
+from heedful.train.memory import keep_in_place
+from heedful.train.state import first_state, init_params, parameter_count, set_up
+from heedful.train.step import make_train_step
 
 BEGAN = time.perf_counter()
 

@@ -3,11 +3,11 @@
 import importlib
 import pkgutil
 from dataclasses import dataclass
+from pathlib import Path
 
-import configs
-from data.config import DataConfig
-from model.config import ModelConfig
-from train.config import TrainConfig, TrainError
+from heedful.data.config import DataConfig
+from heedful.model.config import ModelConfig
+from heedful.train.config import TrainConfig, TrainError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Experiment:
 
 def names() -> list[str]:
     """The experiments in this folder."""
-    found = (module.name for module in pkgutil.iter_modules(configs.__path__))
+    found = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
     return sorted(name for name in found if name != "base")
 
 
@@ -35,7 +35,7 @@ def load(name: str) -> tuple[Experiment, str]:
     if not has(name):
         raise TrainError(f"unknown config '{name}': choose one of {', '.join(names())}")
     file, colon, row = name.partition(":")
-    module = importlib.import_module(f"configs.{file}")
+    module = importlib.import_module(f"heedful.configs.{file}")
     if not colon:
         return module.get_config(), module.__doc__ or ""
     rows = getattr(module, "ROWS", {})

@@ -7,9 +7,9 @@ The paper: 1,000,000 steps of 256 rows of 512 tokens of books and Wikipedia, 4 d
 prediction, on Wikipedia. Not yet run here.
 """
 
-from configs.base import Experiment
-from data.config import DataConfig, TokenizerConfig
-from model.config import (
+from heedful.configs.base import Experiment
+from heedful.data.config import DataConfig, TokenizerConfig
+from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
     HeadConfig,
@@ -17,7 +17,7 @@ from model.config import (
     NormConfig,
     PositionConfig,
 )
-from train.config import DecodeConfig, OptimizerConfig, TrainConfig
+from heedful.train.config import DecodeConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> Experiment:

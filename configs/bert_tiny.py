@@ -5,11 +5,11 @@ heedful train bert_tiny
 
 import dataclasses
 
-from configs import bert_base
-from configs.base import Experiment
-from data.config import TokenizerConfig
-from model.config import AttentionConfig, FeedForwardConfig, NormConfig, PositionConfig
-from train.config import OptimizerConfig
+from heedful.configs import bert_base
+from heedful.configs.base import Experiment
+from heedful.data.config import TokenizerConfig
+from heedful.model.config import AttentionConfig, FeedForwardConfig, NormConfig, PositionConfig
+from heedful.train.config import OptimizerConfig
 
 
 def get_config() -> Experiment:

@@ -6,8 +6,8 @@ The recipe of gpt2_small, with a peak learning rate between those of arXiv:2005.
 yet run here.
 """
 
-from configs import gpt2_small
-from configs.base import Experiment
+from heedful.configs import gpt2_small
+from heedful.configs.base import Experiment
 
 
 def get_config() -> Experiment:

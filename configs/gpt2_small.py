@@ -6,16 +6,16 @@ The recipe of nanoGPT: 600,000 steps of 491,520 tokens. Its README gives a valid
 2.85 on OpenWebText after 4 days on 8 A100; C4 is another text. Not yet run here.
 """
 
-from configs.base import Experiment
-from data.config import DataConfig, TokenizerConfig
-from model.config import (
+from heedful.configs.base import Experiment
+from heedful.data.config import DataConfig, TokenizerConfig
+from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
     ModelConfig,
     NormConfig,
     PositionConfig,
 )
-from train.config import DecodeConfig, OptimizerConfig, TrainConfig
+from heedful.train.config import DecodeConfig, OptimizerConfig, TrainConfig
 
 
 def get_config(

@@ -24,10 +24,16 @@ The first run draws 96,000 + 2 x 2,000 expressions and tokenises them (--data.li
 Not yet run here at this size: it needs a GPU. `listops_tiny` runs on a CPU.
 """
 
-from configs.base import Experiment
-from data.config import DataConfig, TokenizerConfig
-from model.config import AttentionConfig, FeedForwardConfig, HeadConfig, ModelConfig, NormConfig
-from train.config import OptimizerConfig, TrainConfig
+from heedful.configs.base import Experiment
+from heedful.data.config import DataConfig, TokenizerConfig
+from heedful.model.config import (
+    AttentionConfig,
+    FeedForwardConfig,
+    HeadConfig,
+    ModelConfig,
+    NormConfig,
+)
+from heedful.train.config import OptimizerConfig, TrainConfig
 
 
 def get_config() -> Experiment:

@@ -14,11 +14,11 @@ the accuracies of each core.
 
 import dataclasses
 
-from configs import listops
-from configs.base import Experiment
-from data.config import ListOpsConfig
-from model.config import AttentionConfig, FeedForwardConfig
-from train.config import OptimizerConfig
+from heedful.configs import listops
+from heedful.configs.base import Experiment
+from heedful.data.config import ListOpsConfig
+from heedful.model.config import AttentionConfig, FeedForwardConfig
+from heedful.train.config import OptimizerConfig
 
 
 def get_config() -> Experiment:

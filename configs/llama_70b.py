@@ -9,9 +9,9 @@ config.json), the recipe that of §2.2: 2 trillion tokens in batches of 4 millio
 
 from dataclasses import replace
 
-from configs import llama_7b
-from configs.base import Experiment
-from model.config import AttentionConfig, FeedForwardConfig
+from heedful.configs import llama_7b
+from heedful.configs.base import Experiment
+from heedful.model.config import AttentionConfig, FeedForwardConfig
 
 
 def get_config() -> Experiment:

@@ -6,16 +6,16 @@ The paper: 1 trillion tokens in batches of 4 million, 82,432 GPU-hours on A100 8
 Not yet run here.
 """
 
-from configs.base import Experiment
-from data.config import DataConfig, TokenizerConfig
-from model.config import (
+from heedful.configs.base import Experiment
+from heedful.data.config import DataConfig, TokenizerConfig
+from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
     ModelConfig,
     NormConfig,
     PositionConfig,
 )
-from train.config import DecodeConfig, OptimizerConfig, TrainConfig
+from heedful.train.config import DecodeConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> Experiment:

@@ -10,10 +10,10 @@ still helps, and the score of a translation is divided by its length. Seed 0 gav
 steps, of about 0.6 seconds on two cores of an EPYC (Zen 5; RESULTS.md).
 """
 
-from configs.base import Experiment
-from data.config import DataConfig, TokenizerConfig
-from model.config import AttentionConfig, FeedForwardConfig, ModelConfig
-from train.config import DecodeConfig, OptimizerConfig, TrainConfig
+from heedful.configs.base import Experiment
+from heedful.data.config import DataConfig, TokenizerConfig
+from heedful.model.config import AttentionConfig, FeedForwardConfig, ModelConfig
+from heedful.train.config import DecodeConfig, OptimizerConfig, TrainConfig
 
 EPOCH = 63
 

@@ -11,9 +11,9 @@ rate falls to 0 along a cosine, and the length penalty is GNMT's.
 
 from dataclasses import replace
 
-from configs import multi30k
-from configs.base import Experiment
-from model.config import NormConfig, PositionConfig
+from heedful.configs import multi30k
+from heedful.configs.base import Experiment
+from heedful.model.config import NormConfig, PositionConfig
 
 
 def get_config() -> Experiment:

@@ -10,10 +10,10 @@ the learning rate falls to 0, or seeds would differ by more than most variations
 
 from dataclasses import replace
 
-from configs import multi30k, vaswani_table3
-from configs.base import Experiment
-from model.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig
-from train.config import DecodeConfig, OptimizerConfig
+from heedful.configs import multi30k, vaswani_table3
+from heedful.configs.base import Experiment
+from heedful.model.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig
+from heedful.train.config import DecodeConfig, OptimizerConfig
 
 ROWS = vaswani_table3.ROWS
 STEPS = 400

@@ -3,10 +3,10 @@
 heedful train sentiment_minilm
 """
 
-from configs.base import Experiment
-from data.config import DataConfig
-from model.config import HeadConfig, ModelConfig
-from train.config import OptimizerConfig, TrainConfig
+from heedful.configs.base import Experiment
+from heedful.data.config import DataConfig
+from heedful.model.config import HeadConfig, ModelConfig
+from heedful.train.config import OptimizerConfig, TrainConfig
 
 
 def get_config() -> Experiment:

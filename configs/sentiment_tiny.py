@@ -3,9 +3,9 @@
 heedful train sentiment_tiny
 """
 
-from configs.base import Experiment
-from data.config import DataConfig, TokenizerConfig
-from model.config import (
+from heedful.configs.base import Experiment
+from heedful.data.config import DataConfig, TokenizerConfig
+from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
     HeadConfig,
@@ -13,7 +13,7 @@ from model.config import (
     NormConfig,
     PositionConfig,
 )
-from train.config import OptimizerConfig, TrainConfig
+from heedful.train.config import OptimizerConfig, TrainConfig
 
 
 def get_config() -> Experiment:

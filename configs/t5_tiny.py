@@ -9,11 +9,11 @@ with where spans end unknown, one of 36 ways, 2.66.
 
 import dataclasses
 
-from configs import t5_small
-from configs.base import Experiment
-from data.config import TokenizerConfig
-from model.config import AttentionConfig, FeedForwardConfig, HeadConfig
-from train.config import OptimizerConfig
+from heedful.configs import t5_small
+from heedful.configs.base import Experiment
+from heedful.data.config import TokenizerConfig
+from heedful.model.config import AttentionConfig, FeedForwardConfig, HeadConfig
+from heedful.train.config import OptimizerConfig
 
 
 def get_config() -> Experiment:

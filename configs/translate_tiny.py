@@ -3,10 +3,10 @@
 heedful train translate_tiny
 """
 
-from configs.base import Experiment
-from data.config import DataConfig, TokenizerConfig
-from model.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig
-from train.config import DecodeConfig, OptimizerConfig, TrainConfig
+from heedful.configs.base import Experiment
+from heedful.data.config import DataConfig, TokenizerConfig
+from heedful.model.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig
+from heedful.train.config import DecodeConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> Experiment:

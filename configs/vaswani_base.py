@@ -6,10 +6,10 @@ The paper: 100,000 steps of about 25,000 source and 25,000 target tokens, 12 hou
 27.3 on newstest2014 English to German (table 2). Not yet run here.
 """
 
-from configs.base import Experiment
-from data.config import DataConfig, TokenizerConfig
-from model.config import AttentionConfig, FeedForwardConfig, ModelConfig
-from train.config import DecodeConfig, OptimizerConfig, TrainConfig
+from heedful.configs.base import Experiment
+from heedful.data.config import DataConfig, TokenizerConfig
+from heedful.model.config import AttentionConfig, FeedForwardConfig, ModelConfig
+from heedful.train.config import DecodeConfig, OptimizerConfig, TrainConfig
 
 WIDTH, WARMUP = 512, 4000
 

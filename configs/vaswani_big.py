@@ -8,9 +8,9 @@ newstest2014 English to German (table 2). Not yet run here.
 
 import dataclasses
 
-from configs import vaswani_base
-from configs.base import Experiment
-from model.config import AttentionConfig, FeedForwardConfig
+from heedful.configs import vaswani_base
+from heedful.configs.base import Experiment
+from heedful.model.config import AttentionConfig, FeedForwardConfig
 
 WIDTH = 1024
 

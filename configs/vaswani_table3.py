@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from configs import vaswani_base
-from configs.base import Experiment
+from heedful.configs import vaswani_base
+from heedful.configs.base import Experiment
 
 BASE = 4.92, 25.8
 """Perplexity and BLEU of the base model in the paper."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.config import DataError
+from heedful.data.config import DataError
 
 
 class Field(NamedTuple):

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from data.config import TEXT_OBJECTIVES, DataConfig, DataError, listed
+from heedful.data.config import TEXT_OBJECTIVES, DataConfig, DataError, listed
 
 Example = dict[str, str]
 SPLITS = ("train", "valid", "test")

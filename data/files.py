@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from data.config import TEXT_OBJECTIVES, DataConfig, DataError
-from data.examples import (
+from heedful.data.config import TEXT_OBJECTIVES, DataConfig, DataError
+from heedful.data.examples import (
     Example,
     Joined,
     Subset,
@@ -13,8 +13,8 @@ from data.examples import (
     shares,
     text_columns,
 )
-from data.tables import SUFFIXES, Table, header, is_table
-from data.text_files import Parallel, documents
+from heedful.data.tables import SUFFIXES, Table, header, is_table
+from heedful.data.text_files import Parallel, documents
 
 
 def fields(config: DataConfig) -> tuple[str, ...]:

@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from data import packages
-from data.config import DataConfig, DataError
-from data.examples import Example, share
+from heedful.data import packages
+from heedful.data.config import DataConfig, DataError
+from heedful.data.examples import Example, share
 
 _PLACEHOLDER = re.compile(r"\{.*?\}|\[%.*?%\]")
 _MARKUP = re.compile(r"<[^>]+>|\[[^\]]*\]\(|`|\*\*|__|\n|^#|^[-*] ")

@@ -5,8 +5,8 @@ from contextlib import suppress
 
 import numpy as np
 
-from data import sources
-from data.config import DataConfig, DataError, listed, short
+from heedful.data import sources
+from heedful.data.config import DataConfig, DataError, listed, short
 
 
 def classes(config: DataConfig) -> tuple[str, ...]:

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
 
-from data import packages
-from data.config import DataConfig, DataError, ListOpsConfig
-from data.tables import Table
+from heedful.data import packages
+from heedful.data.config import DataConfig, DataError, ListOpsConfig
+from heedful.data.tables import Table
 
 OPERATION = 0.25  # Probability that an argument is an operation and not a digit.
 PATIENCE = 100_000  # Draws in a row that may give nothing new that fits.

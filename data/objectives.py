@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.config import DataConfig, DataError
-from data.tokenizer import Tokenizer
+from heedful.data.config import DataConfig, DataError
+from heedful.data.tokenizer import Tokenizer
 
 Arrays = dict[str, np.ndarray]
 Example = Mapping[str, np.ndarray]

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data.config import DataError
-from data.writing import sync
+from heedful.data.config import DataError
+from heedful.data.writing import sync
 
 
 @dataclass(frozen=True, kw_only=True)

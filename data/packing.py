@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 
-from data.config import DataConfig, DataError
+from heedful.data.config import DataConfig, DataError
 
 
 class Shape(NamedTuple):

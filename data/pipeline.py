@@ -11,16 +11,16 @@ from typing import Any, Self
 
 import numpy as np
 
-from data import labels, sources
-from data.batch import pad_and_stack
-from data.config import GENERATING, TEXT_OBJECTIVES, DataConfig, DataError
-from data.examples import Example
-from data.labels import classes
-from data.objectives import OBJECTIVES, Arrays, Cut
-from data.packing import PackedPlan, Pieces, Plan, pack
-from data.rows import Rows, arrange
-from data.store import TokenStore, fingerprint
-from data.tokenizer import Tokenizer, cut_text
+from heedful.data import labels, sources
+from heedful.data.batch import pad_and_stack
+from heedful.data.config import GENERATING, TEXT_OBJECTIVES, DataConfig, DataError
+from heedful.data.examples import Example
+from heedful.data.labels import classes
+from heedful.data.objectives import OBJECTIVES, Arrays, Cut
+from heedful.data.packing import PackedPlan, Pieces, Plan, pack
+from heedful.data.rows import Rows, arrange
+from heedful.data.store import TokenStore, fingerprint
+from heedful.data.tokenizer import Tokenizer, cut_text
 
 Reader = Callable[[int, int], Generator[Arrays, None, None]]
 Place = Callable[[Arrays], Any]

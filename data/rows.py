@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.config import DataConfig, DataError
-from data.objectives import OBJECTIVES
-from data.packing import BatchPlan, PackedPlan, Pieces, Plan
-from data.store import TokenStore
-from data.tokenizer import Tokenizer
+from heedful.data.config import DataConfig, DataError
+from heedful.data.objectives import OBJECTIVES
+from heedful.data.packing import BatchPlan, PackedPlan, Pieces, Plan
+from heedful.data.store import TokenStore
+from heedful.data.tokenizer import Tokenizer
 
 
 class Rows(NamedTuple):

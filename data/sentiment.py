@@ -9,9 +9,9 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from data import packages
-from data.config import DataConfig
-from data.examples import Example, share
+from heedful.data import packages
+from heedful.data.config import DataConfig
+from heedful.data.examples import Example, share
 
 _ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 _ENDING = "_GroundTruth.txt"

@@ -5,9 +5,9 @@ The texts are Project Gutenberg's without its notices, as the package `shakespea
 
 import re
 
-from data import packages
-from data.config import DataConfig
-from data.examples import Example
+from heedful.data import packages
+from heedful.data.config import DataConfig
+from heedful.data.examples import Example
 
 # A tragedy and a comedy each: 5 % of the text, and no characters shared with other works.
 _HELD_OUT = {

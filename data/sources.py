@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from data import files, homeassistant, listops, sentiment, shakespeare, tfds
-from data.config import TEXT_OBJECTIVES, DataConfig, DataError, Objective
-from data.examples import SPLITS, Example, fields_of
+from heedful.data import files, homeassistant, listops, sentiment, shakespeare, tfds
+from heedful.data.config import TEXT_OBJECTIVES, DataConfig, DataError, Objective
+from heedful.data.examples import SPLITS, Example, fields_of
 
 
 class Source(NamedTuple):

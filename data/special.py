@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from data.config import DataError
-from data.reading import parse_json
-from data.writing import write_whole
+from heedful.data.config import DataError
+from heedful.data.reading import parse_json
+from heedful.data.writing import write_whole
 
 FILE = "special_tokens.json"  # Beside the tokenizer.json of a run.
 CONFIG = "tokenizer_config.json"

@@ -9,9 +9,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from data import packages
-from data.examples import Example
-from data.tokenizer import Tokenizer
+from heedful.data import packages
+from heedful.data.examples import Example
+from heedful.data.tokenizer import Tokenizer
 
 CHUNK = 1 << 20  # Characters tokenised at a time: enough for all cores, little memory.
 LAYOUT = "3"  # Of the files. The cache may hold folders of another layout.

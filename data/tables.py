@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.config import DataError, listed, short
-from data.examples import Example
-from data.reading import parse_json
-from data.text_files import CR_ONLY, TextFile, checked_lines
+from heedful.data.config import DataError, listed, short
+from heedful.data.examples import Example
+from heedful.data.reading import parse_json
+from heedful.data.text_files import CR_ONLY, TextFile, checked_lines
 
 # Each takes lines with their ends and takes no more of them than a row needs.
 _READERS: dict[str, Callable[[Iterable[str]], Iterator[Any]]] = {

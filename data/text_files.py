@@ -11,8 +11,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data.config import DataError
-from data.examples import Example, select
+from heedful.data.config import DataError
+from heedful.data.examples import Example, select
 
 # A longer file is several documents: a tokenizer needs a hundred times the memory of its text.
 DOCUMENT_BYTES = 1 << 24

@@ -11,9 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from data import packages
-from data.config import DataConfig, DataError, listed
-from data.examples import Example, Subset, fields_of, label_column, select, shares, text_columns
+from heedful.data import packages
+from heedful.data.config import DataConfig, DataError, listed
+from heedful.data.examples import (
+    Example,
+    Subset,
+    fields_of,
+    label_column,
+    select,
+    shares,
+    text_columns,
+)
 
 _CHUNK = 1000  # Records read at a time.
 # With a namespace, or with arguments, tfds would import code that comes with the data.

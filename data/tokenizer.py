@@ -13,10 +13,10 @@ import numpy as np
 import tokenizers
 from tokenizers import models
 
-from data.config import GENERATING, MOST_TOKENS, DataError, TokenizerConfig
-from data.special import FILE, Special, named_beside, read_config
-from data.vocabulary import BYTES, SPECIAL, framed, learn, read_wordpiece
-from data.writing import write_whole
+from heedful.data.config import GENERATING, MOST_TOKENS, DataError, TokenizerConfig
+from heedful.data.special import FILE, Special, named_beside, read_config
+from heedful.data.vocabulary import BYTES, SPECIAL, framed, learn, read_wordpiece
+from heedful.data.writing import write_whole
 
 # The ids in a tokenizer that is learned here. Code asks the tokenizer, which may be another's.
 PAD, BOS, EOS, UNK = range(len(SPECIAL))

@@ -8,8 +8,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from data.config import DataError, TokenizerConfig
-from data.special import names_in
+from heedful.data.config import DataError, TokenizerConfig
+from heedful.data.special import names_in
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 UNKNOWN = SPECIAL[3]

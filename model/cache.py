@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from model.attention.dense import attend_pairs, pairs_of
-from model.attention.performer import FeatureState
-from model.axes import target_platform
-from model.config import ModelConfig
-from model.masks import AttentionMask, cross
-from model.positions import PositionBias
+from heedful.model.attention.dense import attend_pairs, pairs_of
+from heedful.model.attention.performer import FeatureState
+from heedful.model.axes import target_platform
+from heedful.model.config import ModelConfig
+from heedful.model.masks import AttentionMask, cross
+from heedful.model.positions import PositionBias
 
 FEWEST = 16  # positions of a cache of which fewer are not read apart
 WIDEST = 16  # hypotheses up to which products with the keys of all take less time than copies

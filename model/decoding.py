@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from model.axes import target_platform
-from model.linear import FEW
+from heedful.model.axes import target_platform
+from heedful.model.linear import FEW
 
 BLOCK = 32  # scores of which `highest` looks at the highest first
 

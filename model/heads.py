@@ -7,11 +7,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from model.activations import ACTIVATIONS
-from model.axes import constrain, partitioned
-from model.config import ModelConfig
-from model.layers import Dropout, Embedding, Norm
-from model.linear import Linear, matmul
+from heedful.model.activations import ACTIVATIONS
+from heedful.model.axes import constrain, partitioned
+from heedful.model.config import ModelConfig
+from heedful.model.layers import Dropout, Embedding, Norm
+from heedful.model.linear import Linear, matmul
 
 
 class LanguageModelHead(nn.Module):

@@ -10,17 +10,17 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from model.activations import ACTIVATIONS
-from model.attention import ATTENTION, WITHOUT_WEIGHTS, choose
-from model.attention.dense import attention_weights, dense
-from model.attention.longformer import put_rows, take_rows
-from model.axes import constrain, partitioned, shards, target_platform
-from model.cache import Cache, KVCache
-from model.config import ModelConfig, Place
-from model.dropout import dropout
-from model.linear import FEW, Linear, matmul, transposed_matmul
-from model.masks import AttentionMask, MaskNotSupported, cross
-from model.positions import PositionBias, Rotation, lookup
+from heedful.model.activations import ACTIVATIONS
+from heedful.model.attention import ATTENTION, WITHOUT_WEIGHTS, choose
+from heedful.model.attention.dense import attention_weights, dense
+from heedful.model.attention.longformer import put_rows, take_rows
+from heedful.model.axes import constrain, partitioned, shards, target_platform
+from heedful.model.cache import Cache, KVCache
+from heedful.model.config import ModelConfig, Place
+from heedful.model.dropout import dropout
+from heedful.model.linear import FEW, Linear, matmul, transposed_matmul
+from heedful.model.masks import AttentionMask, MaskNotSupported, cross
+from heedful.model.positions import PositionBias, Rotation, lookup
 
 
 class Dropout(nn.Module):

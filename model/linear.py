@@ -12,8 +12,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from model.axes import mesh_axes, partitioned, target_platform
-from model.config import ModelConfig
+from heedful.model.axes import mesh_axes, partitioned, target_platform
+from heedful.model.config import ModelConfig
 
 FEW = 64  # rows of x for which a CPU is faster with a transposed kernel as the first factor
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Int
 
-from model.config import ModelError
+from heedful.model.config import ModelError
 
 Window = tuple[int | None, int | None]
 

@@ -12,8 +12,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from model.axes import partitioned
-from model.config import ModelConfig, ModelError, RotaryConfig
+from heedful.model.axes import partitioned
+from heedful.model.config import ModelConfig, ModelError, RotaryConfig
 
 SPAN = 1024  # Rows in a table of sinusoids.
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from model.attention.linformer import projection_init
-from model.axes import constrain, target_platform
-from model.cache import Cache, KVCache, reorder, repeat
-from model.config import ModelConfig, Place
-from model.layers import Dropout, FeedForward, MultiHeadAttention, Norm, Shared
-from model.masks import AttentionMask
-from model.positions import (
+from heedful.model.attention.linformer import projection_init
+from heedful.model.axes import constrain, target_platform
+from heedful.model.cache import Cache, KVCache, reorder, repeat
+from heedful.model.config import ModelConfig, Place
+from heedful.model.layers import Dropout, FeedForward, MultiHeadAttention, Norm, Shared
+from heedful.model.masks import AttentionMask
+from heedful.model.positions import (
     PositionBias,
     RelativeBias,
     alibi_slopes,

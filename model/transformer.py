@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from model import masks
-from model.axes import constrain, partitioned, target_platform
-from model.cache import new_cache
-from model.config import ModelConfig, ModelError
-from model.heads import HEADS
-from model.layers import Dropout, Embedding, Norm
-from model.linear import transposed_kernels
-from model.masks import AttentionMask
-from model.positions import PositionEmbedding, lookup
-from model.stack import Apart, BlockCache, Stack, unroll
+from heedful.model import masks
+from heedful.model.axes import constrain, partitioned, target_platform
+from heedful.model.cache import new_cache
+from heedful.model.config import ModelConfig, ModelError
+from heedful.model.heads import HEADS
+from heedful.model.layers import Dropout, Embedding, Norm
+from heedful.model.linear import transposed_kernels
+from heedful.model.masks import AttentionMask
+from heedful.model.positions import PositionEmbedding, lookup
+from heedful.model.stack import Apart, BlockCache, Stack, unroll
 
 Tokens = Int[Array, "B T"]
 Positions = Int[Array, "b T"]  # b is B, or 1 where all rows agree

@@ -25,7 +25,9 @@ def check_calls(function, *args, **kwargs):
     return function if is_constructor else beartype.beartype(function, *args, **kwargs)
 
 
-jaxtyping.install_import_hook(["model", "train"], f"{__name__}.{check_calls.__name__}")
+jaxtyping.install_import_hook(
+    ["heedful.model", "heedful.train"], f"{__name__}.{check_calls.__name__}"
+)
 
 
 @pytest.fixture

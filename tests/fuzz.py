@@ -139,8 +139,8 @@ class _Worker:
 
 def _examples(**values) -> Callable[[str], object]:
     def read(path: str) -> object:
-        from data import sources
-        from data.config import DataConfig
+        from heedful.data import sources
+        from heedful.data.config import DataConfig
 
         paths = tuple(path.split(","))
         config = DataConfig(source="files", train=paths, valid=paths, test=paths, **values)
@@ -151,7 +151,7 @@ def _examples(**values) -> Callable[[str], object]:
 
 
 def _tokenizer(path: str) -> object:
-    from data.tokenizer import Tokenizer
+    from heedful.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(path)
     (ids,) = tokenizer.encode_batch(["a red cat sings"])
@@ -162,7 +162,7 @@ def _model(path: str) -> object:
     import numpy as np
     from rich.console import Console
 
-    from train.init_from import open_source
+    from heedful.train.init_from import open_source
 
     source = open_source(f"hf:{path}", Console(quiet=True))
     import jax
@@ -186,7 +186,7 @@ def _work() -> None:
     sys.path[:0] = [str(ROOT)]
     import jax
 
-    from train import cli
+    from heedful.train import cli
 
     jax.config.update("jax_disable_most_optimizations", True)
     cli._quiet()
@@ -209,9 +209,9 @@ def _work() -> None:
 
 
 def _run(command: Callable[[list[str]], int], case: Case) -> tuple[int | None, str]:
-    from data.config import DataError
-    from model.config import ModelError
-    from train.config import TrainError
+    from heedful.data.config import DataError
+    from heedful.model.config import ModelError
+    from heedful.train.config import TrainError
 
     sys.stdin = io.TextIOWrapper(io.BytesIO(base64.b64decode(case.stdin)), "utf-8")
     if case.stop:

@@ -14,11 +14,11 @@ import jax
 import numpy as np
 import pytest
 
-from train.checkpoint import Checkpoints
-from train.config import MeshConfig
-from train.run import Run
-from train.sharding import make_mesh
-from train.state import set_up
+from heedful.train.checkpoint import Checkpoints
+from heedful.train.config import MeshConfig
+from heedful.train.run import Run
+from heedful.train.sharding import make_mesh
+from heedful.train.state import set_up
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,7 +34,7 @@ class Process(subprocess.Popen):
         self._input.write(stdin)
         self._input.seek(0)
         super().__init__(
-            [sys.executable, "-m", "train.cli", *arguments], cwd=ROOT, text=True,
+            [sys.executable, "-m", "heedful.train.cli", *arguments], cwd=ROOT, text=True,
             env=inherited | flag | environment,
             stdin=self._input, stdout=self._log, stderr=subprocess.STDOUT,
         )  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from model.config import ModelConfig, RotaryConfig
+from heedful.model.config import ModelConfig, RotaryConfig
 
 erf = np.vectorize(math.erf)
 ACTIVATIONS = {

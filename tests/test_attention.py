@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from flax import struct
 
-from model import masks
-from model.attention import ATTENTION, choose
-from model.attention.dense import attention_weights, dense
-from model.dropout import dropout, keep, keep_at, mix
-from model.positions import PositionBias
+from heedful.model import masks
+from heedful.model.attention import ATTENTION, choose
+from heedful.model.attention.dense import attention_weights, dense
+from heedful.model.dropout import dropout, keep, keep_at, mix
+from heedful.model.positions import PositionBias
 
 B, T, S, N, K, H = 2, 5, 7, 6, 3, 11
 

@@ -11,11 +11,11 @@ from PIL import Image
 from rich.console import Console
 from tiny import HEADS, LAYERS, random_params, tiny
 
-from data.config import DataConfig, TokenizerConfig
-from data.tokenizer import Tokenizer
-from model.transformer import build
-from train import attention_picture as module
-from train.attention_picture import (
+from heedful.data.config import DataConfig, TokenizerConfig
+from heedful.data.tokenizer import Tokenizer
+from heedful.model.transformer import build
+from heedful.train import attention_picture as module
+from heedful.train.attention_picture import (
     LONGEST,
     AttentionArguments,
     _origin,
@@ -23,14 +23,14 @@ from train.attention_picture import (
     draw,
     model_inputs,
 )
-from train.attention_weights import _sown, attention_masks, attention_weights
-from train.config import DecodeConfig, MeshConfig, TrainConfig, TrainError
-from train.flags import parse
-from train.load import Trained
-from train.run import Run
-from train.sharding import make_mesh
-from train.token_labels import drawable, pieces
-from train.translate import Translator
+from heedful.train.attention_weights import _sown, attention_masks, attention_weights
+from heedful.train.config import DecodeConfig, MeshConfig, TrainConfig, TrainError
+from heedful.train.flags import parse
+from heedful.train.load import Trained
+from heedful.train.run import Run
+from heedful.train.sharding import make_mesh
+from heedful.train.token_labels import drawable, pieces
+from heedful.train.translate import Translator
 
 WORDS = "red green blue small large cat dog bird"
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 from tiny import HEAD_DIM, HEADS, INNER, KV_HEADS, POSITIONS, TOKENS, WIDTH, V, tiny
 
-from model.axes import AXES, constrain, partitioned
-from model.transformer import build
+from heedful.model.axes import AXES, constrain, partitioned
+from heedful.model.transformer import build
 
 
 def test_unknown_names_are_refused():

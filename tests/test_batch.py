@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from data.batch import FIELDS, PER_ROW, check, pad_and_stack
-from data.config import DataConfig, DataError, TokenizerConfig
-from data.objectives import OBJECTIVES
-from data.tokenizer import Tokenizer
+from heedful.data.batch import FIELDS, PER_ROW, check, pad_and_stack
+from heedful.data.config import DataConfig, DataError, TokenizerConfig
+from heedful.data.objectives import OBJECTIVES
+from heedful.data.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train(["a b"], TokenizerConfig(kind="chars", vocab_size=11))
 

@@ -16,10 +16,10 @@ from benchmarks import attention, beside, decoding, kernels, pipeline, training
 from benchmarks.report import growth, plot, tables
 from benchmarks.turns import Process
 from benchmarks.worker import RETURNS_MEMORY, Case
-from configs import base
-from data.config import ListOpsConfig, TokenizerConfig
-from data.tokenizer import Tokenizer
-from train.init_from import Source
+from heedful.configs import base
+from heedful.data.config import ListOpsConfig, TokenizerConfig
+from heedful.data.tokenizer import Tokenizer
+from heedful.train.init_from import Source
 
 ROOT = Path(__file__).parent.parent
 MIB = 2**20

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from tiny import LAYERS, POSITIONS, B, V, init, tiny
 
-from model import masks
-from model.attention.dense import dense
-from model.attention.performer import FeatureState
-from model.cache import WIDEST, BeamCache, KVCache, WindowCache, new_cache
-from model.config import PerformerConfig
-from model.transformer import empty_cache
+from heedful.model import masks
+from heedful.model.attention.dense import dense
+from heedful.model.attention.performer import FeatureState
+from heedful.model.cache import WIDEST, BeamCache, KVCache, WindowCache, new_cache
+from heedful.model.config import PerformerConfig
+from heedful.model.transformer import empty_cache
 
 close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
 LENGTH, WINDOW, CHUNK = 17, 3, 7
@@ -138,7 +138,7 @@ def test_hypotheses_go_on_from_one_another(kind: str):
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("kind", POSITIONS)
 def test_a_token_reads_what_is_filled_and_little_more(kind: str, width: int, monkeypatch):
-    monkeypatch.setattr("model.cache.FEWEST", 2)
+    monkeypatch.setattr("heedful.model.cache.FEWEST", 2)
     config, model, params = decoder(positions=kind, attention_window=None)
     decode = jax.jit(partial(model.apply, {"params": params}, method="decode"))
     texts, cache = TOKENS.repeat(width, 0), empty_cache(config, B, LENGTH)

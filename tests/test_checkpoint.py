@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.checkpoint import Checkpoints, CorruptCheckpoint
-from train.config import TrainError
-from train.state import TrainState
+from heedful.train.checkpoint import Checkpoints, CorruptCheckpoint
+from heedful.train.config import TrainError
+from heedful.train.state import TrainState
 
 SCORES = {1: -3.0, 2: -0.5, 3: -0.5, 4: -1.0, 5: -2.5}  # the best one twice
 
@@ -101,7 +101,7 @@ def test_an_error_of_one_process_does_not_wait_for_the_others(tmp_path, monkeypa
         Checkpoints(tmp_path / "checkpoints", "abc", keep=1) as checkpoints,
     ):
         checkpoints.save(state(1), {})
-        monkeypatch.setattr("train.checkpoint.any_process", lambda _: pytest.fail("waits"))
+        monkeypatch.setattr("heedful.train.checkpoint.any_process", lambda _: pytest.fail("waits"))
         _ = 1 / 0
     assert checkpoints.steps == [1]
     monkeypatch.undo()

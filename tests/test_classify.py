@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import toy
 
-from data.config import TokenizerConfig
-from data.pipeline import Dataset
-from model.config import HeadConfig, ModelConfig
-from model.transformer import build
-from train.classify import Classifier
-from train.config import TrainConfig, TrainError
-from train.load import Trained, load
-from train.sharding import to_devices
-from train.step import make_eval_step
+from heedful.data.config import TokenizerConfig
+from heedful.data.pipeline import Dataset
+from heedful.model.config import HeadConfig, ModelConfig
+from heedful.model.transformer import build
+from heedful.train.classify import Classifier
+from heedful.train.config import TrainConfig, TrainError
+from heedful.train.load import Trained, load
+from heedful.train.sharding import to_devices
+from heedful.train.step import make_eval_step
 
 WORDS = TokenizerConfig(kind="words")
 TEXTS = ["red cat", "small large bird dog dog cat", "", "dog", "cat red"]

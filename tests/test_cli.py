@@ -18,14 +18,14 @@ import pytest
 import toy
 from rich.table import Table
 
-from configs import base
-from data.config import DataConfig, DataError, TokenizerConfig
-from model.config import PositionConfig
-from train import cli, commands
-from train.checkpoint import Checkpoints
-from train.config import DecodeConfig, TrainConfig
-from train.loop import _Patience
-from train.run import Run
+from heedful.configs import base
+from heedful.data.config import DataConfig, DataError, TokenizerConfig
+from heedful.model.config import PositionConfig
+from heedful.train import cli, commands
+from heedful.train.checkpoint import Checkpoints
+from heedful.train.config import DecodeConfig, TrainConfig
+from heedful.train.loop import _Patience
+from heedful.train.run import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -102,7 +102,7 @@ def pipe(monkeypatch, capsys):
 
 
 def run_piped(arguments: list[str], stdin: bytes) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "train.cli", *arguments]
+    command = [sys.executable, "-m", "heedful.train.cli", *arguments]
     return subprocess.run(command, input=stdin, cwd=ROOT, capture_output=True)
 
 
@@ -246,7 +246,7 @@ def test_a_picture_needs_a_folder_that_can_be_written(trained, tmp_path, capsys,
 
 SPEAK = """
 import sys
-from train import cli
+from heedful.train import cli
 def run(_):
     print("grün → 日本")
     print("grün →", file=sys.stderr)
@@ -684,8 +684,8 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_usable(copy, corpus):
     """A limit on the size of a file stands for the full disk: both make write() fail."""
     shutil.rmtree(copy / "checkpoints" / "12")
     code = (
-        "import resource, sys; from train import cli;"
-        "from train.checkpoint import Checkpoints; save = Checkpoints.save\n"
+        "import resource, sys; from heedful.train import cli;"
+        "from heedful.train.checkpoint import Checkpoints; save = Checkpoints.save\n"
         "def limited(self, *arguments, **how):\n"
         "    import jax\n"  # which would leave broken files in the cache that all tests share
         "    jax.config.update('jax_persistent_cache_min_compile_time_secs', 1e9)\n"

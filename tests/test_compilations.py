@@ -8,15 +8,15 @@ import jax
 import pytest
 import toy
 
-from configs import base
-from data.pipeline import Dataset
-from train import step
-from train.audit.subject import Subject
-from train.config import MeshConfig
-from train.loop import fit
-from train.sharding import make_mesh, to_devices
-from train.start import start_run
-from train.state import first_state, set_up
+from heedful.configs import base
+from heedful.data.pipeline import Dataset
+from heedful.train import step
+from heedful.train.audit.subject import Subject
+from heedful.train.config import MeshConfig
+from heedful.train.loop import fit
+from heedful.train.sharding import make_mesh, to_devices
+from heedful.train.start import start_run
+from heedful.train.state import first_state, set_up
 
 COMPILED: list[str] = []
 """Names of the functions that have been compiled, or read from the cache of what was."""

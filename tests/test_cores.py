@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from model.attention import ATTENTION
-from model.config import ModelError
-from train import cores
-from train.cli import run
-from train.cores import ROWS, Row, refusal, table
+from heedful.model.attention import ATTENTION
+from heedful.model.config import ModelError
+from heedful.train import cores
+from heedful.train.cli import run
+from heedful.train.cores import ROWS, Row, refusal, table
 
 README = Path(__file__).parent.parent / "README.md"
 

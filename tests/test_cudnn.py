@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import masks
-from model.attention.cudnn import attend, cudnn, window_of
-from model.attention.dense import dense
-from model.config import ModelError
-from model.masks import AttentionMask, MaskNotSupported
-from model.positions import PositionBias, alibi_slopes
+from heedful.model import masks
+from heedful.model.attention.cudnn import attend, cudnn, window_of
+from heedful.model.attention.dense import dense
+from heedful.model.config import ModelError
+from heedful.model.masks import AttentionMask, MaskNotSupported
+from heedful.model.positions import PositionBias, alibi_slopes
 
 B, T, S, N, K, H = 3, 7, 11, 6, 3, 8
 

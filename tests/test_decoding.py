@@ -12,7 +12,7 @@ import pytest
 from flax import struct
 from tiny import random_params, tiny
 
-from model.decoding import (
+from heedful.model.decoding import (
     Decoded,
     Sampling,
     advance,
@@ -25,8 +25,8 @@ from model.decoding import (
     penalise,
     sample,
 )
-from model.linear import FEW
-from model.transformer import build, empty_cache
+from heedful.model.linear import FEW
+from heedful.model.transformer import build, empty_cache
 
 V, STEPS, EOS = 5, 4, 3
 LAST = 6  # The token before the first; no toy looks at it.

@@ -14,19 +14,19 @@ import pytest
 import toy
 from rich.console import Console
 
-from data import sources
-from data.config import DataConfig, TokenizerConfig
-from data.pipeline import Dataset
-from model.config import ModelConfig
-from model.transformer import build
-from train import evaluate
-from train.config import DecodeConfig, TrainError
-from train.evaluate import describe, evaluation_directory, frequency_loss, measure, report
-from train.load import Trained, load
-from train.metrics import Lines
-from train.perplexity import strided_loss
-from train.run import write_json
-from train.step import make_eval_step
+from heedful.data import sources
+from heedful.data.config import DataConfig, TokenizerConfig
+from heedful.data.pipeline import Dataset
+from heedful.model.config import ModelConfig
+from heedful.model.transformer import build
+from heedful.train import evaluate
+from heedful.train.config import DecodeConfig, TrainError
+from heedful.train.evaluate import describe, evaluation_directory, frequency_loss, measure, report
+from heedful.train.load import Trained, load
+from heedful.train.metrics import Lines
+from heedful.train.perplexity import strided_loss
+from heedful.train.run import write_json
+from heedful.train.step import make_eval_step
 
 WORDS = TokenizerConfig(kind="words")
 

@@ -15,9 +15,9 @@ import toy
 from test_cli import fails
 from tiny_pretrained import GPT2, change_tensors
 
-from data.config import DataError, TokenizerConfig
-from data.tokenizer import Tokenizer
-from model.config import (
+from heedful.data.config import DataError, TokenizerConfig
+from heedful.data.tokenizer import Tokenizer
+from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
     HeadConfig,
@@ -26,13 +26,13 @@ from model.config import (
     NormConfig,
     PositionConfig,
 )
-from model.pretrained import merge_lora
-from train import cli
-from train.config import DecodeConfig
-from train.generate import Generator
-from train.load import load
-from train.run import Run
-from train.trainable import named
+from heedful.model.pretrained import merge_lora
+from heedful.train import cli
+from heedful.train.config import DecodeConfig
+from heedful.train.generate import Generator
+from heedful.train.load import load
+from heedful.train.run import Run
+from heedful.train.trainable import named
 
 
 def bert(head: HeadConfig, **values: Any) -> ModelConfig:

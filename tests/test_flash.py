@@ -13,12 +13,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from test_attention import Given
 from test_masks import HEADS, B, S, T, build, facts_without_offset, some_offset
 
-from model import masks
-from model.attention.dense import dense
-from model.attention.flash import TILE, flash
-from model.positions import PositionBias
-from train.config import MeshConfig
-from train.sharding import make_mesh
+from heedful.model import masks
+from heedful.model.attention.dense import dense
+from heedful.model.attention.flash import TILE, flash
+from heedful.model.positions import PositionBias
+from heedful.train.config import MeshConfig
+from heedful.train.sharding import make_mesh
 
 H = 3
 BIASES = {

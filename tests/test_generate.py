@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 from tiny import INNER, KV_HEADS, LAYERS, POSITIONS, WIDTH, random_params, tiny
 
-from configs import base
-from data.config import TokenizerConfig
-from data.tokenizer import BOS, EOS, PAD, Tokenizer
-from model import transformer
-from model.cache import KVCache
-from model.config import ModelConfig
-from model.decoding import length_penalty
-from model.transformer import build, put_together
-from train import generate
-from train.config import DecodeConfig, MeshConfig, TrainError
-from train.generate import Generator, Text
-from train.rows import batches, shapes
-from train.sharding import make_mesh
+from heedful.configs import base
+from heedful.data.config import TokenizerConfig
+from heedful.data.tokenizer import BOS, EOS, PAD, Tokenizer
+from heedful.model import transformer
+from heedful.model.cache import KVCache
+from heedful.model.config import ModelConfig
+from heedful.model.decoding import length_penalty
+from heedful.model.transformer import build, put_together
+from heedful.train import generate
+from heedful.train.config import DecodeConfig, MeshConfig, TrainError
+from heedful.train.generate import Generator, Text
+from heedful.train.rows import batches, shapes
+from heedful.train.sharding import make_mesh
 
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])
 LETTERS = "abcdefghijklm"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tiny import TOKENS, WIDTH, B, T, V, init, tiny
 
-from model.heads import Classifier, pool
-from model.layers import Embedding
+from heedful.model.heads import Classifier, pool
+from heedful.model.layers import Embedding
 
 CLASSES = 4
 X = np.random.default_rng(0).normal(size=(B, T, WIDTH))

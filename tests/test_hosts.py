@@ -14,11 +14,11 @@ import pytest
 import toy
 from launch import Process, checkpoint, finish, free_port, group, lines, same_bits, wait_for_step
 
-from data.config import DataConfig, TokenizerConfig
-from train import hosts
-from train.config import DecodeConfig, MeshConfig, TrainConfig, TrainError
-from train.load import load
-from train.translate import Translator
+from heedful.data.config import DataConfig, TokenizerConfig
+from heedful.train import hosts
+from heedful.train.config import DecodeConfig, MeshConfig, TrainConfig, TrainError
+from heedful.train.load import load
+from heedful.train.translate import Translator
 
 STEPS, EVERY = 32, 4
 KILLS = int(os.environ.get("HEEDFUL_KILLS", 1))

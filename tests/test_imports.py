@@ -11,55 +11,92 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OURS = ("model", "data", "train", "configs", "tests", "benchmarks")
-ALLOWED = {
-    "model": {"model"},
-    "data": {"data"},
-    "train": {"model", "data", "train"},
-    "configs": {"configs", "model.config", "data.config", "train.config"},
-    "benchmarks": {"benchmarks", "configs", "data", "model", "train"},
-}
-FILES = sorted(path for package in ALLOWED for path in (ROOT / package).rglob("*.py"))
+FOLDERS = ("model", "data", "train", "configs")
+MAY_IMPORT = {
+    "model": ("heedful.model",),
+    "data": ("heedful.data",),
+    "train": ("heedful.model", "heedful.data", "heedful.train"),
+    "train/cli": ("heedful.model", "heedful.data", "heedful.train", "heedful.configs"),
+    "configs": (
+        "heedful.configs", "heedful.model.config", "heedful.data.config", "heedful.train.config"
+    ),
+    "benchmarks": (
+        "benchmarks", "heedful.configs", "heedful.data", "heedful.model", "heedful.train"
+    ),
+}  # fmt: skip
+FILES = sorted(
+    path for folder in (*FOLDERS, "benchmarks") for path in (ROOT / folder).rglob("*.py")
+)
+NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
 
 def imported(path: Path) -> set[str]:
+    """Modules that a file imports, anywhere in it."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            # `from model import masks` imports model.masks
-            submodules = {
-                f"{node.module}.{alias.name}"
-                for alias in node.names
-                if (ROOT / str(node.module).replace(".", "/") / f"{alias.name}.py").exists()
-            }
-            found |= submodules or {str(node.module)}
+            # `from heedful.model import masks` imports heedful.model.masks
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name for name in inside if file_of(name)} or {str(node.module)}
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def file_of(module: str) -> Path | None:
+    """The file of one of our modules."""
+    path = ROOT / module.replace(".", "/")
+    found = [path.with_suffix(".py"), path / "__init__.py"]
+    return next((file for file in found if file.exists()), None)
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_imports_flow_one_way(path: Path):
-    package = path.relative_to(ROOT).parts[0]
-    allowed = ALLOWED[package]
-    if path == ROOT / "train" / "cli.py":
-        allowed = allowed | {"configs"}
+    folders = [folder for folder in MAY_IMPORT if ROOT / folder in path.parents]
+    allowed = MAY_IMPORT[max(folders, key=len)]
     for name in imported(path):
-        if name.split(".")[0] in OURS:
-            prefixes = {name, name.split(".")[0]}
-            assert prefixes & allowed, f"{path.relative_to(ROOT)} imports {name}"
+        is_ours = name.split(".")[0] in ("heedful", "tests", "benchmarks")
+        is_allowed = any(name == each or name.startswith(f"{each}.") for each in allowed)
+        assert is_allowed or not is_ours, f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_the_top_level_folders_are_no_import_names(path: Path):
+    """A user's own model.py or data/ would hide them."""
+    if not path.name.endswith("_peers.py"):  # which import those of other projects
+        assert not {name for name in imported(path) if name.split(".")[0] in FOLDERS}
+
+
+def test_no_modules_import_each_other():
+    """Imports inside functions count."""
+    files = {file.resolve(): file for file in FILES}
+
+    def next_of(file: Path) -> set[Path]:
+        found = (file_of(name) for name in imported(file) if name.startswith("heedful."))
+        return {files[path.resolve()] for path in found if path} - {file}
+
+    graph = {file: next_of(file) for file in FILES}
+    while leaves := [file for file, others in graph.items() if not others & graph.keys()]:
+        graph = {file: others for file, others in graph.items() if file not in leaves}
+    cycle = {
+        str(f.relative_to(ROOT)): sorted(g.name for g in graph[f] & graph.keys()) for f in graph
+    }
+    assert cycle == {}
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in FILES if path.parent.name == "data"], ids=lambda path: path.name
+    "path", [path for path in FILES if ROOT / "data" in path.parents], ids=lambda path: path.name
 )
 def test_data_never_names_jax(path: Path):
     """Its worker processes must not touch a device."""
     assert not {name for name in imported(path) if name.split(".")[0] in ("jax", "jaxlib", "flax")}
 
 
-@pytest.mark.parametrize("module", ["data.pipeline", "configs.base", "train.cli", "model.config"])
+@pytest.mark.parametrize(
+    "module", ["heedful.data.pipeline", "heedful.configs.base", "heedful.train.cli",
+               "heedful.model.config"]
+)  # fmt: skip
 def test_importing_it_does_not_import_jax(module: str):
     code = f"import {module}, sys; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
@@ -71,6 +108,6 @@ def test_what_is_imported_is_declared():
     declared = {re.split(r"[<>=\[]", line)[0] for line in project["dependencies"]}
     installed = [path for path in FILES if ROOT / "benchmarks" not in path.parents]
     names = {name.split(".")[0] for path in installed for name in imported(path)}
-    others = names - sys.stdlib_module_names - set(OURS)
+    others = names - sys.stdlib_module_names - {"heedful"}
     distributions = packages_distributions()
     assert {name for name in others if not declared & set(distributions[name])} == set()

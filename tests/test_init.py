@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import tiny
 
-from model.config import (
+from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
     HeadConfig,
@@ -18,7 +18,7 @@ from model.config import (
     NormConfig,
     PositionConfig,
 )
-from model.transformer import build
+from heedful.model.transformer import build
 
 TOKENS = jnp.zeros((1, 3), jnp.int32)
 

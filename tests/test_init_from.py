@@ -17,19 +17,25 @@ from rich.console import Console
 from test_cli import fails
 from tiny_pretrained import export
 
-from data.config import DataError, TokenizerConfig
-from model.config import AttentionConfig, LoraConfig, ModelConfig, PerformerConfig, PositionConfig
-from model.pretrained import merge_lora
-from model.transformer import build
-from train import cli
-from train.checkpoint import Checkpoints
-from train.config import TrainError
-from train.init_from import Source, adopt, open_source, take_over
-from train.load import load
-from train.run import Run
-from train.sharding import make_mesh
-from train.state import set_up
-from train.trainable import named
+from heedful.data.config import DataError, TokenizerConfig
+from heedful.model.config import (
+    AttentionConfig,
+    LoraConfig,
+    ModelConfig,
+    PerformerConfig,
+    PositionConfig,
+)
+from heedful.model.pretrained import merge_lora
+from heedful.model.transformer import build
+from heedful.train import cli
+from heedful.train.checkpoint import Checkpoints
+from heedful.train.config import TrainError
+from heedful.train.init_from import Source, adopt, open_source, take_over
+from heedful.train.load import load
+from heedful.train.run import Run
+from heedful.train.sharding import make_mesh
+from heedful.train.state import set_up
+from heedful.train.trainable import named
 
 WORDS = TokenizerConfig(kind="words")
 MASKED = toy.model(

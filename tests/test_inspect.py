@@ -12,17 +12,17 @@ import pytest
 from rich.console import Console
 from tiny import HEAD_DIM, HEADS, INNER, KV_HEADS, LAYERS, WIDTH, V, random_params, tiny
 
-from data.config import DataConfig, DataError, TokenizerConfig
-from model.config import LinformerConfig, ModelConfig, PerformerConfig
-from model.transformer import build
-from train.attention_weights import attention_masks, attention_weights
-from train.config import MeshConfig, OptimizerConfig, TrainConfig, TrainError
-from train.costs import Memory, memory, parts
-from train.flags import parse
-from train.inspect import ROW, InspectArguments, complete, example, inspect, layout, number
-from train.sharding import make_mesh
-from train.state import parameter_count, set_up
-from train.trainable import split
+from heedful.data.config import DataConfig, DataError, TokenizerConfig
+from heedful.model.config import LinformerConfig, ModelConfig, PerformerConfig
+from heedful.model.transformer import build
+from heedful.train.attention_weights import attention_masks, attention_weights
+from heedful.train.config import MeshConfig, OptimizerConfig, TrainConfig, TrainError
+from heedful.train.costs import Memory, memory, parts
+from heedful.train.flags import parse
+from heedful.train.inspect import ROW, InspectArguments, complete, example, inspect, layout, number
+from heedful.train.sharding import make_mesh
+from heedful.train.state import parameter_count, set_up
+from heedful.train.trainable import split
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # an AbstractMesh stands in for a Mesh
 

@@ -11,13 +11,20 @@ import pytest
 from plain import ACTIVATIONS
 from tiny import HEAD_DIM, HEADS, INNER, KV_HEADS, WIDTH, B, S, T, V, tiny
 
-from model import masks
-from model.activations import gelu, gelu_tanh
-from model.cache import KVCache, new_cache
-from model.config import ModelError
-from model.layers import Dropout, Embedding, FeedForward, MultiHeadAttention, Norm, normalise
-from model.linear import FEW, Linear, matmul, transposed_kernels
-from model.transformer import decoder_mask
+from heedful.model import masks
+from heedful.model.activations import gelu, gelu_tanh
+from heedful.model.cache import KVCache, new_cache
+from heedful.model.config import ModelError
+from heedful.model.layers import (
+    Dropout,
+    Embedding,
+    FeedForward,
+    MultiHeadAttention,
+    Norm,
+    normalise,
+)
+from heedful.model.linear import FEW, Linear, matmul, transposed_kernels
+from heedful.model.transformer import decoder_mask
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -318,7 +325,7 @@ def test_weights_with_a_cache_are_refused():
 def test_auto_chooses_by_the_keys_of_the_cache(window: int | None, expected: int, monkeypatch):
     chosen = []
     spy = lambda *given: chosen.append(given) or ("dense", "")  # noqa: E731
-    monkeypatch.setattr("model.layers.choose", spy)
+    monkeypatch.setattr("heedful.model.layers.choose", spy)
     config = tiny("decoder_only", attention_window=window)
     x, mask = jnp.float32(random(B, 2, WIDTH)), decoder_mask(config, None, offset=0)
     module = MultiHeadAttention(config)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny import POSITIONS, random_params, tiny
 
-from model.transformer import build
+from heedful.model.transformer import build
 
 B, T, S = 2, 5, 7
 V = B * (T + S)

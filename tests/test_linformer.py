@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from tiny import SOURCE, SOURCE_SEGMENTS, TOKENS, init, tiny
 
-from data.config import DataConfig
-from model import masks
-from model.attention import ONE_DOCUMENT
-from model.attention.linformer import Linformer
-from model.config import LinformerConfig, ModelError
-from model.dropout import keep
-from model.masks import MaskNotSupported
-from model.positions import PositionBias
-from train.attention_weights import attention_weights
-from train.config import TrainConfig, TrainError
-from train.start import require_fit
+from heedful.data.config import DataConfig
+from heedful.model import masks
+from heedful.model.attention import ONE_DOCUMENT
+from heedful.model.attention.linformer import Linformer
+from heedful.model.config import LinformerConfig, ModelError
+from heedful.model.dropout import keep
+from heedful.model.masks import MaskNotSupported
+from heedful.model.positions import PositionBias
+from heedful.train.attention_weights import attention_weights
+from heedful.train.config import TrainConfig, TrainError
+from heedful.train.start import require_fit
 
 B, T, S, N, K, H, R, LONGEST = 3, 5, 7, 6, 3, 11, 2, 13
 SHARING = ("none", "heads", "key_value", "layers")
@@ -70,7 +70,7 @@ def naive(q, k, v, params, given, q_ids, kv_ids, scale, dropped=None):
 @pytest.mark.parametrize("block", [2, 256])
 @pytest.mark.parametrize("sharing", SHARING)
 def test_it_is_the_formula(sharing: str, block: int, monkeypatch):
-    monkeypatch.setattr("model.attention.linformer.BLOCK", block)
+    monkeypatch.setattr("heedful.model.attention.linformer.BLOCK", block)
     core, params, given = linformer(sharing)
     q, k, v = inputs()
     how = {} if given is None else {"projection": jnp.float32(given)}

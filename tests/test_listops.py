@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import base
-from data import listops, sources
-from data.config import DataConfig, DataError, ListOpsConfig, TokenizerConfig
-from data.examples import SPLITS
-from data.pipeline import Dataset, tokenizer_texts
-from data.tokenizer import Tokenizer
-from model.transformer import build
-from train.flags import parse
+from heedful.configs import base
+from heedful.data import listops, sources
+from heedful.data.config import DataConfig, DataError, ListOpsConfig, TokenizerConfig
+from heedful.data.examples import SPLITS
+from heedful.data.pipeline import Dataset, tokenizer_texts
+from heedful.data.tokenizer import Tokenizer
+from heedful.model.transformer import build
+from heedful.train.flags import parse
 
 SHORT = ListOpsConfig(examples=211, held_out=53, min_length=11, max_length=37)
 

@@ -9,9 +9,9 @@ import pytest
 from tiny import V
 from tiny_pretrained import assert_equal, refused
 
-from model import pretrained
-from model.pretrained import Pretrained, read, write
-from model.transformer import build
+from heedful.model import pretrained
+from heedful.model.pretrained import Pretrained, read, write
+from heedful.model.transformer import build
 
 SIZES = {"D": 24, "F": 13, "L": 2, "N": 6, "K": 3, "V": V, "T": 19}
 

@@ -12,10 +12,10 @@ import pytest
 import toy
 from rich.console import Console
 
-from train.checkpoint import Checkpoints
-from train.config import TrainConfig, TrainError
-from train.load import load
-from train.run import Run
+from heedful.train.checkpoint import Checkpoints
+from heedful.train.config import TrainConfig, TrainError
+from heedful.train.load import load
+from heedful.train.run import Run
 
 SCORES = {3: -2.0, 5: -1.0, 7: -1.5, 11: -1.0}
 

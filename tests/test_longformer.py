@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import masks
-from model.attention.dense import dense
-from model.attention.longformer import longformer, put_rows, take_rows
-from model.masks import AttentionMask, MaskNotSupported
-from model.positions import PositionBias, alibi_slopes
+from heedful.model import masks
+from heedful.model.attention.dense import dense
+from heedful.model.attention.longformer import longformer, put_rows, take_rows
+from heedful.model.masks import AttentionMask, MaskNotSupported
+from heedful.model.positions import PositionBias, alibi_slopes
 
 B, T, S, N, K, H = 2, 23, 29, 6, 3, 5
 STEPS = (1, 1, 2, 3, 3, 2)  # heads of two steps share a key head, in two ways

@@ -11,9 +11,9 @@ import pytest
 import toy
 from rich.console import Console
 
-from train.config import OptimizerConfig
-from train.loop import AHEAD, _Meter, fit
-from train.start import start_run
+from heedful.train.config import OptimizerConfig
+from heedful.train.loop import AHEAD, _Meter, fit
+from heedful.train.start import start_run
 
 
 class Loss(float):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from tiny import HEAD_DIM, HEADS, INNER, KV_HEADS, LAYERS, TOKENS, WIDTH, init, tiny
 
-from model.transformer import build
+from heedful.model.transformer import build
 
 RANK, ALPHA = 5, 3.0
 TARGETS = ("query", "key", "value", "out", "up", "gate", "down")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.loss import cross_entropy, cross_entropy_in_chunks, squared_error
+from heedful.train.loss import cross_entropy, cross_entropy_in_chunks, squared_error
 
 B, T, V = 3, 5, 7
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from model import masks
-from model.masks import AttentionMask
+from heedful.model import masks
+from heedful.model.masks import AttentionMask
 
 B, T, S, HEADS = 3, 5, 7, 2
 

@@ -17,14 +17,14 @@ import toy
 from PIL import Image
 from rich.console import Console
 
-from configs import base
-from data import objectives, pipeline
-from data.config import DataConfig, TokenizerConfig
-from model import heads, masks, transformer
-from model.attention import ATTENTION
-from model.attention.dense import dense
-from model.cache import KVCache
-from model.config import (
+from heedful.configs import base
+from heedful.data import objectives, pipeline
+from heedful.data.config import DataConfig, TokenizerConfig
+from heedful.model import heads, masks, transformer
+from heedful.model.attention import ATTENTION
+from heedful.model.attention.dense import dense
+from heedful.model.cache import KVCache
+from heedful.model.config import (
     AttentionConfig,
     HeadConfig,
     ModelConfig,
@@ -32,14 +32,14 @@ from model.config import (
     NormConfig,
     PositionConfig,
 )
-from train import cli
-from train.audit import declared
-from train.audit.audit import Audit, _cached, _readings, _tempted, audit
-from train.audit.findings import Finding
-from train.audit.measured import Probe, forward
-from train.audit.report import audit_before_training
-from train.audit.subject import Subject, with_core
-from train.config import TrainError
+from heedful.train import cli
+from heedful.train.audit import declared
+from heedful.train.audit.audit import Audit, _cached, _readings, _tempted, audit
+from heedful.train.audit.findings import Finding
+from heedful.train.audit.measured import Probe, forward
+from heedful.train.audit.report import audit_before_training
+from heedful.train.audit.subject import Subject, with_core
+from heedful.train.config import TrainError
 
 DENSE = importlib.import_module("model.attention.dense")  # the package has a function of that name
 LM = DataConfig(source="shakespeare", objective="causal_lm")

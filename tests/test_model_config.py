@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 from tiny import POSITIONS, tiny
 
-from model.attention import choose
-from model.config import (
+from heedful.model.attention import choose
+from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
     HeadConfig,
@@ -15,7 +15,7 @@ from model.config import (
     NormConfig,
     RotaryConfig,
 )
-from model.transformer import build
+from heedful.model.transformer import build
 
 NAN = float("nan")
 

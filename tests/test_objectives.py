@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from data.batch import FIELDS
-from data.config import DataConfig, DataError, TokenizerConfig
-from data.objectives import OBJECTIVES
-from data.tokenizer import Tokenizer
+from heedful.data.batch import FIELDS
+from heedful.data.config import DataConfig, DataError, TokenizerConfig
+from heedful.data.objectives import OBJECTIVES
+from heedful.data.tokenizer import Tokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog and on and on " * 5
 

@@ -8,12 +8,12 @@ import optax
 import pytest
 from tiny import tiny
 
-import configs.multi30k
-from model.config import LinformerConfig
-from model.transformer import build
-from train.config import OptimizerConfig
-from train.optimizer import learning_rate, make_optimizer
-from train.trainable import named
+from heedful.configs import multi30k
+from heedful.model.config import LinformerConfig
+from heedful.model.transformer import build
+from heedful.train.config import OptimizerConfig
+from heedful.train.optimizer import learning_rate, make_optimizer
+from heedful.train.trainable import named
 
 STEPS, WARMUP, PEAK = 47, 11, 0.3
 
@@ -47,7 +47,7 @@ def test_inverse_sqrt_is_the_paper_s_rule():
 
 
 def test_with_an_initial_rate_inverse_sqrt_is_fairseq_s_rule():
-    config = configs.multi30k.get_config().train
+    config = multi30k.get_config().train
     optimizer, schedule = config.optimizer, learning_rate(config.optimizer, config.steps)
     peak, warmup, initial = 5e-3, 2000, 1e-7  # as published (arXiv:2105.14462)
     assert (optimizer.peak_lr, optimizer.warmup_steps, optimizer.initial_lr) == (

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data import packages
-from data.config import DataError
+from heedful.data import packages
+from heedful.data.config import DataError
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data.config import DataConfig, DataError
-from data.packing import BatchPlan, PackedPlan, Pieces, choose_buckets, pack
+from heedful.data.config import DataConfig, DataError
+from heedful.data.packing import BatchPlan, PackedPlan, Pieces, choose_buckets, pack
 
 
 def random_lengths(seed, n, longest):

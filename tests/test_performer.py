@@ -14,20 +14,20 @@ from test_translate import make as make_translator
 from test_translate import plain as translate_plainly
 from tiny import POSITIONS, SEGMENTS, TOKENS, B, init, tiny
 
-from model import masks
-from model.attention.dense import dense
-from model.attention.performer import (
+from heedful.model import masks
+from heedful.model.attention.dense import dense
+from heedful.model.attention.performer import (
     EPSILON,
     FeatureState,
     Performer,
     draw_features,
     fixed_features,
 )
-from model.config import PerformerConfig
-from model.masks import AttentionMask, MaskNotSupported
-from model.positions import PositionBias
-from model.transformer import empty_cache, put_together
-from train import generate
+from heedful.model.config import PerformerConfig
+from heedful.model.masks import AttentionMask, MaskNotSupported
+from heedful.model.positions import PositionBias
+from heedful.model.transformer import empty_cache, put_together
+from heedful.train import generate
 
 T, N, K, H, R = 13, 6, 3, 5, 11
 IDS = jnp.array(

@@ -10,11 +10,11 @@ from threading import current_thread
 import numpy as np
 import pytest
 
-from data import sources
-from data.batch import check
-from data.config import TEXT_OBJECTIVES, DataConfig, DataError, TokenizerConfig
-from data.pipeline import Dataset, classes, tokenizer_texts
-from data.tokenizer import BOS, EOS, Tokenizer
+from heedful.data import sources
+from heedful.data.batch import check
+from heedful.data.config import TEXT_OBJECTIVES, DataConfig, DataError, TokenizerConfig
+from heedful.data.pipeline import Dataset, classes, tokenizer_texts
+from heedful.data.tokenizer import BOS, EOS, Tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
 N = 211
@@ -441,7 +441,7 @@ def test_tokenizer_that_does_not_fit_the_objective(config, tokenizer):
 
 
 def test_long_texts_come_to_the_tokenizer_in_parts(prepare, monkeypatch):
-    monkeypatch.setattr("data.tokenizer.PART", 29)
+    monkeypatch.setattr("heedful.data.tokenizer.PART", 29)
     dataset = prepare("causal_lm")
     parts = list(tokenizer_texts(dataset.config))
     assert "".join(parts) == "".join(DOCUMENTS)
@@ -532,16 +532,18 @@ def run(code):
 
 
 def test_importing_the_data_never_imports_jax():
-    done = run("import data.pipeline, sys; assert not {'jax', 'model', 'train'} & set(sys.modules)")
+    done = run(
+        "import heedful.data.pipeline, sys; assert not {'jax', 'heedful.model', 'heedful.train'} & set(sys.modules)"
+    )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("place", [None, "dict"])
 def test_exit_in_the_middle_is_clean(config, place):
     done = run(
-        "from data.config import *\n"
-        "from data.pipeline import Dataset, tokenizer_texts\n"
-        "from data.tokenizer import Tokenizer\n"
+        "from heedful.data.config import *\n"
+        "from heedful.data.pipeline import Dataset, tokenizer_texts\n"
+        "from heedful.data.tokenizer import Tokenizer\n"
         f"config = {config!r}\n"
         "tokenizer = Tokenizer.train(tokenizer_texts(config), config.tokenizer, 'translation')\n"
         "dataset = Dataset.prepare(config, tokenizer, 'train')\n"

@@ -11,19 +11,19 @@ import pytest
 from rich.console import Console
 from tiny import tiny
 
-from data.config import DataConfig
-from train import cli
-from train.config import MeshConfig, TrainConfig, TrainError
-from train.plan.chips import Chip, chip_of
-from train.plan.collectives import Collective, collectives, seconds
-from train.plan.compiled import compile_step, largest_batch
-from train.plan.hlo import Program
-from train.plan.report import make_plan
-from train.plan.rescue import explained, ways_out
-from train.plan.roofline import roofline
-from train.plan.search import candidates
-from train.plan.topology import devices_of
-from train.plan.work import Work, work
+from heedful.data.config import DataConfig
+from heedful.train import cli
+from heedful.train.config import MeshConfig, TrainConfig, TrainError
+from heedful.train.plan.chips import Chip, chip_of
+from heedful.train.plan.collectives import Collective, collectives, seconds
+from heedful.train.plan.compiled import compile_step, largest_batch
+from heedful.train.plan.hlo import Program
+from heedful.train.plan.report import make_plan
+from heedful.train.plan.rescue import explained, ways_out
+from heedful.train.plan.roofline import roofline
+from heedful.train.plan.search import candidates
+from heedful.train.plan.topology import devices_of
+from heedful.train.plan.work import Work, work
 
 needs_libtpu = pytest.mark.skipif(
     find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, comes with the extra plan"
@@ -258,7 +258,7 @@ def test_unknown_topologies_are_refused_with_those_that_exist(topology):
 
 
 def test_a_missing_compiler_is_named_with_its_extra(monkeypatch):
-    monkeypatch.setattr("train.plan.topology.find_spec", lambda name: None)
+    monkeypatch.setattr("heedful.train.plan.topology.find_spec", lambda name: None)
     with pytest.raises(TrainError, match=r"libtpu.*\[plan\]"):
         devices_of("v5e:4x4")
 

@@ -9,8 +9,8 @@ import plain
 import pytest
 from tiny import HEADS, POSITIONS, WIDTH, tiny
 
-from model.config import ModelError, RotaryConfig
-from model.positions import (
+from heedful.model.config import ModelError, RotaryConfig
+from heedful.model.positions import (
     PositionBias,
     PositionEmbedding,
     alibi_slopes,

@@ -25,10 +25,10 @@ from tiny_pretrained import (
     refused,
 )
 
-from model import pretrained
-from model.config import HeadConfig, LoraConfig
-from model.pretrained import read, write
-from model.transformer import build
+from heedful.model import pretrained
+from heedful.model.config import HeadConfig, LoraConfig
+from heedful.model.pretrained import read, write
+from heedful.model.transformer import build
 
 SAVED = {"transformers_version": "4.9.0", "use_cache": True, "task_specific_params": None}
 FOUND: dict[str, tuple[str, str, dict[str, Any]]] = {

@@ -29,8 +29,8 @@ from tiny_pretrained import (
     refused,
 )
 
-from model import pretrained
-from model.config import (
+from heedful.model import pretrained
+from heedful.model.config import (
     FeedForwardConfig,
     HeadConfig,
     LinformerConfig,
@@ -40,8 +40,8 @@ from model.config import (
     PerformerConfig,
     PositionConfig,
 )
-from model.pretrained import read, read_config, write
-from model.pretrained import tensors as tensors_module
+from heedful.model.pretrained import read, read_config, write
+from heedful.model.pretrained import tensors as tensors_module
 
 # What no architecture expresses -----------------------------------------------------------------
 

@@ -5,7 +5,7 @@ import shlex
 from collections import defaultdict
 from pathlib import Path
 
-from configs import base
+from heedful.configs import base
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")

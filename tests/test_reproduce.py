@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import toy
 
-from model.dropout import mix
-from train import cli, loop, record
-from train.commands import keep_compiled
-from train.config import MeshConfig, OptimizerConfig
-from train.fingerprint import make_fingerprint, words
-from train.run import Run
-from train.sharding import make_mesh
-from train.start import start_run
-from train.step import compiler_options
-from train.trainable import named
+from heedful.model.dropout import mix
+from heedful.train import cli, loop, record
+from heedful.train.commands import keep_compiled
+from heedful.train.config import MeshConfig, OptimizerConfig
+from heedful.train.fingerprint import make_fingerprint, words
+from heedful.train.run import Run
+from heedful.train.sharding import make_mesh
+from heedful.train.start import start_run
+from heedful.train.step import compiler_options
+from heedful.train.trainable import named
 
 # Fingerprints ------------------------------------------------------------------------------------
 

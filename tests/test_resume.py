@@ -14,15 +14,15 @@ import pytest
 import toy
 from launch import Process, checkpoint, lines, same_bits, wait_for_step
 
-from data.config import DataConfig, DataError, TokenizerConfig
-from model.config import PositionConfig
-from train import loop
-from train.checkpoint import Checkpoints
-from train.config import DecodeConfig, Interrupted, OptimizerConfig, TrainError
-from train.load import load
-from train.run import Run
-from train.start import start_run
-from train.stop import Stop
+from heedful.data.config import DataConfig, DataError, TokenizerConfig
+from heedful.model.config import PositionConfig
+from heedful.train import loop
+from heedful.train.checkpoint import Checkpoints
+from heedful.train.config import DecodeConfig, Interrupted, OptimizerConfig, TrainError
+from heedful.train.load import load
+from heedful.train.run import Run
+from heedful.train.start import start_run
+from heedful.train.stop import Stop
 
 STEPS, EVERY = 60, 7
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from model import masks
-from model.attention.dense import dense
-from model.attention.ring import Ring, ring
-from model.config import ModelError
-from model.masks import MaskNotSupported
-from model.positions import PositionBias, alibi_slopes
-from train.sharding import flax_rules
+from heedful.model import masks
+from heedful.model.attention.dense import dense
+from heedful.model.attention.ring import Ring, ring
+from heedful.model.config import ModelError
+from heedful.model.masks import MaskNotSupported
+from heedful.model.positions import PositionBias, alibi_slopes
+from heedful.train.sharding import flax_rules
 
 B, T, N, K, H = 2, 24, 6, 2, 5
 SEQ_4 = {"data": 1, "fsdp": 1, "seq": 4, "tensor": 1}
@@ -89,7 +89,7 @@ def run(core, arrays, mask, sizes, bias=None, **how):
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name: str, monkeypatch):
     if "packed" in name:  # several blocks in a chunk
-        monkeypatch.setattr(sys.modules["model.attention.ring"], "_block", lambda chunk: 3)
+        monkeypatch.setattr(sys.modules["heedful.model.attention.ring"], "_block", lambda chunk: 3)
     sizes, mask, how, keys = CASES[name]
     arrays = inputs(keys)
     ours = run(ring, arrays, mask, sizes, **how)

@@ -7,13 +7,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from configs import base
-from data.config import DataConfig, TokenizerConfig
-from data.tokenizer import Tokenizer
-from model.config import ModelConfig
-from train.checkpoint import Checkpoints
-from train.config import DecodeConfig, TrainConfig, TrainError
-from train.run import FILES, Run, from_json, is_begun, to_json, train_paths
+from heedful.configs import base
+from heedful.data.config import DataConfig, TokenizerConfig
+from heedful.data.tokenizer import Tokenizer
+from heedful.model.config import ModelConfig
+from heedful.train.checkpoint import Checkpoints
+from heedful.train.config import DecodeConfig, TrainConfig, TrainError
+from heedful.train.run import FILES, Run, from_json, is_begun, to_json, train_paths
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import toy
 
-from data.pipeline import Dataset
-from train.checkpoint import Checkpoints, SaveFailed
-from train.config import TrainError
-from train.loop import fit
-from train.run import Run
-from train.saving import Saving
-from train.start import start_run
-from train.state import TrainState, first_state, init_params, set_up
+from heedful.data.pipeline import Dataset
+from heedful.train.checkpoint import Checkpoints, SaveFailed
+from heedful.train.config import TrainError
+from heedful.train.loop import fit
+from heedful.train.run import Run
+from heedful.train.saving import Saving
+from heedful.train.start import start_run
+from heedful.train.state import TrainState, first_state, init_params, set_up
 
 
 class Screen:

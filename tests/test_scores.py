@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata
 
-from train import scores
+from heedful.train import scores
 
 
 def outputs(predicted: list[int], classes: int) -> np.ndarray:

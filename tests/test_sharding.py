@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from data.packing import Shape
-from model.config import (
+from heedful.data.packing import Shape
+from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
     HeadConfig,
@@ -25,11 +25,11 @@ from model.config import (
     NormConfig,
     PositionConfig,
 )
-from model.layers import MultiHeadAttention
-from model.linear import matmul
-from model.transformer import encoder_mask
-from train.config import MeshConfig, OptimizerConfig, TrainConfig, TrainError
-from train.sharding import (
+from heedful.model.layers import MultiHeadAttention
+from heedful.model.linear import matmul
+from heedful.model.transformer import encoder_mask
+from heedful.train.config import MeshConfig, OptimizerConfig, TrainConfig, TrainError
+from heedful.train.sharding import (
     batch_sharding,
     flax_rules,
     held,
@@ -40,8 +40,8 @@ from train.sharding import (
     to_devices,
     whole,
 )
-from train.state import Setup, TrainState, first_state, init_params, set_up
-from train.step import make_eval_step, make_train_step
+from heedful.train.state import Setup, TrainState, first_state, init_params, set_up
+from heedful.train.step import make_eval_step, make_train_step
 
 V, CLASSES = 24, 3
 MODEL = ModelConfig(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data import homeassistant, packages, sources
-from data.config import TEXT_OBJECTIVES, DataConfig, DataError, TokenizerConfig
+from heedful.data import homeassistant, packages, sources
+from heedful.data.config import TEXT_OBJECTIVES, DataConfig, DataError, TokenizerConfig
 
 
 @pytest.fixture(autouse=True)

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from model import masks
-from model.attention.dense import dense
-from model.attention.splash import splash
-from model.config import ModelError
-from model.masks import MaskNotSupported
-from model.positions import PositionBias, alibi_slopes
-from train.sharding import flax_rules
+from heedful.model import masks
+from heedful.model.attention.dense import dense
+from heedful.model.attention.splash import splash
+from heedful.model.config import ModelError
+from heedful.model.masks import MaskNotSupported
+from heedful.model.positions import PositionBias, alibi_slopes
+from heedful.train.sharding import flax_rules
 
 B, N, K, H = 2, 4, 2, 11
 
@@ -68,7 +68,7 @@ def run(core, arrays, mask):
 @pytest.mark.parametrize("name", MASKS)
 def test_values_and_gradients(name: str, monkeypatch):
     # Three blocks and not one, so that some are skipped.
-    monkeypatch.setattr(sys.modules["model.attention.splash"], "_block", lambda length: 128)
+    monkeypatch.setattr(sys.modules["heedful.model.attention.splash"], "_block", lambda length: 128)
     queries, keys, mask = MASKS[name]
     arrays = inputs(queries, keys)
     scaled = partial(splash, scale=0.3), partial(dense, scale=0.3)

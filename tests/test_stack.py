@@ -26,8 +26,8 @@ from tiny import (
     tiny,
 )
 
-from model.stack import KEPT
-from model.transformer import build, empty_cache
+from heedful.model.stack import KEPT
+from heedful.model.transformer import build, empty_cache
 
 close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
 

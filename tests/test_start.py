@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import toy
 
-from data.config import DataConfig, TokenizerConfig
-from data.tokenizer import Tokenizer
-from model.config import (
+from heedful.data.config import DataConfig, TokenizerConfig
+from heedful.data.tokenizer import Tokenizer
+from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
     LinformerConfig,
@@ -16,9 +16,9 @@ from model.config import (
     PerformerConfig,
     PositionConfig,
 )
-from train.config import DecodeConfig, TrainConfig, TrainError
-from train.run import Run
-from train.start import require_fit, start_run
+from heedful.train.config import DecodeConfig, TrainConfig, TrainError
+from heedful.train.run import Run
+from heedful.train.start import require_fit, start_run
 
 WORDS = TokenizerConfig(kind="words")
 

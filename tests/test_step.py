@@ -21,12 +21,12 @@ from test_sharding import (
     train,
 )
 
-from model.config import HeadConfig, ModelConfig, PerformerConfig
-from train.config import MeshConfig, OptimizerConfig, TrainConfig
-from train.metrics import NonFiniteLoss, require_finite
-from train.sharding import make_mesh, to_devices
-from train.state import first_state, parameter_count, set_up
-from train.step import make_eval_step, make_train_step
+from heedful.model.config import HeadConfig, ModelConfig, PerformerConfig
+from heedful.train.config import MeshConfig, OptimizerConfig, TrainConfig
+from heedful.train.metrics import NonFiniteLoss, require_finite
+from heedful.train.sharding import make_mesh, to_devices
+from heedful.train.state import first_state, parameter_count, set_up
+from heedful.train.step import make_eval_step, make_train_step
 
 ONE = MeshConfig()
 REGRESSION = dataclasses.replace(CLASSIFIER, head=HeadConfig(kind="classifier", outputs=1))

@@ -3,11 +3,11 @@ import pickle
 import numpy as np
 import pytest
 
-from data import packages
-from data import store as module
-from data.config import TokenizerConfig
-from data.store import TokenStore, fingerprint
-from data.tokenizer import Tokenizer
+from heedful.data import packages
+from heedful.data import store as module
+from heedful.data.config import TokenizerConfig
+from heedful.data.store import TokenStore, fingerprint
+from heedful.data.tokenizer import Tokenizer
 
 SIDES = ("source", "target")
 
@@ -80,7 +80,7 @@ def test_sizes_labels_and_blanks(tokenizer):
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_long_documents_are_tokenised_in_parts(chunk, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", chunk)
-    monkeypatch.setattr("data.tokenizer.PART", 5)
+    monkeypatch.setattr("heedful.data.tokenizer.PART", 5)
     texts = ["", "abcdefghijklmnop" * 3, "abc", "", "ponm" * 5]
     chars = Tokenizer.train(texts, TokenizerConfig(kind="chars", vocab_size=31))
     store = TokenStore.build([{"text": text} for text in texts], ("text",), chars, f"{chunk}")

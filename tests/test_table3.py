@@ -10,11 +10,11 @@ import pytest
 
 from benchmarks.runs import train
 from benchmarks.table3 import table
-from configs import base
-from configs.vaswani_table3 import ROWS
-from model.transformer import build
-from train.config import TrainError
-from train.run import differences, to_json
+from heedful.configs import base
+from heedful.configs.vaswani_table3 import ROWS
+from heedful.model.transformer import build
+from heedful.train.config import TrainError
+from heedful.train.run import differences, to_json
 
 # Millions, as printed in arXiv:1706.03762 table 3.
 PARAMETERS = {

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from data import sources, tables
-from data.config import DataConfig, DataError
-from data.tables import Table
+from heedful.data import sources, tables
+from heedful.data.config import DataConfig, DataError
+from heedful.data.tables import Table
 
 
 def write(path, text):

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from data import sources, text_files
-from data.config import DataConfig, DataError
+from heedful.data import sources, text_files
+from heedful.data.config import DataConfig, DataError
 
 
 def config(*train, **more):

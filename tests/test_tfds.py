@@ -2,9 +2,9 @@ import sys
 
 import pytest
 
-from data import labels, sources, tfds
-from data.config import DataConfig, DataError
-from data.examples import share
+from heedful.data import labels, sources, tfds
+from heedful.data.config import DataConfig, DataError
+from heedful.data.examples import share
 
 pytest.importorskip("tensorflow_datasets")
 import tiny_tfds

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from data import tokenizer as module
-from data.config import DataError, TokenizerConfig
-from data.tokenizer import BOS, EOS, PAD, SPECIAL, UNK, Tokenizer
+from heedful.data import tokenizer as module
+from heedful.data.config import DataError, TokenizerConfig
+from heedful.data.tokenizer import BOS, EOS, PAD, SPECIAL, UNK, Tokenizer
 
 TEXTS = [
     "the quick brown fox jumps over the lazy dog",
@@ -193,7 +193,7 @@ def test_wordpiece_splits_like_bert():
 
 
 def test_wordpiece_knows_the_most_frequent_characters(monkeypatch):
-    monkeypatch.setattr("data.vocabulary.ALPHABET", 3)
+    monkeypatch.setattr("heedful.data.vocabulary.ALPHABET", 3)
     tokenizer = learn("wordpiece", texts=["aaab bbc cd", "d d"])
     assert [UNK in ids for ids in tokenizer.encode_batch(["abd", "c"])] == [False, True]
 
@@ -514,9 +514,9 @@ def test_tokenizers_that_lose_spaces_are_for_no_texts_that_are_written(bert, gpt
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
 def test_long_words_are_learned_from_in_pieces(kind, monkeypatch):
     ordinary = learn(kind)
-    monkeypatch.setattr("data.vocabulary.LONGEST", 29)
+    monkeypatch.setattr("heedful.data.vocabulary.LONGEST", 29)
     assert learn(kind).fingerprint == ordinary.fingerprint
-    monkeypatch.setattr("data.vocabulary.LONGEST", 3)
+    monkeypatch.setattr("heedful.data.vocabulary.LONGEST", 3)
     shorter = learn(kind)
     assert shorter.fingerprint != ordinary.fingerprint
     longest = max(len(shorter.name(int(i)).removeprefix("##")) for i in shorter.ordinary)

@@ -6,12 +6,12 @@ import math
 
 import pytest
 
-import data.config
-import model.config
-import train.config
-from data.config import DataError
-from model.config import ModelError
-from train.config import DecodeConfig, MeshConfig, OptimizerConfig, TrainConfig, TrainError
+import heedful.data.config as data_config
+import heedful.model.config as model_config
+import heedful.train.config as train_config
+from heedful.data.config import DataError
+from heedful.model.config import ModelError
+from heedful.train.config import DecodeConfig, MeshConfig, OptimizerConfig, TrainConfig, TrainError
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_warmup_may_last_for_all_steps_of_a_schedule_without_end(schedule):
 
 
 def configs() -> list[type]:
-    modules = (model.config, data.config, train.config)
+    modules = (model_config, data_config, train_config)
     found = {cls for module in modules for _, cls in inspect.getmembers(module, inspect.isclass)}
     return sorted(filter(dataclasses.is_dataclass, found), key=lambda cls: cls.__name__)
 

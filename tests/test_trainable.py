@@ -12,12 +12,12 @@ import toy
 from jax.sharding import Mesh
 from test_sharding import CLASSIFIER, EVERY_AXIS, MODEL, PACKED, Trained, eight, losses, train
 
-from model.config import LoraConfig, ModelConfig
-from train.config import MeshConfig, OptimizerConfig, TrainConfig, TrainError
-from train.optimizer import make_optimizer
-from train.sharding import make_mesh
-from train.state import abstract_params, set_up
-from train.trainable import join, layer_names, named, rate_factors, split
+from heedful.model.config import LoraConfig, ModelConfig
+from heedful.train.config import MeshConfig, OptimizerConfig, TrainConfig, TrainError
+from heedful.train.optimizer import make_optimizer
+from heedful.train.sharding import make_mesh
+from heedful.train.state import abstract_params, set_up
+from heedful.train.trainable import join, layer_names, named, rate_factors, split
 
 ONE = make_mesh(MeshConfig(), jax.devices()[:1])
 FREEZE = (r"^embedding\.", r"decoder\.blocks\.1\.")

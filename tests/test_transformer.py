@@ -27,8 +27,8 @@ from tiny import (
     tiny,
 )
 
-from model.config import ModelError, RotaryConfig
-from model.transformer import empty_cache
+from heedful.model.config import ModelError, RotaryConfig
+from heedful.model.transformer import empty_cache
 
 TYPES = np.random.default_rng(1).integers(0, 3, (B, T))
 

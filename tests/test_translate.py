@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from tiny import POSITIONS, random_params, tiny
 
-from data.config import TokenizerConfig
-from data.tokenizer import Tokenizer
-from model.transformer import build, put_together
-from train.config import DecodeConfig, MeshConfig, TrainError
-from train.rows import batches
-from train.sharding import make_mesh
-from train.translate import Translator
+from heedful.data.config import TokenizerConfig
+from heedful.data.tokenizer import Tokenizer
+from heedful.model.transformer import build, put_together
+from heedful.train.config import DecodeConfig, MeshConfig, TrainError
+from heedful.train.rows import batches
+from heedful.train.sharding import make_mesh
+from heedful.train.translate import Translator
 
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])
 CONFIG = TokenizerConfig(kind="chars", vocab_size=99)

@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from data.writing import write_whole
+from heedful.data.writing import write_whole
 
 
 def test_what_a_link_leads_to_stays_as_it_is(tmp_path):

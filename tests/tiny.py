@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import (
+from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
     HeadConfig,
@@ -17,7 +17,7 @@ from model.config import (
     PositionConfig,
     RotaryConfig,
 )
-from model.transformer import build
+from heedful.model.transformer import build
 
 B, T, S, V = 3, 5, 7, 11
 WIDTH, HEADS, KV_HEADS, HEAD_DIM, INNER, LAYERS = 12, 6, 3, 2, 13, 2

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import B, S, T, V, random_params
 
-from model.config import (
+from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
     HeadConfig,
@@ -24,8 +24,8 @@ from model.config import (
     PositionConfig,
     RotaryConfig,
 )
-from model.pretrained import write
-from model.transformer import build
+from heedful.model.pretrained import write
+from heedful.model.transformer import build
 
 TOKENS, SOURCE = jnp.zeros((B, T), jnp.int32), jnp.zeros((B, S), jnp.int32)
 SPECIAL = {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}

@@ -13,14 +13,20 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from data.config import DataConfig
-from model.config import AttentionConfig, FeedForwardConfig, HeadConfig, ModelConfig, NormConfig
-from train.checkpoint import Checkpoints
-from train.config import DecodeConfig, TrainConfig
-from train.run import Run
-from train.sharding import make_mesh
-from train.start import start_run
-from train.state import TrainState, abstract_params
+from heedful.data.config import DataConfig
+from heedful.model.config import (
+    AttentionConfig,
+    FeedForwardConfig,
+    HeadConfig,
+    ModelConfig,
+    NormConfig,
+)
+from heedful.train.checkpoint import Checkpoints
+from heedful.train.config import DecodeConfig, TrainConfig
+from heedful.train.run import Run
+from heedful.train.sharding import make_mesh
+from heedful.train.start import start_run
+from heedful.train.state import TrainState, abstract_params
 
 SOURCE = ["red", "green", "blue", "small", "large", "cat", "dog", "bird", "runs", "sleeps", "sings"]
 TARGET = ["rot", "gruen", "blau", "klein", "gross", "katze", "hund", "vogel", "rennt", "schlaeft",

@@ -14,14 +14,14 @@ import numpy as np
 from jaxtyping import Bool, Float
 from rich.console import Console
 
-from data.objectives import OBJECTIVES
-from data.writing import write_whole
-from train.attention_weights import attention_kinds, attention_masks, attention_weights
-from train.commands import LoadArguments
-from train.config import require
-from train.load import Trained
-from train.token_labels import drawable, pieces
-from train.translate import Translator
+from heedful.data.objectives import OBJECTIVES
+from heedful.data.writing import write_whole
+from heedful.train.attention_weights import attention_kinds, attention_masks, attention_weights
+from heedful.train.commands import LoadArguments
+from heedful.train.config import require
+from heedful.train.load import Trained
+from heedful.train.token_labels import drawable, pieces
+from heedful.train.translate import Translator
 
 LONGEST = 64  # tokens on an axis that can still be read
 CELL, PANEL, FONT = 0.17, 1.6, 8  # inches of a pair, least of a panel; points of a label

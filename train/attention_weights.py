@@ -7,10 +7,10 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from model.attention import WITHOUT_WEIGHTS
-from model.config import ModelConfig, ModelError
-from model.masks import AttentionMask
-from model.transformer import build, cross_mask, decoder_mask, encoder_mask
+from heedful.model.attention import WITHOUT_WEIGHTS
+from heedful.model.config import ModelConfig, ModelError
+from heedful.model.masks import AttentionMask
+from heedful.model.transformer import build, cross_mask, decoder_mask, encoder_mask
 
 Inputs = Mapping[str, jax.Array]  # what the model is called with, by the names of data/batch.py
 

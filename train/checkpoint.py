@@ -14,15 +14,15 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from data.writing import write_whole
-from train.config import Interrupted, TrainError
-from train.fingerprint import words_of_leaves
-from train.hosts import any_process, is_first, one_first, several, to_host
-from train.metrics import tell
-from train.record import named_words
-from train.run import require_plain
-from train.state import TrainState
-from train.trainable import named
+from heedful.data.writing import write_whole
+from heedful.train.config import Interrupted, TrainError
+from heedful.train.fingerprint import words_of_leaves
+from heedful.train.hosts import any_process, is_first, one_first, several, to_host
+from heedful.train.metrics import tell
+from heedful.train.record import named_words
+from heedful.train.run import require_plain
+from heedful.train.state import TrainState
+from heedful.train.trainable import named
 
 _words = jax.jit(words_of_leaves)
 

@@ -6,17 +6,17 @@ from functools import cached_property
 import jax
 import numpy as np
 
-from data import sources
-from data.batch import pad_and_stack
-from data.config import DataError
-from data.objectives import OBJECTIVES, Arrays
-from data.text_files import one_line
-from model.transformer import build
-from train.config import TrainError
-from train.load import Trained
-from train.rows import shapes
-from train.sharding import whole, whole_to_devices
-from train.step import model_inputs
+from heedful.data import sources
+from heedful.data.batch import pad_and_stack
+from heedful.data.config import DataError
+from heedful.data.objectives import OBJECTIVES, Arrays
+from heedful.data.text_files import one_line
+from heedful.model.transformer import build
+from heedful.train.config import TrainError
+from heedful.train.load import Trained
+from heedful.train.rows import shapes
+from heedful.train.sharding import whole, whole_to_devices
+from heedful.train.step import model_inputs
 
 
 def trained_on_pairs(trained: Trained) -> bool | None:

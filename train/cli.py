@@ -10,13 +10,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from configs import base
-from data.config import DataError
-from model.config import ModelError
-from train import commands, signals
-from train.config import Interrupted, TrainError
-from train.flags import take
-from train.memory import keep_memory
+from heedful.configs import base
+from heedful.data.config import DataError
+from heedful.model.config import ModelError
+from heedful.train import commands, signals
+from heedful.train.config import Interrupted, TrainError
+from heedful.train.flags import take
+from heedful.train.memory import keep_memory
 
 USAGE = """usage: heedful COMMAND ...
 
@@ -104,14 +104,14 @@ def run(arguments: list[str]) -> int:
 
 def _of_several() -> bool:
     """Whether there are other processes; without importing jax where nothing has."""
-    return "train.hosts" in sys.modules and sys.modules["train.hosts"].several()
+    return "heedful.train.hosts" in sys.modules and sys.modules["heedful.train.hosts"].several()
 
 
 def _failed(error: Exception) -> int:
     """Says what has gone wrong in one of several processes; returns the exit code."""
     if not _of_several():
         raise error
-    if sys.modules["train.hosts"].lost(error):
+    if sys.modules["heedful.train.hosts"].lost(error):
         reason = str(error).splitlines()[0][:200]
         print(
             f"heedful: error: another process has died or cannot be reached ({reason}): "
@@ -143,7 +143,7 @@ OF_SEVERAL = (
 
 def _join(arguments: list[str]) -> list[str]:
     """Makes this process one of several where the flags or the environment say so; other flags."""
-    from train import hosts
+    from heedful.train import hosts
 
     given, rest = take(arguments, hosts.FLAGS)
     hosts.join(given)
@@ -164,7 +164,7 @@ def _dispatch(arguments: list[str]) -> int:
         for name in base.names():
             print(f"{name:24}{base.load(name)[1].strip().splitlines()[0]}")
     elif command == "cores":
-        from train.cores import table
+        from heedful.train.cores import table
 
         print(table())
     elif command not in known:

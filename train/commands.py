@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from data.config import DataConfig, DataError
-from data.text_files import CR_ONLY, checked_text, one_line
-from model.config import ModelConfig
-from train import flags
-from train.config import DecodeConfig, TrainConfig, TrainError
-from train.flags import early
+from heedful.data.config import DataConfig, DataError
+from heedful.data.text_files import CR_ONLY, checked_text, one_line
+from heedful.model.config import ModelConfig
+from heedful.train import flags
+from heedful.train.config import DecodeConfig, TrainConfig, TrainError
+from heedful.train.flags import early
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +99,12 @@ def train(name: str, experiment: Any, description: str, arguments: list[str]) ->
     chosen = parse(default, arguments, f"heedful train {name}", description)
 
     keep_compiled()
-    from train.audit.report import audit_before_training
-    from train.evaluate import report
-    from train.hosts import one_first
-    from train.load import load
-    from train.loop import fit
-    from train.start import start_run
+    from heedful.train.audit.report import audit_before_training
+    from heedful.train.evaluate import report
+    from heedful.train.hosts import one_first
+    from heedful.train.load import load
+    from heedful.train.loop import fit
+    from heedful.train.start import start_run
 
     parts = chosen.run_dir, chosen.model, chosen.data, chosen.train
     run = one_first(lambda: start_run(*parts, console()))
@@ -118,7 +118,7 @@ def train(name: str, experiment: Any, description: str, arguments: list[str]) ->
 def evaluate(directory: str, arguments: list[str]) -> None:
     """heedful evaluate RUN: other settings than those of the training write to evaluations/"""
     chosen = _parse_for_run(EvaluateArguments, directory, arguments, "evaluate")
-    from train.evaluate import evaluation_directory, report
+    from heedful.train.evaluate import evaluation_directory, report
 
     trained = _load(directory, chosen)
     settings = {name: value for name, value in vars(chosen).items() if name != "decode"}
@@ -136,7 +136,7 @@ def evaluate(directory: str, arguments: list[str]) -> None:
 def translate(directory: str, arguments: list[str]) -> None:
     """heedful translate RUN: a line out for each line of standard input"""
     chosen = _parse_for_run(DecodeArguments, directory, arguments, "translate")
-    from train.translate import Translator
+    from heedful.train.translate import Translator
 
     lines = read_lines()
     trained = _load(directory, chosen, stderr=True)
@@ -149,8 +149,8 @@ def generate(directory: str, arguments: list[str]) -> None:
     """heedful generate RUN ["text"]: goes on with a text, or with each line of standard input"""
     text, arguments = _text(arguments)
     chosen = _parse_for_run(DecodeArguments, directory, arguments, "generate")
-    from train.generate import Generator
-    from train.hosts import is_first
+    from heedful.train.generate import Generator
+    from heedful.train.hosts import is_first
 
     lines = read_lines() if text is None else []
     trained = _load(directory, chosen, stderr=True)
@@ -173,8 +173,8 @@ def classify(directory: str, arguments: list[str]) -> None:
     """heedful classify RUN ["text"]: the class of a text, or of each line of standard input"""
     text, arguments = _text(arguments)
     chosen = _parse_for_run(ClassifyArguments, directory, arguments, "classify")
-    from train.classify import Classifier, trained_on_pairs
-    from train.hosts import from_first
+    from heedful.train.classify import Classifier, trained_on_pairs
+    from heedful.train.hosts import from_first
 
     lines = read_lines() if text is None else [text]
     trained = _load(directory, chosen, stderr=True)
@@ -196,7 +196,7 @@ def attention(directory: str, arguments: list[str]) -> None:
     text, arguments = _text(arguments)
     if text is None and not helps(arguments):
         raise TrainError("heedful attention needs a run directory and a text")
-    from train.attention_picture import AttentionArguments, attention_picture
+    from heedful.train.attention_picture import AttentionArguments, attention_picture
 
     chosen = _parse_for_run(AttentionArguments, directory, arguments, "attention")
     entries = dataclasses.fields(AttentionArguments)
@@ -206,8 +206,8 @@ def attention(directory: str, arguments: list[str]) -> None:
 
 def inspect(name: str, experiment: Any, arguments: list[str]) -> None:
     """heedful inspect CONFIG|RUN"""
-    from train import inspect as inspection
-    from train.run import Run
+    from heedful.train import inspect as inspection
+    from heedful.train.run import Run
 
     whole = experiment or Run.open(name)
     model = _adopted(whole.model, whole.train, arguments) if experiment else whole.model
@@ -218,7 +218,7 @@ def inspect(name: str, experiment: Any, arguments: list[str]) -> None:
 
 def masks(name: str, experiment: Any, arguments: list[str]) -> int:
     """heedful masks CONFIG|RUN; returns the exit code, 1 where something is wrong"""
-    from train.audit import report
+    from heedful.train.audit import report
 
     if experiment:
         keep_compiled()
@@ -242,7 +242,7 @@ def masks(name: str, experiment: Any, arguments: list[str]) -> int:
 def reproduce(directory: str, arguments: list[str]) -> int:
     """heedful reproduce RUN; returns the exit code, 1 where the bits differ"""
     keep_compiled()
-    from train import reproduce as again
+    from heedful.train import reproduce as again
 
     chosen = parse(again.ReproduceArguments(), arguments, f"heedful reproduce {directory}")
     return int(not again.reproduce(Path(directory), chosen, console()))
@@ -251,7 +251,7 @@ def reproduce(directory: str, arguments: list[str]) -> int:
 def verify(directory: str, arguments: list[str]) -> int:
     """heedful verify RUN; returns the exit code, 1 where the bits differ"""
     keep_compiled()
-    from train import reproduce as again
+    from heedful.train import reproduce as again
 
     chosen = parse(again.VerifyArguments(), arguments, f"heedful verify {directory}")
     return int(not again.verify(Path(directory), chosen, console()))
@@ -259,9 +259,9 @@ def verify(directory: str, arguments: list[str]) -> int:
 
 def plan(name: str, experiment: Any, arguments: list[str]) -> int:
     """heedful plan CONFIG|RUN; returns the exit code, 1 where it does not fit"""
-    from train.plan import report
-    from train.plan.search import search
-    from train.run import Run
+    from heedful.train.plan import report
+    from heedful.train.plan.search import search
+    from heedful.train.run import Run
 
     whole = experiment or Run.open(name)
     model = _adopted(whole.model, whole.train, arguments) if experiment else whole.model
@@ -276,9 +276,9 @@ def plan(name: str, experiment: Any, arguments: list[str]) -> int:
 def import_(source: str, arguments: list[str]) -> None:
     """heedful import hf:DIR --run-dir RUN"""
     keep_compiled()
-    from train.exchange import default_data, import_run
-    from train.generation_config import describe, follow
-    from train.init_from import open_source
+    from heedful.train.exchange import default_data, import_run
+    from heedful.train.generation_config import describe, follow
+    from heedful.train.init_from import open_source
 
     opened = open_source(source, console())
     decode, fields, left = follow(
@@ -298,7 +298,7 @@ def export(directory: str, arguments: list[str]) -> None:
     if target is None and not helps(arguments):
         raise TrainError("heedful export needs a run directory and the directory to write")
     chosen = _parse_for_run(LoadArguments, directory, arguments, "export")
-    from train.exchange import export_run
+    from heedful.train.exchange import export_run
 
     export_run(_load(directory, chosen), Path(target or ""), console())
 
@@ -308,7 +308,7 @@ def _adopted(model: ModelConfig, train: TrainConfig, arguments: list[str]) -> Mo
     init_from = early(arguments, "--train.init-from") or train.init_from
     if init_from in (None, "None") or helps(arguments):
         return model
-    from train.init_from import adopt, open_source
+    from heedful.train.init_from import adopt, open_source
 
     return adopt(model, open_source(init_from, console()).model)
 
@@ -316,7 +316,7 @@ def _adopted(model: ModelConfig, train: TrainConfig, arguments: list[str]) -> Mo
 def parse(default: Any, arguments: list[str], program: str, description: str = "") -> Any:
     """The flags over the defaults, with the home directory for each ~ that begins a path."""
     chosen, home = flags.parse(default, arguments, program, description), os.path.expanduser
-    from train.run import data_paths, train_paths
+    from heedful.train.run import data_paths, train_paths
 
     changed: dict[str, Any] = {}
     for name, value in vars(chosen).items():
@@ -332,7 +332,7 @@ def parse(default: Any, arguments: list[str], program: str, description: str = "
 def _parse_for_run(kind: Any, directory: str, arguments: list[str], command: str) -> Any:
     """The flags of a command whose defaults are those of the run."""
     keep_compiled()
-    from train.run import Run
+    from heedful.train.run import Run
 
     has_decode = any(entry.name == "decode" for entry in dataclasses.fields(kind))
     run = Run.open(directory)
@@ -341,7 +341,7 @@ def _parse_for_run(kind: Any, directory: str, arguments: list[str], command: str
 
 
 def _load(directory: str, chosen: LoadArguments, stderr: bool = False) -> Any:
-    from train.load import load
+    from heedful.train.load import load
 
     return load(
         Path(directory), console(stderr), checkpoint=chosen.checkpoint, fallback=chosen.fallback
@@ -370,7 +370,7 @@ def _warn_unknown(trained: Any, lines: list[str]) -> None:
 
 def _warning(trained: Any) -> dict[str, Any]:
     """How long the rows of the training were, if that is known, and where a user is warned."""
-    from train.record import data_record
+    from heedful.train.record import data_record
 
     is_known = "train" in data_record(trained.run)
     return {
@@ -391,7 +391,7 @@ def _text(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _print(lines: Iterable[str]) -> None:
-    from train.hosts import is_first
+    from heedful.train.hosts import is_first
 
     for line in lines:
         if is_first():
@@ -400,7 +400,7 @@ def _print(lines: Iterable[str]) -> None:
 
 def read_lines() -> list[str]:
     """The lines of standard input, in UTF-8; of several processes the first one reads."""
-    from train.hosts import from_first, is_first, one_first
+    from heedful.train.hosts import from_first, is_first, one_first
 
     lines = one_first(lambda: _lines_here() if is_first() else [])
     return json.loads(from_first(json.dumps(lines)))
@@ -419,7 +419,7 @@ def console(stderr: bool = False) -> Any:
     """Where commands print; brackets and colons of names and texts stay as they are."""
     from rich.console import Console
 
-    from train.hosts import is_first
+    from heedful.train.hosts import is_first
 
     return Console(
         stderr=stderr,
@@ -435,8 +435,8 @@ def keep_compiled() -> None:
     """What XLA compiles is kept for the next process, and what it leaves behind is not."""
     import jax
 
-    from data.packages import cache
-    from train.memory import keep_in_place
+    from heedful.data.packages import cache
+    from heedful.train.memory import keep_in_place
 
     keep_in_place()
     jax.config.update("jax_compilation_cache_dir", str(cache() / "compiled"))

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from model.config import require_choices
+from heedful.model.config import require_choices
 
 MOST = 1 << 20  # tokens of a text
 MOST_BEAM = 4096  # hypotheses of a beam

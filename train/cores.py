@@ -8,14 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from model import masks
-from model.attention import ATTENTION, ONE_DOCUMENT
-from model.cache import new_cache
-from model.config import AttentionConfig, ModelConfig, ModelError, Place
-from model.layers import MultiHeadAttention, Shared
-from model.masks import AttentionMask, MaskNotSupported
-from model.positions import PositionBias
-from model.transformer import cross_mask, decoder_mask, encoder_mask
+from heedful.model import masks
+from heedful.model.attention import ATTENTION, ONE_DOCUMENT
+from heedful.model.cache import new_cache
+from heedful.model.config import AttentionConfig, ModelConfig, ModelError, Place
+from heedful.model.layers import MultiHeadAttention, Shared
+from heedful.model.masks import AttentionMask, MaskNotSupported
+from heedful.model.positions import PositionBias
+from heedful.model.transformer import cross_mask, decoder_mask, encoder_mask
 
 T = 4
 IDS = jnp.ones((1, T), jnp.int32)

@@ -7,15 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from data.config import DataConfig
-from model.cache import WindowCache
-from model.config import ModelConfig, Place
-from model.stack import BlockCache
-from model.transformer import build, empty_cache
-from train.config import TrainConfig
-from train.sharding import resolve
-from train.state import Setup
-from train.trainable import named, split
+from heedful.data.config import DataConfig
+from heedful.model.cache import WindowCache
+from heedful.model.config import ModelConfig, Place
+from heedful.model.stack import BlockCache
+from heedful.model.transformer import build, empty_cache
+from heedful.train.config import TrainConfig
+from heedful.train.sharding import resolve
+from heedful.train.state import Setup
+from heedful.train.trainable import named, split
 
 BACKWARD = 2  # forward passes that the arithmetic of a backward pass is worth
 

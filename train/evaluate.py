@@ -15,21 +15,21 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from data import sources
-from data.pipeline import Dataset
-from data.store import fingerprint
-from data.text_files import one_line
-from data.writing import write_whole
-from train import scores
-from train.config import DecodeConfig, TrainError
-from train.hosts import is_first, one_first
-from train.load import Trained
-from train.perplexity import NOTHING_TO_PREDICT, strided_loss
-from train.record import data_record
-from train.run import Run, to_json, write_json
-from train.sharding import require_divisible, rows_here, to_devices
-from train.step import make_eval_step
-from train.translate import Translator
+from heedful.data import sources
+from heedful.data.pipeline import Dataset
+from heedful.data.store import fingerprint
+from heedful.data.text_files import one_line
+from heedful.data.writing import write_whole
+from heedful.train import scores
+from heedful.train.config import DecodeConfig, TrainError
+from heedful.train.hosts import is_first, one_first
+from heedful.train.load import Trained
+from heedful.train.perplexity import NOTHING_TO_PREDICT, strided_loss
+from heedful.train.record import data_record
+from heedful.train.run import Run, to_json, write_json
+from heedful.train.sharding import require_divisible, rows_here, to_devices
+from heedful.train.step import make_eval_step
+from heedful.train.translate import Translator
 
 SPLITS = {"valid": "validation", "test": "test"}
 NO_BETTER = 0.98

@@ -9,19 +9,19 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from data.config import DataConfig, Objective
-from model import pretrained
-from model.config import ModelConfig
-from train.checkpoint import Checkpoints
-from train.config import DecodeConfig, MeshConfig, TrainConfig, TrainError
-from train.hosts import is_first, to_host
-from train.init_from import Source, print_notes
-from train.load import Trained
-from train.record import add_environment, environment
-from train.run import Run, is_begun, write_json
-from train.sharding import make_mesh
-from train.start import require_fit
-from train.state import abstract_params, parameter_count
+from heedful.data.config import DataConfig, Objective
+from heedful.model import pretrained
+from heedful.model.config import ModelConfig
+from heedful.train.checkpoint import Checkpoints
+from heedful.train.config import DecodeConfig, MeshConfig, TrainConfig, TrainError
+from heedful.train.hosts import is_first, to_host
+from heedful.train.init_from import Source, print_notes
+from heedful.train.load import Trained
+from heedful.train.record import add_environment, environment
+from heedful.train.run import Run, is_begun, write_json
+from heedful.train.sharding import make_mesh
+from heedful.train.start import require_fit
+from heedful.train.state import abstract_params, parameter_count
 
 
 def default_data(model: ModelConfig) -> DataConfig:

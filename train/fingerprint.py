@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Shaped, UInt32
 
-from model.dropout import indices, mix, place
-from train.sharding import whole
+from heedful.model.dropout import indices, mix, place
+from heedful.train.sharding import whole
 
 
 def make_fingerprint(mesh: Mesh) -> Callable[[Any], jax.Array]:

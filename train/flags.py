@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from typing import TypeVar
 
-from train.config import TrainError
+from heedful.train.config import TrainError
 
 T = TypeVar("T")
 

@@ -10,13 +10,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from data.tokenizer import Tokenizer
-from model.config import ModelConfig
-from model.decoding import Decoded, Sampling, Writing, advance, beam_search, begin
-from model.transformer import build, empty_cache, put_together, take_apart
-from train.config import DecodeConfig, TrainError, require_tokens
-from train.rows import Rows, batches, require_length
-from train.sharding import whole
+from heedful.data.tokenizer import Tokenizer
+from heedful.model.config import ModelConfig
+from heedful.model.decoding import Decoded, Sampling, Writing, advance, beam_search, begin
+from heedful.model.transformer import build, empty_cache, put_together, take_apart
+from heedful.train.config import DecodeConfig, TrainError, require_tokens
+from heedful.train.rows import Rows, batches, require_length
+from heedful.train.sharding import whole
 
 CHUNK = 256  # positions of a prompt that are read at once
 PIECE = 16  # tokens that a batch writes between two looks for stop strings

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from model.pretrained.tensors import read_json
-from train.config import DecodeConfig, TrainError
+from heedful.model.pretrained.tensors import read_json
+from heedful.train.config import DecodeConfig, TrainError
 
 FILE = "generation_config.json"
 # What has no part in the text that is written, or is read by data/special.py.

@@ -12,19 +12,19 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data import packages
-from data.llama2c import read_llama2c
-from data.special import Special, of_model
-from data.tokenizer import Tokenizer
-from model import pretrained
-from model.config import LoraConfig, ModelConfig
-from model.pretrained.tensors import CONFIG, read_json
-from train import generation_config
-from train.config import TrainError
-from train.hosts import to_host
-from train.load import load
-from train.run import Run, differences, to_json
-from train.trainable import named
+from heedful.data import packages
+from heedful.data.llama2c import read_llama2c
+from heedful.data.special import Special, of_model
+from heedful.data.tokenizer import Tokenizer
+from heedful.model import pretrained
+from heedful.model.config import LoraConfig, ModelConfig
+from heedful.model.pretrained.tensors import CONFIG, read_json
+from heedful.train import generation_config
+from heedful.train.config import TrainError
+from heedful.train.hosts import to_host
+from heedful.train.load import load
+from heedful.train.run import Run, differences, to_json
+from heedful.train.trainable import named
 
 TOKENIZERS = ("tokenizer.json", "vocab.txt")
 TWO_TOKENIZERS = ("source.spm", "target.spm")  # As opus-mt models are published.

@@ -13,13 +13,13 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from data.config import DataConfig
-from data.tokenizer import Tokenizer
-from model.cache import remembered
-from model.config import ModelConfig
-from train.attention_weights import attention_kinds, attention_masks
-from train.config import MeshConfig, TrainConfig, require
-from train.costs import (
+from heedful.data.config import DataConfig
+from heedful.data.tokenizer import Tokenizer
+from heedful.model.cache import remembered
+from heedful.model.config import ModelConfig
+from heedful.train.attention_weights import attention_kinds, attention_masks
+from heedful.train.config import MeshConfig, TrainConfig, require
+from heedful.train.costs import (
     BACKWARD,
     STACKED,
     Memory,
@@ -29,9 +29,9 @@ from train.costs import (
     recomputed,
     scored_at_once,
 )
-from train.sharding import MESH_AXES
-from train.state import Setup, parameter_count, set_up
-from train.trainable import named
+from heedful.train.sharding import MESH_AXES
+from heedful.train.state import Setup, parameter_count, set_up
+from heedful.train.trainable import named
 
 ROW = 16  # tokens of the example whose masks are drawn
 MAY, MAY_NOT = "██", "··"

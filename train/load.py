@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
-from data.tokenizer import Tokenizer
-from train.checkpoint import Checkpoints, CorruptCheckpoint
-from train.config import MeshConfig, TrainError
-from train.metrics import scores
-from train.run import Run
-from train.sharding import make_mesh
-from train.state import abstract_params
+from heedful.data.tokenizer import Tokenizer
+from heedful.train.checkpoint import Checkpoints, CorruptCheckpoint
+from heedful.train.config import MeshConfig, TrainError
+from heedful.train.metrics import scores
+from heedful.train.run import Run
+from heedful.train.sharding import make_mesh
+from heedful.train.state import abstract_params
 
 
 @dataclass(frozen=True)

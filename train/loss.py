@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from model.axes import mesh_axes, shards
+from heedful.model.axes import mesh_axes, shards
 
 
 def cross_entropy(

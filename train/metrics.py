@@ -19,10 +19,10 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from data.writing import write_whole
-from train.config import TrainError
-from train.hosts import is_first
-from train.run import finite
+from heedful.data.writing import write_whole
+from heedful.train.config import TrainError
+from heedful.train.hosts import is_first
+from heedful.train.run import finite
 
 
 class NonFiniteLoss(TrainError):

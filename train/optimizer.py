@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from train.config import OptimizerConfig
+from heedful.train.config import OptimizerConfig
 
 # Of linear maps, of their low-rank updates, and of Linformer along the positions.
 MATRICES = ("kernel", "lora_a", "lora_b", "projection", "both", "keys", "values")

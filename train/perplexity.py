@@ -8,11 +8,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from data.batch import pad_and_stack
-from data.objectives import OBJECTIVES, Arrays
-from data.pipeline import Dataset
-from train.config import TrainError
-from train.sharding import whole_to_devices
+from heedful.data.batch import pad_and_stack
+from heedful.data.objectives import OBJECTIVES, Arrays
+from heedful.data.pipeline import Dataset
+from heedful.train.config import TrainError
+from heedful.train.sharding import whole_to_devices
 
 NOTHING_TO_PREDICT = (
     "the {split} data has nothing to predict: all its tokens are special, or unknown to the "

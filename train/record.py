@@ -16,11 +16,11 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from train.hosts import is_first
-from train.metrics import Lines, keep_damaged, read_lines
-from train.run import Run, differences, write_json
+from heedful.train.hosts import is_first
+from heedful.train.metrics import Lines, keep_damaged, read_lines
+from heedful.train.run import Run, differences, write_json
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("model", "data", "train")
 PACKAGES = ("flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "safetensors")
 PACKAGE_FAMILIES = ("jax", "libtpu", "nvidia-")  # compilers, runtimes and kernels of the devices

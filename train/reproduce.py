@@ -11,16 +11,16 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from train import signals
-from train.checkpoint import Checkpoints
-from train.config import Interrupted, TrainError
-from train.fingerprint import make_fingerprint
-from train.hosts import any_process, one_first, several
-from train.loop import fit
-from train.record import changes, environments, fingerprints, named_words
-from train.run import Run, is_begun
-from train.state import TrainState, set_up
-from train.trainable import named
+from heedful.train import signals
+from heedful.train.checkpoint import Checkpoints
+from heedful.train.config import Interrupted, TrainError
+from heedful.train.fingerprint import make_fingerprint
+from heedful.train.hosts import any_process, one_first, several
+from heedful.train.loop import fit
+from heedful.train.record import changes, environments, fingerprints, named_words
+from heedful.train.run import Run, is_begun
+from heedful.train.state import TrainState, set_up
+from heedful.train.trainable import named
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, UInt32
 
-from train.config import DecodeConfig, TrainError
-from train.sharding import RULES, place
+from heedful.train.config import DecodeConfig, TrainError
+from heedful.train.sharding import RULES, place
 
 SHORTEST = 16  # lengths are 16, 32, 64, ...: one compilation each
 

@@ -14,13 +14,13 @@ from typing import Any
 
 from etils import epath
 
-from data.config import DataConfig
-from data.reading import parse_json, require_characters
-from data.tokenizer import Tokenizer
-from data.writing import write_whole
-from model.config import ModelConfig
-from train.config import TrainConfig, TrainError
-from train.hosts import is_first
+from heedful.data.config import DataConfig
+from heedful.data.reading import parse_json, require_characters
+from heedful.data.tokenizer import Tokenizer
+from heedful.data.writing import write_whole
+from heedful.model.config import ModelConfig
+from heedful.train.config import TrainConfig, TrainError
+from heedful.train.hosts import is_first
 
 # Where a run goes on, and what is done with it in the end: what is trained stays the same.
 MAY_DIFFER = (

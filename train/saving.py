@@ -9,12 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
-from data.pipeline import TrainIterator
-from train.checkpoint import Checkpoints, SaveFailed
-from train.config import TrainError
-from train.hosts import any_process, from_first, is_first
-from train.run import Home, Run
-from train.state import TrainState
+from heedful.data.pipeline import TrainIterator
+from heedful.train.checkpoint import Checkpoints, SaveFailed
+from heedful.train.config import TrainError
+from heedful.train.hosts import any_process, from_first, is_first
+from heedful.train.run import Home, Run
+from heedful.train.state import TrainState
 
 
 class Saving:

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from data.packing import Shape
-from model.axes import AXES
-from train.config import MeshConfig, TrainError
+from heedful.data.packing import Shape
+from heedful.model.axes import AXES
+from heedful.train.config import MeshConfig, TrainError
 
 MESH_AXES = ("data", "fsdp", "seq", "tensor")
 

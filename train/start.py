@@ -7,15 +7,15 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from data import pipeline
-from data.config import DataConfig
-from data.tokenizer import Tokenizer
-from model.attention import ONE_DOCUMENT
-from model.config import ModelConfig
-from train.config import TrainConfig, TrainError
-from train.hosts import is_first
-from train.init_from import open_source
-from train.run import Run, is_begun
+from heedful.data import pipeline
+from heedful.data.config import DataConfig
+from heedful.data.tokenizer import Tokenizer
+from heedful.model.attention import ONE_DOCUMENT
+from heedful.model.config import ModelConfig
+from heedful.train.config import TrainConfig, TrainError
+from heedful.train.hosts import is_first
+from heedful.train.init_from import open_source
+from heedful.train.run import Run, is_begun
 
 # The architectures and the head that learn an objective.
 FITTING = {
@@ -105,7 +105,7 @@ def _require_room(run: Run) -> None:
 
     Before anything is made: what is too large by far may end the process, or the machine.
     """
-    from train.plan.report import capacity
+    from heedful.train.plan.report import capacity
 
     here = jax.local_devices()
     room = (capacity(None, here) or math.inf) * len(here) * jax.process_count()

@@ -9,12 +9,12 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
-from model.config import ModelConfig
-from model.transformer import build
-from train.config import TrainConfig
-from train.optimizer import make_optimizer
-from train.sharding import make_mesh, parameter_shardings, whole
-from train.trainable import rate_factors, split
+from heedful.model.config import ModelConfig
+from heedful.model.transformer import build
+from heedful.train.config import TrainConfig
+from heedful.train.optimizer import make_optimizer
+from heedful.train.sharding import make_mesh, parameter_shardings, whole
+from heedful.train.trainable import rate_factors, split
 
 
 @struct.dataclass

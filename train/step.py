@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from model.config import ModelConfig
-from model.transformer import build
-from train.config import TrainConfig
-from train.loss import cross_entropy, cross_entropy_in_chunks, squared_error
-from train.optimizer import learning_rate
-from train.sharding import flax_rules, whole
-from train.state import Setup, TrainState
-from train.trainable import join, split
+from heedful.model.config import ModelConfig
+from heedful.model.transformer import build
+from heedful.train.config import TrainConfig
+from heedful.train.loss import cross_entropy, cross_entropy_in_chunks, squared_error
+from heedful.train.optimizer import learning_rate
+from heedful.train.sharding import flax_rules, whole
+from heedful.train.state import Setup, TrainState
+from heedful.train.trainable import join, split
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, Any]

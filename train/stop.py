@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from train import signals
-from train.config import Interrupted
-from train.hosts import several
-from train.sharding import place, whole
+from heedful.train import signals
+from heedful.train.config import Interrupted
+from heedful.train.hosts import several
+from heedful.train.sharding import place, whole
 
 
 class Stop:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data.tokenizer import Tokenizer
-from data.vocabulary import BYTES
+from heedful.data.tokenizer import Tokenizer
+from heedful.data.vocabulary import BYTES
 
 VISIBLE = {" ": "␣", "\n": "↵", "\t": "⇥"}
 PLAIN = "DejaVu Sans"  # comes with matplotlib

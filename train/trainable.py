@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from model.config import ModelConfig
-from train.config import OptimizerConfig, TrainError
+from heedful.model.config import ModelConfig
+from heedful.train.config import OptimizerConfig, TrainError
 
 STACKED = "blocks"  # below this name, arrays lead with the layers
 

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from data.text_files import one_line
-from data.tokenizer import Tokenizer
-from model.config import ModelConfig, ModelError
-from model.decoding import Decoded, Sampling, beam_search, sample
-from model.transformer import build, empty_cache, put_together, take_apart
-from train.config import DecodeConfig, TrainError, require_tokens
-from train.rows import Rows, batches, require_length
-from train.sharding import whole
+from heedful.data.text_files import one_line
+from heedful.data.tokenizer import Tokenizer
+from heedful.model.config import ModelConfig, ModelError
+from heedful.model.decoding import Decoded, Sampling, beam_search, sample
+from heedful.model.transformer import build, empty_cache, put_together, take_apart
+from heedful.train.config import DecodeConfig, TrainError, require_tokens
+from heedful.train.rows import Rows, batches, require_length
+from heedful.train.sharding import whole
 
 
 class Translator:

@@ -6,15 +6,15 @@ which may be a module with parameters of its own. A new core is one file and one
 
 from collections.abc import Callable
 
-from model.attention.cudnn import cudnn
-from model.attention.dense import dense
-from model.attention.flash import flash
-from model.attention.linformer import Linformer
-from model.attention.longformer import longformer
-from model.attention.performer import Performer
-from model.attention.ring import ring
-from model.attention.splash import splash
-from model.config import ModelConfig, ModelError
+from heedful.model.attention.cudnn import cudnn
+from heedful.model.attention.dense import dense
+from heedful.model.attention.flash import flash
+from heedful.model.attention.linformer import Linformer
+from heedful.model.attention.longformer import longformer
+from heedful.model.attention.performer import Performer
+from heedful.model.attention.ring import ring
+from heedful.model.attention.splash import splash
+from heedful.model.config import ModelConfig, ModelError
 
 ATTENTION: dict[str, Callable[[ModelConfig], Callable]] = {
     "dense": lambda config: dense,

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from model.attention.dense import require_whole_rows
-from model.attention.fused import band, fill, segment_ids
-from model.axes import target_platform
-from model.config import require
-from model.masks import AttentionMask, MaskNotSupported, Window, cross
-from model.positions import PositionBias
+from heedful.model.attention.dense import require_whole_rows
+from heedful.model.attention.fused import band, fill, segment_ids
+from heedful.model.axes import target_platform
+from heedful.model.config import require
+from heedful.model.masks import AttentionMask, MaskNotSupported, Window, cross
+from heedful.model.positions import PositionBias
 
 
 def cudnn(

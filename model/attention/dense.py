@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from model.axes import mesh_axes
-from model.config import require
-from model.dropout import dropout_words, keep
-from model.masks import AttentionMask
-from model.positions import PositionBias
+from heedful.model.axes import mesh_axes
+from heedful.model.config import require
+from heedful.model.dropout import dropout_words, keep
+from heedful.model.masks import AttentionMask
+from heedful.model.positions import PositionBias
 
 
 def dense(

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from model.attention.dense import require_shapes, require_whole_rows
-from model.axes import shards, target_platform
-from model.dropout import dropout_words, keep_at
-from model.masks import AttentionMask
-from model.positions import PositionBias
+from heedful.model.attention.dense import require_shapes, require_whole_rows
+from heedful.model.axes import shards, target_platform
+from heedful.model.dropout import dropout_words, keep_at
+from heedful.model.masks import AttentionMask
+from heedful.model.positions import PositionBias
 
 LOWEST = jnp.finfo(jnp.float32).min
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from model.masks import AttentionMask, MaskNotSupported, Window
-from model.positions import PositionBias
+from heedful.model.masks import AttentionMask, MaskNotSupported, Window
+from heedful.model.positions import PositionBias
 
 TILE = 128
 """Lengths that are a multiple of it suit every kernel."""

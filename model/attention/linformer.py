@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from model.attention.dense import require_shapes
-from model.axes import mesh_axes, partitioned
-from model.config import LinformerConfig, ModelError
-from model.dropout import dropout_words, keep_at
-from model.masks import AttentionMask, MaskNotSupported
-from model.positions import PositionBias
+from heedful.model.attention.dense import require_shapes
+from heedful.model.axes import mesh_axes, partitioned
+from heedful.model.config import LinformerConfig, ModelError
+from heedful.model.dropout import dropout_words, keep_at
+from heedful.model.masks import AttentionMask, MaskNotSupported
+from heedful.model.positions import PositionBias
 
 BLOCK = 512  # Queries whose weights are held at once; from 512 on a CPU shares the products.
 

@@ -17,11 +17,11 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from model.attention.dense import dense, masked_softmax, require_shapes, require_whole_rows
-from model.attention.flash import flash
-from model.dropout import dropout_words, keep_at
-from model.masks import AttentionMask, MaskNotSupported
-from model.positions import PositionBias
+from heedful.model.attention.dense import dense, masked_softmax, require_shapes, require_whole_rows
+from heedful.model.attention.flash import flash
+from heedful.model.dropout import dropout_words, keep_at
+from heedful.model.masks import AttentionMask, MaskNotSupported
+from heedful.model.positions import PositionBias
 
 BLOCK = 128  # queries of a block: memory and time, not the result
 

@@ -20,10 +20,10 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from model.attention.dense import require_shapes, require_whole_rows
-from model.config import PerformerConfig
-from model.masks import AttentionMask, MaskNotSupported
-from model.positions import PositionBias
+from heedful.model.attention.dense import require_shapes, require_whole_rows
+from heedful.model.config import PerformerConfig
+from heedful.model.masks import AttentionMask, MaskNotSupported
+from heedful.model.positions import PositionBias
 
 EPSILON = 1e-3  # least ReLU feature, as in the authors' code
 HEADROOM = 60.0  # exp(HEADROOM), times keys and values, is far from the end of float32

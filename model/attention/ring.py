@@ -19,11 +19,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from model.axes import mesh_axes, shards
-from model.config import require
-from model.dropout import dropout_words, keep_at
-from model.masks import AttentionMask, MaskNotSupported
-from model.positions import PositionBias
+from heedful.model.axes import mesh_axes, shards
+from heedful.model.config import require
+from heedful.model.dropout import dropout_words, keep_at
+from heedful.model.masks import AttentionMask, MaskNotSupported
+from heedful.model.positions import PositionBias
 
 
 def ring(

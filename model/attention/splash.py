@@ -10,12 +10,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from model.attention.dense import require_whole_rows
-from model.attention.fused import TILE, band, fill, segment_ids
-from model.axes import mesh_axes, target_platform
-from model.config import require
-from model.masks import AttentionMask, Window
-from model.positions import PositionBias
+from heedful.model.attention.dense import require_whole_rows
+from heedful.model.attention.fused import TILE, band, fill, segment_ids
+from heedful.model.axes import mesh_axes, target_platform
+from heedful.model.config import require
+from heedful.model.masks import AttentionMask, Window
+from heedful.model.positions import PositionBias
 
 
 def splash(

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from model.config import ModelConfig, ModelError, require
-from model.pretrained.architecture import (
+from heedful.model.config import ModelConfig, ModelError, require
+from heedful.model.pretrained.architecture import (
     WRAPPERS,
     HuggingFace,
     Keys,
@@ -19,11 +19,11 @@ from model.pretrained.architecture import (
     label_values,
     made_up_labels,
 )
-from model.pretrained.config import architecture_of, config_from_hf, config_to_hf
-from model.pretrained.layout import flat, places, shapes, to_params, to_tensor
-from model.pretrained.llama2c import read_llama2c
-from model.pretrained.lora import merge_lora
-from model.pretrained.tensors import CONFIG, Tensors, read_json, save
+from heedful.model.pretrained.config import architecture_of, config_from_hf, config_to_hf
+from heedful.model.pretrained.layout import flat, places, shapes, to_params, to_tensor
+from heedful.model.pretrained.llama2c import read_llama2c
+from heedful.model.pretrained.lora import merge_lora
+from heedful.model.pretrained.tensors import CONFIG, Tensors, read_json, save
 
 __all__ = [
     "ModelDirectory",

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import Architecture, ModelConfig, ModelError, require
-from model.pretrained.idle import FIXED, GENERATION, IDLE
+from heedful.model.config import Architecture, ModelConfig, ModelError, require
+from heedful.model.pretrained.idle import FIXED, GENERATION, IDLE
 
 T = TypeVar("T", int, float, bool, str)
 

@@ -3,7 +3,7 @@
 from collections.abc import Set
 from typing import Any
 
-from model.config import (
+from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
     HeadConfig,
@@ -12,7 +12,7 @@ from model.config import (
     PositionConfig,
     require,
 )
-from model.pretrained.architecture import (
+from heedful.model.pretrained.architecture import (
     ACTIVATION_NAMES,
     HuggingFace,
     Keys,

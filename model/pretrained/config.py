@@ -4,16 +4,16 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from model.attention import INEXACT
-from model.config import ModelConfig, ModelError
-from model.pretrained.architecture import HuggingFace, Keys, vocab_size
-from model.pretrained.bert import BERT
-from model.pretrained.gpt2 import GPT2
-from model.pretrained.layout import tensor_names
-from model.pretrained.llama import LLAMA
-from model.pretrained.longformer import LONGFORMER
-from model.pretrained.marian import MARIAN
-from model.pretrained.t5 import T5
+from heedful.model.attention import INEXACT
+from heedful.model.config import ModelConfig, ModelError
+from heedful.model.pretrained.architecture import HuggingFace, Keys, vocab_size
+from heedful.model.pretrained.bert import BERT
+from heedful.model.pretrained.gpt2 import GPT2
+from heedful.model.pretrained.layout import tensor_names
+from heedful.model.pretrained.llama import LLAMA
+from heedful.model.pretrained.longformer import LONGFORMER
+from heedful.model.pretrained.marian import MARIAN
+from heedful.model.pretrained.t5 import T5
 
 KNOWN = {kind.model_type: kind for kind in (BERT, LONGFORMER, GPT2, LLAMA, T5, MARIAN)}
 

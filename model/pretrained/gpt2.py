@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from model.config import (
+from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
     ModelConfig,
     NormConfig,
     PositionConfig,
 )
-from model.pretrained.architecture import ACTIVATION_NAMES, HuggingFace, Keys, vocab_size
+from heedful.model.pretrained.architecture import ACTIVATION_NAMES, HuggingFace, Keys, vocab_size
 
 TABLE = {
     "embedding": "transformer.wte",

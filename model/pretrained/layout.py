@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from model.config import ModelConfig, ModelError
-from model.pretrained.architecture import HuggingFace
-from model.transformer import build
+from heedful.model.config import ModelConfig, ModelError
+from heedful.model.pretrained.architecture import HuggingFace
+from heedful.model.transformer import build
 
 SUFFIXES = {"kernel": "weight", "scale": "weight", "table": "weight", "bias": "bias"}
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from model.config import (
+from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
     HeadConfig,
@@ -15,8 +15,8 @@ from model.config import (
     RotaryConfig,
     require,
 )
-from model.positions import rotary_frequencies
-from model.pretrained.architecture import (
+from heedful.model.positions import rotary_frequencies
+from heedful.model.pretrained.architecture import (
     ACTIVATION_NAMES,
     HuggingFace,
     Keys,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from model.config import (
+from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
     ModelConfig,
@@ -21,8 +21,8 @@ from model.config import (
     PositionConfig,
     require,
 )
-from model.positions import rotation
-from model.pretrained.architecture import Pretrained
+from heedful.model.positions import rotation
+from heedful.model.pretrained.architecture import Pretrained
 
 HEADER = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len")
 BLOCKS = "decoder/blocks"

@@ -7,7 +7,7 @@ many as "global_tokens" in config.json says, or one, which its classifier has to
 from collections.abc import Set
 from typing import Any
 
-from model.config import (
+from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
     HeadConfig,
@@ -16,7 +16,7 @@ from model.config import (
     PositionConfig,
     require,
 )
-from model.pretrained.architecture import (
+from heedful.model.pretrained.architecture import (
     ACTIVATION_NAMES,
     HuggingFace,
     Keys,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from model.config import LoraConfig, ModelConfig
+from heedful.model.config import LoraConfig, ModelConfig
 
 
 def merge_lora(config: ModelConfig, params: Any) -> tuple[ModelConfig, dict[str, Any]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from model.config import (
+from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
     HeadConfig,
@@ -13,8 +13,8 @@ from model.config import (
     NormConfig,
     PositionConfig,
 )
-from model.positions import sinusoids
-from model.pretrained.architecture import (
+from heedful.model.positions import sinusoids
+from heedful.model.pretrained.architecture import (
     ACTIVATION_NAMES,
     HuggingFace,
     Keys,

@@ -3,7 +3,7 @@
 from collections.abc import Set
 from typing import Any
 
-from model.config import (
+from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
     HeadConfig,
@@ -11,7 +11,7 @@ from model.config import (
     NormConfig,
     PositionConfig,
 )
-from model.pretrained.architecture import (
+from heedful.model.pretrained.architecture import (
     ACTIVATION_NAMES,
     ACTIVATIONS,
     HuggingFace,

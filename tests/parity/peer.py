@@ -13,9 +13,9 @@ import pytest
 torch: Any = pytest.importorskip("torch")
 transformers: Any = pytest.importorskip("transformers")
 
-from model.config import ModelConfig  # noqa: E402
-from model.pretrained import Pretrained, read, write  # noqa: E402
-from model.transformer import build, empty_cache  # noqa: E402
+from heedful.model.config import ModelConfig  # noqa: E402
+from heedful.model.pretrained import Pretrained, read, write  # noqa: E402
+from heedful.model.transformer import build, empty_cache  # noqa: E402
 
 B, S, T, V = 3, 7, 5, 23
 SOURCE_LENGTHS, LENGTHS = [7, 4, 1], [3, 5, 2]

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from peer import V, ours, torch, transformers
 
-from data.config import TokenizerConfig
-from data.tokenizer import Tokenizer
-from train.config import DecodeConfig, MeshConfig
-from train.generate import Generator
-from train.rows import batches
-from train.sharding import make_mesh
-from train.translate import Translator
+from heedful.data.config import TokenizerConfig
+from heedful.data.tokenizer import Tokenizer
+from heedful.train.config import DecodeConfig, MeshConfig
+from heedful.train.generate import Generator
+from heedful.train.rows import batches
+from heedful.train.sharding import make_mesh
+from heedful.train.translate import Translator
 
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])
 ROWS, LENGTH, PAD, START, EOS = 50, 5, 0, 1, 2

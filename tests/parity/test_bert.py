@@ -26,7 +26,7 @@ from peer import (
 )
 from tiny import random_params
 
-from model.config import (
+from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
     HeadConfig,
@@ -34,8 +34,8 @@ from model.config import (
     NormConfig,
     PositionConfig,
 )
-from model.pretrained import write
-from model.transformer import build
+from heedful.model.pretrained import write
+from heedful.model.transformer import build
 
 CLASSES = 7
 HEADS = {

@@ -39,11 +39,11 @@ from transformers import (
     modeling_utils,
 )
 
-from model.config import ModelConfig, ModelError
-from model.pretrained import read
-from model.pretrained.config import KNOWN, _function, config_from_hf
-from model.pretrained.idle import FIXED, GENERATION, IDLE
-from model.transformer import build
+from heedful.model.config import ModelConfig, ModelError
+from heedful.model.pretrained import read
+from heedful.model.pretrained.config import KNOWN, _function, config_from_hf
+from heedful.model.pretrained.idle import FIXED, GENERATION, IDLE
+from heedful.model.transformer import build
 
 torch.set_num_threads(1)
 TOKENS = np.where(REAL, np.maximum(peer.TOKENS, 2), 1)  # 1 is the padding of Longformer

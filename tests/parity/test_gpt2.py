@@ -25,15 +25,15 @@ from peer import (
 )
 from tiny import random_params
 
-from model.config import (
+from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
     ModelConfig,
     NormConfig,
     PositionConfig,
 )
-from model.pretrained import write
-from model.transformer import build
+from heedful.model.pretrained import write
+from heedful.model.transformer import build
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])

@@ -25,7 +25,7 @@ from peer import (
 )
 from tiny import random_params
 
-from model.config import (
+from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
     ModelConfig,
@@ -33,8 +33,8 @@ from model.config import (
     PositionConfig,
     RotaryConfig,
 )
-from model.pretrained import write
-from model.transformer import build
+from heedful.model.pretrained import write
+from heedful.model.transformer import build
 
 ROPE = {
     "none": {"rope_type": "default", "rope_theta": 500.0},

@@ -25,8 +25,8 @@ from peer import (
 from tiny import random_params
 from tiny_pretrained import LONGFORMER
 
-from model.pretrained import write
-from model.transformer import build
+from heedful.model.pretrained import write
+from heedful.model.transformer import build
 
 CLASSES, WINDOW, PADDING = 7, 3, 1
 LENGTHS = [23, 11, 2]

@@ -34,10 +34,10 @@ from peer import (
 )
 from tiny import random_params
 
-from model.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig
-from model.pretrained import write
-from model.transformer import build
-from train.loss import cross_entropy
+from heedful.model.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig
+from heedful.model.pretrained import write
+from heedful.model.transformer import build
+from heedful.train.loss import cross_entropy
 
 PADDED = tensors(
     input_ids=SOURCE,

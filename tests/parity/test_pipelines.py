@@ -10,9 +10,9 @@ import pytest
 import toy
 from peer import array, torch, transformers
 
-from data.config import TokenizerConfig
-from data.vocabulary import read_wordpiece
-from model.config import (
+from heedful.data.config import TokenizerConfig
+from heedful.data.vocabulary import read_wordpiece
+from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
     HeadConfig,
@@ -20,11 +20,11 @@ from model.config import (
     NormConfig,
     PositionConfig,
 )
-from train import cli
-from train.classify import Classifier
-from train.generate import Generator
-from train.load import Trained, load
-from train.translate import Translator
+from heedful.train import cli
+from heedful.train.classify import Classifier
+from heedful.train.generate import Generator
+from heedful.train.load import Trained, load
+from heedful.train.translate import Translator
 
 SENTENCES = [
     "small red cat sleeps",

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from peer import array, assert_close, back, export, tensors, torch, transformers
 
-from data import packages
-from data.tokenizer import Tokenizer
-from model.heads import pool
-from model.pretrained import Pretrained, read, read_llama2c
-from model.transformer import build, empty_cache
+from heedful.data import packages
+from heedful.data.tokenizer import Tokenizer
+from heedful.model.heads import pool
+from heedful.model.pretrained import Pretrained, read, read_llama2c
+from heedful.model.transformer import build, empty_cache
 
 SENTENCES = [
     "The cat sat on the mat.",

@@ -32,7 +32,7 @@ from peer import (
 )
 from tiny import random_params
 
-from model.config import (
+from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
     HeadConfig,
@@ -40,8 +40,8 @@ from model.config import (
     NormConfig,
     PositionConfig,
 )
-from model.pretrained import write
-from model.transformer import build
+from heedful.model.pretrained import write
+from heedful.model.transformer import build
 
 MOST = 1e-4  # nothing scales the scores
 PADDED = tensors(

@@ -9,14 +9,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from model.config import (  # noqa: E402
+from heedful.model.config import (  # noqa: E402
     AttentionConfig,
     FeedForwardConfig,
     ModelConfig,
     NormConfig,
     PositionConfig,
 )
-from model.transformer import build  # noqa: E402
+from heedful.model.transformer import build  # noqa: E402
 
 B, S, T, V = 3, 7, 5, 23
 WIDTH, HEADS, INNER, LAYERS = 20, 5, 31, 2

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 from jaxtyping import Bool
 
-from model.config import AttentionConfig, ModelError
-from train.attention_weights import attention_masks
-from train.audit import declared
-from train.audit.data import in_data
-from train.audit.findings import Finding, compared, differing, unlike
-from train.audit.measured import (
+from heedful.model.config import AttentionConfig, ModelError
+from heedful.train.attention_weights import attention_masks
+from heedful.train.audit import declared
+from heedful.train.audit.data import in_data
+from heedful.train.audit.findings import Finding, compared, differing, unlike
+from heedful.train.audit.measured import (
     FAST,
     Probe,
     Reading,
@@ -23,8 +23,8 @@ from train.audit.measured import (
     tempted,
     through_cache,
 )
-from train.audit.subject import Subject
-from train.step import model_inputs
+from heedful.train.audit.subject import Subject
+from heedful.train.step import model_inputs
 
 DROPPED = 0.1  # least share of attention weights that is dropped where dropout is on
 

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Bool
 
-from data.objectives import Arrays
-from data.pipeline import Dataset
-from model.config import ModelConfig
-from train.audit.declared import reaches
-from train.audit.findings import Finding, differing
+from heedful.data.objectives import Arrays
+from heedful.data.pipeline import Dataset
+from heedful.model.config import ModelConfig
+from heedful.train.audit.declared import reaches
+from heedful.train.audit.findings import Finding, differing
 
 BATCHES = 16  # that are read: objectives are random
 KEPT = 0.3  # share of the chosen tokens that masked_lm may leave as they are; it should be 0.1

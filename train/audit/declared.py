@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Bool, Int
 
-from model.config import ModelConfig
+from heedful.model.config import ModelConfig
 
 Batch = Mapping[str, np.ndarray]  # by the names of data/batch.py
 Pairs = Bool[np.ndarray, "B N T S"]  # whether a query may look at a key, by head

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data.config import DataConfig, TokenizerConfig
-from data.pipeline import Dataset
-from data.rows import arrange
-from data.store import TokenStore
-from data.tokenizer import Tokenizer
-from train.config import require
+from heedful.data.config import DataConfig, TokenizerConfig
+from heedful.data.pipeline import Dataset
+from heedful.data.rows import arrange
+from heedful.data.store import TokenStore
+from heedful.data.tokenizer import Tokenizer
+from heedful.train.config import require
 
 NEEDED = 3  # distinct tokens, in shares of a row
 ROWS = 3  # one full, or nearly, one with padding at its end, and one that is all padding

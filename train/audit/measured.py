@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from model.attention import WITHOUT_WEIGHTS
-from model.config import ModelConfig
-from model.layers import MultiHeadAttention, Shared
-from model.linear import Linear
-from model.masks import AttentionMask
-from model.stack import Stack
-from model.transformer import Inputs, build, empty_cache
-from train.audit.findings import TOLERANCE
-from train.step import model_inputs
+from heedful.model.attention import WITHOUT_WEIGHTS
+from heedful.model.config import ModelConfig
+from heedful.model.layers import MultiHeadAttention, Shared
+from heedful.model.linear import Linear
+from heedful.model.masks import AttentionMask
+from heedful.model.stack import Stack
+from heedful.model.transformer import Inputs, build, empty_cache
+from heedful.train.audit.findings import TOLERANCE
+from heedful.train.step import model_inputs
 
 # Seconds of compilation are what an audit costs; its programs run for milliseconds.
 FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}

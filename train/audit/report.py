@@ -9,17 +9,17 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from data.config import DataConfig
-from data.tokenizer import Tokenizer
-from model.attention import ATTENTION, choose
-from model.config import ModelConfig, ModelError
-from train.attention_picture import SOFTWARE, require_ours
-from train.audit.audit import Audit, audit
-from train.audit.picture import TEXT, as_text, write_png
-from train.audit.subject import Subject, with_core
-from train.commands import LoadArguments
-from train.config import TrainConfig, TrainError, require
-from train.start import require_fit
+from heedful.data.config import DataConfig
+from heedful.data.tokenizer import Tokenizer
+from heedful.model.attention import ATTENTION, choose
+from heedful.model.config import ModelConfig, ModelError
+from heedful.train.attention_picture import SOFTWARE, require_ours
+from heedful.train.audit.audit import Audit, audit
+from heedful.train.audit.picture import TEXT, as_text, write_png
+from heedful.train.audit.subject import Subject, with_core
+from heedful.train.commands import LoadArguments
+from heedful.train.config import TrainConfig, TrainError, require
+from heedful.train.start import require_fit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 
-from data.config import DataConfig
-from data.pipeline import Dataset
-from data.tokenizer import Tokenizer
-from model.config import LinformerConfig, ModelConfig, PerformerConfig
-from train.attention_weights import attention_kinds
-from train.audit import declared, examples
-from train.audit.measured import random_params, shapes
+from heedful.data.config import DataConfig
+from heedful.data.pipeline import Dataset
+from heedful.data.tokenizer import Tokenizer
+from heedful.model.config import LinformerConfig, ModelConfig, PerformerConfig
+from heedful.train.attention_weights import attention_kinds
+from heedful.train.audit import declared, examples
+from heedful.train.audit.measured import random_params, shapes
 
 LENGTH = 16  # of the rows
 LAYERS, WIDTH, HEAD_DIM, HEADS, GROUP, RANK = 2, 16, 8, 2, 2, 8  # most of a small model

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from train.plan.chips import Chip
-from train.plan.hlo import Computation, Instruction, Program, Step
+from heedful.train.plan.chips import Chip
+from heedful.train.plan.hlo import Computation, Instruction, Program, Step
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")

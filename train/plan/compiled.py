@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from data.batch import FIELDS, PER_ROW
-from data.config import DataConfig
-from data.objectives import OBJECTIVES
-from data.packing import Shape, batch_rows, round_up
-from model.config import ModelConfig
-from train.config import TrainConfig, TrainError
-from train.plan.chips import GIB
-from train.sharding import batch_sharding, make_mesh, require_divisible
-from train.state import Setup, set_up
-from train.step import make_train_step
+from heedful.data.batch import FIELDS, PER_ROW
+from heedful.data.config import DataConfig
+from heedful.data.objectives import OBJECTIVES
+from heedful.data.packing import Shape, batch_rows, round_up
+from heedful.model.config import ModelConfig
+from heedful.train.config import TrainConfig, TrainError
+from heedful.train.plan.chips import GIB
+from heedful.train.sharding import batch_sharding, make_mesh, require_divisible
+from heedful.train.state import Setup, set_up
+from heedful.train.step import make_train_step
 
 # What the TPU's compiler says when a program is too large: two messages of two of its passes.
 USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")

@@ -9,19 +9,19 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from data.config import DataConfig
-from model.config import ModelConfig
-from train.config import TrainConfig
-from train.costs import BACKWARD, Part, parts
-from train.inspect import complete, describe, number
-from train.plan.chips import Chip, chip_of
-from train.plan.collectives import Collective, collectives, seconds
-from train.plan.compiled import Compiled, compile_step
-from train.plan.hlo import Program
-from train.plan.rescue import memory_table, print_ways, ways_out
-from train.plan.roofline import Roofline, milliseconds, roofline
-from train.plan.topology import devices_of
-from train.plan.work import Work, silent_kernels, work
+from heedful.data.config import DataConfig
+from heedful.model.config import ModelConfig
+from heedful.train.config import TrainConfig
+from heedful.train.costs import BACKWARD, Part, parts
+from heedful.train.inspect import complete, describe, number
+from heedful.train.plan.chips import Chip, chip_of
+from heedful.train.plan.collectives import Collective, collectives, seconds
+from heedful.train.plan.compiled import Compiled, compile_step
+from heedful.train.plan.hlo import Program
+from heedful.train.plan.rescue import memory_table, print_ways, ways_out
+from heedful.train.plan.roofline import Roofline, milliseconds, roofline
+from heedful.train.plan.topology import devices_of
+from heedful.train.plan.work import Work, silent_kernels, work
 
 
 @dataclass(frozen=True, kw_only=True)

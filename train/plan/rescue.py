@@ -8,14 +8,14 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from data.config import DataConfig
-from model.attention import choose
-from model.config import ModelConfig
-from train.config import TrainConfig, TrainError
-from train.costs import device_bytes
-from train.inspect import number
-from train.plan.compiled import Compiled, Memory, compile_step
-from train.trainable import split
+from heedful.data.config import DataConfig
+from heedful.model.attention import choose
+from heedful.model.config import ModelConfig
+from heedful.train.config import TrainConfig, TrainError
+from heedful.train.costs import device_bytes
+from heedful.train.inspect import number
+from heedful.train.plan.compiled import Compiled, Memory, compile_step
+from heedful.train.trainable import split
 
 LINEAR = {"tpu": "splash", "gpu": "cudnn", "cpu": "flash"}
 """Exact cores whose memory grows with the length, not with its square."""

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from train.plan.chips import Chip
-from train.plan.collectives import Collective, seconds
-from train.plan.work import Work
+from heedful.train.plan.chips import Chip
+from heedful.train.plan.collectives import Collective, seconds
+from heedful.train.plan.work import Work
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,18 +7,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from data.config import DataConfig
-from model.config import ModelConfig
-from train.config import MeshConfig, TrainConfig, TrainError
-from train.costs import BACKWARD, device_bytes, parts, recomputed, scored_at_once
-from train.inspect import layout, number
-from train.plan.chips import Chip, chip_of
-from train.plan.compiled import largest_batch
-from train.plan.report import Plan, make_plan, print_model
-from train.plan.roofline import milliseconds
-from train.plan.topology import devices_of
-from train.sharding import MESH_AXES, require_divisible
-from train.state import Setup, set_up
+from heedful.data.config import DataConfig
+from heedful.model.config import ModelConfig
+from heedful.train.config import MeshConfig, TrainConfig, TrainError
+from heedful.train.costs import BACKWARD, device_bytes, parts, recomputed, scored_at_once
+from heedful.train.inspect import layout, number
+from heedful.train.plan.chips import Chip, chip_of
+from heedful.train.plan.compiled import largest_batch
+from heedful.train.plan.report import Plan, make_plan, print_model
+from heedful.train.plan.roofline import milliseconds
+from heedful.train.plan.topology import devices_of
+from heedful.train.sharding import MESH_AXES, require_divisible
+from heedful.train.state import Setup, set_up
 
 REMAT = ("none", "dots", "attention", "full")
 TENSOR = (1, 2, 4, 8, 16)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from train.plan.hlo import Computation, Instruction, Program, Step
+from heedful.train.plan.hlo import Computation, Instruction, Program, Step
 
 FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota",
