@@ -106,7 +106,7 @@ def verdict(trained: Trained) -> str:
 
 
 def write(run: Path) -> str:
-    command = [sys.executable, "-m", "heedful.train.cli", "generate", str(run), "ROMEO:"]
+    command = [sys.executable, "-m", "heedful", "generate", str(run), "ROMEO:"]
     command += ["--decode.max-tokens", "57"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 

@@ -37,7 +37,7 @@ from benchmarks.command import parser
 from benchmarks.report import plot, tables
 from benchmarks.turns import Process
 from benchmarks.worker import RETURNS_MEMORY, Case
-from heedful.train.memory import ALLOCATOR
+from heedful.train.cpu_allocator import ALLOCATOR
 
 STARTUP = 120.0  # Seconds for a process to import, compile and run for the first time.
 ENVIRONMENT = {

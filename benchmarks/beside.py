@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from benchmarks import kernels
 from benchmarks.command import parser
 from benchmarks.turns import Process
-from heedful.train.memory import ALLOCATOR
+from heedful.train.cpu_allocator import ALLOCATOR
 
 OURS = ALLOCATOR | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # Others need memory of a GPU too.
 PATIENCE = 600.0

@@ -13,12 +13,12 @@ from benchmarks.training_ours import about_jax, peak
 from benchmarks.worker import Ready, answer_with, samples
 from heedful.configs import base
 from heedful.train.config import DecodeConfig, MeshConfig
-from heedful.train.costs import parts
-from heedful.train.generate import Generator
-from heedful.train.memory import keep_in_place
+from heedful.train.cpu_allocator import keep_in_place
+from heedful.train.inference.generate import Generator
+from heedful.train.inference.translate import Translator
+from heedful.train.inspection.costs import parts
 from heedful.train.sharding import make_mesh
 from heedful.train.state import init_params, parameter_count
-from heedful.train.translate import Translator
 
 BEGAN = time.perf_counter()
 

@@ -45,7 +45,7 @@ def train(
     if not (directory / result).exists():
         directory.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(given, "utf-8")
-        command = [sys.executable, *(program or ("-m", "heedful.train.cli")), "train", config]
+        command = [sys.executable, *(program or ("-m", "heedful")), "train", config]
         with log.open("w") as out:
             whole = [*command, "--run-dir", str(directory), *flags]
             subprocess.call(whole, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=cwd)

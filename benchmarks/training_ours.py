@@ -13,8 +13,8 @@ import numpy as np
 from benchmarks.beside import Setting
 from benchmarks.worker import Ready, answer_with, ceiling, highest_resident, samples
 from heedful.configs import base
-from heedful.train.costs import parts
-from heedful.train.memory import keep_in_place
+from heedful.train.cpu_allocator import keep_in_place
+from heedful.train.inspection.costs import parts
 from heedful.train.state import first_state, init_params, parameter_count, set_up
 from heedful.train.step import make_train_step
 

@@ -34,7 +34,7 @@ class Process(subprocess.Popen):
         self._input.write(stdin)
         self._input.seek(0)
         super().__init__(
-            [sys.executable, "-m", "heedful.train.cli", *arguments], cwd=ROOT, text=True,
+            [sys.executable, "-m", "heedful", *arguments], cwd=ROOT, text=True,
             env=inherited | flag | environment,
             stdin=self._input, stdout=self._log, stderr=subprocess.STDOUT,
         )  # fmt: skip

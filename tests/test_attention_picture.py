@@ -14,23 +14,23 @@ from tiny import HEADS, LAYERS, random_params, tiny
 from heedful.data.config import DataConfig, TokenizerConfig
 from heedful.data.tokenizer import Tokenizer
 from heedful.model.transformer import build
-from heedful.train import attention_picture as module
-from heedful.train.attention_picture import (
+from heedful.train.cli.arguments import AttentionArguments
+from heedful.train.cli.flags import parse
+from heedful.train.config import DecodeConfig, MeshConfig, TrainConfig, TrainError
+from heedful.train.inference.translate import Translator
+from heedful.train.inspection import attention_picture as module
+from heedful.train.inspection.attention_picture import (
     LONGEST,
-    AttentionArguments,
     _origin,
     attention_picture,
     draw,
     model_inputs,
 )
-from heedful.train.attention_weights import _sown, attention_masks, attention_weights
-from heedful.train.config import DecodeConfig, MeshConfig, TrainConfig, TrainError
-from heedful.train.flags import parse
+from heedful.train.inspection.attention_weights import _sown, attention_masks, attention_weights
+from heedful.train.inspection.token_labels import drawable, pieces
 from heedful.train.load import Trained
 from heedful.train.run import Run
 from heedful.train.sharding import make_mesh
-from heedful.train.token_labels import drawable, pieces
-from heedful.train.translate import Translator
 
 WORDS = "red green blue small large cat dog bird"
 

@@ -21,8 +21,9 @@ from rich.table import Table
 from heedful.configs import base
 from heedful.data.config import DataConfig, DataError, TokenizerConfig
 from heedful.model.config import PositionConfig
-from heedful.train import cli, commands
+from heedful.train import cli
 from heedful.train.checkpoint import Checkpoints
+from heedful.train.cli import terminal
 from heedful.train.config import DecodeConfig, TrainConfig
 from heedful.train.loop import _Patience
 from heedful.train.run import Run
@@ -102,7 +103,7 @@ def pipe(monkeypatch, capsys):
 
 
 def run_piped(arguments: list[str], stdin: bytes) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "heedful.train.cli", *arguments]
+    command = [sys.executable, "-m", "heedful", *arguments]
     return subprocess.run(command, input=stdin, cwd=ROOT, capture_output=True)
 
 
@@ -354,14 +355,14 @@ NO_STDIN = [
 @pytest.mark.parametrize(("stdin", "lines"), STDIN)
 def test_standard_input_is_read_as_a_file_is(stdin, lines, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-    assert commands.read_lines() == lines
+    assert terminal.read_lines() == lines
 
 
 @pytest.mark.parametrize(("stdin", "words"), NO_STDIN)
 def test_standard_input_that_is_no_text_is_called_what_it_is(stdin, words, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
     with pytest.raises(DataError, match=re.escape(words)):
-        commands.read_lines()
+        terminal.read_lines()
 
 
 @pytest.mark.parametrize(
@@ -386,7 +387,7 @@ def test_names_with_brackets_are_printed_as_they_are(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["[/pos]", "[bold]x[/bold]", ":smile:", "[link=x]"])
 def test_tables_and_lines_show_brackets(name, capsys):
-    console = commands.console()
+    console = terminal.console()
     console.print(name)
     table = Table(name, title=name)
     table.add_row(name)

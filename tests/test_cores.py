@@ -6,9 +6,9 @@ import pytest
 
 from heedful.model.attention import ATTENTION
 from heedful.model.config import ModelError
-from heedful.train import cores
 from heedful.train.cli import run
-from heedful.train.cores import ROWS, Row, refusal, table
+from heedful.train.inspection import cores
+from heedful.train.inspection.cores import ROWS, Row, refusal, table
 
 README = Path(__file__).parent.parent / "README.md"
 

@@ -19,12 +19,18 @@ from heedful.data.config import DataConfig, TokenizerConfig
 from heedful.data.pipeline import Dataset
 from heedful.model.config import ModelConfig
 from heedful.model.transformer import build
-from heedful.train import evaluate
 from heedful.train.config import DecodeConfig, TrainError
-from heedful.train.evaluate import describe, evaluation_directory, frequency_loss, measure, report
+from heedful.train.evaluation import evaluate
+from heedful.train.evaluation.evaluate import (
+    describe,
+    evaluation_directory,
+    frequency_loss,
+    measure,
+    report,
+)
+from heedful.train.evaluation.perplexity import strided_loss
 from heedful.train.load import Trained, load
 from heedful.train.metrics import Lines
-from heedful.train.perplexity import strided_loss
 from heedful.train.run import write_json
 from heedful.train.step import make_eval_step
 

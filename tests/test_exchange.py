@@ -29,7 +29,7 @@ from heedful.model.config import (
 from heedful.model.pretrained import merge_lora
 from heedful.train import cli
 from heedful.train.config import DecodeConfig
-from heedful.train.generate import Generator
+from heedful.train.inference.generate import Generator
 from heedful.train.load import load
 from heedful.train.run import Run
 from heedful.train.trainable import named

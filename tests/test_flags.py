@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from heedful.train.cli.flags import early, parse
 from heedful.train.config import OptimizerConfig, TrainConfig, TrainError
-from heedful.train.flags import early, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ def test_a_mistake_is_one_line_in_a_terminal_too():
     """There the parser colours what it says."""
     ours, theirs = pty.openpty()
     code = (
-        "from heedful.train.config import TrainConfig; from heedful.train.flags import parse\n"
+        "from heedful.train.config import TrainConfig; from heedful.train.cli.flags import parse\n"
         "try: parse(TrainConfig(), ['--steps', 'many'], 'heedful x')\n"
         "except ValueError as error: print(repr(str(error)))"
     )

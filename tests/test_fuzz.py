@@ -16,7 +16,7 @@ import pytest
 import toy
 from fuzz import Case, Outcome
 
-from heedful.train.commands import DecodeArguments, TrainArguments
+from heedful.train.cli.arguments import DecodeArguments, TrainArguments
 
 pytestmark = pytest.mark.slow
 

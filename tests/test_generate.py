@@ -20,10 +20,10 @@ from heedful.model.cache import KVCache
 from heedful.model.config import ModelConfig
 from heedful.model.decoding import length_penalty
 from heedful.model.transformer import build, put_together
-from heedful.train import generate
 from heedful.train.config import DecodeConfig, MeshConfig, TrainError
-from heedful.train.generate import Generator, Text
-from heedful.train.rows import batches, shapes
+from heedful.train.inference import generate
+from heedful.train.inference.batching import batches, shapes
+from heedful.train.inference.generate import Generator, Text
 from heedful.train.sharding import make_mesh
 
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])

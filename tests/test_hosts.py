@@ -17,8 +17,8 @@ from launch import Process, checkpoint, finish, free_port, group, lines, same_bi
 from heedful.data.config import DataConfig, TokenizerConfig
 from heedful.train import hosts
 from heedful.train.config import DecodeConfig, MeshConfig, TrainConfig, TrainError
+from heedful.train.inference.translate import Translator
 from heedful.train.load import load
-from heedful.train.translate import Translator
 
 STEPS, EVERY = 32, 4
 KILLS = int(os.environ.get("HEEDFUL_KILLS", 1))

@@ -30,7 +30,7 @@ from heedful.model.transformer import build
 from heedful.train import cli
 from heedful.train.checkpoint import Checkpoints
 from heedful.train.config import TrainError
-from heedful.train.init_from import Source, adopt, open_source, take_over
+from heedful.train.conversion.init_from import Source, adopt, open_source, take_over
 from heedful.train.load import load
 from heedful.train.run import Run
 from heedful.train.sharding import make_mesh

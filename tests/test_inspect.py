@@ -15,11 +15,19 @@ from tiny import HEAD_DIM, HEADS, INNER, KV_HEADS, LAYERS, WIDTH, V, random_para
 from heedful.data.config import DataConfig, DataError, TokenizerConfig
 from heedful.model.config import LinformerConfig, ModelConfig, PerformerConfig
 from heedful.model.transformer import build
-from heedful.train.attention_weights import attention_masks, attention_weights
+from heedful.train.cli.arguments import InspectArguments
+from heedful.train.cli.flags import parse
 from heedful.train.config import MeshConfig, OptimizerConfig, TrainConfig, TrainError
-from heedful.train.costs import Memory, memory, parts
-from heedful.train.flags import parse
-from heedful.train.inspect import ROW, InspectArguments, complete, example, inspect, layout, number
+from heedful.train.inspection.attention_weights import attention_masks, attention_weights
+from heedful.train.inspection.costs import Memory, memory, parts
+from heedful.train.inspection.inspect import (
+    ROW,
+    complete,
+    example,
+    inspect,
+    layout,
+    number,
+)
 from heedful.train.sharding import make_mesh
 from heedful.train.state import parameter_count, set_up
 from heedful.train.trainable import split

@@ -17,8 +17,8 @@ from heedful.model.config import LinformerConfig, ModelError
 from heedful.model.dropout import keep
 from heedful.model.masks import MaskNotSupported
 from heedful.model.positions import PositionBias
-from heedful.train.attention_weights import attention_weights
 from heedful.train.config import TrainConfig, TrainError
+from heedful.train.inspection.attention_weights import attention_weights
 from heedful.train.start import require_fit
 
 B, T, S, N, K, H, R, LONGEST = 3, 5, 7, 6, 3, 11, 2, 13

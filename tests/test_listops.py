@@ -18,7 +18,7 @@ from heedful.data.examples import SPLITS
 from heedful.data.pipeline import Dataset, tokenizer_texts
 from heedful.data.tokenizer import Tokenizer
 from heedful.model.transformer import build
-from heedful.train.flags import parse
+from heedful.train.cli.flags import parse
 
 SHORT = ListOpsConfig(examples=211, held_out=53, min_length=11, max_length=37)
 

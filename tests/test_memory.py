@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from heedful.train.memory import ALLOCATOR
+from heedful.train.cpu_allocator import ALLOCATOR
 
 COMPILATION = """
 import re
 import jax
-from heedful.train.memory import keep_in_place
+from heedful.train.cpu_allocator import keep_in_place
 
 def resident():
     with open("/proc/self/status") as file:
@@ -35,7 +35,7 @@ print(before, full, compiled(0.05), compiled(2.0))
 STEP = """
 import jax
 import jax.numpy as jnp
-from heedful.train.memory import keep_in_place
+from heedful.train.cpu_allocator import keep_in_place
 
 keep_in_place()
 step = jax.jit(lambda x: jax.lax.fori_loop(0, 1000, lambda _, y: jnp.sin(x @ y), x))

@@ -27,7 +27,7 @@ from heedful.model.config import PerformerConfig
 from heedful.model.masks import AttentionMask, MaskNotSupported
 from heedful.model.positions import PositionBias
 from heedful.model.transformer import empty_cache, put_together
-from heedful.train import generate
+from heedful.train.inference import generate
 
 T, N, K, H, R = 13, 6, 3, 5, 11
 IDS = jnp.array(

@@ -533,7 +533,8 @@ def run(code):
 
 def test_importing_the_data_never_imports_jax():
     done = run(
-        "import heedful.data.pipeline, sys; assert not {'jax', 'heedful.model', 'heedful.train'} & set(sys.modules)"
+        "import heedful.data.pipeline, sys\n"
+        "assert not {'jax', 'heedful.model', 'heedful.train'} & set(sys.modules)"
     )
     assert done.returncode == 0, done.stderr
 

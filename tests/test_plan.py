@@ -18,8 +18,8 @@ from heedful.train.plan.chips import Chip, chip_of
 from heedful.train.plan.collectives import Collective, collectives, seconds
 from heedful.train.plan.compiled import compile_step, largest_batch
 from heedful.train.plan.hlo import Program
+from heedful.train.plan.oom_advice import explained, ways_out
 from heedful.train.plan.report import make_plan
-from heedful.train.plan.rescue import explained, ways_out
 from heedful.train.plan.roofline import roofline
 from heedful.train.plan.search import candidates
 from heedful.train.plan.topology import devices_of

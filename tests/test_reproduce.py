@@ -15,10 +15,11 @@ import pytest
 import toy
 
 from heedful.model.dropout import mix
-from heedful.train import cli, loop, record
-from heedful.train.commands import keep_compiled
+from heedful.train import cli, loop
+from heedful.train.cli.commands import keep_compiled
 from heedful.train.config import MeshConfig, OptimizerConfig
-from heedful.train.fingerprint import make_fingerprint, words
+from heedful.train.reproducibility import record
+from heedful.train.reproducibility.fingerprint import make_fingerprint, words
 from heedful.train.run import Run
 from heedful.train.sharding import make_mesh
 from heedful.train.start import start_run

@@ -14,11 +14,11 @@ import pytest
 import toy
 
 from heedful.data.pipeline import Dataset
+from heedful.train.async_saver import Saving
 from heedful.train.checkpoint import Checkpoints, SaveFailed
 from heedful.train.config import TrainError
 from heedful.train.loop import fit
 from heedful.train.run import Run
-from heedful.train.saving import Saving
 from heedful.train.start import start_run
 from heedful.train.state import TrainState, first_state, init_params, set_up
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata
 
-from heedful.train import scores
+from heedful.train.evaluation import scores
 
 
 def outputs(predicted: list[int], classes: int) -> np.ndarray:

@@ -85,7 +85,7 @@ def test_training_ends_wherever_it_is(delay: float, tmp_path: Path):
     """While it imports, reads, compiles or trains; all of its process group are told."""
     command = toy.flags(toy.write_corpus(tmp_path), tmp_path / "run", 10**6, 10**5)
     process = subprocess.Popen(
-        [sys.executable, "-m", "heedful.train.cli", "train", *command, "--audit"],
+        [sys.executable, "-m", "heedful", "train", *command, "--audit"],
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     time.sleep(delay)

@@ -12,9 +12,9 @@ from heedful.data.config import TokenizerConfig
 from heedful.data.tokenizer import Tokenizer
 from heedful.model.transformer import build, put_together
 from heedful.train.config import DecodeConfig, MeshConfig, TrainError
-from heedful.train.rows import batches
+from heedful.train.inference.batching import batches
+from heedful.train.inference.translate import Translator
 from heedful.train.sharding import make_mesh
-from heedful.train.translate import Translator
 
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])
 CONFIG = TokenizerConfig(kind="chars", vocab_size=99)

@@ -16,10 +16,10 @@ from etils import epath
 
 from heedful.data.writing import write_whole
 from heedful.train.config import Interrupted, TrainError
-from heedful.train.fingerprint import words_of_leaves
 from heedful.train.hosts import any_process, is_first, one_first, several, to_host
 from heedful.train.metrics import tell
-from heedful.train.record import named_words
+from heedful.train.reproducibility.fingerprint import words_of_leaves
+from heedful.train.reproducibility.record import named_words
 from heedful.train.run import require_plain
 from heedful.train.state import TrainState
 from heedful.train.trainable import named

@@ -16,24 +16,29 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from heedful.data.pipeline import Dataset, TrainIterator
 from heedful.model.attention import choose
 from heedful.model.config import ModelConfig
+from heedful.train.async_saver import Saving
 from heedful.train.checkpoint import Checkpoints, CorruptCheckpoint
 from heedful.train.config import TrainConfig, TrainError
-from heedful.train.evaluate import measure
-from heedful.train.fingerprint import make_fingerprint
+from heedful.train.conversion.init_from import open_source, take_over
+from heedful.train.evaluation.evaluate import measure
 from heedful.train.hosts import is_first, one_first, require_same, several
-from heedful.train.init_from import open_source, take_over
+from heedful.train.inference.translate import require_positions
 from heedful.train.metrics import MetricsWriter, lasting, require_finite, score, scores
 from heedful.train.optimizer import learning_rate
-from heedful.train.plan.rescue import explained
-from heedful.train.record import FingerprintWriter, Witness, add_environment, environment
+from heedful.train.plan.oom_advice import explained
+from heedful.train.reproducibility.fingerprint import make_fingerprint
+from heedful.train.reproducibility.record import (
+    FingerprintWriter,
+    Witness,
+    add_environment,
+    environment,
+)
 from heedful.train.run import Run
-from heedful.train.saving import Saving
 from heedful.train.sharding import require_divisible, rows_here, to_devices
 from heedful.train.state import Setup, TrainState, first_state, init_params, parameter_count, set_up
 from heedful.train.step import make_eval_step, make_train_step
 from heedful.train.stop import Stop
 from heedful.train.trainable import named, split
-from heedful.train.translate import require_positions
 
 DETERMINISM = {
     True: "deterministic: no atomic additions, no kernels chosen by timing them; that costs speed "

@@ -13,8 +13,8 @@ from heedful.data.tokenizer import Tokenizer
 from heedful.model.attention import ONE_DOCUMENT
 from heedful.model.config import ModelConfig
 from heedful.train.config import TrainConfig, TrainError
+from heedful.train.conversion.init_from import open_source
 from heedful.train.hosts import is_first
-from heedful.train.init_from import open_source
 from heedful.train.run import Run, is_begun
 
 # The architectures and the head that learn an objective.

@@ -12,10 +12,10 @@ from peer import V, ours, torch, transformers
 from heedful.data.config import TokenizerConfig
 from heedful.data.tokenizer import Tokenizer
 from heedful.train.config import DecodeConfig, MeshConfig
-from heedful.train.generate import Generator
-from heedful.train.rows import batches
+from heedful.train.inference.batching import batches
+from heedful.train.inference.generate import Generator
+from heedful.train.inference.translate import Translator
 from heedful.train.sharding import make_mesh
-from heedful.train.translate import Translator
 
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])
 ROWS, LENGTH, PAD, START, EOS = 50, 5, 0, 1, 2

@@ -21,10 +21,10 @@ from heedful.model.config import (
     PositionConfig,
 )
 from heedful.train import cli
-from heedful.train.classify import Classifier
-from heedful.train.generate import Generator
+from heedful.train.inference.classify import Classifier
+from heedful.train.inference.generate import Generator
+from heedful.train.inference.translate import Translator
 from heedful.train.load import Trained, load
-from heedful.train.translate import Translator
 
 SENTENCES = [
     "small red cat sleeps",

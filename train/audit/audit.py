@@ -9,7 +9,6 @@ import numpy as np
 from jaxtyping import Bool
 
 from heedful.model.config import AttentionConfig, ModelError
-from heedful.train.attention_weights import attention_masks
 from heedful.train.audit import declared
 from heedful.train.audit.data import in_data
 from heedful.train.audit.findings import Finding, compared, differing, unlike
@@ -24,6 +23,7 @@ from heedful.train.audit.measured import (
     through_cache,
 )
 from heedful.train.audit.subject import Subject
+from heedful.train.inspection.attention_weights import attention_masks
 from heedful.train.step import model_inputs
 
 DROPPED = 0.1  # least share of attention weights that is dropped where dropout is on

@@ -14,7 +14,7 @@ from rich.text import Text
 from heedful.data.writing import write_whole
 from heedful.train.audit import declared
 from heedful.train.audit.audit import Audit
-from heedful.train.inspect import MAY, MAY_NOT
+from heedful.train.inspection.inspect import MAY, MAY_NOT
 
 MAY_NOT_SEE, SOME, SEES, LEAK, BLIND = range(5)
 MARKS = {MAY_NOT_SEE: MAY_NOT, SOME: "▒▒", SEES: MAY, LEAK: "!!", BLIND: "??"}
@@ -89,7 +89,7 @@ def write_png(audit: Audit, title: str, path: Path, software: str) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    from heedful.train.token_labels import drawable
+    from heedful.train.inspection.token_labels import drawable
 
     found, batch = panels(audit), audit.subject.batch
     drawn = [(name, keys, row, pairs[row]) for name, keys, pairs in found for row in range(ROWS)]
@@ -137,7 +137,7 @@ def write_png(audit: Audit, title: str, path: Path, software: str) -> None:
 
 def _labels(audit: Audit, side: str, row: int) -> Sequence[Any]:
     """The tokens of a row with the numbers of their documents."""
-    from heedful.train.token_labels import pieces
+    from heedful.train.inspection.token_labels import pieces
 
     batch = audit.subject.batch
     tokens = pieces(audit.subject.dataset.tokenizer, batch[side][row])

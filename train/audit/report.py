@@ -1,7 +1,6 @@
 """`heedful masks`: draws the masks, audits them, and says what is wrong."""
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +12,12 @@ from heedful.data.config import DataConfig
 from heedful.data.tokenizer import Tokenizer
 from heedful.model.attention import ATTENTION, choose
 from heedful.model.config import ModelConfig, ModelError
-from heedful.train.attention_picture import SOFTWARE, require_ours
 from heedful.train.audit.audit import Audit, audit
 from heedful.train.audit.picture import TEXT, as_text, write_png
 from heedful.train.audit.subject import Subject, with_core
-from heedful.train.commands import LoadArguments
 from heedful.train.config import TrainConfig, TrainError, require
+from heedful.train.inspection.attention_picture import SOFTWARE, require_ours
 from heedful.train.start import require_fit
-
-
-@dataclass(frozen=True, kw_only=True)
-class MasksArguments(LoadArguments):
-    """Draw the masks of a run and audit them, with its parameters."""
-
-    length: int | None = None
-    """Positions of a row; None: 16. Longer ones show wide windows and blocks of keys."""
-    cores: bool = False
-    """Audit every attention core that can run the model, not only its own."""
-    output: Path | None = None
-    """PNG to write; None: masks.png in the run directory, or CONFIG.masks.png here."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConfigMasksArguments:
-    """Draw the masks of an experiment and audit them, on a small model with random parameters."""
-
-    model: ModelConfig
-    data: DataConfig
-    length: int | None = None
-    """Positions of a row; None: 16. Longer ones show wide windows and blocks of keys."""
-    cores: bool = False
-    """Audit every attention core that can run the model, not only its own."""
-    output: Path | None = None
-    """PNG to write; None: CONFIG.masks.png here."""
 
 
 def masks(

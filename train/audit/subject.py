@@ -11,9 +11,9 @@ from heedful.data.config import DataConfig
 from heedful.data.pipeline import Dataset
 from heedful.data.tokenizer import Tokenizer
 from heedful.model.config import LinformerConfig, ModelConfig, PerformerConfig
-from heedful.train.attention_weights import attention_kinds
 from heedful.train.audit import declared, examples
 from heedful.train.audit.measured import random_params, shapes
+from heedful.train.inspection.attention_weights import attention_kinds
 
 LENGTH = 16  # of the rows
 LAYERS, WIDTH, HEAD_DIM, HEADS, GROUP, RANK = 2, 16, 8, 2, 2, 8  # most of a small model

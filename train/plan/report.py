@@ -12,31 +12,16 @@ from rich.table import Table
 from heedful.data.config import DataConfig
 from heedful.model.config import ModelConfig
 from heedful.train.config import TrainConfig
-from heedful.train.costs import BACKWARD, Part, parts
-from heedful.train.inspect import complete, describe, number
+from heedful.train.inspection.costs import BACKWARD, Part, parts
+from heedful.train.inspection.inspect import complete, describe, number
 from heedful.train.plan.chips import Chip, chip_of
 from heedful.train.plan.collectives import Collective, collectives, seconds
 from heedful.train.plan.compiled import Compiled, compile_step
 from heedful.train.plan.hlo import Program
-from heedful.train.plan.rescue import memory_table, print_ways, ways_out
+from heedful.train.plan.oom_advice import memory_table, print_ways, ways_out
 from heedful.train.plan.roofline import Roofline, milliseconds, roofline
 from heedful.train.plan.topology import devices_of
 from heedful.train.plan.work import Work, silent_kernels, work
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanArguments:
-    """What a training step needs on chips that need not be there, from their compiler."""
-
-    model: ModelConfig
-    data: DataConfig
-    train: TrainConfig
-    topology: str | None = None
-    """Chips to plan for, such as v5e:16x16 or v5p:8x8x8; None: the devices of this machine."""
-    search: bool = False
-    """Compile other meshes and model.remat too, and rank those that fit."""
-    compiles: int = 8
-    """Most layouts that --search compiles, the likeliest first."""
 
 
 @dataclass(frozen=True, kw_only=True)

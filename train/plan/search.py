@@ -10,8 +10,8 @@ from rich.table import Table
 from heedful.data.config import DataConfig
 from heedful.model.config import ModelConfig
 from heedful.train.config import MeshConfig, TrainConfig, TrainError
-from heedful.train.costs import BACKWARD, device_bytes, parts, recomputed, scored_at_once
-from heedful.train.inspect import layout, number
+from heedful.train.inspection.costs import BACKWARD, device_bytes, parts, recomputed, scored_at_once
+from heedful.train.inspection.inspect import layout, number
 from heedful.train.plan.chips import Chip, chip_of
 from heedful.train.plan.compiled import largest_batch
 from heedful.train.plan.report import Plan, make_plan, print_model

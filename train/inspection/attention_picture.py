@@ -3,10 +3,9 @@
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,34 +15,19 @@ from rich.console import Console
 
 from heedful.data.objectives import OBJECTIVES
 from heedful.data.writing import write_whole
-from heedful.train.attention_weights import attention_kinds, attention_masks, attention_weights
-from heedful.train.commands import LoadArguments
 from heedful.train.config import require
+from heedful.train.inference.translate import Translator
+from heedful.train.inspection.attention_weights import (
+    attention_kinds,
+    attention_masks,
+    attention_weights,
+)
+from heedful.train.inspection.token_labels import drawable, pieces
 from heedful.train.load import Trained
-from heedful.train.token_labels import drawable, pieces
-from heedful.train.translate import Translator
 
 LONGEST = 64  # tokens on an axis that can still be read
 CELL, PANEL, FONT = 0.17, 1.6, 8  # inches of a pair, least of a panel; points of a label
 SOFTWARE = "heedful"  # what a PNG says it was made with
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionArguments(LoadArguments):
-    """Draw the attention weights of a layer, of each head or of their mean."""
-
-    target: str | None = None
-    """A second text: what the decoder reads, by default the model's own output; for prefix_lm what
-    follows the prefix; for classification and regression the second text of a pair."""
-    which: Literal["self", "cross", "encoder"] | None = None
-    """self: of the decoder, or of the only stack, to itself; cross: of the decoder to the source;
-    encoder: of the encoder to itself. None: cross where the model has it, else self."""
-    layer: int | None = None
-    """Layer, from 1; None: the last."""
-    mean: bool = False
-    """Draw the mean over the heads instead of each head."""
-    output: Path | None = None
-    """PNG to write; None: one in the run directory, named after attention and layer."""
 
 
 def attention_picture(
@@ -57,7 +41,7 @@ def attention_picture(
     mean: bool = False,
     output: Path | None = None,
 ) -> Path:
-    """Writes the picture of a text and returns where it lies; see AttentionArguments.
+    """Writes the picture of a text and returns where it lies; see `heedful attention --help`.
 
     Raises TrainError for a text that is empty or too long to be read, a layer or an attention that
     the model lacks, and an output that is there and is no former picture.

@@ -20,16 +20,16 @@ from heedful.data.pipeline import Dataset
 from heedful.data.store import fingerprint
 from heedful.data.text_files import one_line
 from heedful.data.writing import write_whole
-from heedful.train import scores
 from heedful.train.config import DecodeConfig, TrainError
+from heedful.train.evaluation import scores
+from heedful.train.evaluation.perplexity import NOTHING_TO_PREDICT, strided_loss
 from heedful.train.hosts import is_first, one_first
+from heedful.train.inference.translate import Translator
 from heedful.train.load import Trained
-from heedful.train.perplexity import NOTHING_TO_PREDICT, strided_loss
-from heedful.train.record import data_record
+from heedful.train.reproducibility.record import data_record
 from heedful.train.run import Run, to_json, write_json
 from heedful.train.sharding import require_divisible, rows_here, to_devices
 from heedful.train.step import make_eval_step
-from heedful.train.translate import Translator
 
 SPLITS = {"valid": "validation", "test": "test"}
 NO_BETTER = 0.98

@@ -15,7 +15,7 @@ from heedful.model.config import ModelConfig, ModelError
 from heedful.model.decoding import Decoded, Sampling, beam_search, sample
 from heedful.model.transformer import build, empty_cache, put_together, take_apart
 from heedful.train.config import DecodeConfig, TrainError, require_tokens
-from heedful.train.rows import Rows, batches, require_length
+from heedful.train.inference.batching import Rows, batches, require_length
 from heedful.train.sharding import whole
 
 

@@ -15,7 +15,7 @@ from heedful.model.config import ModelConfig
 from heedful.model.decoding import Decoded, Sampling, Writing, advance, beam_search, begin
 from heedful.model.transformer import build, empty_cache, put_together, take_apart
 from heedful.train.config import DecodeConfig, TrainError, require_tokens
-from heedful.train.rows import Rows, batches, require_length
+from heedful.train.inference.batching import Rows, batches, require_length
 from heedful.train.sharding import whole
 
 CHUNK = 256  # positions of a prompt that are read at once

@@ -12,8 +12,8 @@ from heedful.data.config import DataConfig
 from heedful.model.attention import choose
 from heedful.model.config import ModelConfig
 from heedful.train.config import TrainConfig, TrainError
-from heedful.train.costs import device_bytes
-from heedful.train.inspect import number
+from heedful.train.inspection.costs import device_bytes
+from heedful.train.inspection.inspect import number
 from heedful.train.plan.compiled import Compiled, Memory, compile_step
 from heedful.train.trainable import split
 

@@ -13,10 +13,11 @@ from typing import Any
 from heedful.configs import base
 from heedful.data.config import DataError
 from heedful.model.config import ModelError
-from heedful.train import commands, signals
+from heedful.train import signals
+from heedful.train.cli import commands
+from heedful.train.cli.flags import take
 from heedful.train.config import Interrupted, TrainError
-from heedful.train.flags import take
-from heedful.train.memory import keep_memory
+from heedful.train.cpu_allocator import keep_memory
 
 USAGE = """usage: heedful COMMAND ...
 
@@ -164,7 +165,7 @@ def _dispatch(arguments: list[str]) -> int:
         for name in base.names():
             print(f"{name:24}{base.load(name)[1].strip().splitlines()[0]}")
     elif command == "cores":
-        from heedful.train.cores import table
+        from heedful.train.inspection.cores import table
 
         print(table())
     elif command not in known:
@@ -217,7 +218,3 @@ def _quiet() -> None:
             sys.__unraisablehook__(problem)
 
     sys.unraisablehook = tell
-
-
-if __name__ == "__main__":
-    main()

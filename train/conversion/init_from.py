@@ -19,8 +19,8 @@ from heedful.data.tokenizer import Tokenizer
 from heedful.model import pretrained
 from heedful.model.config import LoraConfig, ModelConfig
 from heedful.model.pretrained.tensors import CONFIG, read_json
-from heedful.train import generation_config
 from heedful.train.config import TrainError
+from heedful.train.conversion import generation_config
 from heedful.train.hosts import to_host
 from heedful.train.load import load
 from heedful.train.run import Run, differences, to_json

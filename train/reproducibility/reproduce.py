@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,58 +13,45 @@ from rich.console import Console
 from heedful.train import signals
 from heedful.train.checkpoint import Checkpoints
 from heedful.train.config import Interrupted, TrainError
-from heedful.train.fingerprint import make_fingerprint
 from heedful.train.hosts import any_process, one_first, several
 from heedful.train.loop import fit
-from heedful.train.record import changes, environments, fingerprints, named_words
+from heedful.train.reproducibility.fingerprint import make_fingerprint
+from heedful.train.reproducibility.record import changes, environments, fingerprints, named_words
 from heedful.train.run import Run, is_begun
 from heedful.train.state import TrainState, set_up
 from heedful.train.trainable import named
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReproduceArguments:
-    """Train a run again from its record, and compare every fingerprint."""
-
-    steps: int | None = None
-    """Stop after so many steps; None: at the last fingerprint of the run."""
-    run_dir: Path | None = None
-    """Directory of the new run; None: a temporary one, which is deleted."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerifyArguments:
-    """Train on from a checkpoint of a run, and compare with what the run has recorded."""
-
-    checkpoint: int | None = None
-    """Step of the checkpoint; None: the newest that the run went on from."""
-    steps: int | None = None
-    """Train for so many steps; None: as many as lie between two checkpoints."""
-    run_dir: Path | None = None
-    """Where it trains; None: in a temporary directory, which is deleted."""
-
-
-def reproduce(directory: Path, chosen: ReproduceArguments, console: Console) -> bool:
+def reproduce(
+    directory: Path, console: Console, *, steps: int | None = None, run_dir: Path | None = None
+) -> bool:
     """Whether training again in a fresh directory gives the same bits; says where it does not."""
     original = Run.open(directory)
-    witness = _Comparison(original, console, 0, chosen.steps)
-    with _fresh_directory(chosen.run_dir) as fresh:
+    witness = _Comparison(original, console, 0, steps)
+    with _fresh_directory(run_dir) as fresh:
         train = dataclasses.replace(original.train, checkpoints=None)  # those are the original's
         run = dataclasses.replace(original, directory=fresh, train=train)
         console.print(f"reproducing {directory} in {fresh}")
         return witness.watch(run)
 
 
-def verify(directory: Path, chosen: VerifyArguments, console: Console) -> bool:
+def verify(
+    directory: Path,
+    console: Console,
+    *,
+    checkpoint: int | None = None,
+    steps: int | None = None,
+    run_dir: Path | None = None,
+) -> bool:
     """Whether training on from a checkpoint gives the bits of the run, which is left as it is."""
     original = Run.open(directory)
     setup = set_up(original.model, original.train)
     checkpoints = Checkpoints(original.checkpoints, original.tokenizer().fingerprint)
-    first = chosen.checkpoint
+    first = checkpoint
     if first is None:
         last = max(fingerprints(original), default=0)
         first = max((step for step in checkpoints.steps if step < last), default=0)
-    witness = _Comparison(original, console, first, chosen.steps or original.train.checkpoint_every)
+    witness = _Comparison(original, console, first, steps or original.train.checkpoint_every)
     state, position = checkpoints.restore(first, setup.abstract)
     console.print(f"verifying {directory} from its checkpoint of step {first:,}")
     with jax.set_mesh(setup.mesh):
@@ -76,7 +62,7 @@ def verify(directory: Path, chosen: VerifyArguments, console: Console) -> bool:
     except _Over:
         console.print("the checkpoint is not what was recorded when it was written")
         return witness.verdict()
-    with _fresh_directory(chosen.run_dir) as fresh:
+    with _fresh_directory(run_dir) as fresh:
         # What decides when to stop and what to keep has no part in the bits.
         train = dataclasses.replace(
             original.train, checkpoints=None, patience=None, keep=1, average=1

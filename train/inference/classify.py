@@ -13,8 +13,8 @@ from heedful.data.objectives import OBJECTIVES, Arrays
 from heedful.data.text_files import one_line
 from heedful.model.transformer import build
 from heedful.train.config import TrainError
+from heedful.train.inference.batching import shapes
 from heedful.train.load import Trained
-from heedful.train.rows import shapes
 from heedful.train.sharding import whole, whole_to_devices
 from heedful.train.step import model_inputs
 

@@ -20,7 +20,7 @@ from heedful.train.hosts import is_first
 from heedful.train.metrics import Lines, keep_damaged, read_lines
 from heedful.train.run import Run, differences, write_json
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("model", "data", "train")
 PACKAGES = ("flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "safetensors")
 PACKAGE_FAMILIES = ("jax", "libtpu", "nvidia-")  # compilers, runtimes and kernels of the devices

@@ -4,87 +4,34 @@ import dataclasses
 import json
 import os
 import re
-import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from heedful.data.config import DataConfig, DataError
-from heedful.data.text_files import CR_ONLY, checked_text, one_line
+from heedful.data.config import DataConfig
+from heedful.data.text_files import one_line
 from heedful.model.config import ModelConfig
-from heedful.train import flags
-from heedful.train.config import DecodeConfig, TrainConfig, TrainError
-from heedful.train.flags import early
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainArguments:
-    """Train an experiment; the same command again resumes it."""
-
-    model: ModelConfig
-    data: DataConfig
-    train: TrainConfig
-    run_dir: Path
-    """Directory of the run."""
-    fallback: bool = False
-    """Resume from the checkpoint before when the newest is corrupt."""
-    audit: bool = True
-    """Audit the masks of a small model before the first step (see heedful masks)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadArguments:
-    """Which parameters of a run are used."""
-
-    checkpoint: str | None = None
-    """average (of the newest train.average), last, best, or a step; None: the average where the run
-    averages, else the best."""
-    fallback: bool = False
-    """Leave corrupt checkpoints out, and say so, instead of stopping."""
-
+from heedful.train.cli import flags
+from heedful.train.cli.arguments import (
+    AttentionArguments,
+    ClassifyArguments,
+    ConfigMasksArguments,
+    DecodeArguments,
+    EvaluateArguments,
+    ImportArguments,
+    InspectArguments,
+    LoadArguments,
+    MasksArguments,
+    PlanArguments,
+    ReproduceArguments,
+    TrainArguments,
+    VerifyArguments,
+)
+from heedful.train.cli.flags import early
+from heedful.train.cli.terminal import console, print_lines, read_lines
+from heedful.train.config import TrainConfig, TrainError
 
 LOAD_FIELDS = {entry.name for entry in dataclasses.fields(LoadArguments)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassifyArguments(LoadArguments):
-    """Name the classes of texts."""
-
-    tab: Literal["trained", "pair", "text"] = "trained"
-    """What a tab is: it stands between the two texts of a pair, or is a part of the text; trained:
-    what it is in the training data."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeArguments(LoadArguments):
-    """Measure a run, or write with it."""
-
-    seed: int = 0
-    """Of the sampling, with decode.temperature."""
-    decode: DecodeConfig = field(default_factory=DecodeConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateArguments(DecodeArguments):
-    """Measure a run."""
-
-    stride: int | None = None
-    """For causal_lm: read long documents in windows of data.max_length that move by so many tokens,
-    so that each token is predicted from as many before it; None: pieces side by side."""
-    other_data: bool = False
-    """Measure on data that have changed since the training: the scores are of other texts."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImportArguments:
-    """Make a run of a Hugging Face model, to be used and fine-tuned like any other."""
-
-    run_dir: Path
-    """Directory of the new run."""
-    data: DataConfig
-    decode: DecodeConfig = field(default_factory=lambda: DecodeConfig(beam=1))
 
 
 def train(name: str, experiment: Any, description: str, arguments: list[str]) -> None:
@@ -100,7 +47,7 @@ def train(name: str, experiment: Any, description: str, arguments: list[str]) ->
 
     keep_compiled()
     from heedful.train.audit.report import audit_before_training
-    from heedful.train.evaluate import report
+    from heedful.train.evaluation.evaluate import report
     from heedful.train.hosts import one_first
     from heedful.train.load import load
     from heedful.train.loop import fit
@@ -118,7 +65,7 @@ def train(name: str, experiment: Any, description: str, arguments: list[str]) ->
 def evaluate(directory: str, arguments: list[str]) -> None:
     """heedful evaluate RUN: other settings than those of the training write to evaluations/"""
     chosen = _parse_for_run(EvaluateArguments, directory, arguments, "evaluate")
-    from heedful.train.evaluate import evaluation_directory, report
+    from heedful.train.evaluation.evaluate import evaluation_directory, report
 
     trained = _load(directory, chosen)
     settings = {name: value for name, value in vars(chosen).items() if name != "decode"}
@@ -136,21 +83,21 @@ def evaluate(directory: str, arguments: list[str]) -> None:
 def translate(directory: str, arguments: list[str]) -> None:
     """heedful translate RUN: a line out for each line of standard input"""
     chosen = _parse_for_run(DecodeArguments, directory, arguments, "translate")
-    from heedful.train.translate import Translator
+    from heedful.train.inference.translate import Translator
 
     lines = read_lines()
     trained = _load(directory, chosen, stderr=True)
     translations = Translator(*_parts(trained, chosen), **_warning(trained))(lines)
     _warn_unknown(trained, lines)
-    _print(translations)
+    print_lines(translations)
 
 
 def generate(directory: str, arguments: list[str]) -> None:
     """heedful generate RUN ["text"]: goes on with a text, or with each line of standard input"""
     text, arguments = _text(arguments)
     chosen = _parse_for_run(DecodeArguments, directory, arguments, "generate")
-    from heedful.train.generate import Generator
     from heedful.train.hosts import is_first
+    from heedful.train.inference.generate import Generator
 
     lines = read_lines() if text is None else []
     trained = _load(directory, chosen, stderr=True)
@@ -159,7 +106,7 @@ def generate(directory: str, arguments: list[str]) -> None:
     _warn_unknown(trained, lines if text is None else [text])
     if text is None:
         whole = [line + rest for line, rest in zip(lines, generator(lines), strict=True)]
-        _print(map(one_line, whole))
+        print_lines(map(one_line, whole))
         return
     show = partial(print, end="", flush=True) if is_first() else lambda _: None
     pieces = generator.stream(text)
@@ -173,8 +120,8 @@ def classify(directory: str, arguments: list[str]) -> None:
     """heedful classify RUN ["text"]: the class of a text, or of each line of standard input"""
     text, arguments = _text(arguments)
     chosen = _parse_for_run(ClassifyArguments, directory, arguments, "classify")
-    from heedful.train.classify import Classifier, trained_on_pairs
     from heedful.train.hosts import from_first
+    from heedful.train.inference.classify import Classifier, trained_on_pairs
 
     lines = read_lines() if text is None else [text]
     trained = _load(directory, chosen, stderr=True)
@@ -188,7 +135,7 @@ def classify(directory: str, arguments: list[str]) -> None:
             )
     answers = Classifier(trained, pairs)(lines)
     _warn_unknown(trained, [line.replace("\t", " ") for line in lines])
-    _print(answers)
+    print_lines(answers)
 
 
 def attention(directory: str, arguments: list[str]) -> None:
@@ -196,7 +143,7 @@ def attention(directory: str, arguments: list[str]) -> None:
     text, arguments = _text(arguments)
     if text is None and not helps(arguments):
         raise TrainError("heedful attention needs a run directory and a text")
-    from heedful.train.attention_picture import AttentionArguments, attention_picture
+    from heedful.train.inspection.attention_picture import attention_picture
 
     chosen = _parse_for_run(AttentionArguments, directory, arguments, "attention")
     entries = dataclasses.fields(AttentionArguments)
@@ -206,12 +153,12 @@ def attention(directory: str, arguments: list[str]) -> None:
 
 def inspect(name: str, experiment: Any, arguments: list[str]) -> None:
     """heedful inspect CONFIG|RUN"""
-    from heedful.train import inspect as inspection
+    from heedful.train.inspection import inspect as inspection
     from heedful.train.run import Run
 
     whole = experiment or Run.open(name)
     model = _adopted(whole.model, whole.train, arguments) if experiment else whole.model
-    default = inspection.InspectArguments(model=model, data=whole.data, train=whole.train)
+    default = InspectArguments(model=model, data=whole.data, train=whole.train)
     chosen = parse(default, arguments, f"heedful inspect {name}")
     inspection.inspect(name, console=console(), **vars(chosen))
 
@@ -223,14 +170,14 @@ def masks(name: str, experiment: Any, arguments: list[str]) -> int:
     if experiment:
         keep_compiled()
         model = _adopted(experiment.model, experiment.train, arguments)
-        default = report.ConfigMasksArguments(model=model, data=experiment.data)
+        default = ConfigMasksArguments(model=model, data=experiment.data)
         chosen = parse(default, arguments, f"heedful masks {name}")
         model, data, trained = chosen.model, chosen.data, None
         output = chosen.output or Path(f"{name}.masks.png")
     else:
         import jax
 
-        chosen = _parse_for_run(report.MasksArguments, name, arguments, "masks")
+        chosen = _parse_for_run(MasksArguments, name, arguments, "masks")
         loaded = _load(name, chosen)
         model, data = loaded.run.model, loaded.run.data
         trained = (jax.device_get(loaded.params), loaded.tokenizer)
@@ -242,19 +189,19 @@ def masks(name: str, experiment: Any, arguments: list[str]) -> int:
 def reproduce(directory: str, arguments: list[str]) -> int:
     """heedful reproduce RUN; returns the exit code, 1 where the bits differ"""
     keep_compiled()
-    from heedful.train import reproduce as again
+    from heedful.train.reproducibility import reproduce as again
 
-    chosen = parse(again.ReproduceArguments(), arguments, f"heedful reproduce {directory}")
-    return int(not again.reproduce(Path(directory), chosen, console()))
+    chosen = parse(ReproduceArguments(), arguments, f"heedful reproduce {directory}")
+    return int(not again.reproduce(Path(directory), console(), **vars(chosen)))
 
 
 def verify(directory: str, arguments: list[str]) -> int:
     """heedful verify RUN; returns the exit code, 1 where the bits differ"""
     keep_compiled()
-    from heedful.train import reproduce as again
+    from heedful.train.reproducibility import reproduce as again
 
-    chosen = parse(again.VerifyArguments(), arguments, f"heedful verify {directory}")
-    return int(not again.verify(Path(directory), chosen, console()))
+    chosen = parse(VerifyArguments(), arguments, f"heedful verify {directory}")
+    return int(not again.verify(Path(directory), console(), **vars(chosen)))
 
 
 def plan(name: str, experiment: Any, arguments: list[str]) -> int:
@@ -265,7 +212,7 @@ def plan(name: str, experiment: Any, arguments: list[str]) -> int:
 
     whole = experiment or Run.open(name)
     model = _adopted(whole.model, whole.train, arguments) if experiment else whole.model
-    default = report.PlanArguments(model=model, data=whole.data, train=whole.train)
+    default = PlanArguments(model=model, data=whole.data, train=whole.train)
     chosen = parse(default, arguments, f"heedful plan {name}")
     own: dict[str, Any] = {"topology": chosen.topology}
     own |= {"compiles": chosen.compiles} if chosen.search else {}
@@ -276,9 +223,9 @@ def plan(name: str, experiment: Any, arguments: list[str]) -> int:
 def import_(source: str, arguments: list[str]) -> None:
     """heedful import hf:DIR --run-dir RUN"""
     keep_compiled()
-    from heedful.train.exchange import default_data, import_run
-    from heedful.train.generation_config import describe, follow
-    from heedful.train.init_from import open_source
+    from heedful.train.conversion.exchange import default_data, import_run
+    from heedful.train.conversion.generation_config import describe, follow
+    from heedful.train.conversion.init_from import open_source
 
     opened = open_source(source, console())
     decode, fields, left = follow(
@@ -298,7 +245,7 @@ def export(directory: str, arguments: list[str]) -> None:
     if target is None and not helps(arguments):
         raise TrainError("heedful export needs a run directory and the directory to write")
     chosen = _parse_for_run(LoadArguments, directory, arguments, "export")
-    from heedful.train.exchange import export_run
+    from heedful.train.conversion.exchange import export_run
 
     export_run(_load(directory, chosen), Path(target or ""), console())
 
@@ -308,7 +255,7 @@ def _adopted(model: ModelConfig, train: TrainConfig, arguments: list[str]) -> Mo
     init_from = early(arguments, "--train.init-from") or train.init_from
     if init_from in (None, "None") or helps(arguments):
         return model
-    from heedful.train.init_from import adopt, open_source
+    from heedful.train.conversion.init_from import adopt, open_source
 
     return adopt(model, open_source(init_from, console()).model)
 
@@ -370,7 +317,7 @@ def _warn_unknown(trained: Any, lines: list[str]) -> None:
 
 def _warning(trained: Any) -> dict[str, Any]:
     """How long the rows of the training were, if that is known, and where a user is warned."""
-    from heedful.train.record import data_record
+    from heedful.train.reproducibility.record import data_record
 
     is_known = "train" in data_record(trained.run)
     return {
@@ -390,53 +337,12 @@ def _text(arguments: list[str]) -> tuple[str | None, list[str]]:
     return None, arguments
 
 
-def _print(lines: Iterable[str]) -> None:
-    from heedful.train.hosts import is_first
-
-    for line in lines:
-        if is_first():
-            print(line)
-
-
-def read_lines() -> list[str]:
-    """The lines of standard input, in UTF-8; of several processes the first one reads."""
-    from heedful.train.hosts import from_first, is_first, one_first
-
-    lines = one_first(lambda: _lines_here() if is_first() else [])
-    return json.loads(from_first(json.dumps(lines)))
-
-
-def _lines_here() -> list[str]:
-    text = sys.stdin.buffer.read()
-    lines = checked_text(text, "standard input").split("\n")
-    lines = lines if lines[-1] else lines[:-1]
-    if len(lines) == 1 and "\r" in lines[0].rstrip("\r"):
-        raise DataError(f"standard input {CR_ONLY}")
-    return [line.rstrip("\r") for line in lines]
-
-
-def console(stderr: bool = False) -> Any:
-    """Where commands print; brackets and colons of names and texts stay as they are."""
-    from rich.console import Console
-
-    from heedful.train.hosts import is_first
-
-    return Console(
-        stderr=stderr,
-        markup=False,
-        emoji=False,
-        highlight=False,
-        soft_wrap=True,
-        quiet=not is_first(),
-    )
-
-
 def keep_compiled() -> None:
     """What XLA compiles is kept for the next process, and what it leaves behind is not."""
     import jax
 
     from heedful.data.packages import cache
-    from heedful.train.memory import keep_in_place
+    from heedful.train.cpu_allocator import keep_in_place
 
     keep_in_place()
     jax.config.update("jax_compilation_cache_dir", str(cache() / "compiled"))

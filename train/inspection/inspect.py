@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import jax
@@ -17,9 +16,9 @@ from heedful.data.config import DataConfig
 from heedful.data.tokenizer import Tokenizer
 from heedful.model.cache import remembered
 from heedful.model.config import ModelConfig
-from heedful.train.attention_weights import attention_kinds, attention_masks
 from heedful.train.config import MeshConfig, TrainConfig, require
-from heedful.train.costs import (
+from heedful.train.inspection.attention_weights import attention_kinds, attention_masks
+from heedful.train.inspection.costs import (
     BACKWARD,
     STACKED,
     Memory,
@@ -35,19 +34,6 @@ from heedful.train.trainable import named
 
 ROW = 16  # tokens of the example whose masks are drawn
 MAY, MAY_NOT = "██", "··"
-
-
-@dataclass(frozen=True, kw_only=True)
-class InspectArguments:
-    """Parameters, memory, arithmetic and masks of an experiment or of a run."""
-
-    model: ModelConfig
-    data: DataConfig
-    train: TrainConfig
-    length: int | None = None
-    """Tokens per row for the arithmetic of attention; None: data.max_length."""
-    names: bool = False
-    """List every parameter with its shape, and whether it trains."""
 
 
 def inspect(

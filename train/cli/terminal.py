@@ -1,0 +1,50 @@
+"""What commands read from standard input and print; of several processes the first one does it."""
+
+import json
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from heedful.data.config import DataError
+from heedful.data.text_files import CR_ONLY, checked_text
+
+
+def console(stderr: bool = False) -> Any:
+    """Where commands print; brackets and colons of names and texts stay as they are."""
+    from rich.console import Console
+
+    from heedful.train.hosts import is_first
+
+    return Console(
+        stderr=stderr,
+        markup=False,
+        emoji=False,
+        highlight=False,
+        soft_wrap=True,
+        quiet=not is_first(),
+    )
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    from heedful.train.hosts import is_first
+
+    for line in lines:
+        if is_first():
+            print(line)
+
+
+def read_lines() -> list[str]:
+    """The lines of standard input, in UTF-8; of several processes the first one reads."""
+    from heedful.train.hosts import from_first, is_first, one_first
+
+    lines = one_first(lambda: _lines_here() if is_first() else [])
+    return json.loads(from_first(json.dumps(lines)))
+
+
+def _lines_here() -> list[str]:
+    text = sys.stdin.buffer.read()
+    lines = checked_text(text, "standard input").split("\n")
+    lines = lines if lines[-1] else lines[:-1]
+    if len(lines) == 1 and "\r" in lines[0].rstrip("\r"):
+        raise DataError(f"standard input {CR_ONLY}")
+    return [line.rstrip("\r") for line in lines]

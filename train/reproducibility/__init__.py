@@ -1,0 +1,1 @@
+"""The record of a run, fingerprints of its parameters, and training that must give them again."""
