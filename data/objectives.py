@@ -18,7 +18,7 @@ Arrays = dict[str, np.ndarray]
 Example = Mapping[str, np.ndarray]
 
 
-class Cut(NamedTuple):
+class ChunkingSpec(NamedTuple):
     """How a long document becomes pieces.
 
     framed: the document is begin + text + end; otherwise the bare text.
@@ -46,7 +46,7 @@ class Objective(NamedTuple):
 
     row: Callable[[Example, Any, DataConfig, Tokenizer], Arrays]
     lengths: Callable[[Mapping[str, np.ndarray], DataConfig], np.ndarray]
-    cut: Cut | None = None
+    cut: ChunkingSpec | None = None
     draws: bool = False
 
 
@@ -176,7 +176,9 @@ def translation(example: Example, rng: None, config: DataConfig, tokenizer: Toke
     return _encoder_decoder(example["source"], example["target"], tokenizer)
 
 
-def labelled(example: Example, rng: None, config: DataConfig, tokenizer: Tokenizer) -> Arrays:
+def sequence_classification(
+    example: Example, rng: None, config: DataConfig, tokenizer: Tokenizer
+) -> Arrays:
     """Predict the class, or the number, of a text or of a pair (arXiv:1810.04805 §4.1).
 
     A row is begin, text, end, and for a pair the second text and another end.
@@ -216,18 +218,24 @@ def _max_length(config: DataConfig, tokenizer: Tokenizer) -> int:
 
 OBJECTIVES = {
     "causal_lm": Objective(
-        causal_lm, lambda n, _: np.stack([n["text"] - 1]), Cut(True, 1, _max_length)
+        causal_lm, lambda n, _: np.stack([n["text"] - 1]), ChunkingSpec(True, 1, _max_length)
     ),
     "masked_lm": Objective(
-        masked_lm, lambda n, _: np.stack([n["text"]]), Cut(True, 0, _max_length), draws=True
+        masked_lm,
+        lambda n, _: np.stack([n["text"]]),
+        ChunkingSpec(True, 0, _max_length),
+        draws=True,
     ),
     "prefix_lm": Objective(
-        prefix_lm, lambda n, _: np.stack([n["text"] - 1]), Cut(True, 1, _max_length), draws=True
+        prefix_lm,
+        lambda n, _: np.stack([n["text"] - 1]),
+        ChunkingSpec(True, 1, _max_length),
+        draws=True,
     ),
     "span_corruption": Objective(
-        span_corruption, _span_lengths, Cut(False, 0, _longest_spanned), draws=True
+        span_corruption, _span_lengths, ChunkingSpec(False, 0, _longest_spanned), draws=True
     ),
     "translation": Objective(translation, lambda n, _: np.stack([n["source"], n["target"]]) + 1),
-    "classification": Objective(labelled, _labelled_lengths),
-    "regression": Objective(labelled, _labelled_lengths),
+    "classification": Objective(sequence_classification, _labelled_lengths),
+    "regression": Objective(sequence_classification, _labelled_lengths),
 }

@@ -16,14 +16,14 @@ from heedful.data.batch import pad_and_stack
 from heedful.data.config import GENERATING, TEXT_OBJECTIVES, DataConfig, DataError
 from heedful.data.examples import Example
 from heedful.data.labels import classes
-from heedful.data.objectives import OBJECTIVES, Arrays, Cut
+from heedful.data.objectives import OBJECTIVES, Arrays, ChunkingSpec
 from heedful.data.packing import PackedPlan, Pieces, Plan, pack
-from heedful.data.rows import Rows, arrange
+from heedful.data.rows import SplitPlan, arrange
 from heedful.data.store import TokenStore, fingerprint
 from heedful.data.tokenizer import Tokenizer, cut_text
 
 Reader = Callable[[int, int], Generator[Arrays, None, None]]
-Place = Callable[[Arrays], Any]
+DevicePut = Callable[[Arrays], Any]
 
 
 def tokenizer_texts(config: DataConfig) -> Iterable[str]:
@@ -129,7 +129,7 @@ class Dataset:
         return self.train_plan.batches_per_epoch
 
     def train_iterator(
-        self, parts: Sequence[int] = (0,), count: int = 1, place: Place | None = None
+        self, parts: Sequence[int] = (0,), count: int = 1, place: DevicePut | None = None
     ) -> "TrainIterator":
         """Returns the endless batches of a process, `{name: [B * len(parts) / count, ...]}`.
 
@@ -181,7 +181,7 @@ class Dataset:
         example = self.store[number]
         return example if self.labels is None else {**example, "label": self.labels[number]}
 
-    def _pieces(self, cut: Cut, plan: Plan, epoch: int, number: int) -> list[Arrays]:
+    def _pieces(self, cut: ChunkingSpec, plan: Plan, epoch: int, number: int) -> list[Arrays]:
         if isinstance(plan, PackedPlan):
             spans = plan.spans(epoch, number)
         else:
@@ -195,7 +195,7 @@ class Dataset:
 
 
 def _report(
-    config: DataConfig, split: str, store: TokenStore, rows: Rows, characters: int
+    config: DataConfig, split: str, store: TokenStore, rows: SplitPlan, characters: int
 ) -> list[str]:
     """The lines that say what was read, left out, and put into batches."""
     is_text = config.objective in TEXT_OBJECTIVES
@@ -264,7 +264,7 @@ def _read_ahead(
         ahead.close()
 
 
-def _one_ahead(read: Reader, place: Place, start: int, stop: int) -> Generator[Any, None, None]:
+def _one_ahead(read: Reader, place: DevicePut, start: int, stop: int) -> Generator[Any, None, None]:
     """Yields place(batch) for what `read` yields; a thread makes the next one in the meantime.
 
     It begins when the caller has the last one and next lets go of the interpreter, and so takes

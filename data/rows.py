@@ -11,7 +11,7 @@ from heedful.data.store import TokenStore
 from heedful.data.tokenizer import Tokenizer
 
 
-class Rows(NamedTuple):
+class SplitPlan(NamedTuple):
     """What the rows of a split are made of; `tokens` is the sum of their lengths on all sides."""
 
     plan: Plan
@@ -23,7 +23,7 @@ class Rows(NamedTuple):
 
 def arrange(
     config: DataConfig, tokenizer: Tokenizer, store: TokenStore, split: str, seed: int
-) -> Rows:
+) -> SplitPlan:
     """Plans the training batches of a split; raises DataError when nothing of it can be used."""
     is_whole = OBJECTIVES[config.objective].cut is None
     return (_examples if is_whole else _documents)(config, tokenizer, store, split, seed)
@@ -31,7 +31,7 @@ def arrange(
 
 def _examples(
     config: DataConfig, tokenizer: Tokenizer, store: TokenStore, split: str, seed: int
-) -> Rows:
+) -> SplitPlan:
     """One row for each example that is not blank or too long."""
     lengths = OBJECTIVES[config.objective].lengths(store.counts(), config)
     fits = lengths.max(0) <= config.max_length
@@ -46,12 +46,12 @@ def _examples(
     lengths = lengths[:, kept]
     count = len(kept) if config.objective != "translation" else int(lengths[-1].sum())
     plan = BatchPlan(lengths, config, seed)
-    return Rows(plan, kept, None, int(lengths.sum()), count)
+    return SplitPlan(plan, kept, None, int(lengths.sum()), count)
 
 
 def _documents(
     config: DataConfig, tokenizer: Tokenizer, store: TokenStore, split: str, seed: int
-) -> Rows:
+) -> SplitPlan:
     """All documents that are not blank, end to end, or one row for each of their pieces."""
     objective = OBJECTIVES[config.objective]
     assert objective.cut is not None
@@ -66,10 +66,10 @@ def _documents(
         raise DataError(f"all {len(store.blank):,} documents of split {split!r} are blank")
     if config.is_packed:
         count = int(starts[-1])
-        return Rows(PackedPlan(starts, config, seed), kept, None, count, count)
+        return SplitPlan(PackedPlan(starts, config, seed), kept, None, count, count)
     pieces = Pieces(starts, objective.cut.longest(config, tokenizer))
     # The lengths of a row follow from that of its piece, which has few values.
     sizes = np.arange(pieces.longest + 1) + objective.cut.overlap
     lengths = objective.lengths({"text": sizes}, config).astype(np.int32)[:, pieces.lengths()]
     tokens, count = int(lengths.sum(dtype=np.int64)), int(lengths[-1].sum(dtype=np.int64))
-    return Rows(BatchPlan(lengths, config, seed), kept, pieces, tokens, count)
+    return SplitPlan(BatchPlan(lengths, config, seed), kept, pieces, tokens, count)

@@ -20,8 +20,10 @@ from heedful.model.config import ModelConfig
 from heedful.model.masks import AttentionMask, cross
 from heedful.model.positions import PositionBias
 
-FEWEST = 16  # positions of a cache of which fewer are not read apart
-WIDEST = 16  # hypotheses up to which products with the keys of all take less time than copies
+MIN_PREFIX = 16  # positions of a cache of which fewer are not read apart
+MAX_SHARED_BEAMS = (
+    16  # hypotheses up to which products with the keys of all take less time than copies
+)
 
 
 @runtime_checkable
@@ -35,7 +37,7 @@ class Cache(Protocol):
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
         mask: AttentionMask,
-        is_real: Bool[Array, "B T"] | None,
+        cache_write_mask: Bool[Array, "B T"] | None,
         **how: Any,
     ) -> tuple[Float[Array, "B T N H"], "Cache"]:
         """Attention of new tokens at `mask.q_offset` to themselves and all before, and the cache
@@ -71,7 +73,7 @@ class KVCache:
 
     def attend(
         self, core: Callable, q: jax.Array, k: jax.Array, v: jax.Array,
-        mask: AttentionMask, is_real: jax.Array | None = None, **how: Any,
+        mask: AttentionMask, cache_write_mask: jax.Array | None = None, **how: Any,
     ) -> tuple[jax.Array, "KVCache"]:  # fmt: skip
         offset, new = _offset(mask), q.shape[1]
         cache = self.write(k, v, offset)
@@ -122,7 +124,7 @@ class BeamCache:
 
     def attend(
         self, core: Callable, q: jax.Array, k: jax.Array, v: jax.Array,
-        mask: AttentionMask, is_real: jax.Array | None = None, *,
+        mask: AttentionMask, cache_write_mask: jax.Array | None = None, *,
         bias: PositionBias | None = None, **how: Any,
     ) -> tuple[jax.Array, "BeamCache"]:  # fmt: skip
         """Dense, whatever the core: those that read a KVCache compute the same."""
@@ -185,7 +187,7 @@ class WindowCache:
 
     def attend(
         self, core: Callable, q: jax.Array, k: jax.Array, v: jax.Array,
-        mask: AttentionMask, is_real: jax.Array | None = None, **how: Any,
+        mask: AttentionMask, cache_write_mask: jax.Array | None = None, **how: Any,
     ) -> tuple[jax.Array, "WindowCache"]:  # fmt: skip
         start, (batch, new) = _offset(mask), k.shape[:2]
         past = self.keys(0)
@@ -198,7 +200,7 @@ class WindowCache:
         mask.require_lengths(new, past + new)
         rows = jnp.arange(batch)[:, None]
         offset = jnp.broadcast_to(start, batch)[:, None]
-        real = jnp.ones((batch, new), bool) if is_real is None else is_real
+        real = jnp.ones((batch, new), bool) if cache_write_mask is None else cache_write_mask
 
         # All that the new tokens can see, in order: what is remembered, the real new ones over it.
         positions, end = offset - past + jnp.arange(past + new), self.end[:, None]
@@ -248,7 +250,7 @@ def new_cache(config: ModelConfig, batch: int, length: int) -> Cache:
 
 def repeat(cache: Cache, times: int) -> Cache:
     """For `times` hypotheses of each text, which stand side by side."""
-    if isinstance(cache, KVCache) and times <= WIDEST:
+    if isinstance(cache, KVCache) and times <= MAX_SHARED_BEAMS:
         return BeamCache.of(cache, times)
     return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), cache)
 
@@ -278,7 +280,7 @@ def _of_filled(attend: Callable[[int], jax.Array], length: int, offset: jax.Arra
     """
     if target_platform() != "cpu":
         return attend(length)
-    sizes = [n for n in (length // 8, length // 4, length // 2) if n >= FEWEST]
+    sizes = [n for n in (length // 8, length // 4, length // 2) if n >= MIN_PREFIX]
     index = jnp.sum(jnp.max(offset) >= jnp.array(sizes, jnp.int32))
     return jax.lax.switch(index, [partial(attend, n) for n in (*sizes, length)])
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin
 
 Architecture = Literal["encoder_only", "decoder_only", "encoder_decoder"]
-Place = Literal["self", "decoder", "cross"]
+AttentionSite = Literal["self", "decoder", "cross"]
 """Where an attention stands: alone in its stack, in a decoder beside cross-attention, or across."""
 
 MOST_GLOBAL = 100_000
@@ -153,7 +153,7 @@ class AttentionConfig:
                 f"attention.{name} is set, but no attention core is {name}",
             )
 
-    def core_of(self, place: Place) -> str:
+    def core_of(self, place: AttentionSite) -> str:
         """The core of the attention at this place, or auto."""
         own = {"self": None, "decoder": self.decoder_core, "cross": self.cross_core}[place]
         return own or self.core
@@ -468,9 +468,9 @@ class ModelConfig:
         return self.attention.key_dim or self.head_dim
 
     @property
-    def places(self) -> tuple[Place, ...]:
+    def places(self) -> tuple[AttentionSite, ...]:
         """Where attentions stand in this architecture."""
-        return get_args(Place) if self.architecture == "encoder_decoder" else ("self",)
+        return get_args(AttentionSite) if self.architecture == "encoder_decoder" else ("self",)
 
     @property
     def kv_heads(self) -> int:

@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from heedful.model.axes import target_platform
-from heedful.model.linear import FEW
+from heedful.model.linear import MAX_ROWS_TRANSPOSED
 
-BLOCK = 32  # scores of which `highest` looks at the highest first
+BLOCK = 32  # scores of which `block_top_k` looks at the highest first
 
 Position = Int[Array, ""] | Int[Array, " R"]
 Ends = int | tuple[int, ...]
@@ -49,8 +49,8 @@ class Decoded(NamedTuple):
     scores: Float[Array, " B"]
 
 
-class Writing(NamedTuple):
-    """Rows that are being written, between two calls of `advance`."""
+class DecodeState(NamedTuple):
+    """Rows that are being written, between two calls of `decode_until`."""
 
     time: Int[Array, ""]
     """Tokens written in the longest row."""
@@ -65,7 +65,7 @@ class Writing(NamedTuple):
     cache: Any
 
 
-def begin(
+def init_decode(
     last: Int[Array, " B"],
     cache: Any,
     *,
@@ -74,7 +74,7 @@ def begin(
     max_steps: int,
     keys: jax.Array | None = None,
     seen: Bool[Array, "B V"] | None = None,
-) -> Writing:
+) -> DecodeState:
     """Rows that end in the tokens `last`, at position `start`, with nothing written yet.
 
     Row b gets at most `limits[b]` tokens, none if that is 0. `keys` [B] holds one random key per
@@ -87,7 +87,7 @@ def begin(
         lengths=jnp.zeros(batch, jnp.int32),
         scores=jnp.zeros(batch, jnp.float32),
     )
-    return Writing(
+    return DecodeState(
         time=jnp.int32(0),
         last=last.astype(jnp.int32),
         start=start,
@@ -100,9 +100,9 @@ def begin(
     )
 
 
-def advance(
-    step: Step, rows: Writing, until: Int[Array, ""] | int, *, eos_id: Ends, sampling: Sampling
-) -> Writing:
+def decode_until(
+    step: Step, rows: DecodeState, until: Int[Array, ""] | int, *, eos_id: Ends, sampling: Sampling
+) -> DecodeState:
     """Writes on, token by token, until rows hold `until` tokens or all have ended.
 
     Each token of `eos_id` ends a row. No token has the id -1, so -1 leaves the end to the limits.
@@ -113,16 +113,16 @@ def advance(
     index = jnp.arange(rows.last.shape[0])
     until = jnp.minimum(until, rows.decoded.tokens.shape[1])
 
-    def unfinished(rows: Writing):
+    def unfinished(rows: DecodeState):
         return (rows.time < until) & ~jnp.all(rows.done)
 
-    def body(rows: Writing) -> Writing:
+    def body(rows: DecodeState) -> DecodeState:
         t, done, (tokens, lengths, scores) = rows.time, rows.done, rows.decoded
         logits, cache = step(rows.last[:, None], rows.cache, rows.start + t)
         logits = penalise(logits.astype(jnp.float32), rows.seen, sampling.repetition_penalty)
         logits = _without(logits, sampling.never)
         chosen = _choose(logits, rows.keys, t, sampling)
-        gain = logits[index, chosen] - log_total(logits, jnp.max(logits, axis=-1))
+        gain = logits[index, chosen] - logsumexp_given_max(logits, jnp.max(logits, axis=-1))
         seen = None if rows.seen is None else rows.seen.at[index, chosen].set(True)
         chosen = jnp.where(done, 0, chosen)
         return rows._replace(
@@ -151,9 +151,9 @@ def sample(
     sampling: Sampling = Sampling(),  # noqa: B008
     **rows: Any,
 ) -> Decoded:
-    """Token by token until all rows have ended: `begin` and all of `advance`."""
-    begun = begin(last, cache, max_steps=max_steps, **rows)
-    return advance(step, begun, max_steps, eos_id=eos_id, sampling=sampling).decoded
+    """Token by token until all rows have ended: `init_decode` and all of `decode_until`."""
+    begun = init_decode(last, cache, max_steps=max_steps, **rows)
+    return decode_until(step, begun, max_steps, eos_id=eos_id, sampling=sampling).decoded
 
 
 def _choose(
@@ -228,7 +228,7 @@ def _nucleus(probabilities: Float[Array, "B V"], mass: float) -> Float[Array, "B
     return jax.lax.bitcast_convert_type(low, jnp.float32)
 
 
-def highest(
+def block_top_k(
     scores: Float[Array, "B V"], count: int
 ) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
     """`jax.lax.top_k`, ties and all, on a CPU in half of its time or less.
@@ -240,10 +240,10 @@ def highest(
         best, index = jax.lax.top_k(scores, count)
         return best, index
     full, rows = size - size % BLOCK, jnp.arange(len(scores))[:, None]
-    if len(scores) > FEW:
+    if len(scores) > MAX_ROWS_TRANSPOSED:
         peaks = jnp.max(scores[:, :full].reshape(len(scores), -1, BLOCK), axis=2)
         at = lambda places: scores[rows, places]  # noqa: E731
-    else:  # As `log_total` reads them.
+    else:  # As `logsumexp_given_max` reads them.
         columns = scores.T
         peaks = jnp.max(columns[:full].reshape(-1, BLOCK, len(scores)), axis=1).T
         at = lambda places: columns[places, rows]  # noqa: E731
@@ -256,13 +256,15 @@ def highest(
     return best, jnp.take_along_axis(places, index, axis=1)
 
 
-def log_total(logits: Float[Array, "B V"], most: Float[Array, " B"]) -> Float[Array, " B"]:
+def logsumexp_given_max(
+    logits: Float[Array, "B V"], most: Float[Array, " B"]
+) -> Float[Array, " B"]:
     """log(sum(exp(logits))) of each row, whose highest is `most`.
 
     Of few rows with V in front, as `transposed_matmul` leaves them: a CPU would turn everything
     around before.
     """
-    if len(logits) > FEW:
+    if len(logits) > MAX_ROWS_TRANSPOSED:
         return most + jnp.log(jnp.sum(jnp.exp(logits - most[:, None]), axis=1))
     return most + jnp.log(jnp.sum(jnp.exp(logits.T - most), axis=0))
 
@@ -328,15 +330,15 @@ def beam_search(
         logits, cache = step(last.reshape(-1, 1), cache, start + t)
         logits = logits.astype(jnp.float32)
         if seen is not None:
-            logits -= log_total(logits, jnp.max(logits, axis=-1))[:, None]
+            logits -= logsumexp_given_max(logits, jnp.max(logits, axis=-1))[:, None]
             logits = penalise(logits, seen, repetition_penalty)
 
         # So many that `width` stay alive, if all hypotheses may end in all ways.
         children = min(candidates, logits.shape[-1])
-        log_probs, tokens = highest(_without(logits, never), children)
+        log_probs, tokens = block_top_k(_without(logits, never), children)
         if seen is None:
             most = jnp.max(logits, axis=-1) if never else log_probs[:, 0]
-            log_probs -= log_total(logits, most)[:, None]
+            log_probs -= logsumexp_given_max(logits, most)[:, None]
         totals = live_scores.reshape(-1, 1) + log_probs
         scores, picks = jax.lax.top_k(totals.reshape(batch, -1), candidates)
         parents, chosen = picks // children, tokens.reshape(batch, -1)[rows, picks]

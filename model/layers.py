@@ -16,9 +16,9 @@ from heedful.model.attention.dense import attention_weights, dense
 from heedful.model.attention.longformer import put_rows, take_rows
 from heedful.model.axes import constrain, partitioned, shards, target_platform
 from heedful.model.cache import Cache, KVCache
-from heedful.model.config import ModelConfig, Place
+from heedful.model.config import AttentionSite, ModelConfig
 from heedful.model.dropout import dropout
-from heedful.model.linear import FEW, Linear, matmul, transposed_matmul
+from heedful.model.linear import MAX_ROWS_TRANSPOSED, Linear, matmul, transposed_matmul
 from heedful.model.masks import AttentionMask, MaskNotSupported, cross
 from heedful.model.positions import PositionBias, Rotation, lookup
 
@@ -118,14 +118,14 @@ class FeedForward(nn.Module):
 
 
 @struct.dataclass
-class Shared:
+class StackContext:
     """What self-attention is given alike in all layers of a stack."""
 
     rotation: Rotation | None = None
     bias: PositionBias | None = None
     projection: Float[Array, "S R"] | None = None
     """Of the core linformer, where layers share it."""
-    is_real: Bool[Array, "B T"] | None = None
+    cache_write_mask: Bool[Array, "B T"] | None = None
     """Which of the new tokens a cache remembers; None: all."""
 
 
@@ -142,7 +142,7 @@ class MultiHeadAttention(nn.Module):
     """
 
     config: ModelConfig
-    place: Place = "self"
+    place: AttentionSite = "self"
 
     @nn.compact
     def __call__(
@@ -150,7 +150,7 @@ class MultiHeadAttention(nn.Module):
         x: Float[Array, "B T D"],
         context: Float[Array, "B S D"] | None,
         mask: AttentionMask,
-        shared: Shared | None = None,
+        shared: StackContext | None = None,
         *,
         cache: Cache | None = None,
         deterministic: bool = True,
@@ -159,7 +159,7 @@ class MultiHeadAttention(nn.Module):
         model = {"embed": config.width}
         heads, kv_heads = {"heads": attention.heads}, {"kv_heads": config.kv_heads}
         keys, values = {"head_dim": config.key_dim}, {"head_dim": config.head_dim}
-        shared = shared or Shared()
+        shared = shared or StackContext()
         rotate = shared.rotation or (lambda x: x)
 
         # Scores that nothing scales need smaller queries, or the softmax begins saturated.
@@ -199,7 +199,7 @@ class MultiHeadAttention(nn.Module):
         elif cache is None:
             y = core(q, k, v, mask, **how)
         else:
-            y, cache = cache.attend(core, q, k, v, mask, shared.is_real, **how)
+            y, cache = cache.attend(core, q, k, v, mask, shared.cache_write_mask, **how)
         is_sown = self.is_mutable_collection("intermediates") and not self.is_initializing()
         is_sown &= name not in WITHOUT_WEIGHTS
         if is_sown and cache is not None and self.place != "cross":
@@ -224,7 +224,7 @@ class MultiHeadAttention(nn.Module):
         weights: Float[Array, "B N T S"] | None,
         x: Float[Array, "B T D"],
         mask: AttentionMask,
-        shared: Shared,
+        shared: StackContext,
         rate: float,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"] | None]:
         """`y` and `weights` with the rows of global tokens by their own projections.
@@ -307,6 +307,6 @@ class Embedding(nn.Module):
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores in float32 against each row of the matrix."""
         table = jnp.asarray(self.table, x.dtype)
-        if target_platform() == "cpu" and math.prod(x.shape[:-1]) <= FEW:
+        if target_platform() == "cpu" and math.prod(x.shape[:-1]) <= MAX_ROWS_TRANSPOSED:
             return transposed_matmul(x, table, "float32")
         return matmul(x, table.T, "float32")

@@ -15,7 +15,9 @@ from jaxtyping import Array, Float
 from heedful.model.axes import mesh_axes, partitioned, target_platform
 from heedful.model.config import ModelConfig
 
-FEW = 64  # rows of x for which a CPU is faster with a transposed kernel as the first factor
+MAX_ROWS_TRANSPOSED = (
+    64  # rows of x for which a CPU is faster with a transposed kernel as the first factor
+)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -69,7 +71,7 @@ def transposed_matmul(
     Where x has few rows, as in decoding, it is (transposed x^T)^T, for which a CPU takes down to
     0.6 of the time of `matmul`; where it has many, as in a prompt, that would take a fifth more.
     """
-    if math.prod(x.shape[:-1]) > FEW:
+    if math.prod(x.shape[:-1]) > MAX_ROWS_TRANSPOSED:
         return jnp.einsum("BTi,oi->BTo", x, transposed, preferred_element_type=dtype)
     # Written as one einsum, x would become the first factor.
     y = jnp.einsum("oi,BTi->oBT", transposed, x, preferred_element_type=dtype)

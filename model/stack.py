@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from heedful.model.attention.linformer import projection_init
 from heedful.model.axes import constrain, target_platform
 from heedful.model.cache import Cache, KVCache, reorder, repeat
-from heedful.model.config import ModelConfig, Place
-from heedful.model.layers import Dropout, FeedForward, MultiHeadAttention, Norm, Shared
+from heedful.model.config import AttentionSite, ModelConfig
+from heedful.model.layers import Dropout, FeedForward, MultiHeadAttention, Norm, StackContext
 from heedful.model.masks import AttentionMask
 from heedful.model.positions import (
     PositionBias,
@@ -32,7 +32,7 @@ KEPT = {
 
 
 def unroll(config: ModelConfig, decodes: bool) -> int:
-    """Layers per iteration; in decoding on a CPU, layers that are `Apart` are in no loop.
+    """Layers per iteration; in decoding on a CPU, layers that are `UnstackedLayers` are in no loop.
 
     With `config.remat` a loop it is: without, a CPU computes early what it should compute again.
     """
@@ -62,7 +62,7 @@ class BlockCache:
 
 
 @struct.dataclass
-class Apart:
+class UnstackedLayers:
     """What a stack holds, parameters or a cache, as one tree for each layer.
 
     A CPU copies what a layer needs of a stacked array whenever it needs it. A loop over tokens
@@ -73,25 +73,25 @@ class Apart:
     layers: tuple[Any, ...]
 
     @classmethod
-    def of(cls, stacked: Any) -> "Apart":
+    def of(cls, stacked: Any) -> "UnstackedLayers":
         count = len(jax.tree.leaves(stacked)[0])
         return cls(tuple(jax.tree.map(lambda x: x[i], stacked) for i in range(count)))  # noqa: B023
 
     def together(self) -> Any:
         return jax.tree.map(lambda *layers: jnp.stack(layers), *self.layers)
 
-    def repeat(self, times: int) -> "Apart":
+    def repeat(self, times: int) -> "UnstackedLayers":
         """Of a cache."""
         return self._each(lambda cache: cache.repeat(times))
 
-    def reorder(self, parents: Int[Array, "B W"]) -> "Apart":
+    def reorder(self, parents: Int[Array, "B W"]) -> "UnstackedLayers":
         """Of a cache."""
         return self._each(lambda cache: cache.reorder(parents))
 
-    def _each(self, change: Callable[[Any], Any]) -> "Apart":
+    def _each(self, change: Callable[[Any], Any]) -> "UnstackedLayers":
         """`change` of each layer as a stack of one."""
         stacks = (change(jax.tree.map(lambda x: x[None], layer)) for layer in self.layers)
-        return Apart(tuple(jax.tree.map(lambda x: x[0], stack) for stack in stacks))
+        return UnstackedLayers(tuple(jax.tree.map(lambda x: x[0], stack) for stack in stacks))
 
 
 class Block(nn.Module):
@@ -106,7 +106,7 @@ class Block(nn.Module):
         x: Float[Array, "B T D"],
         cache: BlockCache | None,
         mask: AttentionMask,
-        shared: Shared,
+        shared: StackContext,
         encoded: Float[Array, "B S D"] | None,
         cross_mask: AttentionMask | None,
         deterministic: bool,
@@ -141,7 +141,7 @@ class Block(nn.Module):
                     x,
                     encoded,
                     cross_mask,
-                    Shared(projection=shared.projection),
+                    StackContext(projection=shared.projection),
                     cache=cross_cache,
                     deterministic=deterministic,
                 ),
@@ -174,7 +174,7 @@ class Stack(nn.Module):
         encoded: Float[Array, "B S D"] | None = None,
         cross_mask: AttentionMask | None = None,
         cache: BlockCache | None = None,
-        is_real: Bool[Array, "B T"] | None = None,
+        cache_write_mask: Bool[Array, "B T"] | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], BlockCache | None]:
         scanned = nn.scan(
@@ -188,7 +188,7 @@ class Stack(nn.Module):
         )
         blocks = scanned(self.config, self.has_cross, name="blocks")
         shared = self._shared(positions, mask).replace(  # type: ignore[attr-defined]
-            is_real=is_real, projection=self._projection()
+            cache_write_mask=cache_write_mask, projection=self._projection()
         )
         x, cache = blocks(x, cache, mask, shared, encoded, cross_mask, deterministic)
         if self.config.norm.position == "pre":
@@ -207,22 +207,22 @@ class Stack(nn.Module):
     def _projection(self) -> Float[Array, "S R"] | None:
         """Of the core linformer, where all layers have one."""
         attention, linformer = self.config.attention, self.config.attention.linformer
-        places: tuple[Place, ...] = ("decoder", "cross") if self.has_cross else ("self",)
+        places: tuple[AttentionSite, ...] = ("decoder", "cross") if self.has_cross else ("self",)
         if linformer.sharing != "layers" or "linformer" not in map(attention.core_of, places):
             return None
         init = projection_init(linformer, "position", "rank")
         shape = (linformer.max_length, linformer.rank)
         return jnp.asarray(self.param("projection", init, shape))
 
-    def _shared(self, positions: Int[Array, "b T"], mask: AttentionMask) -> Shared:
+    def _shared(self, positions: Int[Array, "b T"], mask: AttentionMask) -> StackContext:
         """What self-attention adds or turns, where the config asks for it."""
         config, kind = self.config, self.config.positions.kind
         if kind == "rotary":
-            turns = rotation(positions, config.key_dim, config.positions.rotary)
-            return Shared(rotation=turns)
+            rotary = rotation(positions, config.key_dim, config.positions.rotary)
+            return StackContext(rotation=rotary)
         if kind == "alibi":
             slopes = jnp.asarray(alibi_slopes(config.attention.heads))
-            return Shared(bias=PositionBias(slopes, q_offset=mask.q_offset))
+            return StackContext(bias=PositionBias(slopes, q_offset=mask.q_offset))
         if kind == "relative":
             bias = PositionBias(
                 RelativeBias(config, name="relative_bias")(),
@@ -230,5 +230,5 @@ class Stack(nn.Module):
                 max_distance=config.positions.max_distance,
                 q_offset=mask.q_offset,
             )
-            return Shared(bias=bias)
-        return Shared()
+            return StackContext(bias=bias)
+        return StackContext()

@@ -17,13 +17,13 @@ from heedful.model.layers import Dropout, Embedding, Norm
 from heedful.model.linear import transposed_kernels
 from heedful.model.masks import AttentionMask
 from heedful.model.positions import PositionEmbedding, lookup
-from heedful.model.stack import Apart, BlockCache, Stack, unroll
+from heedful.model.stack import BlockCache, Stack, UnstackedLayers, unroll
 
 Tokens = Int[Array, "B T"]
 Positions = Int[Array, "b T"]  # b is B, or 1 where all rows agree
 
 
-class Inputs(nn.Module):
+class InputEmbedding(nn.Module):
     """Adds position and type to embedded tokens, norms if asked, drops out (§5.4)."""
 
     config: ModelConfig
@@ -60,7 +60,7 @@ class EncoderOnly(nn.Module):
     def setup(self):
         config = self.config
         self.embedding = Embedding(config)
-        self.inputs = Inputs(config)
+        self.inputs = InputEmbedding(config)
         self.encoder = Stack(config, config.layers)
         self.head = HEADS[config.head.kind](config)
 
@@ -72,14 +72,14 @@ class EncoderOnly(nn.Module):
         positions: Tokens | None = None,
         type_ids: Tokens | None = None,
         deterministic: bool = True,
-        scored: bool = True,
+        return_logits: bool = True,
     ) -> Float[Array, "B *T C"]:
         """Scores [B, T, V] of a language model, [B, C] of a classifier; or what they are made of.
 
         That is hidden states, to be given to `score`.
         """
         x = self.encode(inputs, segment_ids, positions, type_ids, deterministic=deterministic)
-        return self.score(x, segment_ids, deterministic=deterministic) if scored else x
+        return self.score(x, segment_ids, deterministic=deterministic) if return_logits else x
 
     def score(
         self,
@@ -119,7 +119,7 @@ class DecoderOnly(nn.Module):
     def setup(self):
         config = self.config
         self.embedding = Embedding(config)
-        self.inputs = Inputs(config)
+        self.inputs = InputEmbedding(config)
         self.decoder = Stack(config, config.layers, is_causal=True)
         self.head = HEADS[config.head.kind](config)
 
@@ -132,7 +132,7 @@ class DecoderOnly(nn.Module):
         type_ids: Tokens | None = None,
         prefix_len: Int[Array, " B"] | None = None,
         deterministic: bool = True,
-        scored: bool = True,
+        return_logits: bool = True,
     ) -> Float[Array, "B *T C"]:
         """Scores for the next tokens [B, T, V], or [B, C] of a classifier; or hidden states."""
         outputs, _ = self.decode(
@@ -142,7 +142,7 @@ class DecoderOnly(nn.Module):
             type_ids=type_ids,
             prefix_len=prefix_len,
             deterministic=deterministic,
-            scored=scored,
+            return_logits=return_logits,
         )
         return outputs
 
@@ -157,10 +157,10 @@ class DecoderOnly(nn.Module):
         type_ids: Tokens | None = None,
         prefix_len: Int[Array, " B"] | None = None,
         cache: BlockCache | None = None,
-        is_real: Bool[Array, "B T"] | None = None,
+        cache_write_mask: Bool[Array, "B T"] | None = None,
         offset: jax.Array | int | None = None,
         deterministic: bool = True,
-        scored: bool = True,
+        return_logits: bool = True,
     ) -> tuple[Float[Array, "B *T C"], BlockCache | None]:
         """Scores for the token after each of `inputs`, which start at position `offset`.
 
@@ -172,9 +172,16 @@ class DecoderOnly(nn.Module):
         x = self.inputs(self.embedding(inputs), positions, type_ids, deterministic=deterministic)
         mask = decoder_mask(self.config, segment_ids, prefix_len, offset)
         x, cache = self.decoder(
-            x, positions, mask, cache=cache, is_real=is_real, deterministic=deterministic
+            x,
+            positions,
+            mask,
+            cache=cache,
+            cache_write_mask=cache_write_mask,
+            deterministic=deterministic,
         )
-        return self.score(x, segment_ids, deterministic=deterministic) if scored else x, cache
+        return self.score(
+            x, segment_ids, deterministic=deterministic
+        ) if return_logits else x, cache
 
 
 class EncoderDecoder(nn.Module):
@@ -185,8 +192,8 @@ class EncoderDecoder(nn.Module):
     def setup(self):
         config = self.config
         self.embedding = Embedding(config)
-        self.encoder_inputs = Inputs(config)
-        self.decoder_inputs = Inputs(config)
+        self.encoder_inputs = InputEmbedding(config)
+        self.decoder_inputs = InputEmbedding(config)
         depth = config.encoder_layers or config.layers  # which `init` looks at, too
         self.encoder = Stack(replace(config, layers=depth), depth)
         self.decoder = Stack(config, config.layers, is_causal=True, has_cross=True)
@@ -202,7 +209,7 @@ class EncoderDecoder(nn.Module):
         encoder_segment_ids: Int[Array, "B S"] | None = None,
         encoder_positions: Int[Array, "B S"] | None = None,
         deterministic: bool = True,
-        scored: bool = True,
+        return_logits: bool = True,
     ) -> Float[Array, "B T C"]:
         """Scores for the next tokens [B, T, V], or hidden states."""
         encoded = self.encode(
@@ -215,7 +222,7 @@ class EncoderDecoder(nn.Module):
             segment_ids=segment_ids,
             positions=positions,
             deterministic=deterministic,
-            scored=scored,
+            return_logits=return_logits,
         )
         return outputs
 
@@ -245,10 +252,10 @@ class EncoderDecoder(nn.Module):
         segment_ids: Tokens | None = None,
         positions: Tokens | None = None,
         cache: BlockCache | None = None,
-        is_real: Bool[Array, "B T"] | None = None,
+        cache_write_mask: Bool[Array, "B T"] | None = None,
         offset: jax.Array | int | None = None,
         deterministic: bool = True,
-        scored: bool = True,
+        return_logits: bool = True,
     ) -> tuple[Float[Array, "B T C"], BlockCache | None]:
         """Scores for the token after each of `inputs`, which start at position `offset`.
 
@@ -265,10 +272,10 @@ class EncoderDecoder(nn.Module):
             encoded=encoded,
             cross_mask=cross_mask(inputs, segment_ids, encoder_segment_ids),
             cache=cache,
-            is_real=is_real,
+            cache_write_mask=cache_write_mask,
             deterministic=deterministic,
         )
-        return self.score(x) if scored else x, cache
+        return self.score(x) if return_logits else x, cache
 
 
 ARCHITECTURES: dict[str, type[nn.Module]] = {
@@ -296,8 +303,8 @@ def empty_cache(config: ModelConfig, batch: int, length: int) -> BlockCache:
     return BlockCache(self_attention=jax.tree.map(repeat, one))
 
 
-def take_apart(config: ModelConfig, tree: Any) -> Any:
-    """Parameters, or a cache, for a loop over tokens; see `Apart` and `transposed_kernels`.
+def unstack_layers(config: ModelConfig, tree: Any) -> Any:
+    """Parameters, or a cache, for a loop over tokens; see `UnstackedLayers`.
 
     As they are where the layers of a token are in a loop themselves.
     """
@@ -305,18 +312,18 @@ def take_apart(config: ModelConfig, tree: Any) -> Any:
     if target_platform() != "cpu" or unroll(config, decodes=True) < most:
         return tree
     if isinstance(tree, BlockCache):
-        return Apart.of(tree)
+        return UnstackedLayers.of(tree)
     apart = {
-        name: part | {"blocks": Apart.of(transposed_kernels(part["blocks"]))}
+        name: part | {"blocks": UnstackedLayers.of(transposed_kernels(part["blocks"]))}
         for name, part in tree.items()
         if "blocks" in part
     }
     return tree | apart
 
 
-def put_together(tree: Any) -> Any:
-    """What `take_apart` was given, for `apply`; kernels stay transposed."""
-    is_apart = lambda x: isinstance(x, Apart)  # noqa: E731
+def restack_layers(tree: Any) -> Any:
+    """What `unstack_layers` was given, for `apply`; kernels stay transposed."""
+    is_apart = lambda x: isinstance(x, UnstackedLayers)  # noqa: E731
     return jax.tree.map(lambda x: x.together() if is_apart(x) else x, tree, is_leaf=is_apart)
 
 

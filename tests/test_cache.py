@@ -12,7 +12,7 @@ from tiny import LAYERS, POSITIONS, B, V, init, tiny
 from heedful.model import masks
 from heedful.model.attention.dense import dense
 from heedful.model.attention.performer import FeatureState
-from heedful.model.cache import WIDEST, BeamCache, KVCache, WindowCache, new_cache
+from heedful.model.cache import MAX_SHARED_BEAMS, BeamCache, KVCache, WindowCache, new_cache
 from heedful.model.config import PerformerConfig
 from heedful.model.transformer import empty_cache
 
@@ -38,7 +38,7 @@ def fill(decode, cache, tokens, lengths, chunk=CHUNK):
         places = start + jnp.arange(chunk)
         real = (places >= begin) & (places < lengths[:, None])
         rows = tokens[:, start : start + chunk]
-        _, cache = decode(rows, cache=cache, offset=jnp.array(start), is_real=real)
+        _, cache = decode(rows, cache=cache, offset=jnp.array(start), cache_write_mask=real)
     return cache
 
 
@@ -86,14 +86,18 @@ def test_a_prefix_is_read_as_one_chunk():
     decode = jax.jit(partial(model.apply, {"params": params}, method="decode"))
     whole, _ = decode(TOKENS[:, :9], prefix_len=prefix)
     real = jnp.arange(6) < prefix[:, None]
-    start = {"cache": empty_cache(config, B, LENGTH), "offset": jnp.array(0), "is_real": real}
+    start = {
+        "cache": empty_cache(config, B, LENGTH),
+        "offset": jnp.array(0),
+        "cache_write_mask": real,
+    }
     logits, cache = decode(TOKENS[:, :6], **start, prefix_len=prefix)
     close(logits[real], whole[:, :6][real])
     token = TOKENS[jnp.arange(B), prefix][:, None]
     logits, _ = decode(token, cache=cache, offset=prefix)
     close(logits[:, 0], whole[jnp.arange(B), prefix])
     # As prompts are read: their last token, which the others see, is read again.
-    start["is_real"] = jnp.arange(6) < prefix[:, None] - 1
+    start["cache_write_mask"] = jnp.arange(6) < prefix[:, None] - 1
     _, cache = decode(TOKENS[:, :6], **start, prefix_len=prefix)
     token = TOKENS[jnp.arange(B), prefix - 1][:, None]
     logits, _ = decode(token, cache=cache, offset=prefix - 1)
@@ -116,7 +120,7 @@ BEAMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", BEAMS)
 def test_hypotheses_go_on_from_one_another(kind: str):
-    width, steps, rng = WIDEST + 1 if kind == "wide" else 4, 6, np.random.default_rng(0)
+    width, steps, rng = MAX_SHARED_BEAMS + 1 if kind == "wide" else 4, 6, np.random.default_rng(0)
     config, model, params = decoder(**BEAMS[kind])
     decode = jax.jit(partial(model.apply, {"params": params}, method="decode"))
     junk = jnp.where(jnp.arange(LENGTH) < LENGTHS[:, None], TOKENS, 1)

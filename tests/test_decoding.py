@@ -15,17 +15,17 @@ from tiny import random_params, tiny
 from heedful.model.decoding import (
     Decoded,
     Sampling,
-    advance,
     beam_search,
-    begin,
+    block_top_k,
     cut_tail,
-    highest,
+    decode_until,
+    init_decode,
     length_penalty,
-    log_total,
+    logsumexp_given_max,
     penalise,
     sample,
 )
-from heedful.model.linear import FEW
+from heedful.model.linear import MAX_ROWS_TRANSPOSED
 from heedful.model.transformer import build, empty_cache
 
 V, STEPS, EOS = 5, 4, 3
@@ -254,7 +254,7 @@ def test_length_penalty():
     assert length_penalty(7, 1.0, 0) == 7  # the mean of a sequence's log-probabilities
 
 
-@pytest.mark.parametrize("rows", [1, FEW])  # times 12
+@pytest.mark.parametrize("rows", [1, MAX_ROWS_TRANSPOSED])  # times 12
 @pytest.mark.parametrize("size", [7, 1009, 32 * 31])
 def test_the_highest_are_found_block_by_block(size: int, rows: int):
     rng = np.random.default_rng(0)
@@ -264,16 +264,16 @@ def test_the_highest_are_found_block_by_block(size: int, rows: int):
     equal = np.zeros((1, size), np.float32)
     scores = np.concatenate([rng.normal(size=(5, size)).astype(np.float32), ties, equal, lonely])
     scores = np.tile(scores, (rows, 1))
-    best, index = highest(jnp.asarray(scores), 6)
+    best, index = block_top_k(jnp.asarray(scores), 6)
     expected = np.argsort(-scores, axis=1, kind="stable")[:, :6]
     np.testing.assert_array_equal(index, expected)
     np.testing.assert_array_equal(best, np.take_along_axis(scores, expected, axis=1))
 
 
-@pytest.mark.parametrize("rows", [3, FEW + 1])
-def test_log_total(rows: int):
+@pytest.mark.parametrize("rows", [3, MAX_ROWS_TRANSPOSED + 1])
+def test_logsumexp_given_max(rows: int):
     logits = 90 * np.random.default_rng(0).normal(size=(rows, 41)).astype(np.float32)
-    total = log_total(jnp.asarray(logits), jnp.asarray(logits.max(1)))
+    total = logsumexp_given_max(jnp.asarray(logits), jnp.asarray(logits.max(1)))
     np.testing.assert_allclose(total, np.logaddexp.reduce(np.float64(logits), 1), rtol=1e-6)
 
 
@@ -301,8 +301,8 @@ def test_in_pieces_it_is_the_same(temperature: float):
     last, history = jnp.full(B, LAST), History.of_rows(start)
     step = partial(toy_step, table)
     whole = jax.jit(lambda: sample(step, last, history, max_steps=STEPS, **common, **options))()
-    rows = begin(last, history, max_steps=STEPS, **common)
-    go_on = jax.jit(lambda rows, until: advance(step, rows, until, **options))
+    rows = init_decode(last, history, max_steps=STEPS, **common)
+    go_on = jax.jit(lambda rows, until: decode_until(step, rows, until, **options))
     for until in (1, 1, 3, 99):
         rows = go_on(rows, until)
         time = min(until, STEPS)
@@ -356,14 +356,14 @@ def test_a_sample_depends_on_its_key_and_not_on_its_neighbours():
 
 
 def test_what_decoding_needs_and_does_not_get_is_missed():
-    rows = begin(jnp.array([1]), None, start=jnp.int32(0), limits=jnp.array([2]), max_steps=2)
+    rows = init_decode(jnp.array([1]), None, start=jnp.int32(0), limits=jnp.array([2]), max_steps=2)
     step = lambda tokens, cache, position: (jnp.zeros((1, V)), cache)  # noqa: E731
     for sampling, needed in (
         (Sampling(temperature=0.5), r"temperature = 0\.5 needs random keys"),
         (Sampling(repetition_penalty=2.0), r"repetition_penalty = 2\.0 needs the tokens"),
     ):
         with pytest.raises(ValueError, match=needed):
-            advance(step, rows, 1, eos_id=EOS, sampling=sampling)
+            decode_until(step, rows, 1, eos_id=EOS, sampling=sampling)
 
 
 def penalised(

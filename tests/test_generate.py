@@ -19,7 +19,7 @@ from heedful.model import transformer
 from heedful.model.cache import KVCache
 from heedful.model.config import ModelConfig
 from heedful.model.decoding import length_penalty
-from heedful.model.transformer import build, put_together
+from heedful.model.transformer import build, restack_layers
 from heedful.train.config import DecodeConfig, MeshConfig, TrainError
 from heedful.train.inference import generate
 from heedful.train.inference.batching import batches, shapes
@@ -58,7 +58,7 @@ class Plain:
 
     def _forward(self, tokens: jax.Array, prefix: jax.Array) -> jax.Array:
         options: dict[str, Any] = {"prefix_len": prefix} if self.generator.prefix else {}
-        params = put_together(self.generator.params)
+        params = restack_layers(self.generator.params)
         return self.model.apply({"params": params}, tokens, **options)[0]
 
     def prompt(self, text: str) -> list[int]:
@@ -203,8 +203,8 @@ def test_what_streams_is_what_a_batch_gives():
 def test_a_text_comes_token_by_token_until_its_end(monkeypatch):
     generator = make(small(), temperature=9.0, max_tokens=97)
     until = []
-    advance = generator._advance
-    monkeypatch.setattr(generator, "_advance", lambda *x: until.append(x[-1]) or advance(*x))
+    decode_until = generator._advance
+    monkeypatch.setattr(generator, "_advance", lambda *x: until.append(x[-1]) or decode_until(*x))
     pieces = generator.stream("abc")
     assert len(next(pieces)) == 1
     assert until == [1, 2]  # The devices are one token ahead.

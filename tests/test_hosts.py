@@ -184,4 +184,4 @@ def test_alone_it_waits_for_nobody(monkeypatch):
     hosts.join({})
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     hosts.join({"--processes": "1"})
-    assert not hosts.several()
+    assert not hosts.is_multiprocess()

@@ -30,7 +30,12 @@ from heedful.model.transformer import build
 from heedful.train import cli
 from heedful.train.checkpoint import Checkpoints
 from heedful.train.config import TrainError
-from heedful.train.conversion.init_from import Source, adopt, open_source, take_over
+from heedful.train.conversion.init_from import (
+    Source,
+    init_from_pretrained,
+    merge_pretrained_config,
+    open_source,
+)
 from heedful.train.load import load
 from heedful.train.run import Run
 from heedful.train.sharding import make_mesh
@@ -71,7 +76,9 @@ def fresh(model: ModelConfig) -> Any:
 def classifier(source: Source, **values) -> ModelConfig:
     """What a run on the data would have: the source's body, and a new head."""
     head = dataclasses.replace(toy.CLASSIFIER, outputs=2)
-    return dataclasses.replace(adopt(toy.model(head=head), source.model), **values)
+    return dataclasses.replace(
+        merge_pretrained_config(toy.model(head=head), source.model), **values
+    )
 
 
 def test_a_source_has_the_parameters_that_its_run_would_use(folder, source):
@@ -86,7 +93,7 @@ def test_the_body_is_the_source_s_and_the_head_is_new(source):
     model = classifier(source)
     start, out = fresh(model), Console(file=io.StringIO(), width=200)
     random, given = bits(start), bits(source.params())
-    found = take_over(start, source, model, (), out)
+    found = init_from_pretrained(start, source, model, (), out)
     for name, ours in bits(found).items():
         assert ours == (random if name.startswith("head.") else given)[name], name
     for leaf, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(start), strict=True):
@@ -107,8 +114,8 @@ def test_the_body_is_the_source_s_and_the_head_is_new(source):
 
 
 def test_a_head_of_the_same_kind_is_taken_over_too(source):
-    model = dataclasses.replace(adopt(toy.model(), source.model), dropout=0.3)
-    found = take_over(fresh(model), source, model, (), toy.QUIET)
+    model = dataclasses.replace(merge_pretrained_config(toy.model(), source.model), dropout=0.3)
+    found = init_from_pretrained(fresh(model), source, model, (), toy.QUIET)
     assert bits(found) == bits(source.params())
 
 
@@ -117,18 +124,18 @@ def test_what_is_to_begin_at_random_does(source):
     start = fresh(model)
     random, given = bits(start), bits(source.params())
     patterns = ("embedding", r"feed_forward\.down")
-    for name, ours in bits(take_over(start, source, model, patterns, toy.QUIET)).items():
+    for name, ours in bits(init_from_pretrained(start, source, model, patterns, toy.QUIET)).items():
         is_new = name.startswith(("head.", "embedding.")) or "feed_forward.down" in name
         assert ours == (random if is_new else given)[name], name
     with pytest.raises(TrainError, match=r"train.reinit has 'decoder', which fits no parameter"):
-        take_over(start, source, model, ("embedding", "decoder"), toy.QUIET)
+        init_from_pretrained(start, source, model, ("embedding", "decoder"), toy.QUIET)
 
 
 def test_low_rank_updates_are_new(source):
     model = classifier(source, lora=LoraConfig(rank=2))
     start = fresh(model)
     random, given = bits(start), bits(source.params())
-    for name, ours in bits(take_over(start, source, model, (), toy.QUIET)).items():
+    for name, ours in bits(init_from_pretrained(start, source, model, (), toy.QUIET)).items():
         is_new = name.startswith("head.") or "lora_" in name
         assert ours == (random if is_new else given)[name], name
 
@@ -156,17 +163,17 @@ def test_a_shape_that_does_not_fit_names_both(folder, tmp_path):
     run = toy.random_run(tmp_path / "run", model, table)
     source = open_source(str(run.directory), toy.QUIET)
     # A head for as many classes as the source has would be the source's: the data decides.
-    assert adopt(model, source.model).head.outputs is None
+    assert merge_pretrained_config(model, source.model).head.outputs is None
     head = dataclasses.replace(toy.CLASSIFIER, outputs=3)
-    model = dataclasses.replace(adopt(model, source.model), head=head)
+    model = dataclasses.replace(merge_pretrained_config(model, source.model), head=head)
     with pytest.raises(TrainError) as error:
-        take_over(fresh(model), source, model, ("embedding",), toy.QUIET)
+        init_from_pretrained(fresh(model), source, model, ("embedding",), toy.QUIET)
     for word in ("head.classes.bias", "(2,)", "(3,)", "--train.reinit"):
         assert word in str(error.value)
     # What the message says is enough, beside what was given before.
     advice = shlex.split(str(error.value).partition("--train.reinit ")[2].partition(" to ")[0])
     assert advice == ["embedding", r"head\.classes\.bias", r"head\.classes\.kernel"]
-    found = take_over(fresh(model), source, model, advice, toy.QUIET)
+    found = init_from_pretrained(fresh(model), source, model, advice, toy.QUIET)
     assert found["head"]["classes"]["kernel"].shape == (16, 3)
 
 
@@ -188,7 +195,7 @@ def test_another_body_is_refused(source, values, words):
             value = dataclasses.replace(getattr(model, name), **value)
         model = dataclasses.replace(model, **{name: value})
     with pytest.raises(TrainError) as error:
-        take_over(fresh(model), source, model, (), toy.QUIET)
+        init_from_pretrained(fresh(model), source, model, (), toy.QUIET)
     for word in (*words, "has another model"):
         assert word in str(error.value)
 
@@ -207,7 +214,7 @@ WINDOWS: dict[str, dict[str, Any]] = {
 
 def converted(old: ModelConfig, window: int, length: int, **attention: Any) -> ModelConfig:
     """What the flags of a new run make of the source's model."""
-    model = adopt(toy.model(old.architecture), old)
+    model = merge_pretrained_config(toy.model(old.architecture), old)
     changes = {"core": "longformer", "window": window, **attention}
     return dataclasses.replace(
         model,
@@ -228,14 +235,14 @@ def test_an_exact_model_is_converted_to_windows(architecture: Any, source):
 
     # As long as before and with a window over all of it: what it was.
     model = converted(old, 8, 8, **WINDOWS[architecture])
-    found = take_over(fresh(model), old_source, model, (), toy.QUIET)
+    found = init_from_pretrained(fresh(model), old_source, model, (), toy.QUIET)
     logits = build(model).apply({"params": found}, tokens, segment_ids=ids)
     np.testing.assert_allclose(np.asarray(logits)[ids > 0], expected[ids > 0], atol=1e-5)
 
     # Longer: positions repeat, and what was copied is listed.
     out = Console(file=io.StringIO(), width=999)
     model = converted(old, 3, 21, **WINDOWS[architecture])
-    longer = take_over(fresh(model), old_source, model, (), out)
+    longer = init_from_pretrained(fresh(model), old_source, model, (), out)
     table, given = longer["inputs"]["positions"]["table"], params["inputs"]["positions"]["table"]
     np.testing.assert_array_equal(table, np.concatenate([given, given, given[:5]]))
     (line,) = (line for line in out.file.getvalue().splitlines() if "copied" in line)
@@ -260,12 +267,12 @@ def test_an_exact_model_is_converted_to_random_features(architecture: Any, sourc
     expected = build(old).apply({"params": params}, tokens)
 
     def error(features: int) -> float:
-        model = adopt(toy.model(architecture), old)
+        model = merge_pretrained_config(toy.model(architecture), old)
         attention = dataclasses.replace(
             model.attention, core="performer", performer=PerformerConfig(features=features)
         )
         model = dataclasses.replace(model, attention=attention)
-        found = take_over(fresh(model), old_source, model, (), toy.QUIET)
+        found = init_from_pretrained(fresh(model), old_source, model, (), toy.QUIET)
         jax.tree.map(np.testing.assert_array_equal, found, params)
         return float(abs(build(model).apply({"params": found}, tokens) - expected).max())
 
@@ -274,16 +281,16 @@ def test_an_exact_model_is_converted_to_random_features(architecture: Any, sourc
 
 def test_a_model_with_windows_keeps_them_where_the_new_run_has_none(source):
     old = dataclasses.replace(OLD, attention=converted(OLD, 3, 8, global_tokens=1).attention)
-    model = adopt(toy.model(), old)
+    model = merge_pretrained_config(toy.model(), old)
     assert (model.attention.window, model.attention.global_tokens) == (3, 1)
     assert model.attention.core == "auto"  # which a run chooses for itself
     wider = dataclasses.replace(toy.model(), attention=AttentionConfig(heads=2, window=5))
-    assert adopt(wider, old).attention.window == 5
-    assert adopt(wider, old).attention.global_tokens == 0
+    assert merge_pretrained_config(wider, old).attention.window == 5
+    assert merge_pretrained_config(wider, old).attention.global_tokens == 0
     shorter = converted(OLD, 3, 7)
     old_source = Source("old", OLD, source.tokenizer, dict)
     with pytest.raises(TrainError, match=r"positions\.max_length is 8 there and 7 here"):
-        take_over(fresh(shorter), old_source, shorter, (), toy.QUIET)
+        init_from_pretrained(fresh(shorter), old_source, shorter, (), toy.QUIET)
 
 
 def test_sources_that_are_none(tmp_path):

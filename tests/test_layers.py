@@ -23,7 +23,7 @@ from heedful.model.layers import (
     Norm,
     normalise,
 )
-from heedful.model.linear import FEW, Linear, matmul, transposed_kernels
+from heedful.model.linear import MAX_ROWS_TRANSPOSED, Linear, matmul, transposed_kernels
 from heedful.model.transformer import decoder_mask
 
 
@@ -92,7 +92,7 @@ def test_matmul_has_the_gradients_of_a_dot_product():
     assert kept_by(pull) == [(3, 5, 7), (7, 2, 11)]  # In a stack, another shape is another array.
 
 
-@pytest.mark.parametrize("length", [FEW // 2, FEW // 2 + 1])
+@pytest.mark.parametrize("length", [MAX_ROWS_TRANSPOSED // 2, MAX_ROWS_TRANSPOSED // 2 + 1])
 def test_transposed_kernels_give_the_same(length: int):
     module = Linear(tiny(), {"embed": 7}, {"heads": 3, "head_dim": 5}, use_bias=True)
     x = jnp.float32(random(2, length, 7))

@@ -184,7 +184,7 @@ def test_cache_off_by_one(monkeypatch, data):
 def test_cache_that_looks_one_ahead(monkeypatch):
     """What comes with a token is seen too early."""
 
-    def attend(self, core, q, k, v, mask, is_real=None, **how):
+    def attend(self, core, q, k, v, mask, cache_write_mask=None, **how):
         cache = self.write(k, v, mask.q_offset)
         return core(q, *cache.rows(), mask.at(mask.q_offset + 1), **how), cache
 

@@ -26,7 +26,7 @@ from heedful.model.attention.performer import (
 from heedful.model.config import PerformerConfig
 from heedful.model.masks import AttentionMask, MaskNotSupported
 from heedful.model.positions import PositionBias
-from heedful.model.transformer import empty_cache, put_together
+from heedful.model.transformer import empty_cache, restack_layers
 from heedful.train.inference import generate
 
 T, N, K, H, R = 13, 6, 3, 5, 11
@@ -309,7 +309,7 @@ def test_a_decoder_decodes_with_sums_as_it_was_taught(kind: str):
     def run(params):
         decode = partial(model.apply, {"params": params}, method="decode")
         real = jnp.array([[True, True, True], [True, False, False], [True, True, False]])
-        options = {"cache": empty_cache(config, B, 13), "is_real": real, "offset": 0}
+        options = {"cache": empty_cache(config, B, 13), "cache_write_mask": real, "offset": 0}
         first, cache = decode(TOKENS[:, :3], **options)
         rest = []
         for step in range(2):  # each row goes on where it is
@@ -356,7 +356,7 @@ def test_a_translation_reads_its_begin_token_once():
         model,
         translator.decode,
         translator.tokenizer,
-        put_together(translator.params),
+        restack_layers(translator.params),
         translator.mesh,
     )
     expected = translate_plainly(translator, TEXTS)

@@ -32,7 +32,7 @@ from heedful.train.config import MeshConfig, OptimizerConfig, TrainConfig, Train
 from heedful.train.sharding import (
     batch_sharding,
     flax_rules,
-    held,
+    local_batch_shards,
     make_mesh,
     parameter_shardings,
     require_divisible,
@@ -372,7 +372,7 @@ def test_nothing_large_is_replicated(mesh: MeshConfig, capfd):
     ],
 )
 def test_rows_that_a_process_holds(owners, process, expected):
-    assert held(np.array(owners), process) == expected
+    assert local_batch_shards(np.array(owners), process) == expected
 
 
 def test_what_does_not_divide_is_told_by_its_own_name():

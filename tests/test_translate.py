@@ -10,7 +10,7 @@ from tiny import POSITIONS, random_params, tiny
 
 from heedful.data.config import TokenizerConfig
 from heedful.data.tokenizer import Tokenizer
-from heedful.model.transformer import build, put_together
+from heedful.model.transformer import build, restack_layers
 from heedful.train.config import DecodeConfig, MeshConfig, TrainError
 from heedful.train.inference.batching import batches
 from heedful.train.inference.translate import Translator
@@ -44,7 +44,7 @@ def plain(translator: Translator, texts: list[str]) -> dict[int, tuple[list[int]
     @jax.jit
     def forward(tokens, source):
         segments = (jnp.cumsum(source[:, ::-1] == translator.eos, axis=1)[:, ::-1] > 0) * 1
-        variables = {"params": put_together(translator.params)}
+        variables = {"params": restack_layers(translator.params)}
         return model.apply(variables, tokens, source, encoder_segment_ids=segments)[0]
 
     todo = {line: text for line, text in enumerate(texts) if text.strip()}
@@ -103,7 +103,7 @@ def test_the_score_of_a_beam_is_divided_by_the_length():
     found = translator._run(translator.params, rows)
     written = found.tokens[0, : found.lengths[0]]
     before = jnp.array([CHARS.bos, *written[:-1]])[None]
-    variables = {"params": put_together(translator.params)}
+    variables = {"params": restack_layers(translator.params)}
     logits = jax.jit(model.apply)(variables, before, jnp.array(source)[None])[0]
     score = float(jax.nn.log_softmax(logits)[np.arange(len(written)), written].sum())
     assert found.scores[0] == pytest.approx(score / len(written) ** 1.5, rel=1e-5)

@@ -16,7 +16,7 @@ from etils import epath
 
 from heedful.data.writing import write_whole
 from heedful.train.config import Interrupted, TrainError
-from heedful.train.hosts import any_process, is_first, one_first, several, to_host
+from heedful.train.hosts import any_process, is_first, is_multiprocess, primary_first, to_host
 from heedful.train.metrics import tell
 from heedful.train.reproducibility.fingerprint import words_of_leaves
 from heedful.train.reproducibility.record import named_words
@@ -56,7 +56,7 @@ class Checkpoints:
             raise TrainError(f"{directory} is a file: give a folder to train.checkpoints")
         if keep is None and not exists:
             raise TrainError(f"{directory} does not exist: the run has no checkpoint yet")
-        one_first(self._make_directory)
+        primary_first(self._make_directory)
         self._manager, self._has_failed = self._open(clean=keep is not None), False
         self._is_told = False
         self.scores = self._read_scores(measured)
@@ -82,7 +82,7 @@ class Checkpoints:
 
     def _open(self, *, clean: bool) -> ocp.CheckpointManager:
         # Named, all processes meet at barriers that end some day, also if one has failed.
-        processes = set(range(jax.process_count())) if several() else None
+        processes = set(range(jax.process_count())) if is_multiprocess() else None
         options = ocp.CheckpointManagerOptions(
             create=False,
             preservation_policy=self,
@@ -169,7 +169,7 @@ class Checkpoints:
                 target.parent.mkdir(exist_ok=True)
                 (self.directory / str(step)).rename(target)
 
-        one_first(move)
+        primary_first(move)
         self._manager.reload()
         self.scores.pop(step, None)
         return target

@@ -86,19 +86,19 @@ def _number(flag: str, value: str | None) -> int:
     return int(value)
 
 
-def several() -> bool:
+def is_multiprocess() -> bool:
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_first() -> bool:
     """Whether this process writes what is written once."""
-    return not several() or jax.process_index() == 0
+    return not is_multiprocess() or jax.process_index() == 0
 
 
-def lost(error: BaseException) -> bool:
+def is_peer_failure(error: BaseException) -> bool:
     """Whether an error says that another process is gone."""
     is_memory = "RESOURCE_EXHAUSTED" in str(error)
-    return several() and isinstance(error, jax.errors.JaxRuntimeError) and not is_memory
+    return is_multiprocess() and isinstance(error, jax.errors.JaxRuntimeError) and not is_memory
 
 
 # What they agree on ------------------------------------------------------------------------------
@@ -112,19 +112,19 @@ def wait_for_all() -> None:
 
 def any_process(value: bool) -> bool:
     """Whether `value` is true on any process; the same answer on all."""
-    if not several():
+    if not is_multiprocess():
         return value
     wait_for_all()  # which may take hours; a collective that long fails
     return bool(process_allgather(np.array(value)).any())
 
 
-def one_first(action: Callable[[], T]) -> T:
+def primary_first(action: Callable[[], T]) -> T:
     """The result of `action`, which runs on the first process, and then on the others.
 
     They find the files that the first has written, where they share a file system. Raises on all
     when it fails on one.
     """
-    if not several():
+    if not is_multiprocess():
         return action()
     results, error = [], None
     for turn in (True, False):
@@ -140,13 +140,13 @@ def one_first(action: Callable[[], T]) -> T:
 
 def require_same(what: str, value: str) -> None:
     """Raises TrainError on all processes where `value` is not the same on all of them."""
-    if several() and any_process(value != from_first(value)):
+    if is_multiprocess() and any_process(value != from_first(value)):
         raise TrainError(f"the processes do not have the same {what}: start all of them alike")
 
 
 def from_first(text: str) -> str:
     """The text that the first process has."""
-    if not several():
+    if not is_multiprocess():
         return text
     encoded = np.frombuffer(text.encode(), np.uint8) if is_first() else np.zeros(0, np.uint8)
     size = int(broadcast_one_to_all(np.int32(len(encoded))))
@@ -156,4 +156,4 @@ def from_first(text: str) -> str:
 
 def to_host(tree: Any) -> Any:
     """Arrays whole in the memory of every process, however they are split over devices."""
-    return process_allgather(tree, tiled=True) if several() else jax.device_get(tree)
+    return process_allgather(tree, tiled=True) if is_multiprocess() else jax.device_get(tree)

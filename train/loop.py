@@ -19,9 +19,9 @@ from heedful.model.config import ModelConfig
 from heedful.train.async_saver import Saving
 from heedful.train.checkpoint import Checkpoints, CorruptCheckpoint
 from heedful.train.config import TrainConfig, TrainError
-from heedful.train.conversion.init_from import open_source, take_over
+from heedful.train.conversion.init_from import init_from_pretrained, open_source
 from heedful.train.evaluation.evaluate import measure
-from heedful.train.hosts import is_first, one_first, require_same, several
+from heedful.train.hosts import is_first, is_multiprocess, primary_first, require_same
 from heedful.train.inference.translate import require_positions
 from heedful.train.metrics import MetricsWriter, lasting, require_finite, score, scores
 from heedful.train.optimizer import learning_rate
@@ -29,7 +29,7 @@ from heedful.train.plan.oom_advice import explained
 from heedful.train.reproducibility.fingerprint import make_fingerprint
 from heedful.train.reproducibility.record import (
     FingerprintWriter,
-    Witness,
+    RunObserver,
     add_environment,
     environment,
 )
@@ -54,7 +54,7 @@ def fit(
     *,
     fallback: bool = False,
     start: tuple[TrainState, dict] | None = None,
-    witness: Witness | None = None,
+    witness: RunObserver | None = None,
 ) -> None:
     """Trains until `train.steps`, from the newest checkpoint if there is one, or from `start`.
 
@@ -66,11 +66,11 @@ def fit(
     config, tokenizer = run.train, run.tokenizer()
     prepare = partial(Dataset.prepare, run.data, tokenizer, seed=config.seed)
     with console.status("reading the data"):
-        train_data = one_first(lambda: prepare("train"))
-        valid_data = one_first(lambda: prepare("valid"))
+        train_data = primary_first(lambda: prepare("train"))
+        valid_data = primary_first(lambda: prepare("valid"))
         # Read at the end: what is wrong with it is to be known now.
-        test_data = one_first(lambda: prepare("test"))
-        one_first(lambda: _require_room(run, test_data))
+        test_data = primary_first(lambda: prepare("test"))
+        primary_first(lambda: _require_room(run, test_data))
     require_same("config", repr((run.model, run.data, config)))
     require_same("tokenizer", tokenizer.fingerprint)
     require_same("data", train_data.data_fingerprint + valid_data.data_fingerprint)
@@ -148,7 +148,7 @@ def _require_room(run: Run, test_data: Dataset) -> None:
 @contextmanager
 def _alone(run: Run) -> Iterator[None]:
     """Keeps others from training in the same directory; raises TrainError where one does."""
-    release = one_first(lambda: run.lock() if is_first() else lambda: None)
+    release = primary_first(lambda: run.lock() if is_first() else lambda: None)
     try:
         yield
     finally:
@@ -162,7 +162,7 @@ def _first_params(run: Run, setup: Setup, console: Console) -> Any:
         console.print("pretraining: the parameters begin at random")
         return params
     source = open_source(run.train.init_from, console)
-    return take_over(params, source, run.model, run.train.reinit, console)
+    return init_from_pretrained(params, source, run.model, run.train.reinit, console)
 
 
 def _loop(
@@ -175,7 +175,7 @@ def _loop(
     patience: "_Patience",
     mesh: jax.sharding.Mesh,
     console: Console,
-    witness: Witness | None,
+    witness: RunObserver | None,
 ) -> None:
     """Steps from `state` to the end; raises Interrupted when a signal has come, after saving."""
     config, first = run.train, int(state.step)
@@ -257,7 +257,7 @@ def describe(model: ModelConfig, length: int, setup: Setup, console: Console) ->
     if training < parameter_count(params):
         count += f", of which {training:,} train"
     console.print(f"parameters: {count} ({model.architecture})")
-    hosts = f" on {jax.process_count()} processes" if several() else ""
+    hosts = f" on {jax.process_count()} processes" if is_multiprocess() else ""
     console.print(f"devices: {devices.size} x {devices[0].device_kind}{hosts} (mesh: {sizes})")
 
 

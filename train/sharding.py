@@ -133,10 +133,12 @@ def rows_here(mesh: Mesh) -> tuple[tuple[int, ...], int]:
     several hold the same rows.
     """
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
-    return held(owners.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1), jax.process_index())
+    return local_batch_shards(
+        owners.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1), jax.process_index()
+    )
 
 
-def held(owners: np.ndarray, process: int) -> tuple[tuple[int, ...], int]:
+def local_batch_shards(owners: np.ndarray, process: int) -> tuple[tuple[int, ...], int]:
     """`rows_here` of a process, where owners [parts, devices of each] are the processes of all."""
     mine, count = np.flatnonzero((owners == process).any(1)), len(owners)
     for size in range(count, 1, -1):
@@ -179,6 +181,6 @@ def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def whole(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
     """All of an array on every device, so that each process can read it."""
     return NamedSharding(mesh, PartitionSpec())

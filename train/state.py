@@ -13,7 +13,7 @@ from heedful.model.config import ModelConfig
 from heedful.model.transformer import build
 from heedful.train.config import TrainConfig
 from heedful.train.optimizer import make_optimizer
-from heedful.train.sharding import make_mesh, parameter_shardings, whole
+from heedful.train.sharding import make_mesh, parameter_shardings, replicated
 from heedful.train.trainable import rate_factors, split
 
 
@@ -58,9 +58,9 @@ def set_up(model: ModelConfig, config: TrainConfig, mesh: Mesh | None = None) ->
         lambda _, spec: spec,
         opt_state,
         specs,
-        transform_non_params=lambda _: whole(mesh),
+        transform_non_params=lambda _: replicated(mesh),
     )
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole(mesh))
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     state = TrainState(step, params, _placed(opt_state, opt_specs))  # type: ignore[arg-type]
     return Setup(mesh, factors, optimizer, state)
 

@@ -14,7 +14,7 @@ from heedful.model.transformer import build
 from heedful.train.config import TrainConfig
 from heedful.train.loss import cross_entropy, cross_entropy_in_chunks, squared_error
 from heedful.train.optimizer import learning_rate
-from heedful.train.sharding import flax_rules, whole
+from heedful.train.sharding import flax_rules, replicated
 from heedful.train.state import Setup, TrainState
 from heedful.train.trainable import join, split
 
@@ -87,7 +87,7 @@ def make_train_step(
     return jax.jit(
         train_step,
         donate_argnums=0,
-        out_shardings=(shardings, whole(setup.mesh)),
+        out_shardings=(shardings, replicated(setup.mesh)),
         compiler_options=compiler_options(setup.mesh, model_config.width, config.deterministic),
     )
 
@@ -120,7 +120,7 @@ def make_eval_step(
 
     return jax.jit(
         eval_step,
-        out_shardings=whole(mesh),
+        out_shardings=replicated(mesh),
         compiler_options=compiler_options(mesh, model_config.width, deterministic),
     )
 
@@ -158,7 +158,7 @@ def _loss(
     """
     targets, weights = batch["targets"], batch["weights"]
     if chunk is not None and targets.ndim == 2 and targets.shape[1] > chunk:
-        hidden = _forward(model, params, batch, scored=False, **how)
+        hidden = _forward(model, params, batch, return_logits=False, **how)
         of_head = {name: params[name] for name in ("embedding", "head") if name in params}
 
         def score(params: Any, x: jax.Array) -> jax.Array:

@@ -11,8 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from heedful.train import signals
 from heedful.train.config import Interrupted
-from heedful.train.hosts import several
-from heedful.train.sharding import place, whole
+from heedful.train.hosts import is_multiprocess
+from heedful.train.sharding import place, replicated
 
 
 class Stop:
@@ -26,10 +26,10 @@ class Stop:
         self._signal: int | None = None
         self._late, self._asked = late, deque()
         self._one_each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self._any = jax.jit(jnp.any, out_shardings=whole(mesh))
+        self._any = jax.jit(jnp.any, out_shardings=replicated(mesh))
 
     def __enter__(self) -> "Stop":
-        signals.is_saving = several()
+        signals.is_saving = is_multiprocess()
         self._former = {number: signal.signal(number, self._ask) for number in signals.ENDING}
         return self
 
@@ -51,7 +51,7 @@ class Stop:
         """Whether to stop after this step, the same on all processes; to be asked once a step."""
         signals.is_saving = True
         asked = self._signal is not None
-        if not several():
+        if not is_multiprocess():
             return asked
         self._asked.append(self._shared(asked))
         return len(self._asked) > self._late and bool(self._asked.popleft())
@@ -59,7 +59,7 @@ class Stop:
     def is_asked(self) -> bool:
         """Whether any process was asked, known to all at once: where they wait for one another."""
         asked = self._signal is not None
-        return bool(self._shared(asked)) if several() else asked
+        return bool(self._shared(asked)) if is_multiprocess() else asked
 
     def _shared(self, asked: bool) -> jax.Array:
         flags = np.full(self._one_each.mesh.size, asked)

@@ -54,8 +54,8 @@ class Linformer(nn.Module):
             )
         keys, values = self._projections(K, projection)
         if mask.kv_segment_ids is not None:
-            is_real = (mask.kv_segment_ids != 0)[:, :, None, None]
-            k, v = jnp.where(is_real, k, 0), jnp.where(is_real, v, 0)
+            cache_write_mask = (mask.kv_segment_ids != 0)[:, :, None, None]
+            k, v = jnp.where(cache_write_mask, k, 0), jnp.where(cache_write_mask, v, 0)
         k, v = (
             jnp.einsum(
                 "BSKH,SKR->BRKH" if p.ndim == 3 else "BSKH,SR->BRKH", x, p[:S].astype(x.dtype)

@@ -74,7 +74,7 @@ class Performer(nn.Module):
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
         mask: AttentionMask,
-        is_real: Bool[Array, "B T"] | None = None,
+        cache_write_mask: Bool[Array, "B T"] | None = None,
         *,
         bias: PositionBias | None = None,
         scale: float | None = None,
@@ -91,8 +91,8 @@ class Performer(nn.Module):
             raise MaskNotSupported("performer", "a cache continues one causal document per row")
         features, size = self._features(q, scale), self.config.chunk
         rows = _Rows.of(q, k, v)
-        if is_real is not None:
-            rows = rows._replace(is_real=is_real)
+        if cache_write_mask is not None:
+            rows = rows._replace(cache_write_mask=cache_write_mask)
         if mask.prefix_len is None:
             sums, state = _causal(rows, features, size, state)
             return sums.mean(v.dtype), state
@@ -188,7 +188,7 @@ def _draw(config: PerformerConfig, head_dim: int, normal: Callable, numpy: Any) 
 # Sums over keys ---------------------------------------------------------------------------------
 
 
-class Sums(NamedTuple):
+class KernelSums(NamedTuple):
     """Of each query over the keys that it sees, divided by exp(log_scale); 0 where it sees none."""
 
     values: Float[Array, "B K G t H"]
@@ -197,13 +197,13 @@ class Sums(NamedTuple):
     """Of phi(q) phi(k)."""
     log_scale: Float[Array, "B K G t"]
 
-    def join(self, other: "Sums") -> "Sums":
+    def join(self, other: "KernelSums") -> "Sums":
         """Over the keys of both."""
         logs = [jnp.where(x.total > 0, x.log_scale, -jnp.inf) for x in (self, other)]
         log_scale = _finite(jnp.maximum(*logs))
         a, b = (jnp.exp(x - log_scale) for x in logs)
         values = a[..., None] * self.values + b[..., None] * other.values
-        return Sums(values, a * self.total + b * other.total, log_scale)
+        return KernelSums(values, a * self.total + b * other.total, log_scale)
 
     def mean(self, dtype: Any) -> Float[Array, "B t N H"]:
         """What attention gives."""
@@ -232,13 +232,13 @@ class FeatureState:
 
     def attend(
         self, core: Callable, q: jax.Array, k: jax.Array, v: jax.Array,
-        mask: AttentionMask, is_real: jax.Array | None = None, **how: Any,
+        mask: AttentionMask, cache_write_mask: jax.Array | None = None, **how: Any,
     ) -> tuple[jax.Array, "FeatureState"]:  # fmt: skip
         """As `model.cache.Cache` says. Each token must be real once, whatever its position; a
         prefix is read as one chunk, before all else."""
         if not isinstance(core, Performer):
             raise ValueError(f"sums of features are no cache for {core}")
-        return core.extend(self, q, k, v, mask, is_real, **how)
+        return core.extend(self, q, k, v, mask, cache_write_mask, **how)
 
     def keys(self, new: int) -> int:
         """As `model.cache.Cache` says: all but the new ones are in the sums."""
@@ -256,10 +256,10 @@ class FeatureState:
 
     def seen_by(
         self, queries: Float[Array, "B K G t R"], log_scale: Float[Array, "B K G t"]
-    ) -> Sums:
+    ) -> KernelSums:
         """Of queries, by their features times those of the scale of these sums."""
         values = jnp.einsum("BKGtR,BKRH->BKGtH", queries, self.values)
-        return Sums(values, jnp.einsum("BKGtR,BKR->BKGt", queries, self.total), log_scale)
+        return KernelSums(values, jnp.einsum("BKGtR,BKR->BKGt", queries, self.total), log_scale)
 
 
 class _Rows(NamedTuple):
@@ -268,7 +268,7 @@ class _Rows(NamedTuple):
     q: Float[Array, "B K G T H"]
     k: Float[Array, "B K S H"]
     v: Float[Array, "B K S H"]
-    is_real: Bool[Array, "B S"]
+    cache_write_mask: Bool[Array, "B S"]
     """Which keys count."""
     segment: Int[Array, "B S"]
     """Of causal attention: keys of a query's own segment are seen. A segment has no gaps."""
@@ -294,12 +294,12 @@ def _attention(
     rows: _Rows, mask: AttentionMask, features: Features, size: int
 ) -> Float[Array, "B T N H"]:
     """The mean over what `mask` allows."""
-    dtype, T, (B, S) = rows.v.dtype, rows.q.shape[3], rows.is_real.shape
+    dtype, T, (B, S) = rows.v.dtype, rows.q.shape[3], rows.cache_write_mask.shape
     if mask.q_segment_ids is None:
         return _sums(rows, mask, features, size).mean(dtype)
     q_ids = jnp.broadcast_to(mask.q_segment_ids, (B, T))
     kv_ids = jnp.broadcast_to(mask.kv_segment_ids, (B, S))  # type: ignore[arg-type]
-    rows = rows._replace(is_real=kv_ids != 0)
+    rows = rows._replace(cache_write_mask=kv_ids != 0)
     is_known = is_single = mask.has_one_segment()
     if T != S or mask.prefix_len is not None:
         sums = _sums(rows, mask, features, size)
@@ -321,7 +321,7 @@ def _attention(
     return jnp.where(is_known[:, None, None, None], out, jnp.nan)
 
 
-def _sums(rows: _Rows, mask: AttentionMask, features: Features, size: int) -> Sums:
+def _sums(rows: _Rows, mask: AttentionMask, features: Features, size: int) -> KernelSums:
     """Over all real keys or, if causal, over a query's own and the prefix."""
     B, K, _, H = rows.k.shape
     state = FeatureState.zeros(B, K, len(features.matrix), H)
@@ -329,13 +329,13 @@ def _sums(rows: _Rows, mask: AttentionMask, features: Features, size: int) -> Su
         return _read(rows, features, size, _remember(rows, features, size, state))
     if mask.prefix_len is not None:
         in_prefix = jnp.arange(rows.k.shape[2]) < mask.prefix_len[:, None]
-        prefix = rows._replace(is_real=rows.is_real & in_prefix)
+        prefix = rows._replace(cache_write_mask=rows.cache_write_mask & in_prefix)
         state = _remember(prefix, features, size, state)
-        rows = rows._replace(is_real=rows.is_real & ~in_prefix)
+        rows = rows._replace(cache_write_mask=rows.cache_write_mask & ~in_prefix)
     return _causal(rows, features, size, state)[0]
 
 
-def _packed(rows: _Rows, features: Features, size: int) -> Sums:
+def _packed(rows: _Rows, features: Features, size: int) -> KernelSums:
     """Over all keys in a query's segment: those up to it, and those after it."""
     before, _ = _causal(rows, features, size)
     after, _ = _causal(rows.flip(), features, size, strict=True)
@@ -350,17 +350,21 @@ def _remember(rows: _Rows, features: Features, size: int, state: FeatureState) -
 
     @jax.checkpoint
     def step(state: FeatureState, chunk: tuple[jax.Array, ...]):
-        k, v, is_real = chunk
-        keys = jnp.where(is_real[:, None, :, None], features(k), -jnp.inf)
+        k, v, cache_write_mask = chunk
+        keys = jnp.where(cache_write_mask[:, None, :, None], features(k), -jnp.inf)
         highest = jax.lax.stop_gradient(jnp.max(keys, 2))
         state = state.scaled(jnp.maximum(state.log_scale, highest))
         return state.add(jnp.exp(keys - _finite(state.log_scale)[:, :, None]), v), None
 
-    chunks = _chunks(rows.k, 2, size), _chunks(rows.v, 2, size), _chunks(rows.is_real, 1, size)
+    chunks = (
+        _chunks(rows.k, 2, size),
+        _chunks(rows.v, 2, size),
+        _chunks(rows.cache_write_mask, 1, size),
+    )
     return jax.lax.scan(step, state, chunks)[0]
 
 
-def _read(rows: _Rows, features: Features, size: int, state: FeatureState) -> Sums:
+def _read(rows: _Rows, features: Features, size: int, state: FeatureState) -> KernelSums:
     """Over all keys in `state`."""
 
     @jax.checkpoint
@@ -378,7 +382,7 @@ def _causal(
     size: int,
     state: FeatureState | None = None,
     strict: bool = False,
-) -> tuple[Sums, FeatureState]:
+) -> tuple[KernelSums, FeatureState]:
     """Over real keys up to a query (if strict, before it) in its segment, and `state`, which is of
     the first segment; the state of the last one."""
     B, K, _, H = rows.k.shape
@@ -386,15 +390,15 @@ def _causal(
 
     @jax.checkpoint
     def step(carry: tuple[FeatureState, jax.Array], chunk: _Rows):
-        (state, last), (q, k, v, is_real, segment) = carry, chunk
+        (state, last), (q, k, v, cache_write_mask, segment) = carry, chunk
         index = jnp.arange(segment.shape[1])
-        together = (segment[:, :, None] == segment[:, None]) & is_real[:, None]
+        together = (segment[:, :, None] == segment[:, None]) & cache_write_mask[:, None]
         allowed = together & ((index < index[:, None]) if strict else (index <= index[:, None]))
         goes_on = segment == last[:, None]
 
         # A query divides by the sum of features of its keys. With the scale of the first of them it
         # is at least 1, whatever comes later, unless that is too much greater.
-        keys = jnp.where(is_real[:, None, :, None], features(k), -jnp.inf)
+        keys = jnp.where(cache_write_mask[:, None, :, None], features(k), -jnp.inf)
         first = jnp.argmax(together, -1)[:, None, :, None]
         own = jnp.take_along_axis(keys, first, 2)
         carried = jnp.where(goes_on[:, None, :, None], state.log_scale[:, :, None], -jnp.inf)
@@ -421,7 +425,7 @@ def _causal(
         )
         ours = (segment == end[:, None])[:, None, :, None]
         state = state.add(jnp.where(ours, keys, 0), v)
-        return (state, end), Sums(values, total, log_scale)
+        return (state, end), KernelSums(values, total, log_scale)
 
     chunks = _Rows(*(_chunks(x, axis, size) for x, axis in zip(rows, _LENGTH, strict=True)))
     (state, _), sums = jax.lax.scan(step, (state, rows.segment[:, 0]), chunks)
@@ -436,7 +440,7 @@ def _chunks(x: jax.Array, axis: int, size: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
 
 
-def _whole(sums: Sums, length: int) -> Sums:
+def _whole(sums: KernelSums, length: int) -> KernelSums:
     """Chunks put together again along the axis t."""
 
     def one(x: jax.Array) -> jax.Array:

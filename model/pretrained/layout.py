@@ -36,7 +36,7 @@ def shapes(config: ModelConfig) -> Mapping[str, Shape]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class TensorMapping:
     """A tensor of the file, or one for each layer, and the parameters that it holds."""
 
     name: str
@@ -59,7 +59,7 @@ class Place:
             yield from ((self.name.format(i), i) for i in range(self.layers))
 
 
-def places(kind: HuggingFace, config: ModelConfig) -> list[Place]:
+def places(kind: HuggingFace, config: ModelConfig) -> list[TensorMapping]:
     """Where the parameters of a model of this config stand, in the order of the table.
 
     Raises ModelError for a parameter that has no place.
@@ -90,7 +90,9 @@ def _find(kind: HuggingFace, config: ModelConfig, ours: Iterable[str]) -> dict[s
     return found
 
 
-def _place(kind: HuggingFace, name: str, paths: list[str], ours: Mapping[str, Shape]) -> Place:
+def _place(
+    kind: HuggingFace, name: str, paths: list[str], ours: Mapping[str, Shape]
+) -> TensorMapping:
     is_stacked = "/blocks/" in paths[0]
     one = [ours[path][1:] if is_stacked else ours[path] for path in paths]
     is_matrix = paths[0].endswith("/kernel")
@@ -103,7 +105,7 @@ def _place(kind: HuggingFace, name: str, paths: list[str], ours: Mapping[str, Sh
     shape = (*one[0][:-1], sum(part[-1] for part in one))
     shape = (skipped + shape[0], *shape[1:])
     transposed = is_matrix and not (kind.conv1d and is_stacked)
-    return Place(
+    return TensorMapping(
         name=name,
         paths=tuple(paths),
         parts=tuple(one),
@@ -115,7 +117,7 @@ def _place(kind: HuggingFace, name: str, paths: list[str], ours: Mapping[str, Sh
 
 
 def to_params(
-    found: list[Place], ours: Mapping[str, Shape], read: Callable[[str], np.ndarray]
+    found: list[TensorMapping], ours: Mapping[str, Shape], read: Callable[[str], np.ndarray]
 ) -> dict[str, Any]:
     """The tree of parameters, out of tensors that `read(name)` gives one by one."""
     params = {path: np.empty(shape, np.float32) for path, shape in ours.items()}
@@ -129,7 +131,7 @@ def to_params(
     return unflatten_dict(params, sep="/")
 
 
-def to_tensor(place: Place, layer: Any, params: dict[str, np.ndarray]) -> np.ndarray:
+def to_tensor(place: TensorMapping, layer: Any, params: dict[str, np.ndarray]) -> np.ndarray:
     """One tensor of the file, out of our parameters by path."""
     parts = [
         np.asarray(params[path][layer], np.float32).reshape(part)

@@ -12,11 +12,11 @@ from jaxtyping import Array, Bool, Float
 
 from heedful.model.attention import WITHOUT_WEIGHTS
 from heedful.model.config import ModelConfig
-from heedful.model.layers import MultiHeadAttention, Shared
+from heedful.model.layers import MultiHeadAttention, StackContext
 from heedful.model.linear import Linear
 from heedful.model.masks import AttentionMask
 from heedful.model.stack import Stack
-from heedful.model.transformer import Inputs, build, empty_cache
+from heedful.model.transformer import InputEmbedding, build, empty_cache
 from heedful.train.audit.findings import TOLERANCE
 from heedful.train.step import model_inputs
 
@@ -88,7 +88,7 @@ def forward(config: ModelConfig, deterministic: bool) -> Program:
             module = context.module
             if context.method_name != "__call__":
                 return call(*args, **kwargs)
-            if isinstance(module, Inputs):
+            if isinstance(module, InputEmbedding):
                 stream = "encoder_inputs" if module.name == "encoder_inputs" else "inputs"
                 args = (args[0] + deltas[stream].astype(args[0].dtype), *args[1:])
             result = call(*args, **kwargs)
@@ -121,14 +121,14 @@ def through_cache(config: ModelConfig, reading: Reading) -> Program:
 
         def call(method: str, delta: jax.Array, *args: Any, **kwargs: Any) -> Any:
             def added(call, args, kwargs, context):
-                if isinstance(context.module, Inputs) and context.method_name == "__call__":
+                if isinstance(context.module, InputEmbedding) and context.method_name == "__call__":
                     args = (args[0] + delta.astype(args[0].dtype), *args[1:])
                 return call(*args, **kwargs)
 
             with nn.intercept_methods(added):
                 return model.apply({"params": params}, *args, **kwargs, method=method)
 
-        source, begin = (), {"is_real": jnp.arange(first) < lengths[:, None]}
+        source, begin = (), {"cache_write_mask": jnp.arange(first) < lengths[:, None]}
         if is_pair:
             segments = batch["encoder_segment_ids"]
             delta = deltas["encoder_inputs"]
@@ -273,7 +273,7 @@ def tempted(
     attention = config.attention
     rng = np.random.default_rng(0)
     value, noise = rng.normal(size=(2, B, S, config.kv_heads, config.head_dim)).astype(np.float32)
-    module, shared = MultiHeadAttention(config, place), Shared(projection=projection)
+    module, shared = MultiHeadAttention(config, place), StackContext(projection=projection)
     # Random features share a factor among all keys, which rounds; elsewhere each bit counts.
     rounds = attention.core_of(place) in WITHOUT_WEIGHTS
     tolerance = TOLERANCE[config.dtype] if rounds else 0.0

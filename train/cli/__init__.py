@@ -105,14 +105,17 @@ def run(arguments: list[str]) -> int:
 
 def _of_several() -> bool:
     """Whether there are other processes; without importing jax where nothing has."""
-    return "heedful.train.hosts" in sys.modules and sys.modules["heedful.train.hosts"].several()
+    return (
+        "heedful.train.hosts" in sys.modules
+        and sys.modules["heedful.train.hosts"].is_multiprocess()
+    )
 
 
 def _failed(error: Exception) -> int:
     """Says what has gone wrong in one of several processes; returns the exit code."""
     if not _of_several():
         raise error
-    if sys.modules["heedful.train.hosts"].lost(error):
+    if sys.modules["heedful.train.hosts"].is_peer_failure(error):
         reason = str(error).splitlines()[0][:200]
         print(
             f"heedful: error: another process has died or cannot be reached ({reason}): "

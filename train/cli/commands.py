@@ -48,13 +48,13 @@ def train(name: str, experiment: Any, description: str, arguments: list[str]) ->
     keep_compiled()
     from heedful.train.audit.report import audit_before_training
     from heedful.train.evaluation.evaluate import report
-    from heedful.train.hosts import one_first
+    from heedful.train.hosts import primary_first
     from heedful.train.load import load
     from heedful.train.loop import fit
     from heedful.train.start import start_run
 
     parts = chosen.run_dir, chosen.model, chosen.data, chosen.train
-    run = one_first(lambda: start_run(*parts, console()))
+    run = primary_first(lambda: start_run(*parts, console()))
     if chosen.audit:
         audit_before_training(run.model, run.data, console())
     fit(run, console(), fallback=chosen.fallback)
@@ -255,9 +255,9 @@ def _adopted(model: ModelConfig, train: TrainConfig, arguments: list[str]) -> Mo
     init_from = early(arguments, "--train.init-from") or train.init_from
     if init_from in (None, "None") or helps(arguments):
         return model
-    from heedful.train.conversion.init_from import adopt, open_source
+    from heedful.train.conversion.init_from import merge_pretrained_config, open_source
 
-    return adopt(model, open_source(init_from, console()).model)
+    return merge_pretrained_config(model, open_source(init_from, console()).model)
 
 
 def parse(default: Any, arguments: list[str], program: str, description: str = "") -> Any:

@@ -35,9 +35,9 @@ def print_lines(lines: Iterable[str]) -> None:
 
 def read_lines() -> list[str]:
     """The lines of standard input, in UTF-8; of several processes the first one reads."""
-    from heedful.train.hosts import from_first, is_first, one_first
+    from heedful.train.hosts import from_first, is_first, primary_first
 
-    lines = one_first(lambda: _lines_here() if is_first() else [])
+    lines = primary_first(lambda: _lines_here() if is_first() else [])
     return json.loads(from_first(json.dumps(lines)))
 
 

@@ -141,7 +141,7 @@ PACKAGES: dict[str, Callable[[str], Source]] = {
 }
 
 
-def adopt(model: ModelConfig, source: ModelConfig) -> ModelConfig:
+def merge_pretrained_config(model: ModelConfig, source: ModelConfig) -> ModelConfig:
     """The body of `source`, with what `model` says of the head and of how it is trained."""
     head, attention = model.head, model.attention
     of_use = OF_USE if attention.window is None else OF_USE + OF_WINDOW
@@ -164,7 +164,7 @@ def adopt(model: ModelConfig, source: ModelConfig) -> ModelConfig:
     )
 
 
-def take_over(
+def init_from_pretrained(
     fresh: Any, source: Source, model: ModelConfig, reinit: Sequence[str], console: Console
 ) -> Any:
     """`fresh` parameters with those of the source in their place, and a table that says which.
@@ -172,7 +172,7 @@ def take_over(
     Only the head, low-rank updates and what `reinit` names may stay fresh. Raises TrainError for
     another body, for a shape that does not fit, and for a pattern that fits nothing.
     """
-    wanted = to_json(adopt(model, source.model))
+    wanted = to_json(merge_pretrained_config(model, source.model))
     wanted["head"] = to_json(model.head)
     if _is_longer(model, source.model):
         wanted["positions"]["max_length"] = model.positions.max_length

@@ -23,7 +23,7 @@ from heedful.data.writing import write_whole
 from heedful.train.config import DecodeConfig, TrainError
 from heedful.train.evaluation import scores
 from heedful.train.evaluation.perplexity import NOTHING_TO_PREDICT, strided_loss
-from heedful.train.hosts import is_first, one_first
+from heedful.train.hosts import is_first, primary_first
 from heedful.train.inference.translate import Translator
 from heedful.train.load import Trained
 from heedful.train.reproducibility.record import data_record
@@ -113,7 +113,7 @@ def report(
     lines: list[str] = []
     for split in SPLITS:
         prepare = partial(Dataset.prepare, run.data, tokenizer, split, seed=run.train.seed)
-        dataset = one_first(prepare)
+        dataset = primary_first(prepare)
         _require_same(run, dataset, console, other_data)
         for line in dataset.report:
             console.print(line)
@@ -199,7 +199,7 @@ def _require_same(run: Run, dataset: Dataset, console: Console, other_data: bool
         return
     if split == "test" and split not in known and not run.data.test and "train" in known:
         # In a record of before there is no test; this is a part of what is recorded.
-        split, now = "train", one_first(lambda: fingerprint(sources.load(run.data, "train")))
+        split, now = "train", primary_first(lambda: fingerprint(sources.load(run.data, "train")))
     if known.get(split, now) == now:
         return
     files = ", ".join(getattr(run.data, dataset.split) or run.data.train) or run.data.source

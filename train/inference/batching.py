@@ -13,7 +13,7 @@ from heedful.train.sharding import RULES, place
 SHORTEST = 16  # lengths are 16, 32, 64, ...: one compilation each
 
 
-class Rows(NamedTuple):
+class PromptBatch(NamedTuple):
     """Sequences from position 0 on, padded with 0 on the right; rows of length 0 fill the array."""
 
     inputs: Int[Array, "B T"]
@@ -36,7 +36,7 @@ def batches(
     decode: DecodeConfig,
     mesh: Mesh,
     longest: int | None = None,
-) -> Iterator[tuple[list[int], Rows]]:
+) -> Iterator[tuple[list[int], PromptBatch]]:
     """Yields (numbers of sequences, their rows on the devices), sorted by length.
 
     A batch holds at most `decode.batch_tokens` positions, but at least one row per device, and is
@@ -53,7 +53,7 @@ def batches(
         for row, i in enumerate(chosen):
             inputs[row, : len(sequences[i])] = sequences[i]
             lengths[row], lines[row] = sizes[i], i
-        yield chosen, Rows(*(place(x, sharding) for x in (inputs, lengths, lines)))
+        yield chosen, PromptBatch(*(place(x, sharding) for x in (inputs, lengths, lines)))
 
 
 def shapes(

@@ -15,7 +15,7 @@ from heedful.model.transformer import build
 from heedful.train.config import TrainError
 from heedful.train.inference.batching import shapes
 from heedful.train.load import Trained
-from heedful.train.sharding import whole, whole_to_devices
+from heedful.train.sharding import replicated, whole_to_devices
 from heedful.train.step import model_inputs
 
 
@@ -49,7 +49,7 @@ class Classifier:
         model = build(run.model)
         self._outputs = jax.jit(
             lambda params, batch: model.apply({"params": params}, **batch),
-            out_shardings=whole(trained.mesh),
+            out_shardings=replicated(trained.mesh),
         )
 
     def __call__(self, texts: Sequence[str]) -> list[str]:

@@ -12,11 +12,18 @@ from jaxtyping import Array, Int
 
 from heedful.data.tokenizer import Tokenizer
 from heedful.model.config import ModelConfig
-from heedful.model.decoding import Decoded, Sampling, Writing, advance, beam_search, begin
-from heedful.model.transformer import build, empty_cache, put_together, take_apart
+from heedful.model.decoding import (
+    Decoded,
+    DecodeState,
+    Sampling,
+    beam_search,
+    decode_until,
+    init_decode,
+)
+from heedful.model.transformer import build, empty_cache, restack_layers, unstack_layers
 from heedful.train.config import DecodeConfig, TrainError, require_tokens
-from heedful.train.inference.batching import Rows, batches, require_length
-from heedful.train.sharding import whole
+from heedful.train.inference.batching import PromptBatch, batches, require_length
+from heedful.train.sharding import replicated
 
 CHUNK = 256  # positions of a prompt that are read at once
 PIECE = 16  # tokens that a batch writes between two looks for stop strings
@@ -54,13 +61,13 @@ class Generator:
         positions = model.positions
         self._table = positions.max_length if positions.kind == "learned" else None
         with jax.set_mesh(mesh):
-            self.params = jax.jit(partial(take_apart, model))(params)
+            self.params = jax.jit(partial(unstack_layers, model))(params)
         self._begin = jax.jit(self._read_prompts)
         self._advance = jax.jit(
-            self._write_on, donate_argnames="writing", out_shardings=(None, whole(mesh))
+            self._write_on, donate_argnames="writing", out_shardings=(None, replicated(mesh))
         )
         self._slide = jax.jit(self._read_end, donate_argnames="writing")
-        self._search = jax.jit(self._beam_search, out_shardings=whole(mesh))
+        self._search = jax.jit(self._beam_search, out_shardings=replicated(mesh))
 
     def stream(self, prompt: str) -> Iterator[str]:
         """Yields the text after `prompt` piece by piece, as it is written.
@@ -142,7 +149,7 @@ class Generator:
         """Tokens that a text which slides writes between two readings."""
         return max((self._table or 0) // 4, 1)
 
-    def _batches(self, prompts: Sequence[np.ndarray]) -> Iterator[tuple[list[int], Rows]]:
+    def _batches(self, prompts: Sequence[np.ndarray]) -> Iterator[tuple[list[int], PromptBatch]]:
         """Those whose texts slide apart from the others, which must not depend on them."""
         slide, stay = {}, {}
         for i, ids in enumerate(prompts):
@@ -151,7 +158,9 @@ class Generator:
         yield from batches(stay, self.decode, self.mesh, most)
         yield from batches(slide, self.decode, self.mesh)
 
-    def _write(self, prompts: Sequence[np.ndarray], rows: Rows, every: int) -> Iterator[list[str]]:
+    def _write(
+        self, prompts: Sequence[np.ndarray], rows: PromptBatch, every: int
+    ) -> Iterator[list[str]]:
         """Yields the next piece of each text, after every `every` tokens."""
         texts = [Text(self.tokenizer, prompt, self.decode.stop) for prompt in prompts]
         for decoded in self._decode(rows, every):
@@ -162,7 +171,7 @@ class Generator:
                 break
         yield [text.rest() for text in texts]
 
-    def _decode(self, rows: Rows, every: int) -> Iterator[Decoded]:
+    def _decode(self, rows: PromptBatch, every: int) -> Iterator[Decoded]:
         """Yields all tokens written so far; the devices are a piece ahead of the caller."""
         if self.decode.beam > 1:
             with jax.set_mesh(self.mesh):
@@ -190,18 +199,18 @@ class Generator:
 
     # On the devices -----------------------------------------------------------------------------
 
-    def _read_prompts(self, params: Any, rows: Rows) -> Writing:
+    def _read_prompts(self, params: Any, rows: PromptBatch) -> DecodeState:
         lines = jax.vmap(lambda line: jax.random.fold_in(jax.random.key(self.seed), line))
         keys = lines(rows.lines) if self.decode.temperature > 0 else None
-        writing = begin(**self._prompts(params, rows), keys=keys)
+        writing = init_decode(**self._prompts(params, rows), keys=keys)
         slides = self._slides(rows.inputs.shape[1])
         return self._moved(params, writing, rows) if slides else writing
 
-    def _read_end(self, params: Any, writing: Writing, rows: Rows) -> Writing:
+    def _read_end(self, params: Any, writing: DecodeState, rows: PromptBatch) -> DecodeState:
         move = lambda: self._moved(params, writing, rows)  # noqa: E731
         return jax.lax.cond(jnp.all(writing.done), lambda: writing, move)
 
-    def _moved(self, params: Any, writing: Writing, rows: Rows) -> Writing:
+    def _moved(self, params: Any, writing: DecodeState, rows: PromptBatch) -> DecodeState:
         """The same texts, of which the last tokens stand at the beginning of the table."""
         inputs, lengths, _ = rows
         table = self._table or 0
@@ -217,13 +226,15 @@ class Generator:
         start = jnp.maximum(count - 1, 0) - writing.time
         return writing._replace(start=start, cache=cache)
 
-    def _write_on(self, params: Any, writing: Writing, until: jax.Array) -> tuple[Writing, Decoded]:
+    def _write_on(
+        self, params: Any, writing: DecodeState, until: jax.Array
+    ) -> tuple[DecodeState, Decoded]:
         sampling = Sampling(**{name: getattr(self.decode, name) for name in Sampling._fields})
         step = self._step(params)
-        writing = advance(step, writing, until, eos_id=self.tokenizer.ends, sampling=sampling)
+        writing = decode_until(step, writing, until, eos_id=self.tokenizer.ends, sampling=sampling)
         return writing, writing.decoded
 
-    def _beam_search(self, params: Any, rows: Rows) -> Decoded:
+    def _beam_search(self, params: Any, rows: PromptBatch) -> Decoded:
         return beam_search(
             self._step(params),
             **self._prompts(params, rows),
@@ -240,13 +251,13 @@ class Generator:
         model = build(self.model)
 
         def step(tokens: jax.Array, cache: Any, position: jax.Array):
-            options = {"cache": put_together(cache), "offset": position, "method": "decode"}
-            logits, cache = model.apply({"params": put_together(params)}, tokens, **options)
-            return logits[:, -1], take_apart(self.model, cache)
+            options = {"cache": restack_layers(cache), "offset": position, "method": "decode"}
+            logits, cache = model.apply({"params": restack_layers(params)}, tokens, **options)
+            return logits[:, -1], unstack_layers(self.model, cache)
 
         return step
 
-    def _prompts(self, params: Any, rows: Rows) -> dict[str, Any]:
+    def _prompts(self, params: Any, rows: PromptBatch) -> dict[str, Any]:
         """The prompts as both ways of decoding begin with them."""
         inputs, lengths, _ = rows
         index, last = jnp.arange(len(lengths)), jnp.maximum(lengths - 1, 0)
@@ -282,7 +293,7 @@ class Generator:
         last chunk may begin with tokens that were read before; each is remembered once.
         """
         model, length = build(self.model), inputs.shape[1]
-        params = put_together(params)
+        params = restack_layers(params)
         # A token that sees the whole prompt cannot be read before the rest of it.
         chunk = length if self.prefix else min(CHUNK, length)
         prefix = {"prefix_len": prefix_len} if self.prefix else {}
@@ -291,13 +302,18 @@ class Generator:
             start = jnp.minimum(i * chunk, length - chunk)
             tokens = jax.lax.dynamic_slice_in_dim(inputs, start, chunk, axis=1)
             position = start + jnp.arange(chunk)
-            is_real = (position >= i * chunk) & (position < lengths[:, None] - 1)
-            options = {"cache": cache, "is_real": is_real, "offset": start, "method": "decode"}
+            cache_write_mask = (position >= i * chunk) & (position < lengths[:, None] - 1)
+            options = {
+                "cache": cache,
+                "cache_write_mask": cache_write_mask,
+                "offset": start,
+                "method": "decode",
+            }
             return model.apply({"params": params}, tokens, **prefix, **options)[1]
 
         cache = empty_cache(self.model, len(lengths), size)
         chunks = (jnp.max(lengths) - 1 + chunk - 1) // chunk
-        return take_apart(self.model, jax.lax.fori_loop(0, chunks, read, cache))
+        return unstack_layers(self.model, jax.lax.fori_loop(0, chunks, read, cache))
 
 
 class Text:

@@ -13,10 +13,10 @@ from heedful.data.text_files import one_line
 from heedful.data.tokenizer import Tokenizer
 from heedful.model.config import ModelConfig, ModelError
 from heedful.model.decoding import Decoded, Sampling, beam_search, sample
-from heedful.model.transformer import build, empty_cache, put_together, take_apart
+from heedful.model.transformer import build, empty_cache, restack_layers, unstack_layers
 from heedful.train.config import DecodeConfig, TrainError, require_tokens
-from heedful.train.inference.batching import Rows, batches, require_length
-from heedful.train.sharding import whole
+from heedful.train.inference.batching import PromptBatch, batches, require_length
+from heedful.train.sharding import replicated
 
 
 class Translator:
@@ -50,8 +50,8 @@ class Translator:
         self.longest, self.tell = longest, tell
         self.bos, self.eos = tokenizer.bos, tokenizer.eos
         with jax.set_mesh(mesh):
-            self.params = jax.jit(partial(take_apart, model))(params)
-        self._run = jax.jit(self._translate, out_shardings=whole(mesh))
+            self.params = jax.jit(partial(unstack_layers, model))(params)
+        self._run = jax.jit(self._translate, out_shardings=replicated(mesh))
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
         """The translation of each text; of a blank one, a blank one.
@@ -88,27 +88,29 @@ class Translator:
             for row, i in enumerate(numbers):
                 yield i, tokens[row, : lengths[row]]
 
-    def _translate(self, params: Any, rows: Rows) -> Decoded:
+    def _translate(self, params: Any, rows: PromptBatch) -> Decoded:
         """Sources, of length 0 for an empty row, to tokens [B, T]."""
         config, model = self.decode, build(self.model)
         inputs, lengths, lines = rows
         batch, length = inputs.shape
         max_steps = length + config.extra_length
         segments = (jnp.arange(length) < lengths[:, None]).astype(jnp.int32)
-        encoded = model.apply({"params": put_together(params)}, inputs, segments, method="encode")
+        encoded = model.apply({"params": restack_layers(params)}, inputs, segments, method="encode")
 
-        def step(tokens: jax.Array, cache: Any, position: jax.Array, encoded=None, is_real=None):
+        def step(
+            tokens: jax.Array, cache: Any, position: jax.Array, encoded=None, cache_write_mask=None
+        ):
             logits, cache = model.apply(
-                {"params": put_together(params)},
+                {"params": restack_layers(params)},
                 tokens,
                 encoded,
                 segments,
-                cache=put_together(cache),
-                is_real=is_real,
+                cache=restack_layers(cache),
+                cache_write_mask=cache_write_mask,
                 offset=position,
                 method="decode",
             )
-            return logits[:, -1], take_apart(self.model, cache)
+            return logits[:, -1], unstack_layers(self.model, cache)
 
         last = jnp.full(batch, self.bos, jnp.int32)
         start = jnp.int32(0)

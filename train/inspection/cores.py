@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from heedful.model import masks
 from heedful.model.attention import ATTENTION, ONE_DOCUMENT
 from heedful.model.cache import new_cache
-from heedful.model.config import AttentionConfig, ModelConfig, ModelError, Place
-from heedful.model.layers import MultiHeadAttention, Shared
+from heedful.model.config import AttentionConfig, AttentionSite, ModelConfig, ModelError
+from heedful.model.layers import MultiHeadAttention, StackContext
 from heedful.model.masks import AttentionMask, MaskNotSupported
 from heedful.model.positions import PositionBias
 from heedful.model.transformer import cross_mask, decoder_mask, encoder_mask
@@ -37,7 +37,7 @@ class Row:
     has_cache: bool = False
 
     @property
-    def place(self) -> Place:
+    def place(self) -> AttentionSite:
         return "cross" if self.where == "cross" else "self"
 
 
@@ -95,7 +95,7 @@ def refusal(core: str, row: Row) -> str | None:
     new = 1 if row.has_cache else T
     x = jnp.zeros((1, new, 16), jnp.bfloat16)
     source = jnp.zeros((1, T, 16), jnp.bfloat16) if row.place == "cross" else None
-    mask, shared = row.mask(config), Shared(bias=row.bias)
+    mask, shared = row.mask(config), StackContext(bias=row.bias)
     remembered = new_cache(config, 1, T) if row.has_cache else None
 
     def run(params: Any) -> Any:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from heedful.data.config import DataConfig
 from heedful.model.cache import WindowCache
-from heedful.model.config import ModelConfig, Place
+from heedful.model.config import AttentionSite, ModelConfig
 from heedful.model.stack import BlockCache
 from heedful.model.transformer import build, empty_cache
 from heedful.train.config import TrainConfig
@@ -95,14 +95,14 @@ def recomputed(config: ModelConfig, found: list[Part]) -> float:
     return sum(part.flops for part in found if part.stack in STACKED and part.name in names)
 
 
-def _attention_place(config: ModelConfig, stack: str, part: str) -> Place:
+def _attention_place(config: ModelConfig, stack: str, part: str) -> AttentionSite:
     if part == "cross-attention":
         return "cross"
     is_beside = stack == "decoder" and config.architecture == "encoder_decoder"
     return "decoder" if is_beside else "self"
 
 
-def _keys(config: ModelConfig, place: Place, length: int) -> int:
+def _keys(config: ModelConfig, place: AttentionSite, length: int) -> int:
     """Keys that a query's products with scores and values are worth.
 
     Of random features and of projections along the length there are R, and as much work again goes

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Shaped, UInt32
 
 from heedful.model.dropout import indices, mix, place
-from heedful.train.sharding import whole
+from heedful.train.sharding import replicated
 
 
 def make_fingerprint(mesh: Mesh) -> Callable[[Any], jax.Array]:
@@ -18,7 +18,7 @@ def make_fingerprint(mesh: Mesh) -> Callable[[Any], jax.Array]:
     def fingerprint(params: Any) -> UInt32[Array, "arrays 2"]:
         return words_of_leaves(params)
 
-    return jax.jit(fingerprint, out_shardings=whole(mesh))
+    return jax.jit(fingerprint, out_shardings=replicated(mesh))
 
 
 def words_of_leaves(tree: Any) -> UInt32[Array, "arrays 2"]:

@@ -108,7 +108,7 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 @runtime_checkable
-class Witness(Protocol):
+class RunObserver(Protocol):
     """Sees what is recorded, and may end the run by raising."""
 
     def environment(self, now: dict[str, Any]) -> None:
@@ -124,7 +124,7 @@ class FingerprintWriter:
     the `parameters`, by name, what `fingerprint.words` makes of them: all in hex.
     """
 
-    def __init__(self, run: Run, from_step: int, names: Sequence[str], witness: Witness | None):
+    def __init__(self, run: Run, from_step: int, names: Sequence[str], witness: RunObserver | None):
         """Lines of steps after `from_step` are dropped: the run goes through them again."""
         self._names, self._witness, self._lines = names, witness, None
         if is_first():

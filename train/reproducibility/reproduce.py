@@ -13,7 +13,7 @@ from rich.console import Console
 from heedful.train import signals
 from heedful.train.checkpoint import Checkpoints
 from heedful.train.config import Interrupted, TrainError
-from heedful.train.hosts import any_process, one_first, several
+from heedful.train.hosts import any_process, is_multiprocess, primary_first
 from heedful.train.loop import fit
 from heedful.train.reproducibility.fingerprint import make_fingerprint
 from heedful.train.reproducibility.record import changes, environments, fingerprints, named_words
@@ -111,7 +111,7 @@ class _Comparison:
 
     def watch(self, run: Run, start: tuple[TrainState, dict] | None = None) -> bool:
         """Trains, and returns whether all was the same to the end."""
-        one_first(lambda: run.start(self.original.tokenizer()))
+        primary_first(lambda: run.start(self.original.tokenizer()))
         try:
             fit(run, self.console, start=start, witness=self)
         except _Over:
@@ -186,7 +186,7 @@ def _fresh_directory(chosen: Path | None) -> Iterator[Path]:
         if any_process(is_begun(chosen)):
             raise TrainError(f"{chosen} holds a run already: give another --run-dir")
         yield chosen
-    elif several():
+    elif is_multiprocess():
         raise TrainError(
             f"{jax.process_count()} processes need one directory that all of them see: "
             "give --run-dir"
