@@ -34,7 +34,7 @@ from heedful.data.config import DataConfig
 from heedful.data.tokenizer import Tokenizer
 from heedful.model.config import ModelConfig
 from heedful.train.config import TrainConfig
-from heedful.train.conversion.init_from import adopt, open_source
+from heedful.train.conversion.init_from import merge_pretrained_config, open_source
 from heedful.train.inspection.costs import BACKWARD, parts
 from heedful.train.sharding import make_mesh
 from heedful.train.state import set_up
@@ -97,7 +97,7 @@ def rate(data: DataConfig, init_from: str | None, seconds: float) -> Read:
 def sized(model: ModelConfig, data: DataConfig, init_from: str | None) -> ModelConfig:
     """The model of a run: with the body of what it begins from, and what it takes from the data."""
     if init_from is not None:
-        model = adopt(model, open_source(init_from, Console(stderr=True)).model)
+        model = merge_pretrained_config(model, open_source(init_from, Console(stderr=True)).model)
     if model.head.kind == "classifier":
         model = dataclasses.replace(model, head=dataclasses.replace(model.head, outputs=2))
     size = model.vocab_size or learned(data, init_from).vocab_size

@@ -31,7 +31,7 @@ def get_config() -> Experiment:
             norm=NormConfig(position="post", epsilon=1e-12, embeddings=True),
             positions=PositionConfig(kind="learned", max_length=512),
             head=HeadConfig(transform=True, bias=True),
-            types=2,
+            type_vocab_size=2,
             dropout=0.1,
             scale_embeddings=False,
             init="normal",
@@ -49,7 +49,7 @@ def get_config() -> Experiment:
             label_smoothing=0.0,
             loss_chunk=80,  # 15 % of 512 tokens are 77
             checkpoint_every=5000,
-            average=1,
+            average_last=1,
             optimizer=OptimizerConfig(
                 peak_lr=1e-4,
                 warmup_steps=10_000,

@@ -50,7 +50,7 @@ def get_config(
             label_smoothing=0.0,
             loss_chunk=256,
             checkpoint_every=1000,
-            average=1,
+            average_last=1,
             optimizer=OptimizerConfig(
                 peak_lr=peak_lr,
                 final_lr=peak_lr / 10,

@@ -62,7 +62,7 @@ def get_config() -> Experiment:
             steps=5000,
             label_smoothing=0.0,
             checkpoint_every=500,
-            average=1,
+            average_last=1,
             metric="accuracy",
             optimizer=OptimizerConfig(
                 peak_lr=0.05 * 1000**-0.5, warmup_steps=1000, weight_decay=0.1, clip_norm=None

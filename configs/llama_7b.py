@@ -48,7 +48,7 @@ def get_config() -> Experiment:
             steps=250_000,
             label_smoothing=0.0,
             checkpoint_every=1000,
-            average=1,
+            average_last=1,
             optimizer=OptimizerConfig(
                 peak_lr=3e-4,
                 final_lr=3e-5,

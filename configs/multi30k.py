@@ -44,8 +44,8 @@ def get_config() -> Experiment:
             steps=8000,
             label_smoothing=0.1,
             checkpoint_every=EPOCH,
-            keep=10,
-            average=10,
+            max_checkpoints=10,
+            average_last=10,
             metric="smoothed_loss",
             patience=10,
             optimizer=OptimizerConfig(

@@ -43,8 +43,8 @@ def get_config(row: str | None = None) -> Experiment:
             whole.train,
             steps=STEPS,
             checkpoint_every=STEPS,
-            keep=1,
-            average=1,
+            max_checkpoints=1,
+            average_last=1,
             patience=None,
             optimizer=OptimizerConfig(
                 kind="adam",

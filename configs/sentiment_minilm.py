@@ -24,7 +24,7 @@ def get_config() -> Experiment:
             steps=600,
             label_smoothing=0.0,
             checkpoint_every=100,
-            average=1,
+            average_last=1,
             metric="accuracy",
             patience=3,
             optimizer=OptimizerConfig(
@@ -33,7 +33,7 @@ def get_config() -> Experiment:
                 schedule="linear",
                 weight_decay=0.01,
                 layer_decay=0.9,
-                head_lr=10.0,
+                head_lr_multiplier=10.0,
             ),
         ),
     )

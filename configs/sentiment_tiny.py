@@ -40,7 +40,7 @@ def get_config() -> Experiment:
             steps=2000,
             label_smoothing=0.0,
             checkpoint_every=100,
-            average=1,
+            average_last=1,
             metric="accuracy",
             patience=5,
             optimizer=OptimizerConfig(

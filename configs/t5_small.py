@@ -47,7 +47,7 @@ def get_config() -> Experiment:
             steps=524_288,
             label_smoothing=0.0,
             checkpoint_every=5000,
-            average=1,
+            average_last=1,
             optimizer=OptimizerConfig(
                 peak_lr=1e-3, warmup_steps=10_000, schedule="inverse_sqrt", b2=0.99, epsilon=1e-8
             ),

@@ -31,7 +31,7 @@ def get_config() -> Experiment:
         train=TrainConfig(
             steps=1500,
             checkpoint_every=100,
-            average=3,
+            average_last=3,
             optimizer=OptimizerConfig(peak_lr=4e-3, warmup_steps=150, schedule="linear"),
             decode=DecodeConfig(extra_length=16),
         ),

@@ -36,8 +36,8 @@ def get_config() -> Experiment:
             steps=100_000,
             label_smoothing=0.1,
             checkpoint_every=1500,
-            keep=5,
-            average=5,
+            max_checkpoints=5,
+            average_last=5,
             optimizer=OptimizerConfig(
                 kind="adam",
                 peak_lr=(WIDTH * WARMUP) ** -0.5,

@@ -30,6 +30,6 @@ def get_config() -> Experiment:
             dropout=0.3,
         ),
         train=dataclasses.replace(
-            base.train, steps=300_000, keep=20, average=20, optimizer=optimizer
+            base.train, steps=300_000, max_checkpoints=20, average_last=20, optimizer=optimizer
         ),
     )

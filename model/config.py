@@ -358,7 +358,7 @@ class ModelConfig:
     positions: PositionConfig = field(default_factory=PositionConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    types: int = 0
+    type_vocab_size: int = 0
     """Rows of the table of token types: BERT's 2 tell the sentences of a pair apart; 0: none."""
     residuals: bool = True
     """Whether a sublayer adds to its input. Without, to show what they are for: deep stacks do not
@@ -414,10 +414,14 @@ class ModelConfig:
             f"the size {self.key_dim} of a key (width / heads, attention.head_dim or "
             "attention.key_dim) must be even for rotary positions",
         )
-        require(self.types >= 0, f"model.types must be at least 0, not {self.types}")
         require(
-            self.types == 0 or self.architecture != "encoder_decoder",
-            f"model.types = {self.types} needs an encoder_only or a decoder_only",
+            self.type_vocab_size >= 0,
+            f"model.type_vocab_size must be at least 0, not {self.type_vocab_size}",
+        )
+        require(
+            self.type_vocab_size == 0 or self.architecture != "encoder_decoder",
+            f"model.type_vocab_size = {self.type_vocab_size} needs an encoder_only or a "
+            "decoder_only",
         )
         require(
             "gate" not in self.lora.targets or self.feed_forward.gated,

@@ -39,12 +39,14 @@ class InputEmbedding(nn.Module):
     ) -> Float[Array, "B T D"]:
         config = self.config
         x = embedded + PositionEmbedding(config, name="positions")(positions)
-        if type_ids is not None and not config.types:
-            raise ModelError("type_ids are given, but model.types is 0: set it to their number")
-        if config.types:
+        if type_ids is not None and not config.type_vocab_size:
+            raise ModelError(
+                "type_ids are given, but model.type_vocab_size is 0: set it to their number"
+            )
+        if config.type_vocab_size:
             deviation = config.width**-0.5 if config.init == "glorot" else 0.02
             init = partitioned(nn.initializers.normal(deviation), "position", "embed")
-            table = jnp.asarray(self.param("types", init, (config.types, config.width)))
+            table = jnp.asarray(self.param("types", init, (config.type_vocab_size, config.width)))
             x += table[0] if type_ids is None else lookup(table, type_ids)
         if config.norm.embeddings:
             x = Norm(config, name="norm")(x)

@@ -171,7 +171,7 @@ class Plain:
             half = np.arange(x.shape[-1] // 2)
             angles = positions[..., None] / 10000 ** (2 * half / x.shape[-1])
             x = x + np.concatenate([np.sin(angles), np.cos(angles)], -1)
-        if self.config.types:
+        if self.config.type_vocab_size:
             x = x + p["types"][np.zeros_like(tokens) if types is None else types]
         return self.norm(p.get("norm"), x) if self.config.norm.embeddings else x
 

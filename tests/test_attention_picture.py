@@ -252,7 +252,12 @@ def test_texts_are_framed_as_in_training(tmp_path):
     masked = trained(tmp_path, "encoder_only", "masked_lm")
     assert read(masked, "red cat")[0] == ["<bos>", "red", "cat", "<eos>"]
     pair = trained(
-        tmp_path, "encoder_only", "classification", head_kind="classifier", head_outputs=2, types=2
+        tmp_path,
+        "encoder_only",
+        "classification",
+        head_kind="classifier",
+        head_outputs=2,
+        type_vocab_size=2,
     )
     tokens, inputs = read(pair, "red cat", "dog")
     assert tokens == ["<bos>", "red", "cat", "<eos>", "dog", "<eos>"]

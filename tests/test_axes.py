@@ -38,7 +38,7 @@ MODELS: list[dict[str, Any]] = [
         "architecture": "encoder_only",
         "positions_kind": "learned",
         "positions_max_length": 17,
-        "types": 17,  # as many as positions: both have rows of that name
+        "type_vocab_size": 17,  # as many as positions: both have rows of that name
         "norm_embeddings": True,
         "head_transform": True,
     },

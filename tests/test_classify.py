@@ -26,7 +26,7 @@ TEXTS = ["red cat", "small large bird dog dog cat", "", "dog", "cat red"]
 def trained(folder: Path, model: ModelConfig, table: Path, objective: str) -> Trained:
     # 32 positions in a batch: the texts of one length do not fit into one.
     data = toy.data(table, objective, tokenizer=WORDS, batch_tokens=128, max_length=19)
-    toy.random_run(folder / "run", model, data, dataclasses.replace(toy.TRAIN, average=1))
+    toy.random_run(folder / "run", model, data, dataclasses.replace(toy.TRAIN, average_last=1))
     return load(folder / "run", toy.QUIET)
 
 
@@ -81,7 +81,7 @@ def test_pairs(tmp_path, types: int):
     rows = ["red cat\tdog\tyes", "dog\tred cat\tno", "bird\tcat\tyes"] * 30
     lines = [f"{i}{line}" for i, line in enumerate(rows)]  # each in a split of its own
     (tmp_path / "pairs.tsv").write_text("\n".join(["sentence1\tsentence2\tlabel", *lines]) + "\n")
-    model = toy.model(head=HeadConfig(kind="classifier"), types=types)
+    model = toy.model(head=HeadConfig(kind="classifier"), type_vocab_size=types)
     classifier = Classifier(trained(tmp_path, model, tmp_path / "pairs.tsv", "classification"))
     outputs = classifier.outputs(["red\tdog cat", "red dog\tcat", "dog cat\tred"])
     assert all(np.abs(outputs[i] - outputs[j]).max() > 1e-4 for i, j in ((0, 1), (0, 2), (1, 2)))
@@ -114,6 +114,6 @@ def test_a_text_that_is_too_long(classes):
 
 def test_a_language_model_does_not_classify(tmp_path):
     data = toy.data(toy.write_text(tmp_path), "causal_lm")
-    toy.random_run(tmp_path / "run", toy.model("decoder_only"), data, TrainConfig(average=1))
+    toy.random_run(tmp_path / "run", toy.model("decoder_only"), data, TrainConfig(average_last=1))
     with pytest.raises(TrainError, match=r"is a causal_lm model, which does not classify"):
         Classifier(load(tmp_path / "run", toy.QUIET))

@@ -57,7 +57,7 @@ def classifier(table, tmp_path_factory) -> Path:
     """A run that has learned what is good, and what it has printed beside it."""
     folder = tmp_path_factory.mktemp("classifier")
     flags = sentiment(table, folder / "run", steps=120, every=40)
-    flags += ["--train.optimizer.peak-lr", "1e-2", "--train.average", "1"]
+    flags += ["--train.optimizer.peak-lr", "1e-2", "--train.average-last", "1"]
     flags += ["--model.dropout", "0", "--model.head.dropout", "0"]
     (folder / "out.txt").write_text(train(flags))
     return folder / "run"
@@ -137,7 +137,7 @@ def test_it_learns_the_toy_language(tmp_path, capsys):
     flags = toy.flags(corpus, tmp_path / "run", steps=300, every=100)
     flags += ["--model.width", "64", "--model.dropout", "0", "--data.batch-tokens", "1024"]
     flags += ["--train.optimizer.peak-lr", "5e-3", "--train.optimizer.warmup-steps", "50"]
-    flags += ["--train.optimizer.schedule", "linear", "--train.average", "1"]
+    flags += ["--train.optimizer.schedule", "linear", "--train.average-last", "1"]
     assert cli.run(["train", *flags]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["test_bleu"] > 90, result
@@ -398,7 +398,14 @@ def test_tables_and_lines_show_brackets(name, capsys):
 def test_patience(table, tmp_path, capsys):
     """The rate is so small that all checkpoints are equally accurate: the first one counts."""
     flags = sentiment(table, tmp_path / "run", steps=60, every=3)
-    flags += ["--train.optimizer.peak-lr", "1e-30", "--train.patience", "4", "--train.average", "1"]
+    flags += [
+        "--train.optimizer.peak-lr",
+        "1e-30",
+        "--train.patience",
+        "4",
+        "--train.average-last",
+        "1",
+    ]
     assert cli.run(flags) == 0
     out = capsys.readouterr().out
     assert "no better checkpoint since step 3: stopped" in out
@@ -421,7 +428,9 @@ def test_the_loss_that_is_trained_decides(tmp_path):
     run = Run.open(tmp_path / "run")
     found = losses(run.directory, "valid_smoothed_loss")
     assert found != losses(run.directory, "valid_loss")
-    with Checkpoints(run.checkpoints, run.tokenizer().fingerprint, run.train.keep) as checkpoints:
+    with Checkpoints(
+        run.checkpoints, run.tokenizer().fingerprint, run.train.max_checkpoints
+    ) as checkpoints:
         assert checkpoints.scores == dict(zip((4, 8, 12), [-loss for loss in found], strict=True))
 
 
@@ -510,7 +519,10 @@ def test_every_config_is_valid_and_says_its_command(name: str):
         (["train", "translate_tiny", "--model.norm.kind", "batch"], ["batch", "layernorm"]),
         (["train", "translate_tiny", "--model.width", "130"], ["heads = 4", "width = 130"]),
         (["train", "translate_tiny", "--data.source", "nowhere"], ["nowhere", "homeassistant"]),
-        (["train", "translate_tiny", "--train.keep", "1"], ["train.average", "train.keep"]),
+        (
+            ["train", "translate_tiny", "--train.max-checkpoints", "1"],
+            ["train.average_last", "train.max_checkpoints"],
+        ),
         (["train", "bert_tiny", "--data.objective", "causal_lm"], ["causal_lm", "decoder_only"]),
         (["train", "shakespeare_char", "--train.metric", "f1"], ["train.metric f1", "loss"]),
         (["train", "sentiment_tiny", "--train.metric", "pearson"], ["pearson", "accuracy"]),

@@ -39,7 +39,7 @@ WORDS = TokenizerConfig(kind="words")
 
 def trained(folder: Path, model: ModelConfig, path: Path, objective: str) -> Trained:
     data = toy.data(path, objective, tokenizer=WORDS)
-    toy.random_run(folder / "run", model, data, dataclasses.replace(toy.TRAIN, average=1))
+    toy.random_run(folder / "run", model, data, dataclasses.replace(toy.TRAIN, average_last=1))
     return load(folder / "run", toy.QUIET)
 
 
@@ -217,7 +217,7 @@ def test_the_class_of_an_f1_is_named(classes, numbers):
 
 def test_other_settings_lie_elsewhere(text):
     run, own = text.run, text.run.train.decode
-    assert run.train.average == 1
+    assert run.train.average_last == 1
     usual: dict[str, Any] = {"fallback": False, "seed": 0, "stride": None, "other_data": False}
 
     def name(decode: DecodeConfig = own, checkpoint: str | None = None, **others: Any) -> str:
@@ -315,7 +315,7 @@ def translation(tmp_path) -> Trained:
         source="files", batch_tokens=256, max_length=16, buckets=1, tokenizer=WORDS, **pairs
     )
     decode = DecodeConfig(beam=1, extra_length=3)
-    train = dataclasses.replace(toy.TRAIN, average=1, decode=decode)
+    train = dataclasses.replace(toy.TRAIN, average_last=1, decode=decode)
     toy.random_run(tmp_path / "run", toy.model("encoder_decoder"), data, train)
     return load(tmp_path / "run", toy.QUIET)
 

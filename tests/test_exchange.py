@@ -45,7 +45,7 @@ def bert(head: HeadConfig, **values: Any) -> ModelConfig:
         norm=NormConfig(epsilon=1e-12, embeddings=True),
         positions=PositionConfig(kind="learned", max_length=64),
         head=head,
-        types=2,
+        type_vocab_size=2,
         scale_embeddings=False,
         init="normal",
         **values,

@@ -65,6 +65,14 @@ def test_a_mistake_is_one_line(flags, words):
         assert word in message, message
 
 
+@pytest.mark.parametrize("old", ["--train.optimizer.head-lr", "--train.optimizer.head_lr=2"])
+def test_a_flag_of_before_names_its_new_name(old):
+    with pytest.raises(
+        TrainError, match=r"another name now: give --train.optimizer.head-lr-multip"
+    ):
+        parse(Arguments(), [old, "2"], "heedful x")
+
+
 def test_a_mistake_is_one_line_in_a_terminal_too():
     """There the parser colours what it says."""
     ours, theirs = pty.openpty()

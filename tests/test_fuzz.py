@@ -68,7 +68,7 @@ CONTEXTS = {
     "--model.lora.": ("causal", "--model.lora.rank 2"),
     "--model.encoder-layers": ("pairs", ""),
     "--model.head.": ("labels", ""),
-    "--model.types": ("labels", ""),
+    "--model.type_vocab_size": ("labels", ""),
     "--data.listops.": (
         "listops", "--data.listops.examples 64 --data.listops.held-out 16"
         " --data.listops.min-length 3 --data.listops.max-length 14",
@@ -183,7 +183,7 @@ def run(tmp_path_factory) -> Path:
     text = toy.files(toy.write_text(folder))
     flags = toy.flags(text, folder / "run", steps=1, every=1, config="gpt2_small")
     flags += [
-        "--data.tokenizer.kind", "chars", "--train.average", "1",
+        "--data.tokenizer.kind", "chars", "--train.average-last", "1",
         "--train.optimizer.warmup-steps", "0",
         "--model.dtype", "float32", "--model.positions.max-length", "64",
     ]  # fmt: skip

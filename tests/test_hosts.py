@@ -36,7 +36,7 @@ def text(tmp_path_factory) -> list[str]:
 
 
 def flags(text: list[str], run: Path) -> list[str]:
-    sharded = ["--train.mesh.fsdp", "2", "--train.log-every", "1", "--train.keep", "20"]
+    sharded = ["--train.mesh.fsdp", "2", "--train.log-every", "1", "--train.max-checkpoints", "20"]
     return ["train", *toy.flags(text, run, STEPS, EVERY, config="shakespeare_char"), *sharded]
 
 

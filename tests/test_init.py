@@ -50,7 +50,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[Any, float]]] = {
         {
             "architecture": "encoder_only",
             "positions_kind": "learned",
-            "types": 29,
+            "type_vocab_size": 29,
             "head_transform": True,
             "head_bias": True,
         },
@@ -128,7 +128,7 @@ PUBLISHED = {
             "norm": NormConfig(embeddings=True),
             "positions": PositionConfig(kind="learned"),
             "head": HeadConfig(transform=True, bias=True),
-            "types": 2,
+            "type_vocab_size": 2,
         },
     ),
     "gpt2": (

@@ -46,7 +46,7 @@ WORDS = TokenizerConfig(kind="words")
 MASKED = toy.model(
     tie_embeddings=False,
     head=dataclasses.replace(toy.model().head, transform=True, bias=True),
-    types=2,
+    type_vocab_size=2,
 )
 
 
@@ -316,7 +316,13 @@ def test_sources_that_are_none(tmp_path):
 def command(folder: Path, run: Path) -> list[str]:
     flags = ["sentiment_tiny", "--run-dir", str(run), *toy.files(folder / "table.tsv")]
     flags += ["--data.batch-tokens", "256", "--data.buckets", "1", "--data.max-length", "16"]
-    flags += [*toy.training(), "--init-from", str(folder / "source"), "--train.average", "1"]
+    flags += [
+        *toy.training(),
+        "--init-from",
+        str(folder / "source"),
+        "--train.average-last",
+        "1",
+    ]
     return ["train", *flags, "--train.optimizer.freeze", "^(?!head)"]
 
 

@@ -40,7 +40,9 @@ TRANSLATION = DataConfig(max_length=13, batch_tokens=26, batch_multiple=1)
 MODELS = {
     "encoder_decoder": tiny("encoder_decoder", encoder_layers=3),
     "decoder_only": tiny("decoder_only"),
-    "encoder_only": tiny("encoder_only", types=2, norm_embeddings=True, positions_kind="learned"),
+    "encoder_only": tiny(
+        "encoder_only", type_vocab_size=2, norm_embeddings=True, positions_kind="learned"
+    ),
     "untied": tiny("decoder_only", tie_embeddings=False, norm_position="pre"),
     "gated": tiny("decoder_only", feed_forward_gated=True, feed_forward_activation="silu"),
     "lora": tiny("decoder_only", lora_rank=3, lora_targets=("query", "up", "down")),

@@ -24,7 +24,7 @@ SCORES = {3: -2.0, 5: -1.0, 7: -1.5, 11: -1.0}
 def run(tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("run")
     data = toy.data(toy.write_text(folder), "causal_lm")
-    train = TrainConfig(keep=3, average=2)
+    train = TrainConfig(max_checkpoints=3, average_last=2)
     return toy.random_run(folder / "run", toy.model("decoder_only"), data, train, SCORES)
 
 
@@ -64,7 +64,7 @@ def test_one_that_is_not_there(run):
 
 def test_without_averaging_the_best_is_used(tmp_path):
     data = toy.data(toy.write_text(tmp_path), "causal_lm")
-    train = TrainConfig(keep=3, average=1)
+    train = TrainConfig(max_checkpoints=3, average_last=1)
     run = toy.random_run(tmp_path / "run", toy.model("decoder_only"), data, train, SCORES)
     assert load(run.directory, toy.QUIET).steps == [5]
 
@@ -72,14 +72,14 @@ def test_without_averaging_the_best_is_used(tmp_path):
 def test_where_none_has_a_score_the_newest_is_used(tmp_path):
     """As after a stop before the first measurement."""
     data = toy.data(toy.write_text(tmp_path), "causal_lm")
-    train = TrainConfig(keep=3, average=1)
+    train = TrainConfig(max_checkpoints=3, average_last=1)
     run = toy.random_run(tmp_path / "run", toy.model("decoder_only"), data, train, {3: 0.0, 5: 0.0})
     (run.checkpoints / "scores.json").unlink()
     for which in (None, "best"):
         out = Console(file=io.StringIO(), soft_wrap=True)
         assert load(run.directory, out, checkpoint=which).steps == [5]
         assert "no checkpoint has a score yet: the newest stands" in out.file.getvalue()
-    train = dataclasses.replace(train, average=2)
+    train = dataclasses.replace(train, average_last=2)
     (run.directory / "config.json").write_text(
         json.dumps(dataclasses.replace(run, train=train).values())
     )
@@ -92,7 +92,7 @@ DAMAGE = [b"", b"{", b"[]", b"null", b'{"3": "x"}', b"\xff\xfe", b"[" * 100_000]
 @pytest.mark.parametrize("damage", DAMAGE, ids=range(len(DAMAGE)))
 def test_damaged_scores_are_those_of_the_metrics(run, tmp_path, damage, capfd):
     copy = Run.open(shutil.copytree(run.directory, tmp_path / "run"))
-    train = dataclasses.replace(copy.train, average=1)
+    train = dataclasses.replace(copy.train, average_last=1)
     (copy.directory / "config.json").write_text(
         json.dumps(dataclasses.replace(copy, train=train).values())
     )

@@ -118,7 +118,12 @@ def test_round_trip_to_the_bit(name: str, tmp_path: Path):
 def test_config_without_names_of_defaults():
     # The facts of bert-base-uncased, from what config.json says and from what it leaves out.
     config = pretrained.config_from_hf({"model_type": "bert", "architectures": ["BertForMaskedLM"]})
-    assert (config.vocab_size, config.width, config.layers, config.types) == (30522, 768, 12, 2)
+    assert (config.vocab_size, config.width, config.layers, config.type_vocab_size) == (
+        30522,
+        768,
+        12,
+        2,
+    )
     assert (config.attention.heads, config.feed_forward.width) == (12, 3072)
     assert config.feed_forward.activation == "gelu"
 

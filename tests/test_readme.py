@@ -38,7 +38,7 @@ def test_the_checkpoint_that_is_verified_is_one_of_those_kept():
     train = base.load("translate_tiny")[0].train
     found = re.search(r"heedful verify runs/translate_tiny --checkpoint (\d+)", README)
     saved = range(0, train.steps + 1, train.checkpoint_every)
-    assert found and int(found[1]) in saved[-train.keep : -1]
+    assert found and int(found[1]) in saved[-train.max_checkpoints : -1]
 
 
 def test_shakespeare_for_a_gpu_has_the_learning_rates_of_nanogpt():

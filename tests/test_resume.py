@@ -81,7 +81,7 @@ def test_asked_to_stop_it_saves_and_says_how_to_resume(
 def short_run(directory: Path, text: Path) -> Run:
     """Of 12 steps, measured after every third, of which the newest three are averaged."""
     train = dataclasses.replace(
-        toy.TRAIN, steps=12, checkpoint_every=3, keep=3, average=3,
+        toy.TRAIN, steps=12, checkpoint_every=3, max_checkpoints=3, average_last=3,
         optimizer=OptimizerConfig(warmup_steps=2),
     )  # fmt: skip
     return start_run(

@@ -12,7 +12,8 @@ from heedful.data.config import DataConfig, TokenizerConfig
 from heedful.data.tokenizer import Tokenizer
 from heedful.model.config import ModelConfig
 from heedful.train.checkpoint import Checkpoints
-from heedful.train.config import DecodeConfig, TrainConfig, TrainError
+from heedful.train.config import DecodeConfig, OptimizerConfig, TrainConfig, TrainError
+from heedful.train.reproducibility.record import changes, environments
 from heedful.train.run import FILES, Run, from_json, is_begun, to_json, train_paths
 
 
@@ -27,6 +28,26 @@ def test_configs_survive_json(name: str):
     for config in (experiment.model, experiment.data, experiment.train):
         text = json.dumps(to_json(config))
         assert from_json(type(config), json.loads(text)) == config
+
+
+def test_fields_that_had_other_names_are_read(tokenizer, tmp_path):
+    model = ModelConfig(architecture="encoder_only", vocab_size=8, type_vocab_size=2)
+    optimizer = OptimizerConfig(head_lr_multiplier=3.0)
+    train = TrainConfig(max_checkpoints=7, average_last=4, optimizer=optimizer)
+    run = Run(tmp_path, model, DataConfig(source="files", train=("a",)), train)
+    run.start(tokenizer)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["model"]["types"] = values["model"].pop("type_vocab_size")
+    for old, new in (("keep", "max_checkpoints"), ("average", "average_last")):
+        values["train"][old] = values["train"].pop(new)
+    optimizer = values["train"]["optimizer"]
+    optimizer["head_lr"] = optimizer.pop("head_lr_multiplier")
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert Run.open(tmp_path) == run
+    environment = [{"from_step": 0, "config": {name: values[name] for name in run.values()}}]
+    (tmp_path / "environment.json").write_text(json.dumps(environment))
+    now = {"config": run.values(), "data": {}}
+    assert changes({"data": {}, **environments(tmp_path)[0]}, now) == []
 
 
 def test_a_run_can_be_opened_again(tokenizer, tmp_path):

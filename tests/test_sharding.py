@@ -63,7 +63,7 @@ CLASSIFIER = dataclasses.replace(
     architecture="encoder_only",
     positions=PositionConfig(kind="learned", max_length=7),
     head=HeadConfig(kind="classifier", outputs=CLASSES, pooling="mean"),
-    types=2,
+    type_vocab_size=2,
 )
 MASKED = dataclasses.replace(
     MODEL, architecture="encoder_only", head=HeadConfig(transform=True, bias=True)

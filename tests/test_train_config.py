@@ -31,7 +31,11 @@ from heedful.train.config import DecodeConfig, MeshConfig, OptimizerConfig, Trai
         (OptimizerConfig, {"kind": "adam", "weight_decay": 0.1}, ["weight_decay", "adamw"]),
         (OptimizerConfig, {"layer_decay": 0.0}, ["optimizer.layer_decay", "(0, 1]", "0.0"]),
         (OptimizerConfig, {"layer_decay": 1.5}, ["optimizer.layer_decay", "1.5"]),
-        (OptimizerConfig, {"head_lr": 0.0}, ["optimizer.head_lr", "positive"]),
+        (
+            OptimizerConfig,
+            {"head_lr_multiplier": 0.0},
+            ["optimizer.head_lr_multiplier", "positive"],
+        ),
         (OptimizerConfig, {"freeze": ("ok", "a(")}, ["optimizer.freeze", "'a('", "no regular"]),
         (MeshConfig, {"tensor": 0}, ["mesh.tensor", "0"]),
         (MeshConfig, {"data": -2}, ["mesh.data", "-2"]),
@@ -68,7 +72,11 @@ from heedful.train.config import DecodeConfig, MeshConfig, OptimizerConfig, Trai
             {"steps": 7, "optimizer": OptimizerConfig(warmup_steps=7, schedule="cosine")},
             ["warmup_steps = 7", "train.steps = 7", "cosine"],
         ),
-        (TrainConfig, {"average": 7}, ["train.average = 7", "train.keep", "5"]),
+        (
+            TrainConfig,
+            {"average_last": 7},
+            ["train.average_last = 7", "train.max_checkpoints", "5"],
+        ),
     ],
 )
 def test_bad_value_is_named(cls, values, words):

@@ -129,12 +129,12 @@ def test_with_low_rank_updates_only_they_and_the_head_train():
 
 
 def test_a_rate_for_a_head_that_has_no_parameters_is_refused():
-    with pytest.raises(TrainError, match=r"optimizer.head_lr = 8.0 fits no parameter"):
-        factors(MODEL, head_lr=8.0)
+    with pytest.raises(TrainError, match=r"optimizer.head_lr_multiplier = 8.0 fits no parameter"):
+        factors(MODEL, head_lr_multiplier=8.0)
 
 
 def test_rates_fall_from_the_head_down_to_the_embeddings():
-    found = factors(CLASSIFIER, layer_decay=0.5, head_lr=8.0)
+    found = factors(CLASSIFIER, layer_decay=0.5, head_lr_multiplier=8.0)
     for name, values in found.items():
         if name.startswith("head."):
             assert values == [8.0]
@@ -155,7 +155,9 @@ def test_embeddings_are_below_the_deeper_of_two_stacks():
 
 
 def test_freezing_goes_before_any_rate():
-    found = factors(LORA, layer_decay=0.5, head_lr=8.0, freeze=(r"blocks\.0\.", "pooler"))
+    found = factors(
+        LORA, layer_decay=0.5, head_lr_multiplier=8.0, freeze=(r"blocks\.0\.", "pooler")
+    )
     assert found["head.classes.kernel"] == [8.0]
     assert found["head.pooler.kernel"] == [0.0]
     assert found["embedding.table"] == [0.0]
@@ -210,7 +212,9 @@ def test_an_update_is_proportional_to_its_factor():
         return dict(named(moved))
 
     plain = updates()
-    ours = updates(layer_decay=0.5, head_lr=4.0, freeze=("types", r"blocks\.0\.feed_forward"))
+    ours = updates(
+        layer_decay=0.5, head_lr_multiplier=4.0, freeze=("types", r"blocks\.0\.feed_forward")
+    )
     assert plain.keys() - ours.keys() == {"inputs.types"}
     for name, update in ours.items():
         factor = np.array(0.125)

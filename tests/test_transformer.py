@@ -51,7 +51,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "bert": {
         **POSITIONS["learned"],
         "architecture": "encoder_only",
-        "types": 3,
+        "type_vocab_size": 3,
         "norm_embeddings": True,
         "norm_epsilon": 0.01,
         "feed_forward_activation": "gelu",
@@ -65,7 +65,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "architecture": "decoder_only",
         "norm_position": "pre",
         "feed_forward_activation": "gelu_tanh",
-        "types": 3,
+        "type_vocab_size": 3,
     },
     "llama": {
         **POSITIONS["rotary"],
@@ -186,7 +186,7 @@ def test_types_are_refused_where_there_is_no_table():
 
 @pytest.mark.parametrize("name", ["inputs", "positions", "type_ids"])
 def test_ids_that_are_in_no_table_give_no_number(name: str):
-    model, params = init(tiny("decoder_only", types=3, **POSITIONS["learned"]))
+    model, params = init(tiny("decoder_only", type_vocab_size=3, **POSITIONS["learned"]))
     given = {"inputs": TOKENS, "positions": jnp.array(PLACES), "type_ids": jnp.array(TYPES)}
     run = jax.jit(lambda given: model.apply({"params": params}, **given))
     expected = run(given)

@@ -40,7 +40,7 @@ BERT = ModelConfig(
     norm=NormConfig(epsilon=1e-12, embeddings=True),
     positions=PositionConfig(kind="learned", max_length=17),
     head=HeadConfig(transform=True, bias=True),
-    types=2,
+    type_vocab_size=2,
     scale_embeddings=False,
     init="normal",
 )

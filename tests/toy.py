@@ -115,7 +115,7 @@ def training(steps: int = 12, every: int = 4) -> list[str]:
     """The part of the command line that is not about the model and the data."""
     return [
         "--train.steps", str(steps), "--train.checkpoint-every", str(every),
-        "--train.log-every", "2", "--train.keep", "3", "--train.average", "2",
+        "--train.log-every", "2", "--train.max-checkpoints", "3", "--train.average-last", "2",
         "--train.samples", "2", "--train.decode.extra-length", "5",
         "--train.optimizer.warmup-steps", "5", "--train.optimizer.schedule", "inverse_sqrt",
         "--train.optimizer.final-lr", "0",
@@ -152,7 +152,10 @@ def data(path: Path, objective: str, **values: Any) -> DataConfig:
 
 
 TRAIN = TrainConfig(
-    label_smoothing=0.0, keep=3, average=2, decode=DecodeConfig(beam=1, max_tokens=7)
+    label_smoothing=0.0,
+    max_checkpoints=3,
+    average_last=2,
+    decode=DecodeConfig(beam=1, max_tokens=7),
 )
 
 
@@ -166,7 +169,9 @@ def random_run(
     """A run with random parameters in checkpoints at the steps that have these scores."""
     run, scores = start_run(directory, model, data, train, QUIET), scores or {3: 0.0}
     mesh = make_mesh(run.train.mesh)
-    checkpoints = Checkpoints(run.checkpoints, run.tokenizer().fingerprint, keep=train.keep)
+    checkpoints = Checkpoints(
+        run.checkpoints, run.tokenizer().fingerprint, keep=train.max_checkpoints
+    )
     for step, score in scores.items():
         params = random_params(run.model, mesh, seed=step)
         state = TrainState(jnp.int32(step), params, {"count": jnp.int32(step)})

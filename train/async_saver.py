@@ -109,7 +109,7 @@ class Saving:
         there = dataclasses.replace(run, directory=place)
         if not moved and is_first():
             there.start(self._tokenizer)
-        tokenizer, keep = self._tokenizer.fingerprint, run.train.keep
+        tokenizer, keep = self._tokenizer.fingerprint, run.train.max_checkpoints
         with Checkpoints(there.checkpoints, tokenizer, keep) as checkpoints:
             if (step := int(state.step)) not in checkpoints.steps:
                 checkpoints.save(state, self.position(), is_due=False)

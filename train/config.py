@@ -63,7 +63,7 @@ class OptimizerConfig:
     layer_decay: float = 1.0
     """Factor of the learning rate from the head to the top layer, and from each layer to the one
     below it; embeddings are below all (arXiv:2106.08254)."""
-    head_lr: float = 1.0
+    head_lr_multiplier: float = 1.0
     """Factor of the head's learning rate."""
 
     def __post_init__(self):
@@ -97,7 +97,10 @@ class OptimizerConfig:
             self.initial_lr == 0 or self.warmup_steps > 0,
             f"optimizer.initial_lr = {self.initial_lr} needs optimizer.warmup_steps: set it to 0",
         )
-        require(self.head_lr > 0, f"optimizer.head_lr must be positive, not {self.head_lr}")
+        require(
+            self.head_lr_multiplier > 0,
+            f"optimizer.head_lr_multiplier must be positive, not {self.head_lr_multiplier}",
+        )
         for pattern in self.freeze:
             _require_pattern("optimizer.freeze", pattern)
         require(
@@ -260,10 +263,10 @@ class TrainConfig:
     checkpoints: str | None = None
     """Where checkpoints lie: a folder, or a bucket (gs://... with the package gcsfs, s3://... with
     s3fs); None: in the run directory."""
-    keep: int = 5
+    max_checkpoints: int = 5
     """Newest checkpoints that are kept, besides the best one and, until the next one is written,
     that of a stop."""
-    average: int = 5
+    average_last: int = 5
     """Newest checkpoints whose parameters are averaged for evaluation (§6.1); 1: the best one."""
     metric: Metric = "loss"
     """What decides on the validation data which checkpoint is the best; smoothed_loss is the loss
@@ -284,8 +287,8 @@ class TrainConfig:
     def __post_init__(self):
         require_choices("train", self, TrainError)
         for name in (
-            "steps", "accumulate", "log_every", "checkpoint_every", "keep", "average",
-            "fingerprint_every",
+            "steps", "accumulate", "log_every", "checkpoint_every", "max_checkpoints",
+            "average_last", "fingerprint_every",
         ):  # fmt: skip
             value = getattr(self, name)
             require(value > 0, f"train.{name} must be positive, not {value}")
@@ -316,9 +319,9 @@ class TrainConfig:
             f"train.steps = {self.steps} for the {optimizer.schedule} decay: shorten the warmup",
         )
         require(
-            self.average <= self.keep,
-            f"train.average = {self.average} checkpoints need train.keep of at least as many, "
-            f"not {self.keep}",
+            self.average_last <= self.max_checkpoints,
+            f"train.average_last = {self.average_last} checkpoints need train.max_checkpoints of "
+            f"at least as many, not {self.max_checkpoints}",
         )
 
 

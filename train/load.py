@@ -44,11 +44,11 @@ def load(
     tokenizer, mesh = run.tokenizer(), _mesh(run.train.mesh, console)
     measured = partial(scores, run.metrics, run.train.metric)
     checkpoints = Checkpoints(run.checkpoints, tokenizer.fingerprint, measured=measured)
-    which = checkpoint or ("average" if run.train.average > 1 else "best")
+    which = checkpoint or ("average" if run.train.average_last > 1 else "best")
     if which == "best" and checkpoints.steps and not checkpoints.scored:
         console.print("no checkpoint has a score yet: the newest stands for the best")
         which = "last"
-    candidates, count = _candidates(checkpoints, which, run.train.average)
+    candidates, count = _candidates(checkpoints, which, run.train.average_last)
     abstract = abstract_params(run.model, mesh)
     params, steps = _average(checkpoints, candidates, count, abstract, fallback, console)
     listed = ", ".join(f"{step:,}" for step in steps)

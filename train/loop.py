@@ -99,7 +99,9 @@ def fit(
     with (
         lasting(console),
         _alone(run),
-        Checkpoints(run.checkpoints, tokenizer.fingerprint, config.keep, measured) as checkpoints,
+        Checkpoints(
+            run.checkpoints, tokenizer.fingerprint, config.max_checkpoints, measured
+        ) as checkpoints,
         closing(
             train_data.train_iterator(*rows_here(mesh), partial(to_devices, mesh=mesh))
         ) as batches,

@@ -21,6 +21,7 @@ from heedful.data.writing import write_whole
 from heedful.model.config import ModelConfig
 from heedful.train.config import TrainConfig, TrainError
 from heedful.train.hosts import is_first
+from heedful.train.renamed import with_new_names
 
 # Where a run goes on, and what is done with it in the end: what is trained stays the same.
 MAY_DIFFER = (
@@ -69,6 +70,7 @@ class Run:
     @classmethod
     def of(cls, directory: Path, values: dict[str, Any]) -> "Run":
         """The run whose `values` these are; what they do not have has its default."""
+        values = with_new_names(values)
         return cls(
             directory,
             from_json(ModelConfig, values["model"], "model"),

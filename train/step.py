@@ -201,7 +201,9 @@ def _forward(model: nn.Module, params: Any, batch: Batch, **how: Any) -> jax.Arr
 
 def model_inputs(config: ModelConfig, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The arrays of a batch that the model reads. A pair needs no types: an end divides it."""
-    unread = ("targets", "weights") if config.types else ("targets", "weights", "type_ids")
+    unread = (
+        ("targets", "weights") if config.type_vocab_size else ("targets", "weights", "type_ids")
+    )
     return {name: x for name, x in batch.items() if name not in unread}
 
 

@@ -35,10 +35,12 @@ def rate_factors(params: Any, model: ModelConfig, config: OptimizerConfig) -> An
     Raises TrainError for a pattern of `config.freeze` that fits nothing, for a rate of the head
     where it has no parameters of its own, and when nothing is left.
     """
-    if config.head_lr != 1 and not any(name.startswith("head.") for name, _ in named(params)):
+    if config.head_lr_multiplier != 1 and not any(
+        name.startswith("head.") for name, _ in named(params)
+    ):
         raise TrainError(
-            f"optimizer.head_lr = {config.head_lr} fits no parameter, the head has none of its "
-            "own: set it to 1"
+            f"optimizer.head_lr_multiplier = {config.head_lr_multiplier} fits no parameter, the "
+            "head has none of its own: set it to 1"
         )
     unused = set(config.freeze)
     factors = []
@@ -66,7 +68,7 @@ def _factor(  # as arXiv:2106.08254 §3.1 counts layers: the top block is one be
     name: str, layers: int, layer: int, model: ModelConfig, config: OptimizerConfig
 ) -> float:
     if name.startswith("head."):
-        return config.head_lr
+        return config.head_lr_multiplier
     if model.lora.rank and "lora_" not in name:
         return 0.0
     if f".{STACKED}." in name:

@@ -197,7 +197,7 @@ class KernelSums(NamedTuple):
     """Of phi(q) phi(k)."""
     log_scale: Float[Array, "B K G t"]
 
-    def join(self, other: "KernelSums") -> "Sums":
+    def join(self, other: "KernelSums") -> "KernelSums":
         """Over the keys of both."""
         logs = [jnp.where(x.total > 0, x.log_scale, -jnp.inf) for x in (self, other)]
         log_scale = _finite(jnp.maximum(*logs))

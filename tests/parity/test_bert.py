@@ -136,7 +136,7 @@ def test_our_model_exported(name: str, tmp_path):
         norm=NormConfig(epsilon=1e-3, embeddings=True),
         positions=PositionConfig(kind="learned", max_length=11),
         head=HEADS[name],
-        types=3,
+        type_vocab_size=3,
         scale_embeddings=False,
     )
     params = random_params(build(config), np.zeros((B, T), int), scale=0.2)

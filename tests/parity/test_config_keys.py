@@ -266,7 +266,7 @@ def our_scores(directory: Path) -> np.ndarray:
     if found.config.architecture == "encoder_decoder":
         arrays.append(SOURCE)
         named["encoder_segment_ids"] = SOURCE_REAL
-    if found.config.types:
+    if found.config.type_vocab_size:
         named["type_ids"] = TYPES
     args, kwargs = jax.tree.map(jnp.asarray, (arrays, named))
     logits = np.asarray(

@@ -59,7 +59,7 @@ BASE = ModelConfig(
     scale_embeddings=False,
 )
 BERT = dataclasses.replace(
-    BASE, norm=NormConfig(epsilon=1e-12, embeddings=True), types=2, init="normal",
+    BASE, norm=NormConfig(epsilon=1e-12, embeddings=True), type_vocab_size=2, init="normal",
     head=HeadConfig(kind="classifier"),
 )  # fmt: skip
 GPT2 = dataclasses.replace(

@@ -51,7 +51,7 @@ class Subject:
             tokenizer = examples.tokenizer_of_words(examples.NEEDED * length, data.objective)
             model, note = shrunk(model, length, tokenizer.vocab_size)
             params = random_params(model)
-        dataset = examples.dataset(data, tokenizer, length, pairs=model.types > 1)
+        dataset = examples.dataset(data, tokenizer, length, pairs=model.type_vocab_size > 1)
         return cls(model, params, fits, dataset, note)
 
     @cached_property

@@ -29,8 +29,8 @@ class LoadArguments:
     """Which parameters of a run are used."""
 
     checkpoint: str | None = None
-    """average (of the newest train.average), last, best, or a step; None: the average where the run
-    averages, else the best."""
+    """average (of the newest train.average_last), last, best, or a step; None: the average where
+    the run averages, else the best."""
     fallback: bool = False
     """Leave corrupt checkpoints out, and say so, instead of stopping."""
 

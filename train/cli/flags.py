@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import TypeVar
 
 from heedful.train.config import TrainError
+from heedful.train.renamed import require_new_flags
 
 T = TypeVar("T")
 
@@ -15,6 +16,7 @@ def parse(default: T, arguments: list[str], program: str, description: str = "")
     """The command line over the defaults; a mistake is a TrainError of one line."""
     import tyro
 
+    require_new_flags(arguments)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

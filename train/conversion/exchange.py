@@ -50,7 +50,12 @@ def import_run(
             f"heedful train CONFIG --init-from {source.name}"
         )
     train = TrainConfig(
-        steps=1, keep=1, average=1, label_smoothing=0.0, init_from=source.name, decode=decode
+        steps=1,
+        max_checkpoints=1,
+        average_last=1,
+        label_smoothing=0.0,
+        init_from=source.name,
+        decode=decode,
     )
     require_fit(source.model, data, train)
     if data.objective == "classification":
@@ -111,7 +116,11 @@ def export_run(trained: Trained, directory: Path, console: Console) -> None:
     framing.save(directory / "tokenizer.json")
     # What transformers calls a tokenizer that is all in its tokenizer.json.
     values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    names = ["input_ids", *(["token_type_ids"] if model.types > 1 else []), "attention_mask"]
+    names = [
+        "input_ids",
+        *(["token_type_ids"] if model.type_vocab_size > 1 else []),
+        "attention_mask",
+    ]
     values |= {"model_input_names": names, "clean_up_tokenization_spaces": False}
     named = roles | {"unk": tokenizer.unk, "mask": tokenizer.mask}
     if tokenizer.is_bare and tokenizer.special is None:  # The text "<eos>" is text.

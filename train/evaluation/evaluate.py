@@ -169,7 +169,7 @@ def evaluation_directory(
     Raises TrainError where a link stands there: it could lead to the files of a user.
     """
     ours, usual = to_json(decode), to_json(run.train.decode)
-    usually = "average" if run.train.average > 1 else "best"
+    usually = "average" if run.train.average_last > 1 else "best"
     others = {
         "checkpoint": None if checkpoint == usually else checkpoint,
         "fallback": fallback or None,

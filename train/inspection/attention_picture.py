@@ -121,7 +121,9 @@ def model_inputs(
         row = {"inputs": np.concatenate([begin, tokens, [] if second is None else second, end])}
         if objective == "prefix_lm":
             row["prefix_len"] = np.array(len(begin) + len(tokens))
-    left_out = ("targets", "weights") if model.types else ("targets", "weights", "type_ids")
+    left_out = (
+        ("targets", "weights") if model.type_vocab_size else ("targets", "weights", "type_ids")
+    )
     read = {name: array for name, array in row.items() if name not in left_out}
     for side, name in {"encoder_inputs": "source", "inputs": "text that is read"}.items():
         if side in read:

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from heedful.train.hosts import is_first
 from heedful.train.metrics import Lines, keep_damaged, read_lines
+from heedful.train.renamed import with_new_names
 from heedful.train.run import Run, differences, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +69,7 @@ def _environments(directory: Path) -> tuple[list[dict[str, Any]], str | None]:
     found = [{"from_step": 0, **found}] if isinstance(found, dict) else found
     is_one = lambda each: isinstance(each, dict) and type(each.get("from_step")) is int  # noqa: E731
     if isinstance(found, list) and all(map(is_one, found)):
-        return found, None
+        return [{**each, "config": with_new_names(each.get("config", {}))} for each in found], None
     return [], "it holds no environments"
 
 

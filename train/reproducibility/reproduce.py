@@ -65,7 +65,7 @@ def verify(
     with _fresh_directory(run_dir) as fresh:
         # What decides when to stop and what to keep has no part in the bits.
         train = dataclasses.replace(
-            original.train, checkpoints=None, patience=None, keep=1, average=1
+            original.train, checkpoints=None, patience=None, max_checkpoints=1, average_last=1
         )
         run = dataclasses.replace(original, directory=fresh, train=train)
         return witness.watch(run, (state, position))
