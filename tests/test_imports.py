@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "model": ("heedful.model",),
     "data": ("heedful.data",),
     "train": ("heedful.model", "heedful.data", "heedful.train"),
-    "train/cli": ("heedful.model", "heedful.data", "heedful.train", "heedful.configs"),
+    "train/cli": ("heedful",),
     "configs": (
         "heedful.configs", "heedful.model.config", "heedful.data.config", "heedful.train.config"
     ),

@@ -7,9 +7,11 @@ import os
 import sys
 import traceback
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from heedful import __version__
 from heedful.configs import base
 from heedful.data.config import DataError
 from heedful.model.config import ModelError
@@ -45,7 +47,7 @@ each other, elsewhere by
       --coordinator HOST:PORT --processes N --process I
 (or HEEDFUL_COORDINATOR, HEEDFUL_PROCESSES, HEEDFUL_PROCESS).
 
-heedful COMMAND CONFIG|RUN --help lists every flag with its meaning."""
+heedful COMMAND CONFIG|RUN --help lists every flag with its meaning; heedful --version."""
 
 
 def main() -> None:
@@ -164,6 +166,8 @@ def _dispatch(arguments: list[str]) -> int:
     known = ["configs", "cores", "train", "inspect", "masks", "plan", *COMMANDS]
     if command in ("--help", "-h"):
         print(USAGE)
+    elif command == "--version":
+        print(f"heedful {__version__} (jax {version('jax')}, flax {version('flax')})")
     elif command == "configs":
         for name in base.names():
             print(f"{name:24}{base.load(name)[1].strip().splitlines()[0]}")
