@@ -17,6 +17,8 @@ Objective = Literal[
 ]
 # Objectives that learn from running text, of any length, that nobody has labelled.
 TEXT_OBJECTIVES = ("causal_lm", "masked_lm", "prefix_lm", "span_corruption")
+# Objectives that learn the label of a text or of a pair of texts.
+LABEL_OBJECTIVES = ("classification", "regression")
 # Objectives of models that write texts.
 GENERATING = ("causal_lm", "prefix_lm", "span_corruption", "translation")
 PACKABLE = ("causal_lm", "masked_lm")

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import pytest
 
 from heedful.configs import base
-from heedful.data import listops, sources
+from heedful.data import sources
 from heedful.data.config import DataConfig, DataError, ListOpsConfig, TokenizerConfig
 from heedful.data.examples import SPLITS
 from heedful.data.pipeline import Dataset, tokenizer_texts
+from heedful.data.sources import listops
 from heedful.data.tokenizer import Tokenizer
 from heedful.model.transformer import build
 from heedful.train.cli.flags import parse

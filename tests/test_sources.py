@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from heedful.data import homeassistant, packages, sources
+from heedful.data import packages, sources
 from heedful.data.config import TEXT_OBJECTIVES, DataConfig, DataError, TokenizerConfig
+from heedful.data.sources import homeassistant
 
 
 @pytest.fixture(autouse=True)

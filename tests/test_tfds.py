@@ -2,9 +2,10 @@ import sys
 
 import pytest
 
-from heedful.data import labels, sources, tfds
+from heedful.data import labels, sources
 from heedful.data.config import DataConfig, DataError
 from heedful.data.examples import share
+from heedful.data.sources import tfds
 
 pytest.importorskip("tensorflow_datasets")
 import tiny_tfds

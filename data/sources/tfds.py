@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from heedful.data import packages
-from heedful.data.config import DataConfig, DataError, listed
+from heedful.data.config import LABEL_OBJECTIVES, TEXT_OBJECTIVES, DataConfig, DataError, listed
 from heedful.data.examples import (
     Example,
     Subset,
@@ -22,6 +22,7 @@ from heedful.data.examples import (
     shares,
     text_columns,
 )
+from heedful.data.sources.source import Source
 
 _CHUNK = 1000  # Records read at a time.
 # With a namespace, or with arguments, tfds would import code that comes with the data.
@@ -218,3 +219,14 @@ def _say(message: str) -> None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+SOURCE = Source(
+    load=load,
+    objectives=(*TEXT_OBJECTIVES, "translation", *LABEL_OBJECTIVES),
+    fields=fields,
+    classes=classes,
+    argument="NAME/CONFIG",
+    reads_columns=True,
+    if_empty="give another share to data.holdout, or choose another dataset",
+)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from heedful.data import packages
 from heedful.data.config import DataConfig, DataError, ListOpsConfig
+from heedful.data.sources.source import Source
 from heedful.data.tables import Table
 
 OPERATION = 0.25  # Probability that an argument is an operation and not a digit.
@@ -115,3 +116,6 @@ def draw(rng: random.Random, config: ListOpsConfig) -> tuple[str, int]:
 
     value = operation(1)
     return " ".join(tokens), value
+
+
+SOURCE = Source(load=load, objectives=("classification",))

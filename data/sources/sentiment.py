@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from heedful.data import packages
-from heedful.data.config import DataConfig
+from heedful.data.config import LABEL_OBJECTIVES, TEXT_OBJECTIVES, DataConfig
 from heedful.data.examples import Example, share
+from heedful.data.sources.source import Source
 
 _ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 _ENDING = "_GroundTruth.txt"
@@ -59,3 +60,6 @@ def _ratings() -> Iterator[tuple[str, str, str]]:
                     seen.add(text)
                     # 12_3 is sentence 3 of review 12; tweets and film reviews have one each.
                     yield f"{collection} {identifier.partition('_')[0]}", rating, text
+
+
+SOURCE = Source(load=load, objectives=(*TEXT_OBJECTIVES, *LABEL_OBJECTIVES))

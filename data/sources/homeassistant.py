@@ -8,6 +8,7 @@ from typing import Any
 from heedful.data import packages
 from heedful.data.config import DataConfig, DataError
 from heedful.data.examples import Example, share
+from heedful.data.sources.source import Source
 
 _PLACEHOLDER = re.compile(r"\{.*?\}|\[%.*?%\]")
 _MARKUP = re.compile(r"<[^>]+>|\[[^\]]*\]\(|`|\*\*|__|\n|^#|^[-*] ")
@@ -71,3 +72,6 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value.strip()
+
+
+SOURCE = Source(load=load, objectives=("translation",))

@@ -6,8 +6,9 @@ The texts are Project Gutenberg's without its notices, as the package `shakespea
 import re
 
 from heedful.data import packages
-from heedful.data.config import DataConfig
+from heedful.data.config import TEXT_OBJECTIVES, DataConfig
 from heedful.data.examples import Example
+from heedful.data.sources.source import Source
 
 # A tragedy and a comedy each: 5 % of the text, and no characters shared with other works.
 _HELD_OUT = {
@@ -28,3 +29,6 @@ def load(config: DataConfig, split: str) -> list[Example]:
         if split_of.get(work, "train") == split:
             examples.append({"text": path.read_text("utf-8")})
     return examples
+
+
+SOURCE = Source(load=load, objectives=TEXT_OBJECTIVES)

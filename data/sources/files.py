@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from heedful.data.config import TEXT_OBJECTIVES, DataConfig, DataError
+from heedful.data.config import LABEL_OBJECTIVES, TEXT_OBJECTIVES, DataConfig, DataError
 from heedful.data.examples import (
     Example,
     Joined,
@@ -13,6 +13,7 @@ from heedful.data.examples import (
     shares,
     text_columns,
 )
+from heedful.data.sources.source import Source
 from heedful.data.tables import SUFFIXES, Table, header, is_table
 from heedful.data.text_files import Parallel, documents
 
@@ -72,3 +73,12 @@ def _table(path: str) -> str:
             "table, classification and regression take tables, and so do texts with data.columns"
         )
     return path
+
+
+SOURCE = Source(
+    load=load,
+    objectives=(*TEXT_OBJECTIVES, "translation", *LABEL_OBJECTIVES),
+    fields=fields,
+    reads_columns=True,
+    if_empty="give files to data.{split}, or another share to data.holdout",
+)

@@ -1,0 +1,84 @@
+"""Where examples come from: a source's name and a split in, random-access text examples out."""
+
+from collections.abc import Sequence
+
+from heedful.data.config import DataConfig, DataError
+from heedful.data.examples import SPLITS, Example
+from heedful.data.sources import files, homeassistant, listops, sentiment, shakespeare, tfds
+from heedful.data.sources.source import Source
+
+SOURCES: dict[str, Source] = {
+    "homeassistant": homeassistant.SOURCE,
+    "shakespeare": shakespeare.SOURCE,
+    "sentiment": sentiment.SOURCE,
+    "listops": listops.SOURCE,
+    "files": files.SOURCE,
+    "tfds": tfds.SOURCE,
+}
+
+
+def fields(config: DataConfig) -> tuple[str, ...]:
+    """Returns the names of the text fields that the examples of this config have, in order.
+
+    They are source and target for translation, else text, with pair for pairs of texts. For files
+    with labels this reads the header of the training table, for tfds the names of the features.
+    """
+    return _source(config).fields(config)
+
+
+def classes(config: DataConfig) -> tuple[str, ...]:
+    """Returns the classes that a source has in an order of its own; () for the others."""
+    return _source(config).classes(config)
+
+
+def load(config: DataConfig, split: str) -> Sequence[Example]:
+    """Returns the examples of a split in their order.
+
+    An example is a dict of text by field: source and target (translation); text, one document
+    (causal_lm, masked_lm, prefix_lm, span_corruption); or text, with pair for pairs of texts, and
+    label, the name of a class or a finite number (classification, regression).
+
+    Nothing is left out here, blank lines included, so that line i of a test file is example i.
+    A sequence whose texts are fixed by a version has them named in its attribute `identity`.
+    Raises DataError for an unknown source, an objective that does not fit it, missing or broken
+    data, and an empty split.
+    """
+    if split not in SPLITS:
+        raise DataError(f"unknown split {split!r}: give one of {', '.join(SPLITS)}")
+    source = _source(config)
+    examples = source.load(config, split)
+    if not len(examples):
+        fix = source.if_empty.format(split=split)
+        raise DataError(f"split {split!r} of data.source {config.source!r} is empty: {fix}")
+    return examples
+
+
+def _source(config: DataConfig) -> Source:
+    """Return the source that a config names; raise DataError where it does not fit the config."""
+    name, colon, _ = config.source.partition(":")
+    spelled = {
+        name: name + (each.argument and f":{each.argument}") for name, each in SOURCES.items()
+    }
+    source = SOURCES.get(name)
+    if source is None or bool(colon) != bool(source.argument):
+        known = ", ".join(spelled.values())
+        raise DataError(f"data.source is {config.source!r}: give one of {known}")
+    if config.objective not in source.objectives:
+        fitting = [spelled[n] for n, each in SOURCES.items() if config.objective in each.objectives]
+        raise DataError(
+            f"data.source {config.source!r} has nothing for data.objective {config.objective!r}: "
+            f"set data.source to {_either(fitting)}, or the objective to "
+            f"{', '.join(source.objectives)}"
+        )
+    for name in ("columns", "label"):
+        if not source.reads_columns and getattr(config, name) != getattr(DataConfig, name):
+            reading = " and ".join(spelled[n] for n, each in SOURCES.items() if each.reads_columns)
+            raise DataError(
+                f"data.{name} is for data.source {reading}, not {config.source}: leave it out"
+            )
+    return source
+
+
+def _either(names: list[str]) -> str:
+    """Join names as in "a, b or c"."""
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
