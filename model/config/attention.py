@@ -1,0 +1,150 @@
+"""Options of multi-head attention and of its cores."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from heedful.model.config.checks import require, require_choices, require_rate
+
+AttentionSite = Literal["self", "decoder", "cross"]
+"""Where an attention stands: alone in its stack, in a decoder beside cross-attention, or across."""
+
+MOST_GLOBAL = 100_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerformerConfig:
+    """The core `performer`: attention by random features (arXiv:2009.14794)."""
+
+    features: int = 256
+    """Random features (R): the error falls as 1 / sqrt(R)."""
+    kernel: Literal["softmax", "relu"] = "softmax"
+    """softmax: an unbiased estimate of softmax attention (§2.3); relu: another attention (§4)."""
+    orthogonal: bool = True
+    """Whether features are orthogonal in blocks (§2.4), or independent."""
+    redraw_steps: int | None = None
+    """Training steps between two draws of the features; None: drawn once, from a fixed key, which
+    measuring and generating use in any case. A model adapts to the draw that it trains with: in
+    hundreds of steps on one draw it becomes worse with others."""
+    chunk: int = 128
+    """Positions per block of the causal prefix sum: memory and time, not the result."""
+
+    def __post_init__(self):
+        require_choices("attention.performer", self)
+        for name in ("features", "chunk"):
+            value = getattr(self, name)
+            require(value > 0, f"attention.performer.{name} must be positive, not {value}")
+        require(
+            self.redraw_steps is None or self.redraw_steps > 0,
+            f"attention.performer.redraw_steps must be positive or None, not {self.redraw_steps}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinformerConfig:
+    """The core `linformer`: keys and values projected along the length (arXiv:2006.04768)."""
+
+    rank: int = 256
+    """Rows to which keys and values are projected (k in the paper)."""
+    max_length: int = 4096
+    """Columns of the projections: no longer input is accepted."""
+    sharing: Literal["none", "heads", "key_value", "layers"] = "heads"
+    """none: projections of each head, for keys and for values; heads: one pair for all heads;
+    key_value: one for all heads and both; layers: one for the whole stack (§4)."""
+
+    def __post_init__(self):
+        require_choices("attention.linformer", self)
+        require(
+            0 < self.rank <= self.max_length,
+            f"attention.linformer.rank = {self.rank} must be positive and at most "
+            f"attention.linformer.max_length = {self.max_length}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Multi-head attention (arXiv:1706.03762 §3.2), with grouped key/value heads."""
+
+    core: str = "auto"
+    """Attention core: auto, or a name from model/attention."""
+    decoder_core: str | None = None
+    """Core of the decoder's self-attention in an encoder_decoder; None: `core`."""
+    cross_core: str | None = None
+    """Core of cross-attention; None: `core`."""
+    window: int | None = None
+    """Self-attention sees so many positions to each side; None: all (arXiv:2004.05150 §3.1, whose
+    w is twice that)."""
+    dilation: tuple[int, ...] = ()
+    """Steps between the positions of the window, one for each head; none: 1 (§3.1)."""
+    global_tokens: int = 0
+    """So many tokens at the beginning of each row see all, and are seen by all (§3.1)."""
+    global_projections: bool = False
+    """Whether what global tokens see has query, key and value projections of its own (§3.1)."""
+    heads: int = 8
+    """Query heads (N)."""
+    kv_heads: int | None = None
+    """Key and value heads (K), a divisor of the query heads; None: as many (arXiv:2305.13245)."""
+    head_dim: int | None = None
+    """Size of one head (H); None: width / heads."""
+    key_dim: int | None = None
+    """Size of a head's queries and keys (d_k); None: head_dim, which its values have. Cores get
+    them filled up with zeros: a smaller one saves parameters, not time."""
+    bias: bool = True
+    """Whether the four projections have a bias."""
+    scaled: bool = True
+    """Whether scores are divided by sqrt(head_dim); T5's are not, its queries start smaller, and
+    learn in steps smaller by as much."""
+    dropout: float = 0.0
+    """Share of attention weights dropped in training."""
+    performer: PerformerConfig = field(default_factory=PerformerConfig)
+    linformer: LinformerConfig = field(default_factory=LinformerConfig)
+
+    def __post_init__(self):
+        require_choices("attention", self)
+        require(self.heads > 0, f"attention.heads must be positive, not {self.heads}")
+        require(
+            self.window is None or self.window >= 0,
+            f"attention.window must be None or at least 0, not {self.window}",
+        )
+        require(
+            0 <= self.global_tokens <= MOST_GLOBAL,
+            f"attention.global_tokens must lie in [0, {MOST_GLOBAL}], not {self.global_tokens}",
+        )
+        for name in ("dilation", "global_tokens"):
+            require(
+                self.window is not None or not getattr(self, name),
+                f"attention.{name} = {getattr(self, name)} needs attention.window",
+            )
+        require(
+            len(self.dilation) in (0, self.heads) and all(step > 0 for step in self.dilation),
+            f"attention.dilation = {self.dilation} needs a positive step for each of "
+            f"attention.heads = {self.heads}",
+        )
+        require(
+            not self.global_projections or self.global_tokens > 0,
+            "attention.global_projections needs attention.global_tokens above 0",
+        )
+        kv_heads = self.kv_heads
+        require(
+            kv_heads is None or (kv_heads > 0 and self.heads % kv_heads == 0),
+            f"attention.kv_heads = {kv_heads} must divide attention.heads = {self.heads}",
+        )
+        require(
+            self.head_dim is None or self.head_dim > 0,
+            f"attention.head_dim must be positive, not {self.head_dim}",
+        )
+        require(
+            self.key_dim is None or self.key_dim > 0,
+            f"attention.key_dim must be positive, not {self.key_dim}",
+        )
+        require_rate("attention.dropout", self.dropout)
+        used = {self.core, self.decoder_core, self.cross_core}
+        for name, default in (("performer", PerformerConfig()), ("linformer", LinformerConfig())):
+            require(
+                name in used or getattr(self, name) == default,
+                f"attention.{name} is set, but no attention core is {name}",
+            )
+
+    def core_of(self, place: AttentionSite) -> str:
+        """The core of the attention at this place, or auto."""
+        own = {"self": None, "decoder": self.decoder_core, "cross": self.cross_core}[place]
+        return own or self.core

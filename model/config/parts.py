@@ -1,0 +1,107 @@
+"""Options of the other parts of a model: feed-forward layer, norms, head and low-rank updates."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from heedful.model.config.checks import require, require_choices, require_idle, require_rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedForwardConfig:
+    """The position-wise feed-forward layer (arXiv:1706.03762 §3.3)."""
+
+    width: int = 2048
+    """Inner width (F)."""
+    activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "relu"
+    """Non-linearity; gelu_tanh is GPT-2's approximation of gelu (arXiv:1606.08415 §2)."""
+    gated: bool = False
+    """Whether a third matrix is the gate: silu and gated is SwiGLU (arXiv:2002.05202)."""
+    bias: bool = True
+    """Whether the matrices have a bias."""
+    dropout: float = 0.0
+    """Share of inner activations dropped in training."""
+
+    def __post_init__(self):
+        require_choices("feed_forward", self)
+        require(self.width > 0, f"feed_forward.width must be positive, not {self.width}")
+        require_rate("feed_forward.dropout", self.dropout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormConfig:
+    """Normalisation of each sublayer."""
+
+    kind: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
+    """layernorm (arXiv:1607.06450), rmsnorm (arXiv:1910.07467), or none, to show what it is for."""
+    position: Literal["post", "pre"] = "post"
+    """post: norm(x + f(x)), the original; pre: x + f(norm(x)) and one last norm."""
+    epsilon: float = 1e-6
+    """Added to the variance."""
+    bias: bool = True
+    """Whether a layernorm has a bias."""
+    embeddings: bool = False
+    """Whether the sum of embeddings is normalised too (BERT)."""
+
+    def __post_init__(self):
+        require_choices("norm", self)
+        require(self.epsilon > 0, f"norm.epsilon must be positive, not {self.epsilon}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """What stands on top of the stack."""
+
+    kind: Literal["language_model", "classifier"] = "language_model"
+    """Scores for each entry of the vocabulary, or for each class."""
+    transform: bool = False
+    """For language_model: a dense layer, activation and norm before the scores (BERT)."""
+    bias: bool = False
+    """For language_model: whether each entry of the vocabulary has a bias (BERT, Marian)."""
+    scale: bool = False
+    """For language_model: whether the input is multiplied by width^-0.5 (T5, tied)."""
+    outputs: int | None = None
+    """For classifier: classes, or 1 for a regression; None: as many as the data has."""
+    pooling: Literal["first", "mean", "last"] = "first"
+    """For classifier: which hidden states are summed up: the first (BERT), all, or the last."""
+    pooler: bool = True
+    """For classifier: whether a dense layer and tanh follow the pooling (BERT)."""
+    dropout: float = 0.1
+    """For classifier: share of the pooled features dropped in training."""
+
+    def __post_init__(self):
+        require_choices("head", self)
+        require(
+            self.outputs is None or self.outputs > 0,
+            f"head.outputs must be positive, not {self.outputs}",
+        )
+        require_rate("head.dropout", self.dropout)
+        if self.kind == "classifier":
+            idle, need = ("transform", "bias", "scale"), "head.kind language_model"
+        else:
+            idle, need = ("outputs", "pooling", "pooler"), "head.kind classifier"
+        require_idle("head", self, idle, f"{need}, not {self.kind}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adaptation (arXiv:2106.09685): W + alpha / rank A B, where only A and B train."""
+
+    rank: int = 0
+    """Rank of the update (R); 0: none."""
+    alpha: float = 16.0
+    """Strength of the update."""
+    targets: tuple[str, ...] = ("query", "value")
+    """Linear maps that are adapted: query, key, value, out, up, gate, down."""
+
+    def __post_init__(self):
+        require_choices("lora", self)
+        require(self.rank >= 0, f"lora.rank must be at least 0, not {self.rank}")
+        require(self.alpha > 0, f"lora.alpha must be positive, not {self.alpha}")
+        known = ("query", "key", "value", "out", "up", "gate", "down")
+        for target in self.targets:
+            require(
+                target in known, f"lora.targets has {target!r}: choose among {', '.join(known)}"
+            )
+        require(bool(self.targets), "lora.targets is empty: name a linear map")
+        if not self.rank:
+            require_idle("lora", self, ("alpha", "targets"), "lora.rank above 0")

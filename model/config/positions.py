@@ -1,0 +1,84 @@
+"""Options of position signals."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from heedful.model.config.checks import require, require_choices, require_idle
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotaryConfig:
+    """Frequencies of rotary positions."""
+
+    base: float = 10_000.0
+    """Wavelengths are 2 pi base^(2i/H)."""
+    scaling: Literal["none", "linear", "llama3"] = "none"
+    """linear: positions are divided by `factor` (arXiv:2306.15595); llama3: only the long
+    wavelengths are (LLaMA 3.1)."""
+    factor: float = 1.0
+    """How much longer inputs may be than `original_length`."""
+    low_frequency_factor: float = 1.0
+    """For llama3: wavelengths above original_length / this are scaled in full."""
+    high_frequency_factor: float = 4.0
+    """For llama3: wavelengths below original_length / this are not scaled."""
+    original_length: int = 8192
+    """For llama3: longest input before the scaling."""
+
+    def __post_init__(self):
+        require_choices("positions.rotary", self)
+        for name in ("base", "factor", "low_frequency_factor", "original_length"):
+            value = getattr(self, name)
+            require(value > 0, f"positions.rotary.{name} must be positive, not {value}")
+        require(
+            self.high_frequency_factor > self.low_frequency_factor,
+            f"positions.rotary.high_frequency_factor = {self.high_frequency_factor} must be above "
+            f"low_frequency_factor = {self.low_frequency_factor}",
+        )
+        require(
+            self.scaling != "none" or self.factor == 1,
+            f"positions.rotary.factor = {self.factor} needs positions.rotary.scaling",
+        )
+        require(
+            self.scaling == "none" or self.factor != 1,
+            f"positions.rotary.scaling = {self.scaling} needs a positions.rotary.factor other than "
+            "1, which scales nothing",
+        )
+        if self.scaling != "llama3":
+            names = "low_frequency_factor", "high_frequency_factor", "original_length"
+            need = f"positions.rotary.scaling llama3, not {self.scaling}"
+            require_idle("positions.rotary", self, names, need)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionConfig:
+    """How the model knows the order of its input."""
+
+    kind: Literal["none", "sinusoidal", "learned", "rotary", "alibi", "relative"] = "sinusoidal"
+    """none, sinusoidal (arXiv:1706.03762 §3.5), learned (arXiv:1705.03122), rotary
+    (arXiv:2104.09864), alibi (arXiv:2108.12409) or relative, T5's bias (arXiv:1910.10683 §2.1)."""
+    max_length: int = 512
+    """Rows in the table of learned positions: no longer input is accepted. Of others, only what a
+    file for transformers or llama2.c says."""
+    buckets: int = 32
+    """For relative: distances that are told apart, half of them exactly, the rest by logarithm."""
+    max_distance: int = 128
+    """For relative: distances from here on share a bucket."""
+    rotary: RotaryConfig = field(default_factory=RotaryConfig)
+
+    def __post_init__(self):
+        require_choices("positions", self)
+        for name in ("max_length", "buckets", "max_distance"):
+            value = getattr(self, name)
+            require(value > 0, f"positions.{name} must be positive, not {value}")
+        require(
+            self.buckets % 4 == 0 and self.max_distance > self.buckets // 2,
+            f"positions.buckets = {self.buckets} must be a multiple of 4, and "
+            f"positions.max_distance = {self.max_distance} above half of it",
+        )
+        if self.kind != "relative":
+            need = f"positions.kind relative, not {self.kind}"
+            require_idle("positions", self, ("buckets", "max_distance"), need)
+        require(
+            self.kind == "rotary" or self.rotary == RotaryConfig(),
+            f"positions.rotary is set, but positions.kind is {self.kind}",
+        )
