@@ -1,4 +1,4 @@
-"""An experiment: what the model, the data and the training are."""
+"""An experiment: the values of a model, of data and of a training, in one file."""
 
 import importlib
 import pkgutil
@@ -20,18 +20,21 @@ class Experiment:
 
 
 def names() -> list[str]:
-    """The experiments in this folder."""
+    """Return the names of the experiments in this folder, sorted."""
     found = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
     return sorted(name for name in found if name != "base")
 
 
 def has(name: str) -> bool:
-    """Whether this is the name of an experiment, or of a row of one: NAME:ROW."""
+    """Tell if this is the name of an experiment, or of a row of one: NAME:ROW."""
     return name.partition(":")[0] in names()
 
 
 def load(name: str) -> tuple[Experiment, str]:
-    """An experiment by name, and its description; raises TrainError for an unknown one."""
+    """Return an experiment by its name, and its description.
+
+    Raises TrainError for an unknown name.
+    """
     if not has(name):
         raise TrainError(f"unknown config '{name}': choose one of {', '.join(names())}")
     file, colon, row = name.partition(":")
