@@ -5,10 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from heedful.data.config import DataError
+from heedful.data.errors import DataError
 
 
 class Field(NamedTuple):
+    """An array of a batch."""
+
     dtype: type[np.generic]
     meaning: str
 
@@ -31,6 +33,9 @@ FIELDS = {
     "encoder_segment_ids": Field(np.int32, "like segment_ids, for encoder_inputs"),
     "encoder_positions": Field(np.int32, "like positions, for encoder_inputs"),
 }
+# What each text of a row has. A text's side is the prefix of these names: none, `encoder_`, or
+# another one that an objective declares.
+PER_SIDE = ("inputs", "segment_ids", "positions", "type_ids")
 PER_ROW = ("prefix_len",)  # [B]; so are targets and weights where a row has one target.
 
 
@@ -40,26 +45,26 @@ def pad_and_stack(
     length: int,
     encoder_length: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """Stacks unpadded rows of arrays [T <= length] or [] into arrays [n_rows, length] or [n_rows].
+    """Stack unpadded rows of arrays [T <= length] or [] into arrays [n_rows, length] or [n_rows].
 
-    The arrays of an encoder beside a decoder get `encoder_length`. `rows` holds at least one row
-    and may hold fewer than `n_rows`; the others stay padding. Where rows have no segment ids,
-    those are 1 and positions count from 0; where targets have no weights, those are 1.
+    The arrays of a side with a name, like an encoder beside a decoder, get `encoder_length`.
+    `rows` holds at least one row and may hold fewer than `n_rows`; the others stay padding. Where
+    rows have no segment ids, those are 1 and positions count from 0; where targets have no weights,
+    those are 1.
     """
-    shapes = {"": (n_rows, length), "encoder_": (n_rows, encoder_length or length)}
-    batch = {
-        name: np.zeros(shapes[side(name)][: 1 + values.ndim], values.dtype)
-        for name, values in rows[0].items()
-    }
+    batch = {}
+    for name, values in rows[0].items():
+        shape = n_rows, (side(name) and encoder_length) or length
+        batch[name] = np.zeros(shape[: 1 + values.ndim], values.dtype)
     for i, row in enumerate(rows):
         for name, values in row.items():
             if values.ndim:
                 batch[name][i, : len(values)] = values
             else:
                 batch[name][i] = values
-    for inputs in ("inputs", "encoder_inputs"):
+    for inputs in [name for name in batch if name.endswith("inputs")]:
         ids = f"{side(inputs)}segment_ids"
-        if inputs in batch and ids not in batch:
+        if ids not in batch:
             lengths = np.zeros((n_rows, 1), np.int32)
             lengths[: len(rows), 0] = [len(row[inputs]) for row in rows]
             positions = np.arange(batch[inputs].shape[1], dtype=np.int32)
@@ -71,17 +76,19 @@ def pad_and_stack(
 
 
 def side(name: str) -> str:
-    """What the names of an array's side begin with: `encoder_`, or nothing."""
-    return "encoder_" if name.startswith("encoder_") else ""
+    """Return the side that an array belongs to: `encoder_` for `encoder_inputs`."""
+    base = next((each for each in PER_SIDE if name.endswith(each)), name)
+    return name.removesuffix(base)
 
 
 def check(batch: Mapping[str, np.ndarray]) -> None:
-    """Raises DataError when a batch breaks the contract."""
+    """Raise DataError when a batch breaks the contract."""
     per_row = set(PER_ROW)
-    if batch["targets"].ndim == 1:
+    if "targets" not in batch or batch["targets"].ndim == 1:
         per_row |= {"targets", "weights"}
     for name, array in batch.items():
-        if name not in FIELDS:
+        field = FIELDS.get(name.removeprefix(side(name)))
+        if field is None:
             raise DataError(f"batch has an unknown array {name!r}: add it to batch.FIELDS")
         inputs = f"{side(name)}inputs"
         shape = batch[inputs].shape
@@ -91,8 +98,8 @@ def check(batch: Mapping[str, np.ndarray]) -> None:
                 f"{name} has the shape {array.shape} beside {inputs} {shape}: see FIELDS"
             )
         is_number = name == "targets" and array.ndim == 1 and array.dtype == np.float32
-        if array.dtype != FIELDS[name].dtype and not is_number:
-            raise DataError(f"{name} has dtype {array.dtype}: use {FIELDS[name].dtype.__name__}")
+        if array.dtype != field.dtype and not is_number:
+            raise DataError(f"{name} has dtype {array.dtype}: use {field.dtype.__name__}")
         if (array < 0).any() and not is_number:
             raise DataError(f"{name} has a negative value: ids, positions and weights are never so")
         segment_ids = f"{side(name)}segment_ids"

@@ -1,60 +1,16 @@
 """What a user may choose about the data. The strings under fields are the command line's help."""
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass, field, fields
-from itertools import islice
 from typing import Any, Literal, get_args, get_origin
 
-Objective = Literal[
-    "causal_lm",
-    "masked_lm",
-    "prefix_lm",
-    "span_corruption",
-    "translation",
-    "classification",
-    "regression",
-]
-# Objectives that learn from running text, of any length, that nobody has labelled.
-TEXT_OBJECTIVES = ("causal_lm", "masked_lm", "prefix_lm", "span_corruption")
-# Objectives that learn the label of a text or of a pair of texts.
-LABEL_OBJECTIVES = ("classification", "regression")
-# Objectives of models that write texts.
-GENERATING = ("causal_lm", "prefix_lm", "span_corruption", "translation")
-PACKABLE = ("causal_lm", "masked_lm")
+from heedful.data.errors import require
+from heedful.data.objectives import OBJECTIVES, Objective
+
 MOST_TOKENS = 10_000_000  # In a vocabulary; the largest that are in use have a million.
 MOST_LISTOPS = {
     "examples": 10_000_000, "held_out": 10_000_000, "max_depth": 500, "max_arguments": 1000
 }  # fmt: skip
-# Settings that say nothing for the other objectives.
-ONLY_FOR = {
-    "classes": ("classification",),
-    "label": ("classification", "regression"),
-    "noise": ("masked_lm", "span_corruption"),
-    "whole_words": ("masked_lm",),
-    "span_length": ("span_corruption",),
-}
-
-
-class DataError(ValueError):
-    """Bad data or a bad data setting: one line that names the thing and the fix."""
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise DataError(message)
-
-
-def short(text: str, most: int = 80) -> str:
-    """A text for an error: its beginning where it is long."""
-    return text if len(text) <= most else f"{text[:most]}..."
-
-
-def listed(names: Collection[object], most: int = 12) -> str:
-    """Names for an error, the first ones where there are many."""
-    shown = [short(str(name)) for name in islice(names, most)]
-    first = ", ".join(name if name.isprintable() else repr(name) for name in shown)
-    return first if len(names) <= most else f"{first}, ... ({len(names):,} in all)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +98,7 @@ class DataConfig:
     on digits, made here); files (data.train and the others); or tfds:NAME/CONFIG (TensorFlow
     Datasets)."""
 
-    objective: Objective = "translation"
+    objective: str = "translation"
     """What the model learns from an example: causal_lm (the next token), masked_lm
     (arXiv:1810.04805), prefix_lm and span_corruption (arXiv:1910.10683), translation,
     classification, or regression."""
@@ -220,17 +176,20 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require_choices("data", self)
         require(
+            self.objective in OBJECTIVES,
+            f"data.objective is {self.objective!r}: give one of {', '.join(OBJECTIVES)}",
+        )
+        require(
             len(self.languages) == 2 and self.languages[0] != self.languages[1],
             f"data.languages is {' '.join(self.languages)!r}: give two different languages",
         )
         for name in ("train", "valid", "test"):
             paths = getattr(self, name)
-            if self.objective == "translation":
-                require(
-                    len(paths) <= 2,
-                    f"data.{name} has {len(paths)} paths: give a source file and a target file, "
-                    "or one table",
-                )
+            require(
+                len(paths) <= 2 or not self.objective_spec.is_parallel,
+                f"data.{name} has {len(paths)} paths: give a source file and a target file, "
+                "or one table",
+            )
             require(
                 not paths or self.source == "files",
                 f"data.{name} is given but data.source is {self.source!r}: "
@@ -259,12 +218,13 @@ class DataConfig:
         require(
             self.span_length >= 1, f"data.span_length is {self.span_length}: give 1 or more tokens"
         )
-        for name, objectives in ONLY_FOR.items():
+        for name in dict.fromkeys(name for each in OBJECTIVES.values() for name in each.settings):
             value = getattr(self, name)
+            readers = [key for key, each in OBJECTIVES.items() if name in each.settings]
             require(
-                value == getattr(type(self), name) or self.objective in objectives,
+                value == getattr(type(self), name) or self.objective in readers,
                 f"data.{name} is {value}, which says nothing for data.objective {self.objective}: "
-                f"leave it out, or set the objective to {' or '.join(objectives)}",
+                f"leave it out, or set the objective to {' or '.join(readers)}",
             )
         _at_least("data.batch_tokens", self.batch_tokens, 1)
         _at_least("data.batch_multiple", self.batch_multiple, 1)
@@ -278,8 +238,14 @@ class DataConfig:
         _at_most("data.workers", self.workers, 1 << 10)
 
     @property
+    def objective_spec(self) -> Objective:
+        """What `objective` names."""
+        return OBJECTIVES[self.objective]
+
+    @property
     def is_packed(self) -> bool:
-        return self.packing and self.objective in PACKABLE
+        """True where rows hold several documents."""
+        return self.packing and self.objective_spec.is_packable
 
 
 def _require_choices(section: str, config: Any) -> None:

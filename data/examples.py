@@ -5,7 +5,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from heedful.data.config import TEXT_OBJECTIVES, DataConfig, DataError, listed
+from heedful.data.config import DataConfig
+from heedful.data.errors import DataError, listed
+from heedful.data.objectives import Objective
 
 Example = dict[str, str]
 SPLITS = ("train", "valid", "test")
@@ -24,9 +26,10 @@ _SINGLES = (("text",), ("sentence",))
 # Columns ----------------------------------------------------------------------------------------
 
 
-def fields_of(objective: str, n_columns: int) -> tuple[str, ...]:
-    """Returns the names that this many columns of text have in an example."""
-    return ("source", "target") if objective == "translation" else ("text", "pair")[:n_columns]
+def fields_of(objective: Objective, n_columns: int) -> tuple[str, ...]:
+    """Return the names that this many columns of text have in an example, or the least of them."""
+    names = objective.fields + objective.optional_fields
+    return names[: max(n_columns, len(objective.fields))]
 
 
 def text_columns(config: DataConfig, known: Sequence[str], has: str) -> tuple[str, ...]:
@@ -34,15 +37,16 @@ def text_columns(config: DataConfig, known: Sequence[str], has: str) -> tuple[st
 
     `has` starts like "FILE has the columns"; it is part of the errors. Raises DataError.
     """
-    has = f"{has} {listed(known)}"
-    if config.objective == "translation":
-        usual, counts = [config.languages, ("source", "target")], (2,)
+    has, objective = f"{has} {listed(known)}", config.objective_spec
+    least = len(objective.fields)
+    counts = range(least, least + len(objective.optional_fields) + 1)
+    if objective.is_parallel:
+        usual = [config.languages, objective.fields]
         expected = f"{' and '.join(config.languages)} (data.languages)"
-    elif config.objective in TEXT_OBJECTIVES:
-        usual, counts, expected = [*_SINGLES], (1,), "text or sentence"
     else:
-        usual, counts = [*_PAIRS, *_SINGLES], (1, 2)
+        usual = [columns for columns in (*_PAIRS, *_SINGLES) if len(columns) in counts]
         expected = "text, sentence or a pair like sentence1 and sentence2"
+        expected = expected if 2 in counts else "text or sentence"
     if config.columns:
         for column in config.columns:
             if column not in known:
@@ -61,7 +65,7 @@ def text_columns(config: DataConfig, known: Sequence[str], has: str) -> tuple[st
 
 def label_column(config: DataConfig, known: Sequence[str], has: str) -> str | None:
     """Returns the column of the label, or None for an objective without labels."""
-    if config.objective not in ("classification", "regression"):
+    if config.objective_spec.label is None:
         return None
     for column in (config.label, "score") if config.label == "label" else (config.label,):
         if column in known:

@@ -6,7 +6,8 @@ from contextlib import suppress
 import numpy as np
 
 from heedful.data import sources
-from heedful.data.config import DataConfig, DataError, listed, short
+from heedful.data.config import DataConfig
+from heedful.data.errors import DataError, listed, short
 
 
 def classes(config: DataConfig) -> tuple[str, ...]:
@@ -15,7 +16,7 @@ def classes(config: DataConfig) -> tuple[str, ...]:
     They are those of the config, or else those that the source names in an order of its own, or
     else those of the training data, sorted. Raises DataError when there are not at least two.
     """
-    if config.objective != "classification":
+    if config.objective_spec.label != "class":
         return ()
     found = config.classes or sources.classes(config)
     if not found:
@@ -48,7 +49,7 @@ def numbers(labels: Sequence[str], names: Sequence[str], split: str) -> np.ndarr
             values[i] = float(label)
         if not np.isfinite(values[i]):
             raise DataError(
-                f"example {i} of split {split!r} has the label {short(label)!r}: "
-                "data.objective regression needs a finite number"
+                f"example {i} of split {split!r} has the label {short(label)!r}, which is no "
+                "finite number: correct it, or choose another data.objective"
             )
     return values

@@ -6,7 +6,7 @@ import struct
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
-from heedful.data.config import DataError
+from heedful.data.errors import DataError
 
 SPACE = "\u2581"  # how SentencePiece writes one
 SPECIAL = ("<unk>", "<s>", "</s>")  # the first ids, which the file spells in other ways

@@ -1,62 +1,113 @@
-"""What a model learns from an example: tokens in, the arrays of one row out (numpy, on the host).
+"""Objectives: what a model learns from an example, as the arrays of one row (numpy, on the host).
 
 An objective turns the tokens of one example into unpadded arrays [T], or [] for what a row has one
 of; `batch.FIELDS` says what each one means. Segment ids, positions, and weights that are all 1 may
 be left out: a batch gets them from the lengths. Targets are shifted here and nowhere else. A new
-objective is a function and a line in `OBJECTIVES`.
+objective is a function and an entry in `OBJECTIVES`; its loss stands in `train.tasks`.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from heedful.data.config import DataConfig, DataError
-from heedful.data.tokenizer import Tokenizer
+from heedful.data.errors import DataError
 
 Arrays = dict[str, np.ndarray]
 Example = Mapping[str, np.ndarray]
 
 
-class ChunkingSpec(NamedTuple):
-    """How a long document becomes pieces.
+class RowSettings(Protocol):
+    """The settings that rows depend on: a DataConfig has them."""
 
-    framed: the document is begin + text + end; otherwise the bare text.
-    overlap: tokens that a piece shares with the next: one where the last only is a target.
-    longest(config, tokenizer): most positions (tokens - overlap) of a piece.
-    """
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def noise(self) -> float: ...
+    @property
+    def whole_words(self) -> bool: ...
+    @property
+    def span_length(self) -> float: ...
+
+
+class RowTokenizer(Protocol):
+    """What rows ask of a tokenizer: see `tokenizer.Tokenizer`."""
+
+    mask: int | None
+    sentinels: tuple[int, ...]
+    is_special: np.ndarray
+    ordinary: np.ndarray
+
+    @property
+    def frame(self) -> tuple[int, int]: ...
+    def words(self, ids: np.ndarray) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class ChunkingSpec:
+    """How a long document becomes pieces."""
 
     framed: bool
+    """The document is begin + text + end; otherwise the bare text."""
     overlap: int
-    longest: Callable[[DataConfig, Tokenizer], int]
+    """Tokens that a piece shares with the next: one where the last only is a target."""
+    longest: Callable[[RowSettings, RowTokenizer], int]
+    """(config, tokenizer) -> most positions (tokens - overlap) of a piece."""
 
 
-class Objective(NamedTuple):
-    """How examples become rows.
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """How examples become rows, and what the data needs to know of that."""
 
-    row(example, rng, config, tokenizer) maps the tokens of one example, or of one piece of a
-    document, to the arrays of its row; all randomness comes from `rng`, which is None unless the
-    objective `draws`: to make a generator takes longer than to make a row. Examples are
-    `{"source": [S], "target": [T]}` for translation, `{"text": [T]}` for running text, and
-    `{"text": [T], "label": []}`, with or without `"pair": [T]`, for classes and numbers.
-    lengths(counts, config) maps the token counts of all of them, like `{"text": [E]}`, to the
-    lengths [sides, E] that `row` will give; an encoder-decoder row has two sides.
-    cut: how documents are cut into pieces; None where an example is always whole.
-    """
-
-    row: Callable[[Example, Any, DataConfig, Tokenizer], Arrays]
-    lengths: Callable[[Mapping[str, np.ndarray], DataConfig], np.ndarray]
-    cut: ChunkingSpec | None = None
+    row: Callable[[Example, Any, Any, Any], Arrays]
+    """(example, rng, config, tokenizer) -> the arrays of a row, from the tokens of one example, or
+    of one piece of a document: `{field: [T]}`, and with `label` the class or the number, []. All
+    randomness comes from `rng`, which is None unless the objective `draws`: to make a generator
+    takes longer than to make a row."""
+    lengths: Callable[[Mapping[str, np.ndarray], Any], np.ndarray]
+    """(token counts of all examples, like `{"text": [E]}`, config) -> the lengths of their rows,
+    [sides, E]."""
     draws: bool = False
+    """Rows are random."""
+    cut: ChunkingSpec | None = None
+    """How documents are cut into pieces; None: an example is always whole."""
+    fields: tuple[str, ...] = ("text",)
+    """Texts that every example has."""
+    optional_fields: tuple[str, ...] = ()
+    """Texts that the examples of a source may have beside these."""
+    is_parallel: bool = False
+    """The two texts are translations, from and into the languages `data.languages`."""
+    label: Literal["class", "number"] | None = None
+    """What an example has beside its texts."""
+    sides: tuple[str, ...] = ("",)
+    """Prefixes of the arrays of each text in a row, in the order of `lengths`."""
+    arrays: tuple[str, ...] = ()
+    """Arrays of a row beside inputs, targets, weights, segment ids and positions."""
+    is_packable: bool = False
+    """Several documents may stand in a row."""
+    writes: bool = False
+    """Its models write texts."""
+    needs_mask: bool = False
+    """The tokenizer needs a mask token, which stands for inputs that are to be restored."""
+    needs_sentinels: bool = False
+    """The tokenizer needs sentinel tokens."""
+    settings: tuple[str, ...] = ()
+    """Fields of DataConfig that say nothing for other objectives."""
+
+    @property
+    def is_text(self) -> bool:
+        """True where it learns from running text of any length, which nobody has labelled."""
+        return self.cut is not None
 
 
-def causal_lm(example: Example, rng: None, config: DataConfig, tokenizer: Tokenizer) -> Arrays:
+def causal_lm(example: Example, rng: None, config: RowSettings, tokenizer: RowTokenizer) -> Arrays:
     """Predict each token from those before it."""
     return _next_tokens(example["text"])
 
 
 def prefix_lm(
-    example: Example, rng: np.random.Generator, config: DataConfig, tokenizer: Tokenizer
+    example: Example, rng: np.random.Generator, config: RowSettings, tokenizer: RowTokenizer
 ) -> Arrays:
     """Predict each token after a prefix of random length, which all see (arXiv:1910.10683 §3.3.1).
 
@@ -70,7 +121,7 @@ def prefix_lm(
 
 
 def masked_lm(
-    example: Example, rng: np.random.Generator, config: DataConfig, tokenizer: Tokenizer
+    example: Example, rng: np.random.Generator, config: RowSettings, tokenizer: RowTokenizer
 ) -> Arrays:
     """Restore a share `noise` of the tokens, at least one (arXiv:1810.04805 §3.1).
 
@@ -94,10 +145,10 @@ def _chosen(
     candidates: np.ndarray,
     tokens: np.ndarray,
     rng: np.random.Generator,
-    config: DataConfig,
-    tokenizer: Tokenizer,
+    config: RowSettings,
+    tokenizer: RowTokenizer,
 ) -> np.ndarray:
-    """The candidates to predict: any, or whole words that come as near as they can to the share."""
+    """Return the candidates to predict: any, or whole words as near to the share as they come."""
     if not len(candidates):
         return candidates
     number = max(1, round(config.noise * len(candidates)))
@@ -111,7 +162,7 @@ def _chosen(
 
 
 def span_corruption(
-    example: Example, rng: np.random.Generator, config: DataConfig, tokenizer: Tokenizer
+    example: Example, rng: np.random.Generator, config: RowSettings, tokenizer: RowTokenizer
 ) -> Arrays:
     """Restore spans that sentinels stand for (arXiv:1910.10683 §3.1.4, §3.3.4).
 
@@ -130,11 +181,11 @@ def span_corruption(
     read = ~is_lost
     read[begins] = True
     target = np.insert(tokens[is_lost], lost.cumsum() - lost, sentinels)
-    return _encoder_decoder(source[read], target, tokenizer)
+    return source_and_target(source[read], target, tokenizer)
 
 
-def _noise(length: np.ndarray | int, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens in spans, spans) of texts with that many tokens, one or more."""
+def _noise(length: np.ndarray | int, config: RowSettings) -> tuple[np.ndarray, np.ndarray]:
+    """Return (tokens in spans, spans) of texts with `length` tokens, one or more."""
     length = np.asarray(length)
     noise = np.rint(length * config.noise).astype(np.int64).clip(1, np.maximum(length - 1, 1))
     spans = np.rint(noise / config.span_length).astype(np.int64)
@@ -143,18 +194,21 @@ def _noise(length: np.ndarray | int, config: DataConfig) -> tuple[np.ndarray, np
 
 
 def _partition(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
-    """Lengths of `parts` parts of `total`, none empty (if total >= parts), all equally likely."""
+    """Draw the lengths of `parts` parts of `total`: all partitions are equally likely.
+
+    No part is empty if total >= parts.
+    """
     cuts = 1 + np.sort(rng.permutation(max(total - 1, 0))[: parts - 1])
     return np.diff(np.concatenate([[0], cuts, [total]]))
 
 
-def _span_lengths(counts: Mapping[str, np.ndarray], config: DataConfig) -> np.ndarray:
+def _span_lengths(counts: Mapping[str, np.ndarray], config: RowSettings) -> np.ndarray:
     noise, spans = _noise(counts["text"], config)
     return np.stack([counts["text"] - noise + spans + 1, noise + spans + 1])
 
 
-def _longest_spanned(config: DataConfig, tokenizer: Tokenizer) -> int:
-    """Tokens of the longest text of which neither side is longer than `max_length`."""
+def _longest_spanned(config: RowSettings, tokenizer: RowTokenizer) -> int:
+    """Return the tokens of the longest text with no side longer than `max_length`."""
     counts = np.arange(1, 2 * config.max_length + 1)  # Both sides together hold all tokens.
     fits = (_span_lengths({"text": counts}, config) <= config.max_length).all(0)
     longest = int(counts[fits].max(initial=0))  # Neither side becomes shorter with more tokens.
@@ -171,13 +225,15 @@ def _longest_spanned(config: DataConfig, tokenizer: Tokenizer) -> int:
     return longest
 
 
-def translation(example: Example, rng: None, config: DataConfig, tokenizer: Tokenizer) -> Arrays:
+def translation(
+    example: Example, rng: None, config: RowSettings, tokenizer: RowTokenizer
+) -> Arrays:
     """Predict the target from the source and the target so far (arXiv:1706.03762 §3.1)."""
-    return _encoder_decoder(example["source"], example["target"], tokenizer)
+    return source_and_target(example["source"], example["target"], tokenizer)
 
 
 def sequence_classification(
-    example: Example, rng: None, config: DataConfig, tokenizer: Tokenizer
+    example: Example, rng: None, config: RowSettings, tokenizer: RowTokenizer
 ) -> Arrays:
     """Predict the class, or the number, of a text or of a pair (arXiv:1810.04805 §4.1).
 
@@ -197,7 +253,7 @@ def sequence_classification(
     }
 
 
-def _labelled_lengths(counts: Mapping[str, np.ndarray], config: DataConfig) -> np.ndarray:
+def _labelled_lengths(counts: Mapping[str, np.ndarray], config: RowSettings) -> np.ndarray:
     return np.stack([sum(counts.values()) + 1 + len(counts)])
 
 
@@ -205,37 +261,69 @@ def _next_tokens(tokens: np.ndarray) -> Arrays:
     return {"inputs": tokens[:-1], "targets": tokens[1:]}
 
 
-def _encoder_decoder(source: np.ndarray, target: np.ndarray, tokenizer: Tokenizer) -> Arrays:
+def source_and_target(source: np.ndarray, target: np.ndarray, tokenizer: RowTokenizer) -> Arrays:
+    """Return a row whose encoder reads source + end, and whose decoder predicts target + end."""
     begin, end = tokenizer.frame
     framed = np.concatenate([[begin], target, [end]], dtype=np.int32)
     read = np.concatenate([source, [end]], dtype=np.int32)
     return {"encoder_inputs": read, **_next_tokens(framed)}
 
 
-def _max_length(config: DataConfig, tokenizer: Tokenizer) -> int:
+def _max_length(config: RowSettings, tokenizer: RowTokenizer) -> int:
     return config.max_length
 
 
-OBJECTIVES = {
+_LABELLED: dict[str, Any] = {
+    "row": sequence_classification,
+    "lengths": _labelled_lengths,
+    "optional_fields": ("pair",),
+    "arrays": ("type_ids",),
+}
+_SIDES = ("encoder_", "")
+
+OBJECTIVES: dict[str, Objective] = {
     "causal_lm": Objective(
-        causal_lm, lambda n, _: np.stack([n["text"] - 1]), ChunkingSpec(True, 1, _max_length)
+        row=causal_lm,
+        lengths=lambda n, _: np.stack([n["text"] - 1]),
+        cut=ChunkingSpec(framed=True, overlap=1, longest=_max_length),
+        is_packable=True,
+        writes=True,
     ),
     "masked_lm": Objective(
-        masked_lm,
-        lambda n, _: np.stack([n["text"]]),
-        ChunkingSpec(True, 0, _max_length),
+        row=masked_lm,
+        lengths=lambda n, _: np.stack([n["text"]]),
         draws=True,
+        cut=ChunkingSpec(framed=True, overlap=0, longest=_max_length),
+        is_packable=True,
+        needs_mask=True,
+        settings=("noise", "whole_words"),
     ),
     "prefix_lm": Objective(
-        prefix_lm,
-        lambda n, _: np.stack([n["text"] - 1]),
-        ChunkingSpec(True, 1, _max_length),
+        row=prefix_lm,
+        lengths=lambda n, _: np.stack([n["text"] - 1]),
         draws=True,
+        cut=ChunkingSpec(framed=True, overlap=1, longest=_max_length),
+        arrays=("prefix_len",),
+        writes=True,
     ),
     "span_corruption": Objective(
-        span_corruption, _span_lengths, ChunkingSpec(False, 0, _longest_spanned), draws=True
+        row=span_corruption,
+        lengths=_span_lengths,
+        draws=True,
+        cut=ChunkingSpec(framed=False, overlap=0, longest=_longest_spanned),
+        sides=_SIDES,
+        writes=True,
+        needs_sentinels=True,
+        settings=("noise", "span_length"),
     ),
-    "translation": Objective(translation, lambda n, _: np.stack([n["source"], n["target"]]) + 1),
-    "classification": Objective(sequence_classification, _labelled_lengths),
-    "regression": Objective(sequence_classification, _labelled_lengths),
+    "translation": Objective(
+        row=translation,
+        lengths=lambda n, _: np.stack([n["source"], n["target"]]) + 1,
+        fields=("source", "target"),
+        is_parallel=True,
+        sides=_SIDES,
+        writes=True,
+    ),
+    "classification": Objective(**_LABELLED, label="class", settings=("classes", "label")),
+    "regression": Objective(**_LABELLED, label="number", settings=("label",)),
 }

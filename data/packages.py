@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from heedful.data.config import DataError
+from heedful.data.errors import DataError
 from heedful.data.writing import sync
 
 

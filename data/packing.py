@@ -13,7 +13,8 @@ from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 
-from heedful.data.config import DataConfig, DataError
+from heedful.data.config import DataConfig
+from heedful.data.errors import DataError
 
 
 class Shape(NamedTuple):

@@ -13,10 +13,11 @@ import numpy as np
 
 from heedful.data import labels, sources
 from heedful.data.batch import pad_and_stack
-from heedful.data.config import GENERATING, TEXT_OBJECTIVES, DataConfig, DataError
+from heedful.data.config import DataConfig
+from heedful.data.errors import DataError
 from heedful.data.examples import Example
 from heedful.data.labels import classes
-from heedful.data.objectives import OBJECTIVES, Arrays, ChunkingSpec
+from heedful.data.objectives import Arrays, ChunkingSpec
 from heedful.data.packing import PackedPlan, Pieces, Plan, pack
 from heedful.data.rows import SplitPlan, arrange
 from heedful.data.store import TokenStore, fingerprint
@@ -91,7 +92,7 @@ class Dataset:
         store = TokenStore.build(examples, sources.fields(config), tokenizer, data_fingerprint)
         names = classes(config)
         targets = None
-        if config.objective in ("classification", "regression"):
+        if config.objective_spec.label:
             targets = labels.numbers(store.labels(), names, split)
         rows = arrange(config, tokenizer, store, split, seed)
         is_kept = np.zeros(len(store.blank), bool)
@@ -167,7 +168,7 @@ class Dataset:
         return {name: np.zeros_like(array) for name, array in batch.items()}
 
     def _row(self, plan: Plan, epoch: int, number: int) -> Arrays:
-        objective = OBJECTIVES[self.config.objective]
+        objective = self.config.objective_spec
         if objective.cut:
             examples = self._pieces(objective.cut, plan, epoch, number)
         else:
@@ -198,7 +199,7 @@ def _report(
     config: DataConfig, split: str, store: TokenStore, rows: SplitPlan, characters: int
 ) -> list[str]:
     """The lines that say what was read, left out, and put into batches."""
-    is_text = config.objective in TEXT_OBJECTIVES
+    is_text = config.objective_spec.is_text
     noun = "documents" if is_text else "examples"
     lines = [f"{split}: {len(rows.kept):,} {noun}, {rows.tokens:,} tokens"]
     if is_text:
@@ -231,7 +232,7 @@ def _losses(
             f"{split}: {unknown:,} of {total:,} tokens ({unknown / total:.2%}) are "
             f"{tokenizer.name(tokenizer.unknown)}: the vocabulary lacks what the text has there"
         )
-    if tokenizer.loses_spaces and config.objective in GENERATING:
+    if tokenizer.loses_spaces and config.objective_spec.writes:
         yield (
             f"{split}: the tokenizer does not keep spaces: written texts have one around each "
             "punctuation mark, which lowers their scores"

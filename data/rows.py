@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from heedful.data.config import DataConfig, DataError
-from heedful.data.objectives import OBJECTIVES
+from heedful.data.config import DataConfig
+from heedful.data.errors import DataError
 from heedful.data.packing import BatchPlan, PackedPlan, Pieces, Plan
 from heedful.data.store import TokenStore
 from heedful.data.tokenizer import Tokenizer
@@ -24,16 +24,17 @@ class SplitPlan(NamedTuple):
 def arrange(
     config: DataConfig, tokenizer: Tokenizer, store: TokenStore, split: str, seed: int
 ) -> SplitPlan:
-    """Plans the training batches of a split; raises DataError when nothing of it can be used."""
-    is_whole = OBJECTIVES[config.objective].cut is None
-    return (_examples if is_whole else _documents)(config, tokenizer, store, split, seed)
+    """Plan the training batches of a split; raise DataError when nothing of it can be used."""
+    plan = _documents if config.objective_spec.is_text else _examples
+    return plan(config, tokenizer, store, split, seed)
 
 
 def _examples(
     config: DataConfig, tokenizer: Tokenizer, store: TokenStore, split: str, seed: int
 ) -> SplitPlan:
     """One row for each example that is not blank or too long."""
-    lengths = OBJECTIVES[config.objective].lengths(store.counts(), config)
+    objective = config.objective_spec
+    lengths = objective.lengths(store.counts(), config)
     fits = lengths.max(0) <= config.max_length
     kept = np.flatnonzero(fits & ~store.blank)
     if not len(kept):
@@ -44,7 +45,7 @@ def _examples(
             "give a larger one"
         )
     lengths = lengths[:, kept]
-    count = len(kept) if config.objective != "translation" else int(lengths[-1].sum())
+    count = len(kept) if objective.label else int(lengths[-1].sum())
     plan = BatchPlan(lengths, config, seed)
     return SplitPlan(plan, kept, None, int(lengths.sum()), count)
 
@@ -53,7 +54,7 @@ def _documents(
     config: DataConfig, tokenizer: Tokenizer, store: TokenStore, split: str, seed: int
 ) -> SplitPlan:
     """All documents that are not blank, end to end, or one row for each of their pieces."""
-    objective = OBJECTIVES[config.objective]
+    objective = config.objective_spec
     assert objective.cut is not None
     positions = store.counts()["text"]
     positions += 2 * objective.cut.framed - objective.cut.overlap

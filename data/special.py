@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from heedful.data.config import DataError
+from heedful.data.errors import DataError
 from heedful.data.reading import parse_json
 from heedful.data.writing import write_whole
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from heedful.data.config import DataError, listed, short
+from heedful.data.errors import DataError, listed, short
 from heedful.data.examples import Example
 from heedful.data.reading import parse_json
 from heedful.data.text_files import CR_ONLY, TextFile, checked_lines

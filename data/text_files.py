@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from heedful.data.config import DataError
+from heedful.data.errors import DataError
 from heedful.data.examples import Example, select
 
 # A longer file is several documents: a tokenizer needs a hundred times the memory of its text.

@@ -13,7 +13,9 @@ import numpy as np
 import tokenizers
 from tokenizers import models
 
-from heedful.data.config import GENERATING, MOST_TOKENS, DataError, TokenizerConfig
+from heedful.data.config import MOST_TOKENS, TokenizerConfig
+from heedful.data.errors import DataError
+from heedful.data.objectives import OBJECTIVES
 from heedful.data.special import FILE, Special, named_beside, read_config
 from heedful.data.vocabulary import BYTES, SPECIAL, framed, learn, read_wordpiece
 from heedful.data.writing import write_whole
@@ -166,7 +168,7 @@ class Tokenizer:
         Raises DataError when the objective needs special tokens that the loaded one lacks, and when
         its texts would be written with other spaces than they have.
         """
-        if config.kind == "wordpiece" and config.path is None and objective in GENERATING:
+        if config.kind == "wordpiece" and config.path is None and OBJECTIVES[objective].writes:
             raise DataError(_spaces("data.tokenizer.kind wordpiece", objective))
         if config.path is None:
             return cls.train(texts, config, objective)
@@ -177,17 +179,18 @@ class Tokenizer:
             )
         tokenizer = cls.load(config.path)
         tokenizer.require(objective, config.path)
-        if tokenizer.loses_spaces and objective in GENERATING:
+        if tokenizer.loses_spaces and OBJECTIVES[objective].writes:
             raise DataError(_spaces(f"data.tokenizer.path {config.path}", objective))
         return tokenizer
 
     def require(self, objective: str, name: str = "the tokenizer") -> None:
         """Raises DataError when a special token that the objective needs is missing."""
+        needs = OBJECTIVES[objective]
         has = {
             "a begin, like <bos> or [CLS]": self.bos is not None,
             "an end, like <eos> or [SEP]": self.eos is not None,
-            "a mask, like <mask> or [MASK]": self.mask is not None or objective != "masked_lm",
-            "sentinels, like <extra_id_0>": bool(self.sentinels) or objective != "span_corruption",
+            "a mask, like <mask> or [MASK]": self.mask is not None or not needs.needs_mask,
+            "sentinels, like <extra_id_0>": bool(self.sentinels) or not needs.needs_sentinels,
         }
         missing = [token for token, is_there in has.items() if not is_there]
         if missing:

@@ -8,7 +8,9 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from heedful.data.config import DataError, TokenizerConfig
+from heedful.data.config import TokenizerConfig
+from heedful.data.errors import DataError
+from heedful.data.objectives import OBJECTIVES
 from heedful.data.special import names_in
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
@@ -24,11 +26,12 @@ def learn(texts: Iterable[str], config: TokenizerConfig, objective: str) -> str:
 
     The same texts give the same tokenizer, in whatever order they come.
     """
-    special = list(SPECIAL)
-    if objective == "masked_lm":
-        special.append(MASK)
-    if objective == "span_corruption":
-        special += SENTINELS
+    needs = OBJECTIVES[objective]
+    special = [
+        *SPECIAL,
+        *([MASK] if needs.needs_mask else []),
+        *(SENTINELS if needs.needs_sentinels else []),
+    ]
     tokenizer = KINDS[config.kind](texts, config, special)
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise DataError(

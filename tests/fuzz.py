@@ -209,7 +209,7 @@ def _work() -> None:
 
 
 def _run(command: Callable[[list[str]], int], case: Case) -> tuple[int | None, str]:
-    from heedful.data.config import DataError
+    from heedful.data.errors import DataError
     from heedful.model.config import ModelError
     from heedful.train.config import TrainError
 

@@ -19,7 +19,8 @@ import toy
 from rich.table import Table
 
 from heedful.configs import base
-from heedful.data.config import DataConfig, DataError, TokenizerConfig
+from heedful.data.config import DataConfig, TokenizerConfig
+from heedful.data.errors import DataError
 from heedful.model.config import PositionConfig
 from heedful.train import cli
 from heedful.train.checkpoint import Checkpoints

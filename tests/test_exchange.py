@@ -15,7 +15,8 @@ import toy
 from test_cli import fails
 from tiny_pretrained import GPT2, change_tensors
 
-from heedful.data.config import DataError, TokenizerConfig
+from heedful.data.config import TokenizerConfig
+from heedful.data.errors import DataError
 from heedful.data.tokenizer import Tokenizer
 from heedful.model.config import (
     AttentionConfig,

@@ -17,7 +17,8 @@ from rich.console import Console
 from test_cli import fails
 from tiny_pretrained import export
 
-from heedful.data.config import DataError, TokenizerConfig
+from heedful.data.config import TokenizerConfig
+from heedful.data.errors import DataError
 from heedful.model.config import (
     AttentionConfig,
     LoraConfig,

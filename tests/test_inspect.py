@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 from tiny import HEAD_DIM, HEADS, INNER, KV_HEADS, LAYERS, WIDTH, V, random_params, tiny
 
-from heedful.data.config import DataConfig, DataError, TokenizerConfig
+from heedful.data.config import DataConfig, TokenizerConfig
+from heedful.data.errors import DataError
 from heedful.model.config import LinformerConfig, ModelConfig, PerformerConfig
 from heedful.model.transformer import build
 from heedful.train.cli.arguments import InspectArguments

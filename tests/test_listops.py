@@ -13,7 +13,8 @@ import pytest
 
 from heedful.configs import base
 from heedful.data import sources
-from heedful.data.config import DataConfig, DataError, ListOpsConfig, TokenizerConfig
+from heedful.data.config import DataConfig, ListOpsConfig, TokenizerConfig
+from heedful.data.errors import DataError
 from heedful.data.examples import SPLITS
 from heedful.data.pipeline import Dataset, tokenizer_texts
 from heedful.data.sources import listops

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from heedful.data.batch import FIELDS
-from heedful.data.config import DataConfig, DataError, TokenizerConfig
+from heedful.data.config import DataConfig, TokenizerConfig
+from heedful.data.errors import DataError
 from heedful.data.objectives import OBJECTIVES
 from heedful.data.tokenizer import Tokenizer
 

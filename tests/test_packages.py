@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from heedful.data import packages
-from heedful.data.config import DataError
+from heedful.data.errors import DataError
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from heedful.data.config import DataConfig, DataError
+from heedful.data.config import DataConfig
+from heedful.data.errors import DataError
 from heedful.data.packing import BatchPlan, PackedPlan, Pieces, choose_buckets, pack
 
 

@@ -12,9 +12,13 @@ import pytest
 
 from heedful.data import sources
 from heedful.data.batch import check
-from heedful.data.config import TEXT_OBJECTIVES, DataConfig, DataError, TokenizerConfig
+from heedful.data.config import DataConfig, TokenizerConfig
+from heedful.data.errors import DataError
+from heedful.data.objectives import OBJECTIVES
 from heedful.data.pipeline import Dataset, classes, tokenizer_texts
 from heedful.data.tokenizer import BOS, EOS, Tokenizer
+
+TEXT_OBJECTIVES = [name for name, each in OBJECTIVES.items() if each.is_text]
 
 REPOSITORY = Path(__file__).parents[1]
 N = 211

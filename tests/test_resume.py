@@ -14,7 +14,8 @@ import pytest
 import toy
 from launch import Process, checkpoint, lines, same_bits, wait_for_step
 
-from heedful.data.config import DataConfig, DataError, TokenizerConfig
+from heedful.data.config import DataConfig, TokenizerConfig
+from heedful.data.errors import DataError
 from heedful.model.config import PositionConfig
 from heedful.train import loop
 from heedful.train.checkpoint import Checkpoints

@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 
 from heedful.data import packages, sources
-from heedful.data.config import TEXT_OBJECTIVES, DataConfig, DataError, TokenizerConfig
+from heedful.data.config import DataConfig, TokenizerConfig
+from heedful.data.errors import DataError
+from heedful.data.objectives import OBJECTIVES
 from heedful.data.sources import homeassistant
+
+TEXT_OBJECTIVES = [name for name, each in OBJECTIVES.items() if each.is_text]
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from heedful.data import sources, tables
-from heedful.data.config import DataConfig, DataError
+from heedful.data.config import DataConfig
+from heedful.data.errors import DataError
 from heedful.data.tables import Table
 
 

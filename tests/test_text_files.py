@@ -6,7 +6,8 @@ import re
 import pytest
 
 from heedful.data import sources, text_files
-from heedful.data.config import DataConfig, DataError
+from heedful.data.config import DataConfig
+from heedful.data.errors import DataError
 
 
 def config(*train, **more):

@@ -3,7 +3,8 @@ import sys
 import pytest
 
 from heedful.data import labels, sources
-from heedful.data.config import DataConfig, DataError
+from heedful.data.config import DataConfig
+from heedful.data.errors import DataError
 from heedful.data.examples import share
 from heedful.data.sources import tfds
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from heedful.data import tokenizer as module
-from heedful.data.config import DataError, TokenizerConfig
+from heedful.data.config import TokenizerConfig
+from heedful.data.errors import DataError
 from heedful.data.tokenizer import BOS, EOS, PAD, SPECIAL, UNK, Tokenizer
 
 TEXTS = [

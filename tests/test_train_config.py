@@ -9,7 +9,7 @@ import pytest
 import heedful.data.config as data_config
 import heedful.model.config as model_config
 import heedful.train.config as train_config
-from heedful.data.config import DataError
+from heedful.data.errors import DataError
 from heedful.model.config import ModelError
 from heedful.train.config import DecodeConfig, MeshConfig, OptimizerConfig, TrainConfig, TrainError
 

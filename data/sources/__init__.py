@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from heedful.data.config import DataConfig, DataError
+from heedful.data.config import DataConfig
+from heedful.data.errors import DataError
 from heedful.data.examples import SPLITS, Example
 from heedful.data.sources import files, homeassistant, listops, sentiment, shakespeare, tfds
 from heedful.data.sources.source import Source
@@ -20,8 +21,8 @@ SOURCES: dict[str, Source] = {
 def fields(config: DataConfig) -> tuple[str, ...]:
     """Returns the names of the text fields that the examples of this config have, in order.
 
-    They are source and target for translation, else text, with pair for pairs of texts. For files
-    with labels this reads the header of the training table, for tfds the names of the features.
+    They are those of the objective. Where it has optional ones, like the second text of a pair,
+    this reads the header of the training table, or the names of the features of tfds.
     """
     return _source(config).fields(config)
 
@@ -34,9 +35,8 @@ def classes(config: DataConfig) -> tuple[str, ...]:
 def load(config: DataConfig, split: str) -> Sequence[Example]:
     """Returns the examples of a split in their order.
 
-    An example is a dict of text by field: source and target (translation); text, one document
-    (causal_lm, masked_lm, prefix_lm, span_corruption); or text, with pair for pairs of texts, and
-    label, the name of a class or a finite number (classification, regression).
+    An example is a dict of text by field: those of the objective, and `label`, the name of a class
+    or a finite number, for one that has labels.
 
     Nothing is left out here, blank lines included, so that line i of a test file is example i.
     A sequence whose texts are fixed by a version has them named in its attribute `identity`.

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from heedful.data.config import LABEL_OBJECTIVES, TEXT_OBJECTIVES, DataConfig, DataError
+from heedful.data.config import DataConfig
+from heedful.data.errors import DataError
 from heedful.data.examples import (
     Example,
     Joined,
@@ -20,9 +21,10 @@ from heedful.data.text_files import Parallel, documents
 
 def fields(config: DataConfig) -> tuple[str, ...]:
     """Returns the text fields; for a pair of texts or one, the training table says which."""
-    if config.objective in ("classification", "regression"):
+    objective = config.objective_spec
+    if objective.optional_fields:
         return tuple(name for name in _columns(config, config.train[0]) if name != "label")
-    return fields_of(config.objective, 1)
+    return objective.fields
 
 
 def load(config: DataConfig, split: str) -> Sequence[Example]:
@@ -31,14 +33,15 @@ def load(config: DataConfig, split: str) -> Sequence[Example]:
     held = [name for name in ("valid", "test") if not getattr(config, name)]
     if split != "train" and split not in held:
         held = []  # These files are the split itself.
-    if config.objective in TEXT_OBJECTIVES and not config.columns:
+    objective = config.objective_spec
+    if objective.is_text and not config.columns:
         if tables := [path for path in paths if is_table(path)]:
             raise DataError(
                 f"data.{split} has the table {tables[0]}: give the column that holds its text to "
                 "data.columns, or name it .txt to learn from the file as it stands"
             )
         return documents(paths, split, held, config.holdout)
-    if config.objective == "translation" and len(paths) == 2:
+    if objective.is_parallel and len(paths) == 2:
         if config.columns or any(map(is_table, paths)):
             raise DataError(
                 f"data.{split} is {' '.join(paths)}: give one table, or a source file and a target "
@@ -48,7 +51,7 @@ def load(config: DataConfig, split: str) -> Sequence[Example]:
     else:
         # Where the training text is no table, translations have other columns, but no other fields.
         named = config.train[0] if is_table(config.train[0]) else paths[0]
-        columns, numbers = _columns(config, named), config.objective == "regression"
+        columns, numbers = _columns(config, named), objective.label == "number"
         examples = Joined([Table(_table(path), columns, numbers=numbers) for path in paths])
     if not held:
         return examples
@@ -62,7 +65,7 @@ def _columns(config: DataConfig, path: str) -> dict[str, str]:
     known, has = header(_table(path)), f"{path} has the columns"
     texts = text_columns(config, known, has)
     label = label_column(config, known, has)
-    columns = dict(zip(fields_of(config.objective, len(texts)), texts, strict=True))
+    columns = dict(zip(fields_of(config.objective_spec, len(texts)), texts, strict=True))
     return columns | ({"label": label} if label else {})
 
 
@@ -77,7 +80,6 @@ def _table(path: str) -> str:
 
 SOURCE = Source(
     load=load,
-    objectives=(*TEXT_OBJECTIVES, "translation", *LABEL_OBJECTIVES),
     fields=fields,
     reads_columns=True,
     if_empty="give files to data.{split}, or another share to data.holdout",

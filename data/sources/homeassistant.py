@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from heedful.data import packages
-from heedful.data.config import DataConfig, DataError
+from heedful.data.config import DataConfig
+from heedful.data.errors import DataError
 from heedful.data.examples import Example, share
 from heedful.data.sources.source import Source
 
@@ -74,4 +75,4 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
             yield prefix + key, value.strip()
 
 
-SOURCE = Source(load=load, objectives=("translation",))
+SOURCE = Source(load=load, serves=lambda objective: objective.is_parallel)

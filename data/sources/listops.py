@@ -15,7 +15,8 @@ from dataclasses import astuple
 from pathlib import Path
 
 from heedful.data import packages
-from heedful.data.config import DataConfig, DataError, ListOpsConfig
+from heedful.data.config import DataConfig, ListOpsConfig
+from heedful.data.errors import DataError
 from heedful.data.sources.source import Source
 from heedful.data.tables import Table
 
@@ -118,4 +119,4 @@ def draw(rng: random.Random, config: ListOpsConfig) -> tuple[str, int]:
     return " ".join(tokens), value
 
 
-SOURCE = Source(load=load, objectives=("classification",))
+SOURCE = Source(load=load, serves=lambda objective: objective.label == "class")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from heedful.data import packages
-from heedful.data.config import LABEL_OBJECTIVES, TEXT_OBJECTIVES, DataConfig
+from heedful.data.config import DataConfig
 from heedful.data.examples import Example, share
 from heedful.data.sources.source import Source
 
@@ -30,9 +30,9 @@ def load(config: DataConfig, split: str) -> list[Example]:
     examples = []
     for group, rating, text in _ratings():
         example = {"text": text}
-        if config.objective == "regression":
+        if config.objective_spec.label == "number":
             example["label"] = rating
-        elif config.objective == "classification":
+        elif config.objective_spec.label == "class":
             if abs(float(rating)) < NEUTRAL:
                 continue
             example["label"] = "positive" if float(rating) > 0 else "negative"
@@ -62,4 +62,6 @@ def _ratings() -> Iterator[tuple[str, str, str]]:
                     yield f"{collection} {identifier.partition('_')[0]}", rating, text
 
 
-SOURCE = Source(load=load, objectives=(*TEXT_OBJECTIVES, *LABEL_OBJECTIVES))
+SOURCE = Source(
+    load=load, serves=lambda objective: objective.is_text or objective.label is not None
+)

@@ -6,7 +6,7 @@ The texts are Project Gutenberg's without its notices, as the package `shakespea
 import re
 
 from heedful.data import packages
-from heedful.data.config import TEXT_OBJECTIVES, DataConfig
+from heedful.data.config import DataConfig
 from heedful.data.examples import Example
 from heedful.data.sources.source import Source
 
@@ -31,4 +31,4 @@ def load(config: DataConfig, split: str) -> list[Example]:
     return examples
 
 
-SOURCE = Source(load=load, objectives=TEXT_OBJECTIVES)
+SOURCE = Source(load=load, serves=lambda objective: objective.is_text)

@@ -3,12 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from heedful.data.config import DataConfig, Objective
-from heedful.data.examples import Example, fields_of
-
-
-def _usual_fields(config: DataConfig) -> tuple[str, ...]:
-    return fields_of(config.objective, 1)
+from heedful.data.config import DataConfig
+from heedful.data.examples import Example
+from heedful.data.objectives import OBJECTIVES, Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,9 +14,9 @@ class Source:
 
     load: Callable[[DataConfig, str], Sequence[Example]]
     """Return the examples of a split, in their order; raise DataError where there are none."""
-    objectives: tuple[Objective, ...]
-    """Objectives that can learn from these examples."""
-    fields: Callable[[DataConfig], tuple[str, ...]] = _usual_fields
+    serves: Callable[[Objective], bool] = lambda objective: True
+    """Tell if an objective can learn from these examples."""
+    fields: Callable[[DataConfig], tuple[str, ...]] = lambda config: config.objective_spec.fields
     """Return the names of the text fields of an example, in order."""
     classes: Callable[[DataConfig], tuple[str, ...]] = lambda config: ()
     """Return the classes in the order of the source; () where it has none of its own."""
@@ -29,3 +26,8 @@ class Source:
     """True where data.columns and data.label choose among columns."""
     if_empty: str = "choose another source or other languages"
     """Advice for an empty split; {split} stands for the name of the split."""
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The names of the objectives that can learn from these examples."""
+        return tuple(name for name, each in OBJECTIVES.items() if self.serves(each))

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from heedful.data import packages
-from heedful.data.config import LABEL_OBJECTIVES, TEXT_OBJECTIVES, DataConfig, DataError, listed
+from heedful.data.config import DataConfig
+from heedful.data.errors import DataError, listed
 from heedful.data.examples import (
     Example,
     Subset,
@@ -50,7 +51,7 @@ class Records(Sequence[Example]):
 
 
 def fields(config: DataConfig) -> tuple[str, ...]:
-    return fields_of(config.objective, len(_texts(config, _builder(config))))
+    return fields_of(config.objective_spec, len(_texts(config, _builder(config))))
 
 
 def classes(config: DataConfig) -> tuple[str, ...]:
@@ -72,7 +73,7 @@ def load(config: DataConfig, split: str) -> Sequence[Example]:
     texts = _texts(config, builder)
     read: dict[str, tuple[str, Callable[[Any], str]]] = {
         field: (feature, bytes.decode)
-        for field, feature in zip(fields_of(config.objective, len(texts)), texts, strict=True)
+        for field, feature in zip(fields_of(config.objective_spec, len(texts)), texts, strict=True)
     }
     label = label_column(config, list(builder.info.features), f"{config.source!r} has")
     if label:
@@ -145,12 +146,13 @@ def _label_reader(config: DataConfig, label: str, feature: Any) -> Callable[[Any
         raise DataError(f"data.label {label!r} of {config.source!r} is no single value: choose one")
     number = np.dtype(feature.np_dtype).kind
     is_class = hasattr(feature, "int2str")
-    if config.objective == "regression" and (is_class or number not in "fiu"):
+    wanted = config.objective_spec.label
+    if wanted == "number" and (is_class or number not in "fiu"):
         raise DataError(
             f"data.label {label!r} of {config.source!r} is no number: "
             "set data.objective to classification, or choose another data.label"
         )
-    if config.objective == "classification" and number == "f":
+    if wanted == "class" and number == "f":
         raise DataError(
             f"data.label {label!r} of {config.source!r} is a number: "
             "set data.objective to regression, or choose another data.label"
@@ -223,7 +225,6 @@ def _first_line(error: Exception) -> str:
 
 SOURCE = Source(
     load=load,
-    objectives=(*TEXT_OBJECTIVES, "translation", *LABEL_OBJECTIVES),
     fields=fields,
     classes=classes,
     argument="NAME/CONFIG",

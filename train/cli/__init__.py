@@ -13,7 +13,7 @@ from typing import Any
 
 from heedful import __version__
 from heedful.configs import base
-from heedful.data.config import DataError
+from heedful.data.errors import DataError
 from heedful.model.config import ModelError
 from heedful.train import signals
 from heedful.train.cli import commands

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from heedful.data.config import DataError
+from heedful.data.errors import DataError
 from heedful.data.text_files import CR_ONLY, checked_text
 
 

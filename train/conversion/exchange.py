@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from heedful.data.config import DataConfig, Objective
+from heedful.data.config import DataConfig
 from heedful.model import pretrained
 from heedful.model.config import ModelConfig
 from heedful.train.checkpoint import Checkpoints
@@ -27,9 +27,9 @@ from heedful.train.state import abstract_params, parameter_count
 def default_data(model: ModelConfig) -> DataConfig:
     """What a model of this kind may be measured on, where nothing else is said."""
     if model.head.kind == "classifier":
-        objective: Objective = "regression" if model.head.outputs == 1 else "classification"
+        objective = "regression" if model.head.outputs == 1 else "classification"
         return DataConfig(source="sentiment", objective=objective)
-    kinds: dict[str, tuple[str, Objective]] = {
+    kinds = {
         "encoder_only": ("shakespeare", "masked_lm"),
         "decoder_only": ("shakespeare", "causal_lm"),
         "encoder_decoder": ("homeassistant", "translation"),

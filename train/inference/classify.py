@@ -8,7 +8,7 @@ import numpy as np
 
 from heedful.data import sources
 from heedful.data.batch import pad_and_stack
-from heedful.data.config import DataError
+from heedful.data.errors import DataError
 from heedful.data.objectives import OBJECTIVES, Arrays
 from heedful.data.text_files import one_line
 from heedful.model.transformer import build
