@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from heedful.model.axes import mesh_axes, partitioned, target_platform
 from heedful.model.config import ModelConfig
+from heedful.model.ops.platform import op
 
 MAX_ROWS_TRANSPOSED = (
     64  # rows of x for which a CPU is faster with a transposed kernel as the first factor
@@ -122,6 +123,13 @@ class Linear(nn.Module):
         return checkpoint_name(y, str(self.name))  # by which model.remat keeps it
 
 
+@op
+def kernels_for_decoding(params: Any) -> Any:
+    """Return the parameters of a stack as decoding reads them."""
+    return params
+
+
+@kernels_for_decoding.on("cpu")
 def transposed_kernels(params: Any) -> Any:
     """The parameters of a stack, each kernel [L, *in, *out] as `transposed` [L, out, in].
 

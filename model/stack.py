@@ -1,7 +1,6 @@
 """Blocks, and stacks of equal blocks."""
 
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,11 +9,12 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from heedful.model.attention.linformer import projection_init
-from heedful.model.axes import constrain, target_platform
+from heedful.model.axes import constrain
 from heedful.model.cache import Cache, KVCache, reorder, repeat
 from heedful.model.config import AttentionSite, ModelConfig
 from heedful.model.layers import Dropout, FeedForward, MultiHeadAttention, Norm, StackContext
 from heedful.model.masks import AttentionMask
+from heedful.model.ops.loops import layers_per_iteration
 from heedful.model.positions import (
     PositionBias,
     RelativeBias,
@@ -29,16 +29,6 @@ KEPT = {
     "dots": (*OF_ATTENTION, "up", "gate", "down"),
 }
 """Linear maps whose outputs the backward pass finds, by `config.remat`."""
-
-
-def unroll(config: ModelConfig, decodes: bool) -> int:
-    """Layers per iteration; in decoding on a CPU, layers that are `UnstackedLayers` are in no loop.
-
-    With `config.remat` a loop it is: without, a CPU computes early what it should compute again.
-    """
-    is_open = decodes or (config.unroll is None and config.remat == "none")
-    least = 12 if is_open and target_platform() == "cpu" else 1
-    return max(least, config.unroll or 1)
 
 
 @struct.dataclass
@@ -59,39 +49,6 @@ class BlockCache:
     def _each(self, change: Callable[[Cache], Cache]) -> "BlockCache":
         kept = jax.vmap(change)(self.self_attention)
         return self.replace(self_attention=kept)  # type: ignore[attr-defined]
-
-
-@struct.dataclass
-class UnstackedLayers:
-    """What a stack holds, parameters or a cache, as one tree for each layer.
-
-    A CPU copies what a layer needs of a stacked array whenever it needs it. A loop over tokens
-    therefore carries the layers apart, and puts them together for each token: the compiler sees
-    that the layers of the stack are what was apart, and copies nothing.
-    """
-
-    layers: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, stacked: Any) -> "UnstackedLayers":
-        count = len(jax.tree.leaves(stacked)[0])
-        return cls(tuple(jax.tree.map(lambda x: x[i], stacked) for i in range(count)))  # noqa: B023
-
-    def together(self) -> Any:
-        return jax.tree.map(lambda *layers: jnp.stack(layers), *self.layers)
-
-    def repeat(self, times: int) -> "UnstackedLayers":
-        """Of a cache."""
-        return self._each(lambda cache: cache.repeat(times))
-
-    def reorder(self, parents: Int[Array, "B W"]) -> "UnstackedLayers":
-        """Of a cache."""
-        return self._each(lambda cache: cache.reorder(parents))
-
-    def _each(self, change: Callable[[Any], Any]) -> "UnstackedLayers":
-        """`change` of each layer as a stack of one."""
-        stacks = (change(jax.tree.map(lambda x: x[None], layer)) for layer in self.layers)
-        return UnstackedLayers(tuple(jax.tree.map(lambda x: x[0], stack) for stack in stacks))
 
 
 class Block(nn.Module):
@@ -183,7 +140,7 @@ class Stack(nn.Module):
             split_rngs={"params": True, "dropout": True, "features": True},
             in_axes=(0, *[nn.broadcast] * 5),  # type: ignore[arg-type]
             length=self.layers,
-            unroll=min(unroll(self.config, cache is not None), self.layers),
+            unroll=min(self._unroll(cache is not None), self.layers),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         blocks = scanned(self.config, self.has_cross, name="blocks")
@@ -201,8 +158,12 @@ class Stack(nn.Module):
             return Block
         policy = jax.checkpoint_policies.save_only_these_names(*KEPT[self.config.remat])
         # Between two loops XLA shares nothing; without them it would, and keep all after all.
-        is_looped = unroll(self.config, decodes=False) < self.layers
+        is_looped = self._unroll(decodes=False) < self.layers
         return nn.remat(Block, policy=policy, prevent_cse=not is_looped, static_argnums=7)
+
+    def _unroll(self, decodes: bool) -> int:
+        config = self.config
+        return layers_per_iteration(config.unroll, remat=config.remat != "none", decodes=decodes)
 
     def _projection(self) -> Float[Array, "S R"] | None:
         """Of the core linformer, where all layers have one."""

@@ -9,15 +9,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from heedful.model import masks
-from heedful.model.axes import constrain, partitioned, target_platform
+from heedful.model.axes import constrain, partitioned
 from heedful.model.cache import new_cache
 from heedful.model.config import ModelConfig, ModelError
 from heedful.model.heads import HEADS
 from heedful.model.layers import Dropout, Embedding, Norm
-from heedful.model.linear import transposed_kernels
+from heedful.model.linear import kernels_for_decoding
 from heedful.model.masks import AttentionMask
+from heedful.model.ops.loops import layers_per_iteration, unstack_layers
 from heedful.model.positions import PositionEmbedding, lookup
-from heedful.model.stack import BlockCache, Stack, UnstackedLayers, unroll
+from heedful.model.stack import BlockCache, Stack
 
 Tokens = Int[Array, "B T"]
 Positions = Int[Array, "b T"]  # b is B, or 1 where all rows agree
@@ -305,28 +306,23 @@ def empty_cache(config: ModelConfig, batch: int, length: int) -> BlockCache:
     return BlockCache(self_attention=jax.tree.map(repeat, one))
 
 
-def unstack_layers(config: ModelConfig, tree: Any) -> Any:
-    """Parameters, or a cache, for a loop over tokens; see `UnstackedLayers`.
+def unstack(config: ModelConfig, tree: Any) -> Any:
+    """Return parameters, or a cache, for a loop over tokens; `restack_layers` undoes it.
 
-    As they are where the layers of a token are in a loop themselves.
+    They stay as they are where the layers of a token are in a loop themselves.
     """
     most = max(config.layers, config.encoder_layers or 0)
-    if target_platform() != "cpu" or unroll(config, decodes=True) < most:
+    is_remat = config.remat != "none"
+    if layers_per_iteration(config.unroll, remat=is_remat, decodes=True) < most:
         return tree
     if isinstance(tree, BlockCache):
-        return UnstackedLayers.of(tree)
+        return unstack_layers(tree)
+    stacks = {name: part for name, part in tree.items() if "blocks" in part}
     apart = {
-        name: part | {"blocks": UnstackedLayers.of(transposed_kernels(part["blocks"]))}
-        for name, part in tree.items()
-        if "blocks" in part
+        name: part | {"blocks": unstack_layers(kernels_for_decoding(part["blocks"]))}
+        for name, part in stacks.items()
     }
     return tree | apart
-
-
-def restack_layers(tree: Any) -> Any:
-    """What `unstack_layers` was given, for `apply`; kernels stay transposed."""
-    is_apart = lambda x: isinstance(x, UnstackedLayers)  # noqa: E731
-    return jax.tree.map(lambda x: x.together() if is_apart(x) else x, tree, is_leaf=is_apart)
 
 
 def _require_cache(offset: jax.Array | int | None, cache: BlockCache | None) -> None:

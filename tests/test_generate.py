@@ -19,7 +19,8 @@ from heedful.model import transformer
 from heedful.model.cache import KVCache
 from heedful.model.config import ModelConfig
 from heedful.model.decoding import length_penalty
-from heedful.model.transformer import build, restack_layers
+from heedful.model.ops.loops import restack_layers
+from heedful.model.transformer import build
 from heedful.train.config import DecodeConfig, MeshConfig, TrainError
 from heedful.train.inference import generate
 from heedful.train.inference.batching import batches, shapes

@@ -25,8 +25,9 @@ from heedful.model.attention.performer import (
 )
 from heedful.model.config import PerformerConfig
 from heedful.model.masks import AttentionMask, MaskNotSupported
+from heedful.model.ops.loops import restack_layers
 from heedful.model.positions import PositionBias
-from heedful.model.transformer import empty_cache, restack_layers
+from heedful.model.transformer import empty_cache
 from heedful.train.inference import generate
 
 T, N, K, H, R = 13, 6, 3, 5, 11

@@ -10,7 +10,8 @@ from tiny import POSITIONS, random_params, tiny
 
 from heedful.data.config import TokenizerConfig
 from heedful.data.tokenizer import Tokenizer
-from heedful.model.transformer import build, restack_layers
+from heedful.model.ops.loops import restack_layers
+from heedful.model.transformer import build
 from heedful.train.config import DecodeConfig, MeshConfig, TrainError
 from heedful.train.inference.batching import batches
 from heedful.train.inference.translate import Translator

@@ -20,7 +20,8 @@ from heedful.model.decoding import (
     decode_until,
     init_decode,
 )
-from heedful.model.transformer import build, empty_cache, restack_layers, unstack_layers
+from heedful.model.ops.loops import restack_layers
+from heedful.model.transformer import build, empty_cache, unstack
 from heedful.train.config import DecodeConfig, TrainError, require_tokens
 from heedful.train.inference.batching import PromptBatch, batches, require_length
 from heedful.train.sharding import replicated
@@ -61,7 +62,7 @@ class Generator:
         positions = model.positions
         self._table = positions.max_length if positions.kind == "learned" else None
         with jax.set_mesh(mesh):
-            self.params = jax.jit(partial(unstack_layers, model))(params)
+            self.params = jax.jit(partial(unstack, model))(params)
         self._begin = jax.jit(self._read_prompts)
         self._advance = jax.jit(
             self._write_on, donate_argnames="writing", out_shardings=(None, replicated(mesh))
@@ -253,7 +254,7 @@ class Generator:
         def step(tokens: jax.Array, cache: Any, position: jax.Array):
             options = {"cache": restack_layers(cache), "offset": position, "method": "decode"}
             logits, cache = model.apply({"params": restack_layers(params)}, tokens, **options)
-            return logits[:, -1], unstack_layers(self.model, cache)
+            return logits[:, -1], unstack(self.model, cache)
 
         return step
 
@@ -313,7 +314,7 @@ class Generator:
 
         cache = empty_cache(self.model, len(lengths), size)
         chunks = (jnp.max(lengths) - 1 + chunk - 1) // chunk
-        return unstack_layers(self.model, jax.lax.fori_loop(0, chunks, read, cache))
+        return unstack(self.model, jax.lax.fori_loop(0, chunks, read, cache))
 
 
 class Text:

@@ -13,7 +13,8 @@ from heedful.data.text_files import one_line
 from heedful.data.tokenizer import Tokenizer
 from heedful.model.config import ModelConfig, ModelError
 from heedful.model.decoding import Decoded, Sampling, beam_search, sample
-from heedful.model.transformer import build, empty_cache, restack_layers, unstack_layers
+from heedful.model.ops.loops import restack_layers
+from heedful.model.transformer import build, empty_cache, unstack
 from heedful.train.config import DecodeConfig, TrainError, require_tokens
 from heedful.train.inference.batching import PromptBatch, batches, require_length
 from heedful.train.sharding import replicated
@@ -50,7 +51,7 @@ class Translator:
         self.longest, self.tell = longest, tell
         self.bos, self.eos = tokenizer.bos, tokenizer.eos
         with jax.set_mesh(mesh):
-            self.params = jax.jit(partial(unstack_layers, model))(params)
+            self.params = jax.jit(partial(unstack, model))(params)
         self._run = jax.jit(self._translate, out_shardings=replicated(mesh))
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
@@ -110,7 +111,7 @@ class Translator:
                 offset=position,
                 method="decode",
             )
-            return logits[:, -1], unstack_layers(self.model, cache)
+            return logits[:, -1], unstack(self.model, cache)
 
         last = jnp.full(batch, self.bos, jnp.int32)
         start = jnp.int32(0)
