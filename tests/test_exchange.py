@@ -174,9 +174,9 @@ def test_what_is_left_out_is_listed(runs, tmp_path, capsys):
 
     change_tensors(target, wrap)
     notes = [
-        f"hf:{target}: _orig_mod. taken off names of tensors",
-        f"hf:{target}: module. taken off names of tensors",
-        f"hf:{target}: left out, as it is no part of the model: cls.seq_relationship.bias",
+        f"hf:{target}: prefix _orig_mod. removed from names of tensors",
+        f"hf:{target}: prefix module. removed from names of tensors",
+        f"hf:{target}: left out, not part of the model: cls.seq_relationship.bias",
     ]
     capsys.readouterr()
     assert cli.run(["import", f"hf:{target}", "--run-dir", str(run)]) == 0

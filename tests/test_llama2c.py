@@ -97,17 +97,17 @@ def test_llama2c_files_that_are_refused(tmp_path: Path):
     content = path.read_bytes()
     size = f"{len(content):,}"
     for spoiled, parts in (
-        (content[:-4], (f"{len(content) - 4:,} bytes", f"asks for {size}")),
-        (content + b"0000", (f"{len(content) + 4:,} bytes", f"asks for {size}")),
-        (content[:20], ("no llama2.c checkpoint", "[24, 13, 2, 6, 3]")),
-        (b"\0" * 200, ("no llama2.c checkpoint",)),
-        (np.array([7, *[2] * 6], "<i4").tobytes(), ("no llama2.c checkpoint",)),
+        (content[:-4], (f"{len(content) - 4:,} bytes", f"implies {size}")),
+        (content + b"0000", (f"{len(content) + 4:,} bytes", f"implies {size}")),
+        (content[:20], ("not a llama2.c checkpoint", "[24, 13, 2, 6, 3]")),
+        (b"\0" * 200, ("not a llama2.c checkpoint",)),
+        (np.array([7, *[2] * 6], "<i4").tobytes(), ("not a llama2.c checkpoint",)),
     ):
         path.write_bytes(spoiled)
         refused(lambda: pretrained.read_llama2c(path), str(path), *parts)
     spoiled = np.frombuffer(content, "<f4").copy()
     for at, value, part in (
-        (7 + 30, np.nan, "embedding/table has values that are not finite"),
+        (7 + 30, np.nan, "embedding/table has NaN or infinite values"),
         (len(spoiled) - 3, 0.5, "its sines are not those"),
         (len(spoiled) - 3 - 19 * 2, np.float32(0.5), "its cosines are not those"),
     ):

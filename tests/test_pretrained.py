@@ -283,7 +283,7 @@ def test_buffers_that_files_have(name: str, buffer: str, values: np.ndarray, tmp
     wrong.reshape(-1)[-1] += 0.1 if wrong.ndim else 1e4
     for other in (wrong, np.zeros((3, 2), np.float32), np.full_like(wrong, np.nan)):
         change_tensors(directory, lambda t, other=other: t.update({buffer: other}))
-        refused(lambda: read(directory), f"{buffer} is not what this config.json makes of it")
+        refused(lambda: read(directory), f"{buffer} does not have the values")
 
 
 def test_tied_tensors_under_one_of_their_names(tmp_path: Path):

@@ -155,9 +155,9 @@ def test_parameters_of_another_config(tmp_path: Path):
         "(3, 18)",
     )
     untied = replace(GPT2, tie_embeddings=False)
-    refused(lambda: write(directory, untied, params, special={}), "the config have head/kernel")
+    refused(lambda: write(directory, untied, params, special={}), "params have no head/kernel")
     more = params | {"head": {"bias": np.zeros(V)}}
-    refused(lambda: write(directory, GPT2, more, special={}), "the parameters have head/bias")
+    refused(lambda: write(directory, GPT2, more, special={}), "params have head/bias")
     assert not directory.exists()
 
 
@@ -272,12 +272,15 @@ def tensor(value: np.ndarray) -> Callable[[Path], None]:
         (tensor(np.zeros((15, 11), np.float32)), (NAME, "(15, 11)", "(15, 13)")),
         (tensor(np.zeros((15, 13), np.int8)), (NAME, "I8", "F32, F16, BF16")),
         (tensor(np.zeros((15, 13))), (NAME, "F64")),
-        (shard_missing, ("index.json", "model-00001-of-00002.safetensors", "not beside it")),
+        (
+            shard_missing,
+            ("index.json", "model-00001-of-00002.safetensors", "not in the same"),
+        ),
         (tensor_not_in_shard, ("a.safetensors has no tensor other",)),
         (no_map, ("index.json", "weight_map")),
         (lambda d: (d / "config.json").unlink(), ("config.json does not exist",)),
         (write_config("{"), ("config.json is not JSON",)),
-        (write_config("[]"), ("config.json is JSON, but no object",)),
+        (write_config("[]"), ("config.json is JSON, but not an object",)),
     ],
 )
 def test_files_that_are_refused(spoil: Callable, parts: tuple[str, ...], tmp_path: Path):
@@ -418,7 +421,7 @@ def test_values_in_config_json_that_are_refused(name: str, key: str, value: Any,
 def test_keys_that_are_not_known_are_refused(name: str, key: str, value: Any, tmp_path: Path):
     directory = export(tmp_path, name)
     change(directory, **{key: value})
-    refused(lambda: read(directory), f'config.json has "{key}": {value!r}', "not known")
+    refused(lambda: read(directory), f'config.json has "{key}": {value!r}', "an unknown key")
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: None}))
     read(directory)

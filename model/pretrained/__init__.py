@@ -1,6 +1,7 @@
-"""Weights in and out: safetensors and config.json as Hugging Face's transformers has them.
+"""Read and write models in the files of Hugging Face's transformers.
 
-BERT, Longformer, GPT-2, LLaMA, T5 and Marian; numpy on the host, float32. Errors are ModelError.
+The files are safetensors and config.json; the families are BERT, Longformer, GPT-2, LLaMA, T5 and
+Marian. Parameters are float32 numpy arrays on the host. Errors are ModelError.
 """
 
 import re
@@ -11,16 +12,16 @@ from typing import Any
 import numpy as np
 
 from heedful.model.config import ModelConfig, ModelError, require
-from heedful.model.pretrained.architecture import (
+from heedful.model.pretrained.config import config_from_hf, config_to_hf, family_of
+from heedful.model.pretrained.family import (
     WRAPPERS,
-    HuggingFace,
-    Keys,
+    Family,
     Pretrained,
+    default_labels,
     label_values,
-    made_up_labels,
 )
-from heedful.model.pretrained.config import architecture_of, config_from_hf, config_to_hf
-from heedful.model.pretrained.layout import flat, places, shapes, to_params, to_tensor
+from heedful.model.pretrained.keys import Keys
+from heedful.model.pretrained.layout import flat, shapes, tensor_mappings, to_params, to_tensor
 from heedful.model.pretrained.llama2c import read_llama2c
 from heedful.model.pretrained.lora import merge_lora
 from heedful.model.pretrained.tensors import CONFIG, Tensors, read_json, save
@@ -41,108 +42,112 @@ Special = Mapping[str, int | list[int]]
 
 
 def read(directory: Path) -> Pretrained:
-    """The model in a directory with config.json and safetensors."""
+    """Read the model in a directory with config.json and safetensors; raise ModelError."""
     return ModelDirectory(directory).read()
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """Its config alone; of the tensors only names are read, and what may be tied."""
+    """Read only the config of a model; of the tensors only names, shapes and ties are read."""
     return ModelDirectory(directory).config
 
 
 class ModelDirectory:
-    """A directory with a model, whose tensors are known by the names of the table.
+    """A directory with config.json and safetensors of one model.
 
-    Raises ModelError for tensors without a place that the model would compute with.
+    `file_names` maps the names of the family's table to the names in the file. Raises ModelError
+    for a config that is not supported, for a missing tensor, and for a tensor that the model would
+    compute with but that the family's table lacks.
     """
 
     def __init__(self, directory: Path):
         path = directory / CONFIG
         self.keys = Keys(read_json(path), str(path))
-        self.kind, self.architecture = architecture_of(self.keys)
+        self.family, self.architecture = family_of(self.keys)
         self.tensors = Tensors(directory)
-        self.actual: dict[str, str] = {}
+        self.file_names: dict[str, str] = {}
         for name in sorted(self.tensors.names):
-            other = self.actual.setdefault(self.kind.canonical(name), name)
+            first = self.file_names.setdefault(self.family.canonical(name), name)
             require(
-                other == name,
-                f"{self.tensors.source} has {other} and {name}, which are one tensor of "
-                f"{self.kind.model_type}: take one of them out",
+                first == name,
+                f"{self.tensors.source} has {first} and {name}, which are one tensor of "
+                f"{self.family.model_type}: delete one of them",
             )
-        self._untie()
-        self.config = self.kind.config(self.keys, self.architecture, self.actual.keys())
-        self.places = places(self.kind, self.config)
+        self._merge_ties()
+        self.config = self.family.config(self.keys, self.architecture, self.file_names.keys())
+        self.mappings = tensor_mappings(self.family, self.config)
         self._check_shapes()
-        self._sort_rest()
+        self._sort_unmapped()
 
-    def _untie(self) -> None:
-        """Leaves one name to tensors that are in the file under several."""
-        for name, other in self._ties():
-            if other in self.actual and name not in self.actual:
-                self.actual[name] = self.actual.pop(other)
-            elif other in self.actual and self._bits(name) == self._bits(other):
-                del self.actual[other]
+    def _merge_ties(self) -> None:
+        """Keep one name of each tensor that the file has under several names."""
+        for name, copy in self._ties():
+            if copy in self.file_names and name not in self.file_names:
+                self.file_names[name] = self.file_names.pop(copy)
+            elif copy in self.file_names and self._bytes(name) == self._bytes(copy):
+                del self.file_names[copy]
 
     def _ties(self) -> Iterator[tuple[str, str]]:
-        ties_output = self.keys.get("tie_word_embeddings", self.kind.ties_output)
-        for name, others in self.kind.tied.items():
-            yield from ((name, o) for o in others if ties_output or o != "lm_head.weight")
+        """Yield the name of each tied tensor with each of its further names."""
+        ties_output = self.keys.get("tie_word_embeddings", self.family.ties_output)
+        for name, copies in self.family.tied.items():
+            yield from ((name, c) for c in copies if ties_output or c != "lm_head.weight")
 
-    def _bits(self, name: str) -> bytes:
-        return self.tensors.read(self.actual[name]).tobytes()
+    def _bytes(self, name: str) -> bytes:
+        return self.tensors.read(self.file_names[name]).tobytes()
 
     def _check_shapes(self) -> None:
-        """Compares what config.json asks for with the file, before any memory is taken for it."""
-        for place in self.places:
-            for name, _ in place.names():
-                if name not in self.actual:
+        """Compare names and shapes with config.json before memory for the values is allocated."""
+        for mapping in self.mappings:
+            for name, _ in mapping.names():
+                if name not in self.file_names:
                     raise ModelError(f"{self.tensors.source} has no tensor {name}")
-                self.tensors.check(self.actual[name], place.shape)
+                self.tensors.check(self.file_names[name], mapping.shape)
 
-    def _sort_rest(self) -> None:
-        """Sort tensors without a place: buffers, to be compared, and those that may be left out."""
-        placed = {name for place in self.places for name, _ in place.names()}
-        rest = self.actual.keys() - placed
-        for name, other in self._ties():
+    def _sort_unmapped(self) -> None:
+        """Sort tensors that are not parameters into `buffers`, which are checked, and `unused`."""
+        mapped = {name for mapping in self.mappings for name, _ in mapping.names()}
+        unmapped = self.file_names.keys() - mapped
+        for name, copy in self._ties():
             require(
-                other not in rest,
-                f"{self.tensors.source}: {other} differs from {name}, "
-                "but one matrix for both is all that is supported",
+                copy not in unmapped,
+                f"{self.tensors.source}: {copy} differs from {name}, "
+                "but only one matrix for both is supported",
             )
         if self.config.head.kind == "language_model":
-            placed.update(*self.kind.tied.values())
-        checks = {name: self._check(name) for name in rest}
+            mapped.update(*self.family.tied.values())
+        checks = {name: self._buffer_check(name) for name in unmapped}
         self.buffers = {name: check for name, check in checks.items() if check}
-        rest -= self.buffers.keys()
-        needed = [self.actual[name] for name in rest if self.kind.is_needed(name, placed)]
+        unmapped -= self.buffers.keys()
+        needed = [self.file_names[n] for n in unmapped if self.family.is_needed(n, mapped)]
         if needed:
             raise ModelError(
                 f"{self.tensors.source} has {_some(needed)}, for which a {self.architecture} with "
-                f"this {CONFIG} has no place: give the {CONFIG} that these weights were saved with"
+                f"this {CONFIG} has no place: use the {CONFIG} that these weights were saved with"
             )
-        self.unused = sorted(self.actual[name] for name in rest)
+        self.unused = sorted(self.file_names[name] for name in unmapped)
 
-    def _check(self, name: str) -> Callable[[np.ndarray, ModelConfig], bool] | None:
-        found = (c for pattern, c in self.kind.buffers.items() if re.fullmatch(pattern, name))
-        return next(found, None)
+    def _buffer_check(self, name: str) -> Callable[[np.ndarray, ModelConfig], bool] | None:
+        checks = self.family.buffers.items()
+        return next((check for pattern, check in checks if re.fullmatch(pattern, name)), None)
 
     @property
     def notes(self) -> list[str]:
-        """Lines that a user should read about the files."""
+        """Lines for the user about renamed and unused tensors."""
         wrapped = {m[0] for name in self.tensors.names for m in re.finditer(WRAPPERS, name)}
-        notes = [f"{prefix} taken off names of tensors" for prefix in sorted(wrapped)]
+        notes = [f"prefix {prefix} removed from names of tensors" for prefix in sorted(wrapped)]
         if self.unused:
-            notes.append(f"left out, as it is no part of the model: {_some(self.unused)}")
+            notes.append(f"left out, not part of the model: {_some(self.unused)}")
         return notes
 
     def read(self) -> Pretrained:
-        tensor = lambda name: self.tensors.read(self.actual[name])  # noqa: E731
-        params = to_params(self.places, shapes(self.config), tensor)
-        for name, is_right in self.buffers.items():
+        """Read the parameters; raise ModelError for buffers with unexpected values."""
+        tensor = lambda name: self.tensors.read(self.file_names[name])  # noqa: E731
+        params = to_params(self.mappings, shapes(self.config), tensor)
+        for name, is_expected in self.buffers.items():
             require(
-                is_right(self.tensors.raw(self.actual[name]), self.config),
-                f"{self.tensors.source}: {self.actual[name]} is not what this {CONFIG} makes "
-                f"of it: give the {CONFIG} of these weights, or take the tensor out",
+                is_expected(self.tensors.raw(self.file_names[name]), self.config),
+                f"{self.tensors.source}: {self.file_names[name]} does not have the values that "
+                f"this {CONFIG} implies: use the {CONFIG} of these weights, or delete the tensor",
             )
         return Pretrained(
             config=self.config,
@@ -155,7 +160,7 @@ class ModelDirectory:
 
 
 def _some(names: Iterable[str], most: int = 5) -> str:
-    """The first names in the order of the alphabet, and how many more there are."""
+    """List the first names in alphabetical order, and the number of further names."""
     names = sorted(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
@@ -170,26 +175,27 @@ def write(
     labels: Sequence[str] = (),
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes the model as transformers' from_pretrained reads it.
+    """Write config.json and safetensors, which transformers' from_pretrained reads.
 
-    `special` has ids of special tokens by their names in config.json (eos_token_id, ...), `labels`
-    a name for each class. Raises ModelError for a model that no known architecture expresses,
-    naming the first field that does not fit, and for a directory that holds another export.
+    `params` is the tree of `config`. `special` has ids of special tokens, named as in config.json
+    (eos_token_id, ...), `labels` the names of a classifier's classes. Raises ModelError where no
+    family can express the config (naming the field), where params, ids or labels do not fit the
+    config, and for a directory that holds another export.
     """
     values = config_to_hf(config)
-    kind, name = architecture_of(Keys(values))
-    values |= _special_values(kind, config, special) | _label_values(config, labels)
-    by_path, sizes, made = flat(config, params), {}, {}
-    prefix = kind.body if name in kind.bare else ""
-    for place in places(kind, config):
-        for full, layer in place.names():
+    family, name = family_of(Keys(values))
+    values |= _special_values(family, config, special) | _label_values(config, labels)
+    by_path, sizes, origins = flat(config, params), {}, {}
+    prefix = family.body_prefix if name in family.unprefixed else ""
+    for mapping in tensor_mappings(family, config):
+        for full, layer in mapping.names():
             short = full.removeprefix(prefix)
-            made[short] = place, layer
-            sizes[short] = 4 * int(np.prod(place.shape))
+            origins[short] = mapping, layer
+            sizes[short] = 4 * int(np.prod(mapping.shape))
 
     def make(name: str) -> np.ndarray:
-        place, layer = made[name]
-        return to_tensor(place, layer, by_path)
+        mapping, layer = origins[name]
+        return to_tensor(mapping, layer, by_path)
 
     save(directory, values, sizes, make, max_shard_bytes)
 
@@ -198,34 +204,37 @@ def _special(keys: Keys) -> dict[str, Any]:
     return {k: v for k, v in keys.values.items() if k.endswith("_token_id") and v is not None}
 
 
-def _special_values(kind: HuggingFace, config: ModelConfig, special: Special) -> dict[str, Any]:
+def _special_values(family: Family, config: ModelConfig, special: Special) -> dict[str, Any]:
     for key, value in special.items():
-        require(key.endswith("_token_id"), f"special has {key!r}: name it as eos_token_id")
+        require(
+            key.endswith("_token_id"),
+            f"special has {key!r}: name it as in config.json, such as eos_token_id",
+        )
         for one in value if isinstance(value, list) else [value]:
             require(
                 0 <= one < (config.vocab_size or 0),
                 f"special has {key} = {one}, but model.vocab_size is {config.vocab_size}",
             )
-    for key in kind.required:
-        require(key in special, f"special has no {key}, which {kind.model_type} needs")
-    for key, value in kind.fixed.items():
+    for key in family.required_ids:
+        require(key in special, f"special has no {key}: {family.model_type} needs one")
+    for key, value in family.fixed_ids.items():
         require(
             special.get(key, value) == value,
-            f"special has {key} = {special.get(key)}, but in {kind.model_type} it is {value}: "
-            "use a tokenizer that has it there",
+            f"special has {key} = {special.get(key)}, but in {family.model_type} it is {value}: "
+            "use a tokenizer with this id",
         )
-    return dict.fromkeys(kind.special) | dict(special)
+    return dict.fromkeys(family.special_ids) | dict(special)
 
 
 def _labels(keys: Keys, config: ModelConfig) -> list[str]:
-    """Names of the classes, unless they are those that transformers makes up."""
+    """Return the names of the classes; none where they are the default names of transformers."""
     names, ids = keys.values.get("id2label"), [str(i) for i in range(_outputs(config))]
     if not ids or names is None:
         return []
     if not isinstance(names, dict) or set(names) != set(ids):
         raise keys.unsupported("id2label", names, f"an object with keys 0 to {len(ids) - 1}")
     labels = [str(names[i]) for i in ids]
-    return labels if labels != made_up_labels(len(ids)) else []
+    return labels if labels != default_labels(len(ids)) else []
 
 
 def _outputs(config: ModelConfig) -> int:
@@ -235,7 +244,11 @@ def _outputs(config: ModelConfig) -> int:
 def _label_values(config: ModelConfig, labels: Sequence[str]) -> dict[str, Any]:
     outputs = _outputs(config)
     require(
-        len(labels) in (0, outputs), f"{len(labels)} labels, but the model has {outputs} classes"
+        len(labels) in (0, outputs),
+        f"{len(labels)} labels, but the model has {outputs} classes: give one label per class",
     )
-    require(len(set(labels)) == len(labels), f"labels name a class twice: {', '.join(labels)}")
+    require(
+        len(set(labels)) == len(labels),
+        f"labels name a class twice: {', '.join(labels)}; rename one",
+    )
     return label_values(labels) if labels else {}

@@ -12,15 +12,14 @@ from heedful.model.config import (
     PositionConfig,
     require,
 )
-from heedful.model.pretrained.architecture import (
-    ACTIVATION_NAMES,
-    HuggingFace,
-    Keys,
+from heedful.model.pretrained.family import (
+    Family,
+    default_labels,
     is_range,
     label_values,
-    made_up_labels,
     vocab_size,
 )
+from heedful.model.pretrained.keys import ACTIVATION_NAMES, Keys
 
 TABLE = {
     "embedding": "bert.embeddings.word_embeddings",
@@ -49,11 +48,11 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
     keys.only("position_embedding_type", "absolute")
     keys.only("tie_word_embeddings", True)
     dropout = keys.get("hidden_dropout_prob", 0.1)
-    rate = keys.optional("classifier_dropout", float)  # A language model may have it, unused.
+    rate = keys.optional("classifier_dropout", float)  # Language models may have it, unused.
     if name in ("BertForMaskedLM", "BertForPreTraining"):
         head = HeadConfig(transform=True, bias=True)
     else:
-        # The bare body is that of a classifier whose classes are yet to come.
+        # The bare body is a classifier without classes.
         head = HeadConfig(
             kind="classifier",
             outputs=None if name == "BertModel" else keys.outputs(),
@@ -92,7 +91,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     else:
         require(head.pooler, "model.head.pooler = False cannot be exported: BERT has a pooler")
         name = "BertModel" if head.outputs is None else "BertForSequenceClassification"
-    labels = made_up_labels(head.outputs or 0) if head.kind == "classifier" else []
+    labels = default_labels(head.outputs or 0) if head.kind == "classifier" else []
     return {
         "architectures": [name],
         "vocab_size": vocab_size(config),
@@ -111,7 +110,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-BERT = HuggingFace(
+BERT = Family(
     model_type="bert",
     architecture="encoder_only",
     classes=(
@@ -123,10 +122,10 @@ BERT = HuggingFace(
     from_hf=from_hf,
     to_hf=to_hf,
     table=lambda config: TABLE,
-    body="bert.",
+    body_prefix="bert.",
     body_modules=("embeddings", "encoder", "pooler"),
-    # of TensorFlow's files, and of sentence-transformers
-    idle=frozenset(
+    # Keys of TensorFlow's files and of sentence-transformers.
+    ignored_keys=frozenset(
         {
             "directionality",
             "is_causal",
@@ -139,7 +138,7 @@ BERT = HuggingFace(
             "sentence_transformers",
         }
     ),
-    fields={
+    keys_of_fields={
         "model.vocab_size": "vocab_size",
         "model.width": "hidden_size",
         "model.layers": "num_hidden_layers",
@@ -153,12 +152,12 @@ BERT = HuggingFace(
         "head.outputs": "num_labels",
         "head.dropout": "classifier_dropout",
     },
-    bare=("BertModel",),
+    unprefixed=("BertModel",),
     tied={
         "bert.embeddings.word_embeddings.weight": ("cls.predictions.decoder.weight",),
         "cls.predictions.bias": ("cls.predictions.decoder.bias",),
     },
     buffers={r"bert\.embeddings\.position_ids": is_range},
-    heads=r"bert\.pooler\..*",
-    special=("pad_token_id",),
+    unused=r"bert\.pooler\..*",
+    special_ids=("pad_token_id",),
 )

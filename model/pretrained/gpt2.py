@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019), a language model."""
+"""GPT-2 (Radford et al. 2019): a language model."""
 
 from collections.abc import Set
 from typing import Any
@@ -12,7 +12,8 @@ from heedful.model.config import (
     NormConfig,
     PositionConfig,
 )
-from heedful.model.pretrained.architecture import ACTIVATION_NAMES, HuggingFace, Keys, vocab_size
+from heedful.model.pretrained.family import Family, vocab_size
+from heedful.model.pretrained.keys import ACTIVATION_NAMES, Keys
 
 TABLE = {
     "embedding": "transformer.wte",
@@ -77,23 +78,23 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _is_causal_mask(found: np.ndarray, config: ModelConfig) -> bool:
-    length = found.shape[-1] if found.ndim else 0
-    return np.array_equal(found, np.tril(np.ones((1, 1, length, length))))
+def _is_causal_mask(values: np.ndarray, config: ModelConfig) -> bool:
+    length = values.shape[-1] if values.ndim else 0
+    return np.array_equal(values, np.tril(np.ones((1, 1, length, length))))
 
 
-def _is_minus_infinity(found: np.ndarray, config: ModelConfig) -> bool:
-    return bool((found < -9_000).all())  # -1e4 in the first release
+def _is_minus_infinity(values: np.ndarray, config: ModelConfig) -> bool:
+    return bool((values < -9_000).all())  # The first release has -1e4.
 
 
-GPT2 = HuggingFace(
+GPT2 = Family(
     model_type="gpt2",
     architecture="decoder_only",
     classes=("GPT2LMHeadModel", "GPT2Model"),
     from_hf=from_hf,
     to_hf=to_hf,
     table=lambda config: TABLE,
-    body="transformer.",
+    body_prefix="transformer.",
     body_modules=("wte", "wpe", "h", "ln_f"),
     aliases={
         "hidden_size": "n_embd",
@@ -101,7 +102,7 @@ GPT2 = HuggingFace(
         "num_attention_heads": "n_head",
         "num_hidden_layers": "n_layer",
     },
-    idle=frozenset(
+    ignored_keys=frozenset(
         {
             "is_decoder",
             "n_ctx",
@@ -113,7 +114,7 @@ GPT2 = HuggingFace(
             "summary_use_proj",
         }
     ),
-    fields={
+    keys_of_fields={
         "model.vocab_size": "vocab_size",
         "model.width": "n_embd",
         "model.layers": "n_layer",
@@ -130,5 +131,5 @@ GPT2 = HuggingFace(
         r"transformer\.h\.\d+\.attn\.bias": _is_causal_mask,
         r"transformer\.h\.\d+\.attn\.masked_bias": _is_minus_infinity,
     },
-    special=("bos_token_id", "eos_token_id", "pad_token_id"),
+    special_ids=("bos_token_id", "eos_token_id", "pad_token_id"),
 )

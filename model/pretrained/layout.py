@@ -1,4 +1,4 @@
-"""Our tree of parameters and the tensors of a file: which is where, and in which shape."""
+"""Map our parameter tree to the tensors of a file: names, shapes, transposes, concatenations."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from heedful.model.config import ModelConfig, ModelError
-from heedful.model.pretrained.architecture import HuggingFace
+from heedful.model.pretrained.family import Family
 from heedful.model.transformer import build
 
 SUFFIXES = {"kernel": "weight", "scale": "weight", "table": "weight", "bias": "bias"}
@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 
 @cache
 def shapes(config: ModelConfig) -> Mapping[str, Shape]:
-    """Path and shape of each parameter; without the classes of a head whose number is not set."""
+    """Return each parameter's shape by its path, without the classes where `outputs` is None."""
     is_body = config.head.kind == "classifier" and config.head.outputs is None
     if is_body:
         config = replace(config, head=replace(config.head, outputs=1))
@@ -31,129 +31,136 @@ def shapes(config: ModelConfig) -> Mapping[str, Shape]:
     inputs = (tokens, tokens) if config.architecture == "encoder_decoder" else (tokens,)
     tree: Any = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs))["params"]
     flat: dict[str, Any] = flatten_dict(tree, sep="/")
-    is_there = lambda path: not (is_body and "/classes/" in path)  # noqa: E731
-    return {path: leaf.shape for path, leaf in flat.items() if is_there(path)}
+    is_left_out = lambda path: is_body and "/classes/" in path  # noqa: E731
+    return {path: leaf.shape for path, leaf in flat.items() if not is_left_out(path)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorMapping:
-    """A tensor of the file, or one for each layer, and the parameters that it holds."""
+    """A tensor of the file, or one per layer, and the parameters that are concatenated in it."""
 
     name: str
-    """With {} for the layer, where there is one for each."""
+    """Name in the file; {} stands for the layer where there is one tensor per layer."""
     paths: tuple[str, ...]
     parts: tuple[Shape, ...]
-    """Shapes of the parameters in one layer, as matrices [in, out] or as vectors."""
+    """Shape of each parameter in one layer, as a matrix [in, out] or as a vector."""
     layers: int | None
+    """Number of tensors; None for a tensor that is not of a layer."""
     transposed: bool
     shape: Shape
-    """Of the tensor in the file."""
-    skipped: int = 0
-    """Its first rows that are no parameters."""
+    """Shape of the tensor in the file."""
+    skipped_rows: int = 0
+    """Number of first rows that are not parameters."""
 
     def names(self) -> Iterator[tuple[str, Any]]:
-        """Each tensor's name and the index of its layer in our arrays."""
+        """Yield the name of each tensor and its index on the layer axis of our arrays."""
         if self.layers is None:
             yield self.name, ...
         else:
             yield from ((self.name.format(i), i) for i in range(self.layers))
 
 
-def places(kind: HuggingFace, config: ModelConfig) -> list[TensorMapping]:
-    """Where the parameters of a model of this config stand, in the order of the table.
+def tensor_mappings(family: Family, config: ModelConfig) -> list[TensorMapping]:
+    """Return where a file has the parameters of `config`, in the order of the family's table.
 
-    Raises ModelError for a parameter that has no place.
+    Raises ModelError for a parameter that the table lacks.
     """
-    ours = shapes(config)
-    found = _find(kind, config, ours)
-    homeless = set(ours).difference(*found.values())
-    if homeless:
-        raise ModelError(f"{kind.model_type} has no place for {min(homeless)}")
-    return [_place(kind, name, paths, ours) for name, paths in found.items()]
+    expected = shapes(config)
+    paths_by_name = _paths_by_name(family, config, expected)
+    missing = set(expected).difference(*paths_by_name.values())
+    if missing:
+        raise ModelError(f"{family.model_type} has no tensor for the parameter {min(missing)}")
+    return [_mapping(family, name, paths, expected) for name, paths in paths_by_name.items()]
 
 
-def tensor_names(kind: HuggingFace, config: ModelConfig) -> set[str]:
-    """Names of the tensors of such a model, as far as it has a place for its parameters."""
-    return set(_find(kind, config, shapes(config)))
+def tensor_names(family: Family, config: ModelConfig) -> set[str]:
+    """Return the names of a model's tensors; parameters that the table lacks are left out."""
+    return set(_paths_by_name(family, config, shapes(config)))
 
 
-def _find(kind: HuggingFace, config: ModelConfig, ours: Iterable[str]) -> dict[str, list[str]]:
-    """The parameters that each tensor holds, by its name in the table."""
-    found: dict[str, list[str]] = {}
-    for module, target in kind.table(config).items():
-        for path in ours:
+def _paths_by_name(
+    family: Family, config: ModelConfig, paths: Iterable[str]
+) -> dict[str, list[str]]:
+    """Return the paths of the parameters that each tensor holds."""
+    paths_by_name: dict[str, list[str]] = {}
+    for module, name in family.table(config).items():
+        for path in paths:
             parent, _, leaf = path.rpartition("/")
             if path == module:
-                found.setdefault(target, []).append(path)
+                paths_by_name.setdefault(name, []).append(path)
             elif parent == module:
-                found.setdefault(f"{target}.{SUFFIXES[leaf]}", []).append(path)
-    return found
+                paths_by_name.setdefault(f"{name}.{SUFFIXES[leaf]}", []).append(path)
+    return paths_by_name
 
 
-def _place(
-    kind: HuggingFace, name: str, paths: list[str], ours: Mapping[str, Shape]
+def _mapping(
+    family: Family, name: str, paths: list[str], shapes: Mapping[str, Shape]
 ) -> TensorMapping:
     is_stacked = "/blocks/" in paths[0]
-    one = [ours[path][1:] if is_stacked else ours[path] for path in paths]
+    parts = [shapes[path][1:] if is_stacked else shapes[path] for path in paths]
     is_matrix = paths[0].endswith("/kernel")
     if is_matrix:
-        inputs = 2 if paths[0].endswith("/out/kernel") else 1  # heads and their size come in
-        one = [(math.prod(s[:inputs]), math.prod(s[inputs:])) for s in one]
+        input_axes = 2 if paths[0].endswith("/out/kernel") else 1  # [heads, head_dim, width]
+        parts = [(math.prod(s[:input_axes]), math.prod(s[input_axes:])) for s in parts]
     elif paths[0].endswith(("/scale", "/bias")):
-        one = [(math.prod(s),) for s in one]
-    skipped = kind.skipped.get(paths[0], 0)
-    shape = (*one[0][:-1], sum(part[-1] for part in one))
-    shape = (skipped + shape[0], *shape[1:])
-    transposed = is_matrix and not (kind.conv1d and is_stacked)
+        parts = [(math.prod(s),) for s in parts]
+    skipped_rows = family.skipped_rows.get(paths[0], 0)
+    shape = (*parts[0][:-1], sum(part[-1] for part in parts))
+    shape = (skipped_rows + shape[0], *shape[1:])
+    transposed = is_matrix and not (family.conv1d and is_stacked)
     return TensorMapping(
         name=name,
         paths=tuple(paths),
-        parts=tuple(one),
-        layers=ours[paths[0]][0] if is_stacked else None,
+        parts=tuple(parts),
+        layers=shapes[paths[0]][0] if is_stacked else None,
         transposed=transposed,
         shape=(1, *shape) if name == "final_logits_bias" else shape[:: -1 if transposed else 1],
-        skipped=skipped,
+        skipped_rows=skipped_rows,
     )
 
 
 def to_params(
-    found: list[TensorMapping], ours: Mapping[str, Shape], read: Callable[[str], np.ndarray]
+    mappings: list[TensorMapping], shapes: Mapping[str, Shape], read: Callable[[str], np.ndarray]
 ) -> dict[str, Any]:
-    """The tree of parameters, out of tensors that `read(name)` gives one by one."""
-    params = {path: np.empty(shape, np.float32) for path, shape in ours.items()}
-    for place in found:
-        ends = np.cumsum([part[-1] for part in place.parts])[:-1]
-        for name, layer in place.names():
+    """Return the float32 parameter tree; `read(name)` returns one tensor of the file."""
+    params = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
+    for mapping in mappings:
+        ends = np.cumsum([part[-1] for part in mapping.parts])[:-1]
+        for name, layer in mapping.names():
             tensor = read(name)
-            tensor = (tensor.T if place.transposed else tensor)[place.skipped :]
-            for path, part in zip(place.paths, np.split(tensor, ends, axis=-1), strict=True):
+            tensor = (tensor.T if mapping.transposed else tensor)[mapping.skipped_rows :]
+            for path, part in zip(mapping.paths, np.split(tensor, ends, axis=-1), strict=True):
                 params[path][layer] = part.reshape(params[path][layer].shape)
     return unflatten_dict(params, sep="/")
 
 
-def to_tensor(place: TensorMapping, layer: Any, params: dict[str, np.ndarray]) -> np.ndarray:
-    """One tensor of the file, out of our parameters by path."""
+def to_tensor(mapping: TensorMapping, layer: Any, params: dict[str, np.ndarray]) -> np.ndarray:
+    """Return one float32 tensor of the file; `params` are our parameters by path."""
     parts = [
         np.asarray(params[path][layer], np.float32).reshape(part)
-        for path, part in zip(place.paths, place.parts, strict=True)
+        for path, part in zip(mapping.paths, mapping.parts, strict=True)
     ]
     tensor = np.concatenate(parts, axis=-1)
-    if place.skipped:
-        tensor = np.pad(tensor, ((place.skipped, 0), (0, 0)))
-    tensor = tensor.T if place.transposed else tensor
-    return np.ascontiguousarray(tensor).reshape(place.shape)
+    if mapping.skipped_rows:
+        tensor = np.pad(tensor, ((mapping.skipped_rows, 0), (0, 0)))
+    tensor = tensor.T if mapping.transposed else tensor
+    return np.ascontiguousarray(tensor).reshape(mapping.shape)
 
 
 def flat(config: ModelConfig, params: Any) -> dict[str, np.ndarray]:
-    """Parameters by path; raises ModelError where they are not those of this config."""
-    found = {path: np.asarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
-    wanted = shapes(config)
-    for path in sorted(found.keys() | wanted.keys()):
-        if path not in found or path not in wanted:
-            has, has_not = ("config", "parameters") if path in wanted else ("parameters", "config")
-            raise ModelError(f"the {has} have {path}, the {has_not} do not")
-        if found[path].shape != wanted[path]:
+    """Return the parameters by path.
+
+    Raises ModelError where a path or a shape is not that of the config.
+    """
+    by_path = {path: np.asarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
+    expected = shapes(config)
+    for path in sorted(by_path.keys() | expected.keys()):
+        if path not in by_path:
+            raise ModelError(f"params have no {path}, which the config needs")
+        if path not in expected:
+            raise ModelError(f"params have {path}, which the config does not have")
+        if by_path[path].shape != expected[path]:
             raise ModelError(
-                f"{path} has shape {found[path].shape}, but the config asks for {wanted[path]}"
+                f"{path} has shape {by_path[path].shape}, but the config asks for {expected[path]}"
             )
-    return found
+    return by_path

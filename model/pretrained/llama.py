@@ -1,4 +1,4 @@
-"""LLaMA (arXiv:2302.13971), up to its third generation."""
+"""LLaMA (arXiv:2302.13971), versions 1 to 3."""
 
 from collections.abc import Set
 from typing import Any
@@ -16,13 +16,8 @@ from heedful.model.config import (
     require,
 )
 from heedful.model.positions import rotary_frequencies
-from heedful.model.pretrained.architecture import (
-    ACTIVATION_NAMES,
-    HuggingFace,
-    Keys,
-    is_close,
-    vocab_size,
-)
+from heedful.model.pretrained.family import Family, is_close, vocab_size
+from heedful.model.pretrained.keys import ACTIVATION_NAMES, Keys
 
 TABLE = {
     "embedding": "model.embed_tokens",
@@ -48,7 +43,7 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
         raise keys.unsupported("layer_types", types, f"full_attention for each of {layers} layers")
     keys.only("rope_interleaved", False)
     kv_heads, head_dim = (keys.optional(k, int) for k in ("num_key_value_heads", "head_dim"))
-    # The bare body of an untied model is that of a classifier whose classes are yet to come.
+    # The bare body is a classifier without classes.
     is_bare = name == "LlamaModel"
     body = HeadConfig(kind="classifier", pooling="last", pooler=False)
     is_tied = keys.get("tie_word_embeddings", False) and "lm_head.weight" not in names
@@ -85,11 +80,11 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
 
 
 SCALINGS = frozenset({"factor", "low_freq_factor", "high_freq_factor"})
-"""Keys of scalings, each read where the type asks for it."""
+"""Keys of rope_scaling that only some of its types have."""
 
 
 def _rotary(keys: Keys) -> RotaryConfig:
-    """From `rope_scaling` and `rope_theta`, or from `rope_parameters`, as in transformers 5."""
+    """Read `rope_scaling` and `rope_theta`, or `rope_parameters` (transformers 5)."""
     given = {key: keys.value(key) for key in ("rope_parameters", "rope_scaling")}
     key = "rope_scaling" if given["rope_scaling"] else "rope_parameters"
     values = given[key] or {}
@@ -99,7 +94,7 @@ def _rotary(keys: Keys) -> RotaryConfig:
     base = rope.get("rope_theta", keys.get("rope_theta", 10_000.0))
     for where in (keys, rope):
         where.only("partial_rotary_factor", 1.0)
-    # The one beside the object wins over the one in it.
+    # As in transformers, the key outside of the object overrides the key in it.
     longest = keys.get("max_position_embeddings", 2048)
     length = rope.get("original_max_position_embeddings", longest)
     length = keys.get("original_max_position_embeddings", length)
@@ -108,7 +103,7 @@ def _rotary(keys: Keys) -> RotaryConfig:
     if kind not in ("default", "linear", "llama3"):
         raise rope.unsupported("rope_type", kind, "default, linear or llama3")
     factor = 1.0 if kind == "default" else rope.required("factor", float)
-    if factor == 1:  # which scales nothing
+    if factor == 1:  # No scaling.
         return RotaryConfig(base=base)
     if kind == "linear":
         return RotaryConfig(base=base, scaling="linear", factor=factor)
@@ -126,8 +121,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     heads, rotary = config.attention.heads, config.positions.rotary
     require(
         config.width % heads == 0,
-        f"model.attention.heads = {heads} cannot be exported: in transformers' LLaMA they divide "
-        f"the width, here {config.width}",
+        f"model.attention.heads = {heads} cannot be exported: in transformers' LLaMA they must "
+        f"divide model.width = {config.width}",
     )
     scaling: dict[str, Any] = {"rope_type": rotary.scaling, "factor": rotary.factor}
     if rotary.scaling == "llama3":
@@ -149,7 +144,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "mlp_bias": config.feed_forward.bias,
         "rms_norm_eps": config.norm.epsilon,
         "max_position_embeddings": config.positions.max_length,
-        # Read by transformers before 5, and after.
+        # transformers reads these two keys before version 5 and since.
         "rope_theta": rotary.base,
         "rope_scaling": None if rotary.scaling == "none" else scaling,
         "attention_dropout": config.attention.dropout,
@@ -157,25 +152,25 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _are_frequencies(found: np.ndarray, config: ModelConfig) -> bool:
-    """Those of the config, or those before they are scaled, as older files have them."""
+def _are_frequencies(values: np.ndarray, config: ModelConfig) -> bool:
+    """Tell if values are the rotary frequencies, scaled or (in older files) unscaled."""
     rotary = config.positions.rotary
     return any(
-        is_close(found, rotary_frequencies(config.head_dim, each))
+        is_close(values, rotary_frequencies(config.head_dim, each))
         for each in (rotary, RotaryConfig(base=rotary.base))
     )
 
 
-LLAMA = HuggingFace(
+LLAMA = Family(
     model_type="llama",
     architecture="decoder_only",
     classes=("LlamaForCausalLM", "LlamaModel"),
     from_hf=from_hf,
     to_hf=to_hf,
     table=lambda config: TABLE,
-    body="model.",
+    body_prefix="model.",
     body_modules=("embed_tokens", "layers", "norm"),
-    idle=frozenset(
+    ignored_keys=frozenset(
         {
             "is_decoder",
             "max_sequence_length",
@@ -184,7 +179,7 @@ LLAMA = HuggingFace(
             "unsloth_version",
         }
     ),
-    fields={
+    keys_of_fields={
         "model.vocab_size": "vocab_size",
         "model.width": "hidden_size",
         "model.layers": "num_hidden_layers",
@@ -203,9 +198,9 @@ LLAMA = HuggingFace(
         "positions.rotary.high_frequency_factor": "high_freq_factor",
         "positions.rotary.original_length": "original_max_position_embeddings",
     },
-    bare=("LlamaModel",),
+    unprefixed=("LlamaModel",),
     tied={"model.embed_tokens.weight": ("lm_head.weight",)},
     ties_output=False,
     buffers={r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": _are_frequencies},
-    special=("bos_token_id", "eos_token_id", "pad_token_id"),
+    special_ids=("bos_token_id", "eos_token_id", "pad_token_id"),
 )

@@ -1,8 +1,8 @@
-"""Checkpoints of llama2.c (github.com/karpathy/llama2.c), in the format of its first version.
+"""Read checkpoints of llama2.c (github.com/karpathy/llama2.c), version 0 of its format.
 
-Seven int32 (dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len), then float32,
-little-endian: the tensors in the order of `_tensors`. A negative vocab_size means that the output
-has a matrix of its own.
+A file holds seven int32 numbers (dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size,
+seq_len), then the float32 tensors in the order of `_tensors`, all little-endian. A negative
+vocab_size means that the output projection is not tied to the embedding.
 """
 
 import math
@@ -22,16 +22,18 @@ from heedful.model.config import (
     require,
 )
 from heedful.model.positions import rotation
-from heedful.model.pretrained.architecture import Pretrained
+from heedful.model.pretrained.family import Pretrained
 
 HEADER = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len")
 BLOCKS = "decoder/blocks"
 
 
 def read_llama2c(path: Path, *, following: int = 0) -> Pretrained:
-    """The LLaMA in a llama2.c checkpoint, after which the file goes on for `following` bytes.
+    """Read the LLaMA in a llama2.c checkpoint; `following` bytes after it are not read.
 
-    Raises ModelError where the size of the file is not that of its header.
+    Raises ModelError for a header that is not one of llama2.c, a size of the file that does not
+    follow from the header, values that are not finite, and other rotary angles than those of base
+    10,000.
     """
     if not path.is_file():
         raise ModelError(f"{path} does not exist")
@@ -41,27 +43,28 @@ def read_llama2c(path: Path, *, following: int = 0) -> Pretrained:
     sizes: dict[str, int] = dict(zip(HEADER, map(abs, header), strict=False))
     is_sane = len(sizes) == len(HEADER) and all(0 < value < 1 << 24 for value in sizes.values())
     is_sane = is_sane and min(header[:5] + header[6:]) > 0 and sizes["dim"] % sizes["n_heads"] == 0
-    require(is_sane, f"{path} is no llama2.c checkpoint: it begins with {header}")
+    require(is_sane, f"{path} is not a llama2.c checkpoint: its header is {header}")
     config = _config(sizes, is_tied)
     tensors = _tensors(config)
     expected = 4 * (len(HEADER) + sum(map(math.prod, tensors.values())))
     require(
         size == expected + following,
-        f"{path} has {size - following:,} bytes, but its header ({header}) asks for {expected:,}",
+        f"{path} has {size - following:,} bytes, but its header {header} implies {expected:,}: "
+        "fetch the file again",
     )
     params, offset = {}, 4 * len(HEADER)
     for name, shape in tensors.items():
         values = np.fromfile(path, "<f4", math.prod(shape), offset=offset).reshape(shape)
         offset += values.nbytes
-        require(bool(np.isfinite(values).all()), f"{path}: {name} has values that are not finite")
-        params[name] = _ours(name, values, config)
+        require(bool(np.isfinite(values).all()), f"{path}: {name} has NaN or infinite values")
+        params[name] = _to_our_layout(name, values, config)
     rows = jnp.arange(sizes["seq_len"])[None]
-    turned = rotation(rows, config.head_dim, config.positions.rotary)
-    for name, expected in (("cosines", turned.cos), ("sines", turned.sin)):
+    angles = rotation(rows, config.head_dim, config.positions.rotary)
+    for name, expected in (("cosines", angles.cos), ("sines", angles.sin)):
         require(
             np.allclose(params[name], expected[0], atol=1e-3),
-            f"{path}: its {name} are not those of rotary positions with base 10000, which is all "
-            "that this format can say",
+            f"{path}: its {name} are not those of rotary positions with base 10,000, the only base "
+            "of this format",
         )
     params = {name: values for name, values in params.items() if "/" in name}
     return Pretrained(
@@ -95,7 +98,7 @@ def _config(sizes: dict[str, int], is_tied: bool) -> ModelConfig:
 
 
 def _tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes in the file, in its order, by our path; without a slash what we compute."""
+    """Return shapes in the file, in its order, by our path; cosines and sines are no parameters."""
     D, F, L, V = config.width, config.feed_forward.width, config.layers, config.vocab_size or 0
     N, K, H = config.attention.heads, config.kv_heads, config.head_dim
     angles = (config.positions.max_length, H // 2)
@@ -117,8 +120,11 @@ def _tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return tensors if config.tie_embeddings else tensors | {"head/kernel": (V, D)}
 
 
-def _ours(name: str, values: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Matrices [out, in] to [in, out], and rotary neighbours (2i, 2i+1) to halves (i, i + H/2)."""
+def _to_our_layout(name: str, values: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """Transpose matrices [out, in] to [in, out], and reorder the rows of query and key.
+
+    llama2.c rotates the pairs (2i, 2i + 1) of a head, we rotate (i, i + H/2).
+    """
     if name.endswith(("query/kernel", "key/kernel")):
         L, heads, H, D = values.shape
         halves = values.reshape(L, heads, H // 2, 2, D).swapaxes(2, 3)

@@ -1,7 +1,8 @@
 """Longformer (arXiv:2004.05150): masked language model, classifier, or the bare encoder.
 
-transformers is told at each call which tokens are global; here they are the first ones of a row, as
-many as "global_tokens" in config.json says, or one, which its classifier has too.
+In transformers each call names its global tokens. Here the first tokens of a row are global: as
+many as the key "global_tokens" of config.json gives; by default one, as in the classifier of
+transformers.
 """
 
 from collections.abc import Set
@@ -16,17 +17,16 @@ from heedful.model.config import (
     PositionConfig,
     require,
 )
-from heedful.model.pretrained.architecture import (
-    ACTIVATION_NAMES,
-    HuggingFace,
-    Keys,
+from heedful.model.pretrained.family import (
+    Family,
+    default_labels,
     is_range,
     label_values,
-    made_up_labels,
     vocab_size,
 )
+from heedful.model.pretrained.keys import ACTIVATION_NAMES, Keys
 
-PADDING = 1  # Its id; positions begin in the row after it.
+PADDING = 1  # Id of the padding token; the position table begins with PADDING + 1 unused rows.
 
 BODY = {
     "embedding": "longformer.embeddings.word_embeddings",
@@ -34,8 +34,8 @@ BODY = {
     "inputs/types": "longformer.embeddings.token_type_embeddings.weight",
     "inputs/norm": "longformer.embeddings.LayerNorm",
     **{
-        f"encoder/blocks/{ours}": f"longformer.encoder.layer.{{}}.{theirs}"
-        for ours, theirs in {
+        f"encoder/blocks/{path}": f"longformer.encoder.layer.{{}}.{name}"
+        for path, name in {
             "self_attention/query": "attention.self.query",
             "self_attention/key": "attention.self.key",
             "self_attention/value": "attention.self.value",
@@ -73,7 +73,7 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
     dropout = keys.get("hidden_dropout_prob", 0.1)
     activation = keys.activation("hidden_act", "gelu")
     if name == "LongformerForMaskedLM":
-        keys.only("hidden_act", "gelu")  # which its head has in any case
+        keys.only("hidden_act", "gelu")  # The head uses gelu with any hidden_act.
         head = HeadConfig(transform=True, bias=True)
     else:
         is_body = name == "LongformerModel"
@@ -112,7 +112,7 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
 
 
 def _window(keys: Keys) -> int:
-    """Positions to each side; theirs counts both sides, for each layer or for all."""
+    """Return the window as positions to each side; attention_window counts both sides."""
     value = keys.value("attention_window", 512)
     windows = value if isinstance(value, list) else [value]
     if len(set(windows)) != 1 or not isinstance(windows[0], int) or windows[0] % 2:
@@ -129,7 +129,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
             head.pooler, "model.head.pooler = False cannot be exported: longformer has a pooler"
         )
         name = "LongformerModel" if head.outputs is None else "LongformerForSequenceClassification"
-    labels = made_up_labels(head.outputs or 0) if head.kind == "classifier" else []
+    labels = default_labels(head.outputs or 0) if head.kind == "classifier" else []
     return {
         "architectures": [name],
         "vocab_size": vocab_size(config),
@@ -150,17 +150,17 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-LONGFORMER = HuggingFace(
+LONGFORMER = Family(
     model_type="longformer",
     architecture="encoder_only",
     classes=("LongformerModel", "LongformerForMaskedLM", "LongformerForSequenceClassification"),
     from_hf=from_hf,
     to_hf=to_hf,
     table=table,
-    body="longformer.",
+    body_prefix="longformer.",
     body_modules=("embeddings", "encoder", "pooler"),
-    idle=frozenset({"is_causal", "onnx_export"}),
-    fields={
+    ignored_keys=frozenset({"is_causal", "onnx_export"}),
+    keys_of_fields={
         "model.vocab_size": "vocab_size",
         "model.width": "hidden_size",
         "model.layers": "num_hidden_layers",
@@ -176,13 +176,13 @@ LONGFORMER = HuggingFace(
         "head.outputs": "num_labels",
         "head.dropout": "hidden_dropout_prob",
     },
-    bare=("LongformerModel",),
-    skipped={"inputs/positions/table": PADDING + 1},
+    unprefixed=("LongformerModel",),
+    skipped_rows={"inputs/positions/table": PADDING + 1},
     tied={
         "longformer.embeddings.word_embeddings.weight": ("lm_head.decoder.weight",),
         "lm_head.bias": ("lm_head.decoder.bias",),
     },
     buffers={r"longformer\.embeddings\.position_ids": is_range},
-    heads=r"longformer\.pooler\..*",
-    fixed={"pad_token_id": PADDING},
+    unused=r"longformer\.pooler\..*",
+    fixed_ids={"pad_token_id": PADDING},
 )

@@ -1,4 +1,4 @@
-"""Low-rank updates made part of the matrices that they adapt."""
+"""Merge low-rank updates (LoRA) into the matrices that they adapt."""
 
 import math
 from dataclasses import replace
@@ -11,9 +11,9 @@ from heedful.model.config import LoraConfig, ModelConfig
 
 
 def merge_lora(config: ModelConfig, params: Any) -> tuple[ModelConfig, dict[str, Any]]:
-    """The same model without adapters: W + alpha / rank A B in place of W (arXiv:2106.09685 §4.1).
+    """Return config and parameters without adapters: W becomes W + alpha / rank A B.
 
-    In float32 on the host; logits agree up to rounding.
+    arXiv:2106.09685 §4.1. Computed in float32 on the host; the logits are the same up to rounding.
     """
     flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
     merged = {path: leaf for path, leaf in flat.items() if "/lora_" not in path}

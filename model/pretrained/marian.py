@@ -1,4 +1,4 @@
-"""Marian (arXiv:1804.00344), as transformers has it: the paper's Transformer, for translation."""
+"""Marian (arXiv:1804.00344): the original Transformer, for translation."""
 
 from collections.abc import Set
 from typing import Any
@@ -14,32 +14,27 @@ from heedful.model.config import (
     PositionConfig,
 )
 from heedful.model.positions import sinusoids
-from heedful.model.pretrained.architecture import (
-    ACTIVATION_NAMES,
-    HuggingFace,
-    Keys,
-    is_close,
-    vocab_size,
-)
+from heedful.model.pretrained.family import Family, is_close, vocab_size
+from heedful.model.pretrained.keys import ACTIVATION_NAMES, Keys
 
 ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
 
 
 def _table() -> dict[str, str]:
-    places = {"embedding": "model.shared", "head/bias": "final_logits_bias"}
+    table = {"embedding": "model.shared", "head/bias": "final_logits_bias"}
     for stack in ("encoder", "decoder"):
         block, layer = f"{stack}/blocks", f"model.{stack}.layers.{{}}"
         sublayers = {"self_attention": "self_attn"}
         if stack == "decoder":
             sublayers["cross_attention"] = "encoder_attn"
-        for ours, theirs in sublayers.items():
+        for sublayer, module in sublayers.items():
             for name, projection in ATTENTION.items():
-                places[f"{block}/{ours}/{name}"] = f"{layer}.{theirs}.{projection}"
-            places[f"{block}/{ours}_norm"] = f"{layer}.{theirs}_layer_norm"
-        places[f"{block}/feed_forward/up"] = f"{layer}.fc1"
-        places[f"{block}/feed_forward/down"] = f"{layer}.fc2"
-        places[f"{block}/feed_forward_norm"] = f"{layer}.final_layer_norm"
-    return places
+                table[f"{block}/{sublayer}/{name}"] = f"{layer}.{module}.{projection}"
+            table[f"{block}/{sublayer}_norm"] = f"{layer}.{module}_layer_norm"
+        table[f"{block}/feed_forward/up"] = f"{layer}.fc1"
+        table[f"{block}/feed_forward/down"] = f"{layer}.fc2"
+        table[f"{block}/feed_forward_norm"] = f"{layer}.final_layer_norm"
+    return table
 
 
 TABLE = _table()
@@ -58,7 +53,7 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
     vocabulary = keys.get("vocab_size", 58101)
     if keys.optional("decoder_vocab_size", int) is not None:
         keys.same("decoder_vocab_size", "vocab_size", vocabulary)
-    # One decoder and one encoder of equal blocks.
+    # Blocks of the encoder and of the decoder must be equal.
     heads = keys.same("encoder_attention_heads", "decoder_attention_heads", 16)
     inner = keys.same("encoder_ffn_dim", "decoder_ffn_dim", 4096)
     layers, encoder_layers = keys.get("decoder_layers", 12), keys.get("encoder_layers", 12)
@@ -74,7 +69,7 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
             activation=keys.activation("activation_function", "gelu"),
             dropout=keys.get("activation_dropout", 0.0),
         ),
-        norm=NormConfig(epsilon=1e-5),  # torch's default, which no key changes
+        norm=NormConfig(epsilon=1e-5),  # The default of torch; no key changes it.
         positions=PositionConfig(
             kind="sinusoidal", max_length=keys.get("max_position_embeddings", 1024)
         ),
@@ -110,26 +105,26 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _are_sinusoids(found: np.ndarray, config: ModelConfig) -> bool:
+def _are_sinusoids(values: np.ndarray, config: ModelConfig) -> bool:
     positions = np.arange(config.positions.max_length)
-    return is_close(found, sinusoids(positions, config.width))
+    return is_close(values, sinusoids(positions, config.width))
 
 
-MARIAN = HuggingFace(
+MARIAN = Family(
     model_type="marian",
     architecture="encoder_decoder",
     classes=("MarianMTModel", "MarianModel"),
     from_hf=from_hf,
     to_hf=to_hf,
     table=lambda config: TABLE,
-    body="model.",
+    body_prefix="model.",
     body_modules=("shared", "encoder", "decoder"),
     aliases={
         "hidden_size": "d_model",
         "num_attention_heads": "encoder_attention_heads",
         "num_hidden_layers": "encoder_layers",
     },
-    idle=frozenset(
+    ignored_keys=frozenset(
         {
             "add_bias_logits",
             "classif_dropout",
@@ -138,7 +133,7 @@ MARIAN = HuggingFace(
             "save_step",
         }
     ),
-    fields={
+    keys_of_fields={
         "model.vocab_size": "vocab_size",
         "model.width": "d_model",
         "model.layers": "decoder_layers",
@@ -159,12 +154,12 @@ MARIAN = HuggingFace(
         )
     },
     buffers={r"model\.(en|de)coder\.embed_positions\.weight": _are_sinusoids},
-    special=(
+    special_ids=(
         "pad_token_id",
         "bos_token_id",
         "eos_token_id",
         "decoder_start_token_id",
         "forced_eos_token_id",
     ),
-    required=("decoder_start_token_id",),
+    required_ids=("decoder_start_token_id",),
 )

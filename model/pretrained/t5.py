@@ -1,4 +1,4 @@
-"""T5 (arXiv:1910.10683): the original, and 1.1 with a gated feed-forward and its own output."""
+"""T5 (arXiv:1910.10683), and T5 1.1 with a gated feed-forward and an untied output."""
 
 from collections.abc import Set
 from typing import Any
@@ -11,36 +11,31 @@ from heedful.model.config import (
     NormConfig,
     PositionConfig,
 )
-from heedful.model.pretrained.architecture import (
-    ACTIVATION_NAMES,
-    ACTIVATIONS,
-    HuggingFace,
-    Keys,
-    vocab_size,
-)
+from heedful.model.pretrained.family import Family, vocab_size
+from heedful.model.pretrained.keys import ACTIVATION_NAMES, ACTIVATIONS, Keys
 
 
 def table(config: ModelConfig) -> dict[str, str]:
-    places = {"embedding": "shared", "head/kernel": "lm_head.weight"}
+    table = {"embedding": "shared", "head/kernel": "lm_head.weight"}
     for stack in ("encoder", "decoder"):
         bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias"
-        places[f"{stack}/relative_bias"] = bias
+        table[f"{stack}/relative_bias"] = bias
         sublayers = {"self_attention": "SelfAttention"}
         if stack == "decoder":
             sublayers["cross_attention"] = "EncDecAttention"
-        for i, (ours, theirs) in enumerate(sublayers.items()):
+        for i, (sublayer, module) in enumerate(sublayers.items()):
             layer = f"{stack}.block.{{}}.layer.{i}"
-            places[f"{stack}/blocks/{ours}_norm"] = f"{layer}.layer_norm"
+            table[f"{stack}/blocks/{sublayer}_norm"] = f"{layer}.layer_norm"
             for name in ("query", "key", "value", "out"):
-                places[f"{stack}/blocks/{ours}/{name}"] = f"{layer}.{theirs}.{name[0]}"
+                table[f"{stack}/blocks/{sublayer}/{name}"] = f"{layer}.{module}.{name[0]}"
         layer, block = f"{stack}.block.{{}}.layer.{len(sublayers)}", f"{stack}/blocks/feed_forward"
         up = "wi_1" if config.feed_forward.gated else "wi"
-        places[f"{block}_norm"] = f"{layer}.layer_norm"
-        places[f"{block}/gate"] = f"{layer}.DenseReluDense.wi_0"
-        places[f"{block}/up"] = f"{layer}.DenseReluDense.{up}"
-        places[f"{block}/down"] = f"{layer}.DenseReluDense.wo"
-        places[f"{stack}/norm"] = f"{stack}.final_layer_norm"
-    return places
+        table[f"{block}_norm"] = f"{layer}.layer_norm"
+        table[f"{block}/gate"] = f"{layer}.DenseReluDense.wi_0"
+        table[f"{block}/up"] = f"{layer}.DenseReluDense.{up}"
+        table[f"{block}/down"] = f"{layer}.DenseReluDense.wo"
+        table[f"{stack}/norm"] = f"{stack}.final_layer_norm"
+    return table
 
 
 def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
@@ -57,9 +52,9 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
     if activation not in ACTIVATIONS:
         choices = f"{', '.join(ACTIVATIONS)}, each with or without gated-"
         raise keys.unsupported("feed_forward_proj", projection, choices)
-    if projection == "gated-gelu":  # that of T5 1.1 is the approximation
+    if projection == "gated-gelu":  # In T5 1.1 this is the tanh approximation.
         activation = "gelu_new"
-    # Two keys that say the same, and win.
+    # These two keys override feed_forward_proj.
     gated = keys.get("is_gated_act", projection.startswith("gated-"))
     activation = keys.activation("dense_act_fn", activation)
     return ModelConfig(
@@ -90,7 +85,7 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
             buckets=keys.get("relative_attention_num_buckets", 32),
             max_distance=keys.get("relative_attention_max_distance", 128),
         ),
-        # The original scales, 1.1 does not, and config.json says so by this key.
+        # The original T5 scales the decoder's output, 1.1 does not; this key tells which it is.
         head=HeadConfig(
             scale=keys.get("scale_decoder_outputs", keys.get("tie_word_embeddings", True))
         ),
@@ -119,13 +114,13 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "relative_attention_max_distance": config.positions.max_distance,
         "layer_norm_epsilon": config.norm.epsilon,
         "dropout_rate": config.dropout,
-        # transformers before 5 reads the first, which ties too, and later ones the second.
+        # transformers before 5 reads the first key (which also ties), later versions the second.
         "tie_word_embeddings": config.head.scale,
         "scale_decoder_outputs": config.head.scale,
     }
 
 
-T5 = HuggingFace(
+T5 = Family(
     model_type="t5",
     architecture="encoder_decoder",
     classes=("T5ForConditionalGeneration",),
@@ -141,8 +136,8 @@ T5 = HuggingFace(
         )
     },
     aliases={"hidden_size": "d_model", "num_attention_heads": "num_heads", "head_dim": "d_kv"},
-    idle=frozenset({"classifier_dropout", "n_positions"}),
-    fields={
+    ignored_keys=frozenset({"classifier_dropout", "n_positions"}),
+    keys_of_fields={
         "model.vocab_size": "vocab_size",
         "model.width": "d_model",
         "model.layers": "num_decoder_layers",
@@ -157,7 +152,7 @@ T5 = HuggingFace(
         "positions.buckets": "relative_attention_num_buckets",
         "positions.max_distance": "relative_attention_max_distance",
     },
-    # A table that the first release carries and no version of the model has read.
-    heads=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
-    special=("pad_token_id", "eos_token_id", "decoder_start_token_id"),
+    # A table in the files of the first release that no version of the model reads.
+    unused=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+    special_ids=("pad_token_id", "eos_token_id", "decoder_start_token_id"),
 )

@@ -1,4 +1,4 @@
-"""Files of tensors: safetensors, whole or in shards."""
+"""Read and write safetensors files, in one file or in shards."""
 
 import filecmp
 import json
@@ -15,42 +15,45 @@ from safetensors.numpy import save_file
 
 from heedful.model.config import ModelError
 
-WHOLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+SINGLE_FILE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 FLOATS = ("F32", "F16", "BF16")
 PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
 SIGNATURES = {
-    b"PK\x03\x04": "a zip archive, as torch.save makes: convert it with safetensors",
+    b"PK\x03\x04": "a zip archive of torch.save: convert it with safetensors",
     b"\x80": "a pickle: convert it with safetensors",
     b"version https://git-lfs": "a pointer of Git LFS: run git lfs pull",
-    b"GGUF": "a GGUF file: take the safetensors of the same model",
+    b"GGUF": "a GGUF file: use the safetensors of the same model",
     b"<": "a web page: download the file itself",
 }
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises ModelError when there is none."""
+    """Read the object in a JSON file; raise ModelError for a missing or another file."""
     if not path.is_file():
         raise ModelError(f"{path} does not exist")
     try:
         values = json.loads(path.read_text("utf-8"))
     except RecursionError as error:
-        raise ModelError(f"{path} is not JSON that can be read: it has too many levels") from error
+        raise ModelError(f"{path} is not readable JSON: too many levels") from error
     except ValueError as error:
         raise ModelError(f"{path} is not JSON ({error})") from error
     if not isinstance(values, dict):
-        raise ModelError(f"{path} is JSON, but no object")
+        raise ModelError(f"{path} is JSON, but not an object")
     return values
 
 
 class Tensors:
-    """The tensors in a directory, read one by one as float32; never from a pickle."""
+    """The tensors in a directory, read one by one as float32; pickles are refused.
+
+    Methods raise ModelError, which names the file and the tensor.
+    """
 
     def __init__(self, directory: Path):
         self._files: dict[Path, Any] = {}
-        self._where: dict[str, Path] = {}
-        if (directory / WHOLE).is_file():
-            self.source = directory / WHOLE
-            self._where = dict.fromkeys(self._names(self.source), self.source)
+        self._paths: dict[str, Path] = {}
+        if (directory / SINGLE_FILE).is_file():
+            self.source = directory / SINGLE_FILE
+            self._paths = dict.fromkeys(self._names(self.source), self.source)
         elif (directory / INDEX).is_file():
             self.source = directory / INDEX
             self._read_index()
@@ -58,11 +61,11 @@ class Tensors:
             pickled = [path.name for pattern in PICKLES for path in directory.glob(pattern)]
             if pickled:
                 raise ModelError(
-                    f"{directory} has its weights in {pickled[0]}, a pickle, which can run code "
-                    "when it is read: convert it (in transformers: "
+                    f"{directory} has its weights in {pickled[0]}, a pickle, and reading a pickle "
+                    "can run any code: convert it to safetensors (in transformers: "
                     "from_pretrained(...).save_pretrained(...))"
                 )
-            raise ModelError(f"{directory} has neither {WHOLE} nor {INDEX}")
+            raise ModelError(f"{directory} has neither {SINGLE_FILE} nor {INDEX}")
 
     def _read_index(self) -> None:
         weight_map = read_json(self.source).get("weight_map")
@@ -71,10 +74,12 @@ class Tensors:
         for name, file in weight_map.items():
             path = self.source.parent / str(file)
             if path.parent != self.source.parent or not path.is_file():
-                raise ModelError(f"{self.source} names {file}, which is not beside it: fetch it")
+                raise ModelError(
+                    f"{self.source} names {file}, which is not in the same directory: fetch it"
+                )
             if name not in self._names(path):
-                raise ModelError(f"{path} has no tensor {name}, but {self.source.name} says so")
-            self._where[name] = path
+                raise ModelError(f"{path} has no tensor {name}, which {self.source.name} names")
+            self._paths[name] = path
 
     def _open(self, path: Path) -> Any:
         if path not in self._files:
@@ -82,7 +87,7 @@ class Tensors:
                 self._files[path] = safe_open(path, "np")
             except (SafetensorError, OSError) as error:
                 raise ModelError(
-                    f"{path} is no safetensors file: {_reason(path, error)}"
+                    f"{path} is not a safetensors file: {_reason(path, error)}"
                 ) from error
         return self._files[path]
 
@@ -91,39 +96,39 @@ class Tensors:
 
     @property
     def names(self) -> set[str]:
-        return set(self._where)
+        return set(self._paths)
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raises ModelError where a tensor has another shape; none of its values is read."""
-        path = self._where[name]
-        found = tuple(self._open(path).get_slice(name).get_shape())
-        if found != shape:
-            raise ModelError(f"{path}: {name} has shape {found}, but {CONFIG} asks for {shape}")
+        """Raise ModelError where a tensor has another shape; its values are not read."""
+        path = self._paths[name]
+        actual = tuple(self._open(path).get_slice(name).get_shape())
+        if actual != shape:
+            raise ModelError(f"{path}: {name} has shape {actual}, but {CONFIG} asks for {shape}")
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor, half precision widened to float32; raises ModelError for NaN and infinity."""
-        path = self._where[name]
+        """Return a tensor as float32; refuse other types than float, NaN and infinity."""
+        path = self._paths[name]
         dtype = self._open(path).get_slice(name).get_dtype()
         if dtype not in FLOATS:
-            raise ModelError(f"{path}: {name} is of type {dtype}, supported: {', '.join(FLOATS)}")
+            raise ModelError(f"{path}: {name} has type {dtype}: supported are {', '.join(FLOATS)}")
         values = self.raw(name).astype(np.float32, copy=False)
         if not np.isfinite(values).all():
             raise ModelError(
-                f"{path}: {name} has values that are NaN or infinite: take weights from before "
-                "the training that spoilt them, or fetch the file again"
+                f"{path}: {name} has NaN or infinite values: fetch the file again, or use weights "
+                "from before training diverged"
             )
         return values
 
     def raw(self, name: str) -> np.ndarray:
-        """A tensor in the type of the file."""
-        return self._open(self._where[name]).get_tensor(name)
+        """Return a tensor in the type of the file."""
+        return self._open(self._paths[name]).get_tensor(name)
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """What is wrong with a file that safetensors does not read."""
+    """Describe why safetensors cannot read a file."""
     with path.open("rb") as file:
         start = file.read(64)
-    has_header = start[8:9] == b"{"  # after its length
+    has_header = start[8:9] == b"{"  # The header's length takes the first 8 bytes.
     for magic, what in SIGNATURES.items():
         if start.startswith(magic) and not has_header:
             return f"it is {what}"
@@ -131,7 +136,7 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Names in order, each shard with at most `limit` bytes, or with one tensor."""
+    """Split names into shards, in order: each has at most `limit` bytes, or one tensor."""
     result: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():
@@ -150,13 +155,14 @@ def save(
     make: Callable[[str], np.ndarray],
     max_shard_bytes: int,
 ) -> None:
-    """Writes tensors `make(name)` of `sizes` bytes, and config.json, which appears last.
+    """Write config.json, and a tensor `make(name)` of `sizes[name]` bytes for each name.
 
-    A directory that holds the very same export stays as it is; raises ModelError when it holds
-    another, or cannot be written.
+    Files appear in the directory when all are complete, config.json last. A directory that holds
+    the same export stays as it is. Raises ModelError for a directory that holds another export or
+    cannot be written.
     """
     parts = shards(sizes, max_shard_bytes)
-    files = [WHOLE]
+    files = [SINGLE_FILE]
     if len(parts) > 1:
         files = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
     try:
@@ -168,12 +174,12 @@ def save(
                 tensors = {name: make(name) for name in names}
                 save_file(tensors, draft / file, metadata={"format": "pt"})
             if len(parts) > 1:
-                where = {n: f for f, names in zip(files, parts, strict=True) for n in names}
-                index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+                weight_map = {n: f for f, names in zip(files, parts, strict=True) for n in names}
+                index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
                 _write_json(draft / INDEX, index)
                 files.append(INDEX)
             _write_json(draft / CONFIG, config)
-            for file in files:  # safetensors makes files that only their owner reads
+            for file in files:  # safetensors creates files that only their owner can read
                 (draft / file).chmod((draft / CONFIG).stat().st_mode)
             _publish(draft, directory, [*files, CONFIG])
     except OSError as error:
@@ -185,17 +191,17 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def _publish(draft: Path, directory: Path, files: Iterable[str]) -> None:
-    """Moves the files to their place, if that holds nothing that they would replace or join."""
+    """Move the files to the directory, unless it holds another export."""
     files = list(files)
     if directory.is_dir():
         weights = {path.name for path in directory.glob("*.safetensors*")} | {CONFIG}
         for name in sorted(weights | set(files)):
-            there = directory / name
-            if there.exists() and not (
-                name in files and filecmp.cmp(draft / name, there, shallow=False)
+            existing = directory / name
+            if existing.exists() and not (
+                name in files and filecmp.cmp(draft / name, existing, shallow=False)
             ):
                 raise ModelError(
-                    f"{there} belongs to another export: give another directory, or delete it"
+                    f"{existing} belongs to another export: choose another directory, or delete it"
                 )
     directory.mkdir(exist_ok=True)
     for name in files:

@@ -41,8 +41,9 @@ from transformers import (
 
 from heedful.model.config import ModelConfig, ModelError
 from heedful.model.pretrained import read
-from heedful.model.pretrained.config import KNOWN, _function, config_from_hf
-from heedful.model.pretrained.idle import FIXED, GENERATION, IDLE
+from heedful.model.pretrained.config import FAMILIES, _function, config_from_hf
+from heedful.model.pretrained.generation_keys import GENERATION_KEYS
+from heedful.model.pretrained.ignored_keys import FIXED, IGNORED
 from heedful.model.transformer import build
 
 torch.set_num_threads(1)
@@ -192,7 +193,7 @@ def keys_of(name: str) -> list[str]:
 
 
 def lists(model_type: str) -> frozenset[str]:
-    return IDLE | GENERATION | KNOWN[model_type].idle
+    return IGNORED | GENERATION_KEYS | FAMILIES[model_type].ignored_keys
 
 
 def changed(name: str, key: str) -> list[Any]:
