@@ -35,10 +35,10 @@ from heedful.train.sharding import (
     local_batch_shards,
     make_mesh,
     parameter_shardings,
+    replicated,
     require_divisible,
     resolve,
     to_devices,
-    whole,
 )
 from heedful.train.state import Setup, TrainState, first_state, init_params, set_up
 from heedful.train.step import make_eval_step, make_train_step
@@ -161,12 +161,12 @@ def test_the_gradient_of_a_kernel_gathers_no_activations(width: int):
     """Rows and their length are split: each device adds up its products, then all are added."""
     mesh = make_mesh(MeshConfig(data=2, seq=4), jax.devices()[:8])
     x = jax.ShapeDtypeStruct((4, 8, 8), np.float32, sharding=batch_sharding(mesh, 2))
-    kernel = jax.ShapeDtypeStruct((8, width), np.float32, sharding=whole(mesh))
+    kernel = jax.ShapeDtypeStruct((8, width), np.float32, sharding=replicated(mesh))
 
     def loss(kernel: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.sum(jnp.square(matmul(x, kernel)))  # type: ignore[arg-type]
 
-    step = jax.jit(jax.grad(loss, (0, 1)), out_shardings=(whole(mesh), x.sharding))
+    step = jax.jit(jax.grad(loss, (0, 1)), out_shardings=(replicated(mesh), x.sharding))
     with jax.set_mesh(mesh), nn.logical_axis_rules(flax_rules()):
         text = step.lower(kernel, x).compile().as_text()
     assert "all-reduce" in text and "all-gather" not in text
@@ -249,7 +249,7 @@ def gradient_text(core: str, length: int, mesh: Mesh) -> str:
     def loss(params: Any, x: jax.Array) -> jax.Array:
         return jnp.sum(jnp.square(module.apply(params, x, None, mask)[0]))  # type: ignore
 
-    step = jax.jit(jax.grad(loss), in_shardings=(whole(mesh), batch_sharding(mesh, 2)))
+    step = jax.jit(jax.grad(loss), in_shardings=(replicated(mesh), batch_sharding(mesh, 2)))
     with jax.set_mesh(mesh), nn.logical_axis_rules(flax_rules()):
         compiled: Any = step.lower(params, x).compile()
         return compiled.as_text()

@@ -1,5 +1,6 @@
 """Schedules with warmup, and the optimizers that follow them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,26 +13,61 @@ from heedful.train.config import OptimizerConfig
 MATRICES = ("kernel", "lora_a", "lora_b", "projection", "both", "keys", "values")
 
 
-def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Updates done before -> rate of the next: a linear warmup to the peak, then `config.schedule`.
+def _inverse_sqrt(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    warmup, first = config.warmup_steps, int(config.initial_lr == 0)
+    # During the warmup the step is negative, and the result is not used.
+    number = lambda step: jnp.maximum(step + warmup + first, 1)  # noqa: E731
+    return lambda step: config.peak_lr * (max(warmup, 1) / number(step)) ** 0.5
 
-    With updates counted from n = 1, the warmup has the rate peak n / warmup, and inverse_sqrt then
-    falls as sqrt(warmup / n): arXiv:1706.03762 §5.3 when the peak is (width * warmup)^-0.5. With an
-    `initial_lr` both are fairseq's: that is the rate of the first update, which counts as n = 0.
-    linear and cosine reach `final_lr` when all `steps` are done.
+
+def _linear(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    return optax.linear_schedule(config.peak_lr, config.final_lr, steps - config.warmup_steps)
+
+
+def _cosine(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    share = config.final_lr / config.peak_lr
+    return optax.cosine_decay_schedule(config.peak_lr, steps - config.warmup_steps, share)
+
+
+def _constant(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    return optax.constant_schedule(config.peak_lr)
+
+
+SCHEDULES: dict[str, Callable[[OptimizerConfig, int], optax.Schedule]] = {
+    "inverse_sqrt": _inverse_sqrt,
+    "linear": _linear,
+    "cosine": _cosine,
+    "constant": _constant,
+}
+"""(config, steps) -> rate by the updates since the end of the warmup."""
+
+
+def _adam(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adam(rate, **_moments(config))
+
+
+def _adamw(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    decay = config.weight_decay
+    return optax.adamw(rate, weight_decay=decay, mask=_decayed, **_moments(config))
+
+
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig, optax.Schedule], optax.GradientTransformation]] = {
+    "adam": _adam,
+    "adamw": _adamw,
+}
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Return the learning rate by the number of updates done before.
+
+    A linear warmup to `peak_lr` is followed by `config.schedule`. With updates counted from n = 1,
+    the warmup has the rate peak n / warmup, and inverse_sqrt then falls as sqrt(warmup / n):
+    arXiv:1706.03762 §5.3 when the peak is (width * warmup)^-0.5. With an `initial_lr` both follow
+    fairseq: `initial_lr` is the rate of the first update, which counts as n = 0. linear and cosine
+    reach `final_lr` when all `steps` are done.
     """
     warmup, first = config.warmup_steps, int(config.initial_lr == 0)
-    if config.schedule == "inverse_sqrt":
-        # During the warmup it is called with a negative step, and the result is dropped.
-        number = lambda step: jnp.maximum(step + warmup + first, 1)  # noqa: E731
-        after = lambda step: config.peak_lr * (max(warmup, 1) / number(step)) ** 0.5  # noqa: E731
-    elif config.schedule == "linear":
-        after = optax.linear_schedule(config.peak_lr, config.final_lr, steps - warmup)
-    elif config.schedule == "cosine":
-        share = config.final_lr / config.peak_lr
-        after = optax.cosine_decay_schedule(config.peak_lr, steps - warmup, share)
-    else:
-        after = optax.constant_schedule(config.peak_lr)
+    after = SCHEDULES[config.schedule](config, steps)
     if not warmup:
         return after
     ramp = optax.linear_schedule(config.initial_lr, config.peak_lr, warmup)
@@ -41,19 +77,11 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimizerConfig, steps: int, factors: Any = None
 ) -> optax.GradientTransformation:
-    """Adam or AdamW for the parameters that train; clipping belongs to the step.
+    """Return the optimizer of the parameters that train; the step clips the gradient.
 
     `factors` multiply the rate by parameter (`trainable.rate_factors`); those of 0 are frozen.
     """
-    schedule = learning_rate(config, steps)
-    how: dict[str, Any] = {"b1": config.b1, "b2": config.b2, "eps": config.epsilon}
-    if config.first_moment != "float32":
-        how["mu_dtype"] = config.first_moment
-    if config.kind == "adam":
-        optimizer = optax.adam(schedule, **how)
-    else:
-        decay = config.weight_decay
-        optimizer = optax.adamw(schedule, weight_decay=decay, mask=_decayed, **how)
+    optimizer = OPTIMIZERS[config.kind](config, learning_rate(config, steps))
     if factors is None or all(
         isinstance(f, float) and f in (0, 1) for f in jax.tree.leaves(factors)
     ):
@@ -65,6 +93,13 @@ def make_optimizer(
         )
     )
     return optax.chain(optimizer, scale)
+
+
+def _moments(config: OptimizerConfig) -> dict[str, Any]:
+    moments: dict[str, Any] = {"b1": config.b1, "b2": config.b2, "eps": config.epsilon}
+    if config.first_moment != "float32":
+        moments["mu_dtype"] = config.first_moment
+    return moments
 
 
 def _decayed(params):
