@@ -8,7 +8,7 @@ import jax
 
 from benchmarks.worker import Case, Program, Run, Skipped, limit_memory, peak_resident, serve
 from heedful.model import masks
-from heedful.model.attention import ATTENTION, choose
+from heedful.model.attention import CORES, AttentionCall, choose
 from heedful.model.config import (
     AttentionConfig,
     LinformerConfig,
@@ -26,7 +26,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask) -> jax.Array:
-        return ATTENTION[self.config.attention.core](self.config)(q, k, v, mask)
+        core = CORES[self.config.attention.core].make(self.config, {})
+        return core(AttentionCall(q, k, v, mask))
 
 
 def prepare(case: Case) -> Program:

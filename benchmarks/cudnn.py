@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from heedful.model import masks
+from heedful.model.attention import AttentionCall
 from heedful.model.attention.cudnn import cudnn
 from heedful.model.attention.dense import dense
 from heedful.model.masks import AttentionMask
@@ -47,7 +48,7 @@ def inputs(length: int, dtype=jnp.bfloat16, batch: int = B, seed: int = 0) -> li
 def run(core: Callable, arrays: list[jax.Array], mask: AttentionMask) -> tuple[jax.Array, ...]:
     """Output and gradients of q, k, v."""
     *arrays, g = arrays
-    out, pull = jax.vjp(lambda *x: core(*x, mask), *arrays)
+    out, pull = jax.vjp(lambda q, k, v: core(AttentionCall(q, k, v, mask)), *arrays)
     return (out, *pull(g))
 
 
@@ -100,7 +101,7 @@ def speed(length: int) -> None:
     *arrays, g = inputs(length, batch=batch)
     for name, share in (("full", 1.0), ("causal", 0.5)):
         mask = MASKS[name](length)
-        attend = jax.jit(partial(cudnn, mask=mask))
+        attend = jax.jit(lambda q, k, v, mask=mask: cudnn(AttentionCall(q, k, v, mask)))
         product = share * 2 * batch * N * length**2 * H
         forward = seconds(attend, *arrays)
         both = seconds(run, cudnn, [*arrays, g], mask)

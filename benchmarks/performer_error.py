@@ -24,6 +24,7 @@ import numpy as np
 
 from benchmarks.command import parser
 from heedful.model import masks
+from heedful.model.attention import AttentionCall
 from heedful.model.attention.flash import flash
 from heedful.model.attention.performer import Performer
 from heedful.model.config import PerformerConfig
@@ -34,8 +35,9 @@ def squared_error(config: PerformerConfig, length: int, head_dim: int, deviation
     keys = jax.random.split(jax.random.key(seed), 4)
     q, k, v = (jax.random.normal(key, (1, length, 1, head_dim)) for key in keys[:3])
     q, k = q * deviation, k * deviation
-    exact = flash(q, k, v, masks.full())
-    out = Performer(config).apply({}, q, k, v, masks.full(), rngs={"features": keys[3]})
+    call = AttentionCall(q, k, v, masks.full())
+    exact = flash(call)
+    out = Performer(config).apply({}, call, rngs={"features": keys[3]})
     return jnp.mean((jnp.asarray(out) - exact) ** 2)
 
 

@@ -6,47 +6,22 @@ its rows.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from heedful.model.attention import AttentionCall, Cache, Core, spec_of
 from heedful.model.attention.dense import attend_pairs, pairs_of
-from heedful.model.attention.performer import FeatureState
 from heedful.model.axes import target_platform
 from heedful.model.config import ModelConfig
 from heedful.model.masks import AttentionMask, cross
-from heedful.model.positions import PositionBias
 
 MIN_PREFIX = 16  # positions of a cache of which fewer are not read apart
 MAX_SHARED_BEAMS = (
     16  # hypotheses up to which products with the keys of all take less time than copies
 )
-
-
-@runtime_checkable
-class Cache(Protocol):
-    """Keys and values of the positions seen so far, or what is left of them."""
-
-    def attend(
-        self,
-        core: Callable,
-        q: Float[Array, "B T N H"],
-        k: Float[Array, "B T K H"],
-        v: Float[Array, "B T K H"],
-        mask: AttentionMask,
-        cache_write_mask: Bool[Array, "B T"] | None,
-        **how: Any,
-    ) -> tuple[Float[Array, "B T N H"], "Cache"]:
-        """Attention of new tokens at `mask.q_offset` to themselves and all before, and the cache
-        with them added; those that are not real leave no trace in it that a later query sees."""
-        ...
-
-    def keys(self, new: int) -> int:
-        """How many keys so many new tokens are held against."""
-        ...
 
 
 @struct.dataclass
@@ -72,15 +47,15 @@ class KVCache:
         return jnp.swapaxes(self.k, 1, 2), jnp.swapaxes(self.v, 1, 2)
 
     def attend(
-        self, core: Callable, q: jax.Array, k: jax.Array, v: jax.Array,
-        mask: AttentionMask, cache_write_mask: jax.Array | None = None, **how: Any,
-    ) -> tuple[jax.Array, "KVCache"]:  # fmt: skip
-        offset, new = _offset(mask), q.shape[1]
-        cache = self.write(k, v, offset)
+        self, core: Core, call: AttentionCall, cache_write_mask: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T N H"], "KVCache"]:
+        offset, new = _offset(call.mask), call.q.shape[1]
+        cache = self.write(call.k, call.v, offset)
 
         def attend(size: int) -> jax.Array:
             part = KVCache(k=cache.k[:, :, :size], v=cache.v[:, :, :size])
-            return core(q, *part.rows(), mask, **how)
+            k, v = part.rows()
+            return core(call.replace(k=k, v=v))
 
         length = self.keys(new)
         return attend(length) if new > 1 else _of_filled(attend, length, offset), cache
@@ -123,19 +98,17 @@ class BeamCache:
         )
 
     def attend(
-        self, core: Callable, q: jax.Array, k: jax.Array, v: jax.Array,
-        mask: AttentionMask, cache_write_mask: jax.Array | None = None, *,
-        bias: PositionBias | None = None, **how: Any,
-    ) -> tuple[jax.Array, "BeamCache"]:  # fmt: skip
+        self, core: Core, call: AttentionCall, cache_write_mask: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T N H"], "BeamCache"]:
         """Dense, whatever the core: those that read a KVCache compute the same."""
-        (batch, width, length), (rows, new) = self.writer.shape, k.shape[:2]
+        (batch, width, length), (rows, new) = self.writer.shape, call.k.shape[:2]
         if (rows, new) != (batch * width, 1):
             raise ValueError(
                 f"{rows} x {new} tokens for {batch} x {width} hypotheses: a beam takes one for each"
             )
-        offset = _offset(mask)
+        offset = _offset(call.mask)
         offset = offset[::width] if offset.ndim else offset
-        q, k, v = (x.reshape(batch, width, *x.shape[2:]) for x in (q, k, v))
+        q, k, v = (x.reshape(batch, width, *x.shape[2:]) for x in (call.q, call.k, call.v))
         k = _write(self.k, jnp.moveaxis(k, 1, -1), offset * width, axis=-1)
         v = _write(self.v, jnp.swapaxes(v, 1, 2), offset * width, axis=-2)
         hypotheses = jnp.arange(width)
@@ -149,7 +122,7 @@ class BeamCache:
             x = jnp.broadcast_to(x, (*x.shape[:2], width, length))
             return jnp.repeat(x, width, axis=-1)
 
-        seen, added = pairs_of(mask, bias, 1, length)
+        seen, added = pairs_of(call.mask, call.bias, 1, length)
         allowed = (writer[..., None] == hypotheses).reshape(batch, 1, width, -1)
         allowed = allowed if seen is None else allowed & spread(seen)
         added = None if added is None else spread(added)
@@ -159,7 +132,8 @@ class BeamCache:
             keys = jnp.moveaxis(k[..., first], -1, 1)
             values = jnp.swapaxes(v[:, :, first], 1, 2)
             bias = None if added is None else added[..., first]
-            return attend_pairs(q, keys, values, allowed[..., first], bias, **how)
+            own = call.replace(q=q, k=keys, v=values)
+            return attend_pairs(own, allowed[..., first], bias)
 
         y = _of_filled(attend, length, offset)
         return y.reshape(rows, 1, *y.shape[2:]), BeamCache(k, v, writer)
@@ -186,10 +160,10 @@ class WindowCache:
         return cls(k=k, v=v, end=jnp.zeros(batch, jnp.int32))
 
     def attend(
-        self, core: Callable, q: jax.Array, k: jax.Array, v: jax.Array,
-        mask: AttentionMask, cache_write_mask: jax.Array | None = None, **how: Any,
-    ) -> tuple[jax.Array, "WindowCache"]:  # fmt: skip
-        start, (batch, new) = _offset(mask), k.shape[:2]
+        self, core: Core, call: AttentionCall, cache_write_mask: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T N H"], "WindowCache"]:
+        mask, bias = call.mask, call.bias
+        start, (batch, new) = _offset(mask), call.k.shape[:2]
         past = self.keys(0)
         left = None if mask.window is None else mask.window[0]
         if left is None or left * max(mask.dilation or (1,)) > past:
@@ -221,15 +195,16 @@ class WindowCache:
             prefix_len=None if mask.prefix_len is None else mask.prefix_len - offset[:, 0] + past,
         )
         moved &= cross(jnp.ones((batch, new), jnp.int32), (old | fresh).astype(jnp.int32))
-        if how.get("bias") is not None:
-            how["bias"] = how["bias"].replace(q_offset=moved.q_offset)
-        y = core(q, line(self.k, k), line(self.v, v), moved, **how)
+        if bias is not None:
+            bias = bias.replace(q_offset=moved.q_offset)  # type: ignore[attr-defined]
+        k, v = line(self.k, call.k), line(self.v, call.v)
+        y = core(call.replace(k=k, v=v, mask=moved, bias=bias))
 
         end = jnp.maximum(self.end, jnp.max(jnp.where(real, positions[:, past:] + 1, 0), axis=1))
         kept = real & (positions[:, past:] > end[:, None] - past - 2)
         slots = jnp.where(kept, slots[:, past:], past + 1)
         put = lambda to, x: to.at[rows, slots].set(x, mode="drop")  # noqa: E731
-        return y, WindowCache(k=put(self.k, k), v=put(self.v, v), end=end)
+        return y, WindowCache(k=put(self.k, call.k), v=put(self.v, call.v), end=end)
 
     def keys(self, new: int) -> int:
         return self.k.shape[1] - 1 + new
@@ -237,11 +212,9 @@ class WindowCache:
 
 def new_cache(config: ModelConfig, batch: int, length: int) -> Cache:
     """An empty cache of one layer for `length` positions, of the kind that its core reads."""
-    attention = config.attention
-    place = "decoder" if config.architecture == "encoder_decoder" else "self"
-    if attention.core_of(place) == "performer":
-        features = attention.performer.features
-        return FeatureState.zeros(batch, config.kv_heads, features, config.head_dim)
+    own = spec_of(config.attention.core_of(config.decoding_site)).new_cache
+    if own is not None:
+        return own(config, batch)
     enough = remembered(config)
     if enough is not None and enough < length:
         return WindowCache.zeros(config, batch, enough)

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from heedful.model.attention.linformer import projection_init
+from heedful.model.attention import FEATURES, spec_of
 from heedful.model.axes import constrain
 from heedful.model.cache import Cache, KVCache, reorder, repeat
 from heedful.model.config import AttentionSite, ModelConfig
-from heedful.model.layers import Dropout, FeedForward, MultiHeadAttention, Norm, StackContext
+from heedful.model.layers import Dropout, FeedForward, Norm
 from heedful.model.masks import AttentionMask
+from heedful.model.multi_head_attention import MultiHeadAttention, StackContext
 from heedful.model.ops.loops import layers_per_iteration
 from heedful.model.positions import (
     PositionBias,
@@ -79,8 +80,8 @@ class Block(nn.Module):
             x = norm(x) if config.norm.position == "post" else x
             return constrain(x, "act_batch", "act_length", "act_embed"), state
 
-        place = "decoder" if self.has_cross else "self"
-        attend = MultiHeadAttention(config, place, name="self_attention")
+        site = "decoder" if self.has_cross else "self"
+        attend = MultiHeadAttention(config, site, name="self_attention")
         self_cache = cache.self_attention if cache else None
         x, self_cache = residual(
             "self_attention",
@@ -98,7 +99,7 @@ class Block(nn.Module):
                     x,
                     encoded,
                     cross_mask,
-                    StackContext(projection=shared.projection),
+                    StackContext(core_params=shared.core_params),
                     cache=cross_cache,
                     deterministic=deterministic,
                 ),
@@ -137,7 +138,7 @@ class Stack(nn.Module):
         scanned = nn.scan(
             self._block(),
             variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True, "dropout": True, "features": True},
+            split_rngs={"params": True, "dropout": True, FEATURES: True},
             in_axes=(0, *[nn.broadcast] * 5),  # type: ignore[arg-type]
             length=self.layers,
             unroll=min(self._unroll(cache is not None), self.layers),
@@ -145,7 +146,7 @@ class Stack(nn.Module):
         )
         blocks = scanned(self.config, self.has_cross, name="blocks")
         shared = self._shared(positions, mask).replace(  # type: ignore[attr-defined]
-            cache_write_mask=cache_write_mask, projection=self._projection()
+            cache_write_mask=cache_write_mask, core_params=self._core_params()
         )
         x, cache = blocks(x, cache, mask, shared, encoded, cross_mask, deterministic)
         if self.config.norm.position == "pre":
@@ -165,15 +166,14 @@ class Stack(nn.Module):
         config = self.config
         return layers_per_iteration(config.unroll, remat=config.remat != "none", decodes=decodes)
 
-    def _projection(self) -> Float[Array, "S R"] | None:
-        """Of the core linformer, where all layers have one."""
-        attention, linformer = self.config.attention, self.config.attention.linformer
-        places: tuple[AttentionSite, ...] = ("decoder", "cross") if self.has_cross else ("self",)
-        if linformer.sharing != "layers" or "linformer" not in map(attention.core_of, places):
-            return None
-        init = projection_init(linformer, "position", "rank")
-        shape = (linformer.max_length, linformer.rank)
-        return jnp.asarray(self.param("projection", init, shape))
+    def _core_params(self) -> dict[str, jax.Array]:
+        """Return the parameters that the layers' cores share."""
+        sites: tuple[AttentionSite, ...] = ("decoder", "cross") if self.has_cross else ("self",)
+        made: dict[str, jax.Array] = {}
+        for core in dict.fromkeys(map(self.config.attention.core_of, sites)):
+            for name, (init, shape) in spec_of(core).shared_params(self.config).items():
+                made[name] = jnp.asarray(self.param(name, init, shape))
+        return made
 
     def _shared(self, positions: Int[Array, "b T"], mask: AttentionMask) -> StackContext:
         """What self-attention adds or turns, where the config asks for it."""

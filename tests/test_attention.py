@@ -1,7 +1,6 @@
 """Dense attention against loops in float64, where every other core will be held against dense."""
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import pytest
 from flax import struct
 
 from heedful.model import masks
-from heedful.model.attention import ATTENTION, choose
+from heedful.model.attention import CORES, AttentionCall, choose
 from heedful.model.attention.dense import attention_weights, dense
 from heedful.model.dropout import dropout, keep, keep_at, mix
 from heedful.model.positions import PositionBias
@@ -68,7 +67,7 @@ def test_values_and_gradients(name: str):
     scale = {"causal": 1.0, "prefix and window": 0.7}.get(name)
     arrays = inputs()
     out, pull = jax.vjp(
-        lambda q, k, v, bias: dense(q, k, v, mask, bias=Given(bias), scale=scale),
+        lambda q, k, v, bias: dense(AttentionCall(q, k, v, mask, Given(bias), scale)),
         *map(jnp.float32, arrays),
     )
     np.testing.assert_allclose(
@@ -93,7 +92,8 @@ def test_weights_are_what_the_values_are_mixed_with():
     q, k, _, bias = inputs()
     mask = MASKS["segments with empty rows"]
     given = Given(jnp.float32(bias[:1]))  # one for all rows
-    weights = attention_weights(jnp.float32(q), jnp.float32(k), mask, bias=given, scale=0.3)
+    q32, k32 = jnp.float32(q), jnp.float32(k)
+    weights = attention_weights(AttentionCall(q32, k32, k32, mask, given, 0.3))
     assert weights.shape == (B, K, N // K, T, S)
     # Values that each name one key: what they are mixed to are the weights.
     names = np.broadcast_to(np.eye(S)[:, None], (B, S, K, S))
@@ -109,7 +109,7 @@ def test_a_query_that_sees_nothing_gives_zero_and_gets_zero(dtype):
     unseen = ~as_array(mask).any(1)
     assert empty.sum() == 2
     assert unseen.sum() == 3
-    out, pull = jax.vjp(lambda q, k, v: dense(q, k, v, mask), q, k, v)
+    out, pull = jax.vjp(lambda q, k, v: dense(AttentionCall(q, k, v, mask)), q, k, v)
     dq, dk, dv = pull(jnp.ones_like(out) * 3)
     for x in (out, dq, dk, dv):
         assert x.dtype == dtype
@@ -121,7 +121,7 @@ def test_a_query_that_sees_nothing_gives_zero_and_gets_zero(dtype):
     assert np.asarray(out[~empty]).all()
     # The same when not a single pair is left.
     nothing = masks.cross(jnp.zeros((B, T), jnp.int32), SEGMENTS[1])
-    out, pull = jax.vjp(lambda q, k, v: dense(q, k, v, nothing), q, k, v)
+    out, pull = jax.vjp(lambda q, k, v: dense(AttentionCall(q, k, v, nothing)), q, k, v)
     assert not any(np.asarray(x).any() for x in (out, *pull(jnp.ones_like(out))))
 
 
@@ -129,21 +129,21 @@ def test_a_masked_key_cannot_be_learned_around():
     q, k, v, bias = map(jnp.float32, inputs())
     mask = masks.causal() & masks.cross(jnp.ones((B, T), jnp.int32), SEGMENTS[1])
     allowed = as_array(mask)
-    out = dense(q, k, v, mask, bias=Given(bias))
+    out = dense(AttentionCall(q, k, v, mask, Given(bias)))
     tempting = jnp.where(allowed[:, None], bias, 1e30)
-    np.testing.assert_array_equal(dense(q, k, v, mask, bias=Given(tempting)), out)
+    np.testing.assert_array_equal(dense(AttentionCall(q, k, v, mask, Given(tempting))), out)
     unseen = jnp.array(~allowed.any(1))[:, :, None, None]
     k, v = jnp.where(unseen, 1e15 * k, k), jnp.where(unseen, 1e15, v)
-    np.testing.assert_array_equal(dense(q, k, v, mask, bias=Given(bias)), out)
+    np.testing.assert_array_equal(dense(AttentionCall(q, k, v, mask, Given(bias))), out)
     # Neither by a penalty on everything that is allowed.
     sunk = jnp.where(allowed[:, None], bias - 1e6, 0)
-    np.testing.assert_allclose(dense(q, k, v, mask, bias=Given(sunk)), out, atol=0.3)
+    np.testing.assert_allclose(dense(AttentionCall(q, k, v, mask, Given(sunk))), out, atol=0.3)
 
 
 @pytest.mark.parametrize("name", ["full", "causal"])
 def test_huge_scores_do_not_overflow(name: str):
     q, k, v, _ = map(jnp.float32, inputs())
-    out, pull = jax.vjp(lambda q, k: dense(1e9 * q, 1e9 * k, v, MASKS[name]), q, k)
+    out, pull = jax.vjp(lambda q, k: dense(AttentionCall(1e9 * q, 1e9 * k, v, MASKS[name])), q, k)
     scores = np.einsum("btngh,bsnh->btngs", q.reshape(B, T, K, N // K, H), k)
     scores = np.where(as_array(MASKS[name])[:, :, None, None], scores, -np.inf)
     winner = np.argmax(scores, -1)  # softmax has become the maximum
@@ -157,7 +157,7 @@ def test_bfloat16_computes_its_softmax_in_float32():
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(3 * rng.normal(size=(1, n, 1, 16)), jnp.bfloat16) for n in (3, S, S))
     for mask in (masks.full(), masks.sliding(1, 2)):
-        out = dense(q, k, v, mask)
+        out = dense(AttentionCall(q, k, v, mask))
         assert out.dtype == jnp.bfloat16
         allowed = np.broadcast_to(mask.to_bool(3, S)[:, 0], (1, 3, S))
         expected = naive(
@@ -168,7 +168,7 @@ def test_bfloat16_computes_its_softmax_in_float32():
 
 def test_dropout_of_weights():
     q, k, v, _ = map(jnp.float32, inputs())
-    attend = partial(dense, q, k, v, masks.causal())
+    attend = lambda **drop: dense(AttentionCall(q, k, v, masks.causal(), **drop))  # noqa: E731
     key = jax.random.key(0)
     np.testing.assert_array_equal(attend(dropout_rate=0.0, dropout_key=key), attend())
     with pytest.raises(ValueError, match=r"rate 0\.3 needs a key"):
@@ -249,16 +249,16 @@ def test_shapes_that_do_not_fit_are_refused(unchecked):
     )
     for arrays in wrong:
         with pytest.raises(ValueError, match="shapes do not fit"):
-            dense(*arrays, masks.full())
+            dense(AttentionCall(*arrays, masks.full()))
     with pytest.raises(ValueError, match="describes 5 kv positions, there are 7"):
-        dense(q, k, v, masks.packed(SEGMENTS[0]))
+        dense(AttentionCall(q, k, v, masks.packed(SEGMENTS[0])))
 
 
 def test_choice_of_a_core():
     for platform in ("cpu", "gpu", "tpu"):
         for length in (7, 512):
             name, reason = choose("auto", platform, length)
-            assert name in ATTENTION
+            assert name in CORES
             assert platform in reason
     assert choose("auto", "cpu", 511)[0] == "dense"
     assert choose("auto", "cpu", 512)[0] == "flash"

@@ -10,8 +10,9 @@ import pytest
 from tiny import LAYERS, POSITIONS, B, V, init, tiny
 
 from heedful.model import masks
+from heedful.model.attention import AttentionCall
 from heedful.model.attention.dense import dense
-from heedful.model.attention.performer import FeatureState
+from heedful.model.attention.kernel_sums import FeatureState
 from heedful.model.cache import MAX_SHARED_BEAMS, BeamCache, KVCache, WindowCache, new_cache
 from heedful.model.config import PerformerConfig
 from heedful.model.transformer import empty_cache
@@ -179,9 +180,9 @@ def test_what_it_cannot_read_is_refused(unchecked):
     further = WindowCache.zeros(tiny(attention_window=4), B, 4)
     q, k, v = jnp.zeros((3, B, 1, 3, 2))
     with pytest.raises(ValueError, match=r"3 positions before a token, but .* \(4, 4\)"):
-        further.attend(dense, q, k, v, masks.sliding(4, 4).at(0))
+        further.attend(dense, AttentionCall(q, k, v, masks.sliding(4, 4).at(0)))
     with pytest.raises(ValueError, match="describes 2 kv positions, there are 5"):
         decode(offset=0, segment_ids=jnp.ones((B, 2), int))
     beam = BeamCache.of(KVCache.zeros(tiny(), B, 4), 2)
     with pytest.raises(ValueError, match="6 x 2 tokens for 3 x 2 hypotheses"):
-        beam.attend(dense, *jnp.zeros((3, 6, 2, 3, 2)), masks.causal().at(0))
+        beam.attend(dense, AttentionCall(*jnp.zeros((3, 6, 2, 3, 2)), masks.causal().at(0)))

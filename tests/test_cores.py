@@ -1,10 +1,11 @@
 """The table of cores and masks, and that README has it."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from heedful.model.attention import ATTENTION
+from heedful.model.attention import CORES
 from heedful.model.config import ModelError
 from heedful.train.cli import run
 from heedful.train.inspection import cores
@@ -36,15 +37,16 @@ def test_a_core_that_refuses_says_why():
 
 
 def test_a_core_that_cannot_run_at_all_is_not_called_able(monkeypatch):
-    def broken(*args, **how):
+    def broken(call):
         raise ModelError("no")
 
-    monkeypatch.setitem(ATTENTION, "flash", lambda config: broken)
+    spec = dataclasses.replace(CORES["flash"], make=lambda config, shared: broken)
+    monkeypatch.setitem(CORES, "flash", spec)
     with pytest.raises(ModelError, match="no"):
         refusal("flash", row("the past"))
 
 
 def test_the_command_prints_it(monkeypatch, capsys):
-    monkeypatch.setattr(cores, "ATTENTION", {"dense": ATTENTION["dense"]})
+    monkeypatch.setattr(cores, "CORES", {"dense": CORES["dense"]})
     assert run(["cores"]) == 0
     assert "| decoder | the past | yes |" in capsys.readouterr().out

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from heedful.model import masks
-from heedful.model.attention.cudnn import attend, cudnn, window_of
+from heedful.model.attention import AttentionCall
+from heedful.model.attention.cudnn import attend, cudnn, refusal
 from heedful.model.attention.dense import dense
 from heedful.model.config import ModelError
-from heedful.model.masks import AttentionMask, MaskNotSupported
+from heedful.model.masks import MaskNotSupported
 from heedful.model.positions import PositionBias, alibi_slopes
 
 B, T, S, N, K, H = 3, 7, 11, 6, 3, 8
@@ -43,10 +44,10 @@ def inputs(keys: int, dtype=jnp.float32, seed: int = 0) -> list[jax.Array]:
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-def through_xla(q, k, v, mask: AttentionMask, scale: float | None = None) -> jax.Array:
-    """What cudnn would be asked for, asked of XLA."""
-    window = window_of(mask, q.shape[1], k.shape[1])
-    return attend(q, k, v, mask, window, scale, "xla")
+def through_xla(call: AttentionCall) -> jax.Array:
+    """Ask XLA for what cuDNN would be asked for."""
+    assert refusal(call) is None
+    return attend(call, "xla")
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -56,7 +57,7 @@ def test_the_arguments_mean_the_mask(name: str):
 
     @partial(jax.jit, static_argnums=0)
     def run(core, *arrays):
-        out, pull = jax.vjp(lambda *x: core(*x, mask, scale=0.3), *arrays)
+        out, pull = jax.vjp(lambda *x: core(AttentionCall(*x, mask, scale=0.3)), *arrays)
         return (out, *pull(g))
 
     ours, wanted = run(through_xla, *arrays), run(dense, *arrays)
@@ -85,15 +86,15 @@ def test_what_a_kernel_leaves_in_padding_does_not_come_out(monkeypatch):
         ),
     )
 
-    def substitute(q, k, v, **how):
-        assert how["query_seq_lengths"].tolist() == [5, 1, 7]
+    def substitute(q, k, v, **options):
+        assert options["query_seq_lengths"].tolist() == [5, 1, 7]
         return poisoned(q, k, v)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", substitute)
     *arrays, g = inputs(T)
     arrays = [jnp.where(real[..., None, None], x, jnp.nan) for x in arrays]
     with jax.disable_jit():
-        out, pull = jax.vjp(lambda *x: through_xla(*x, mask), *arrays)
+        out, pull = jax.vjp(lambda *x: through_xla(AttentionCall(*x, mask)), *arrays)
     for x in (out, *pull(g)):
         assert np.isfinite(x).all()
         assert not np.asarray(x)[~real].any()
@@ -113,7 +114,7 @@ def test_what_a_kernel_leaves_in_padding_does_not_come_out(monkeypatch):
 def test_rows_that_lengths_cannot_describe_are_nan(ids):
     q_ids, kv_ids = (jnp.array([row, [1] * T, [3] * 5 + [0] * 2]) for row in ids)
     *arrays, _ = inputs(T)
-    out = np.asarray(through_xla(*arrays, masks.cross(q_ids, kv_ids)))
+    out = np.asarray(through_xla(AttentionCall(*arrays, masks.cross(q_ids, kv_ids))))
     assert np.isnan(out[0]).all()
     assert np.isfinite(out[1:]).all()
 
@@ -122,7 +123,8 @@ def test_a_window_needs_a_key_for_each_query():
     ids = masks.padding(jnp.array([5, 7, 3]), T).q_segment_ids
     less = masks.padding(jnp.array([4, 7, 6]), T).q_segment_ids
     *arrays, _ = inputs(T)
-    out = np.asarray(through_xla(*arrays, masks.cross(ids, less) & masks.sliding(1, 0)))
+    mask = masks.cross(ids, less) & masks.sliding(1, 0)
+    out = np.asarray(through_xla(AttentionCall(*arrays, mask)))
     assert np.isnan(out[0]).all()
     assert np.isfinite(out[1:]).all()
 
@@ -143,24 +145,25 @@ REFUSED = {
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_other_masks_are_refused(words: str):
-    mask, how = REFUSED[words]
-    *arrays, _ = inputs(how.get("keys", T), jnp.bfloat16)
+    mask, options = REFUSED[words]
+    *arrays, _ = inputs(options.get("keys", T), jnp.bfloat16)
     with pytest.raises(MaskNotSupported, match=f"core 'cudnn' .*{words}"):
-        cudnn(*arrays, mask, **{name: x for name, x in how.items() if name != "keys"})
+        given = {name: x for name, x in options.items() if name != "keys"}
+        cudnn(AttentionCall(*arrays, mask, **given))
 
 
 def test_types_heads_and_platform_are_refused_with_the_fix():
     *arrays, _ = inputs(T)
     with pytest.raises(ModelError, match=r"needs a GPU and model.dtype bfloat16 .* not float32"):
-        cudnn(*arrays, masks.causal())
+        cudnn(AttentionCall(*arrays, masks.causal()))
     with pytest.raises(
         ModelError, match=r"multiple of 8 up to 128, not model.attention.head_dim = 5"
     ):
-        cudnn(*(x[..., :5] for x in arrays), masks.causal())
+        cudnn(AttentionCall(*(x[..., :5] for x in arrays), masks.causal()))
     with pytest.raises(ModelError, match=r"core cudnn needs a GPU, not cpu"):
-        cudnn(*(x.astype(jnp.bfloat16) for x in arrays), masks.causal())
+        cudnn(AttentionCall(*(x.astype(jnp.bfloat16) for x in arrays), masks.causal()))
     with pytest.raises(ValueError, match="describes 7 q positions, there are 5"):
-        cudnn(arrays[0][:, :5], *arrays[1:], LENGTHS)
+        cudnn(AttentionCall(arrays[0][:, :5], *arrays[1:], LENGTHS))
 
 
 @pytest.mark.parametrize("name", ["full", "causal and window", "causal and padding"])
@@ -171,7 +174,7 @@ def test_lowered_for_a_gpu_it_is_cudnn_without_an_array_of_all_pairs(name: str, 
     mask = {**MASKS, "causal and padding": (masks.causal() & masks.padding(
         jnp.array([1031, 7, 0]), length), length)}[name][0]  # fmt: skip
     q, k = (jax.ShapeDtypeStruct((B, length, n, 64), jnp.bfloat16) for n in (N, K))
-    loss = lambda q, k, v: cudnn(q, k, v, mask).astype(jnp.float32).sum()  # noqa: E731
+    loss = lambda *x: cudnn(AttentionCall(*x, mask)).astype(jnp.float32).sum()  # noqa: E731
     traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert set(re.findall(r"@(__cudnn\$\w+)", text)) == {

@@ -14,6 +14,7 @@ from test_attention import Given
 from test_masks import HEADS, B, S, T, build, facts_without_offset, some_offset
 
 from heedful.model import masks
+from heedful.model.attention import AttentionCall
 from heedful.model.attention.dense import dense
 from heedful.model.attention.flash import TILE, flash
 from heedful.model.positions import PositionBias
@@ -35,14 +36,14 @@ def draw(*shapes: tuple[int, ...], dtype: Any = jnp.float32, seed: int = 0) -> l
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-def value_and_gradients(core, q, k, v, g, mask, bias=None, **how) -> tuple[jax.Array, ...]:
+def value_and_gradients(core, q, k, v, g, mask, bias=None, **options) -> tuple[jax.Array, ...]:
     """Output, and gradients of <g, output> for q, k, v and the values of the bias."""
 
     @jax.jit
     def run(q, k, v, g, mask, bias):
         def attend(q, k, v, values):
             given = None if bias is None else bias.replace(values=values)
-            return core(q, k, v, mask, bias=given, **how)
+            return core(AttentionCall(q, k, v, mask, given, **options))
 
         out, pull = jax.vjp(attend, q, k, v, None if bias is None else bias.values)
         return out, *(x for x in pull(g) if x is not None)
@@ -81,11 +82,11 @@ def test_equals_dense(facts, offset, kv_heads, bias, rate, blocks):
     if given_bias is not None:
         given_bias = given_bias.replace(q_offset=mask.q_offset)  # type: ignore[attr-defined]
     arrays = draw((B, T, HEADS, H), (B, S, kv_heads, H), (B, S, kv_heads, H), (B, T, HEADS, H))
-    how = {"dropout_rate": rate, "dropout_key": jax.random.key(1), "scale": 0.7}
+    options = {"dropout_rate": rate, "dropout_key": jax.random.key(1), "scale": 0.7}
     cut = partial(flash, q_block=blocks[0], kv_block=blocks[1])
     assert_close(
-        value_and_gradients(cut, *arrays, mask, given_bias, **how),
-        value_and_gradients(dense, *arrays, mask, given_bias, **how),
+        value_and_gradients(cut, *arrays, mask, given_bias, **options),
+        value_and_gradients(dense, *arrays, mask, given_bias, **options),
     )
 
 
@@ -167,7 +168,9 @@ def test_neither_temptation_nor_size_changes_the_result():
         np.testing.assert_array_equal(x, y)
     huge = value_and_gradients(cut, 1e9 * q, 1e9 * k, v, g, masks.causal())
     assert all(np.isfinite(x).all() for x in huge)
-    np.testing.assert_array_equal(huge[0], dense(1e9 * q, 1e9 * k, v, masks.causal()))
+    np.testing.assert_array_equal(
+        huge[0], dense(AttentionCall(1e9 * q, 1e9 * k, v, masks.causal()))
+    )
 
 
 @pytest.mark.parametrize("held", [1, 2, 4])
@@ -176,16 +179,16 @@ def test_rows_in_turn_equal_rows_together(held: int, monkeypatch):
     ids = jnp.array([[1] * 4 + [2] * 9, [1] * 13, [3] * 13, [0] * 13, [1] * 12 + [2], [4] * 13])
     starts = jnp.arange(6) % 4
     packed = masks.causal() & masks.packed(ids)
-    how = {"dropout_rate": 0.3, "dropout_key": jax.random.key(2)}
+    options = {"dropout_rate": 0.3, "dropout_key": jax.random.key(2)}
     cut = partial(flash, q_block=4, kv_block=5)
     for mask, bias in (
         (packed, BIASES["relative"].replace(values=draw((8, 4))[0])),  # type: ignore[attr-defined]
         (masks.causal().at(starts), Given(draw((6, 4, 13, 13), seed=1)[0])),
     ):
-        together = value_and_gradients(cut, *arrays, mask, bias, **how)
+        together = value_and_gradients(cut, *arrays, mask, bias, **options)
         with monkeypatch.context() as patch:
             patch.setitem(TILE, "cpu", held * 2 * 4 * 5)
-            in_turn = value_and_gradients(cut, *arrays, mask, bias, **how)
+            in_turn = value_and_gradients(cut, *arrays, mask, bias, **options)
         assert_close(in_turn, together)
 
 
@@ -208,7 +211,7 @@ def test_jacobians():
 
     def jacobian(core):
         def attend(q, k, v, bias):
-            return core(q, k, v, mask, bias=bias)[0, :, 1]
+            return core(AttentionCall(q, k, v, mask, bias))[0, :, 1]
 
         *rest, of_bias = jax.jit(jax.jacrev(attend, argnums=(0, 1, 2, 3)))(q, k, v, bias)
         return *rest, of_bias.values
@@ -219,7 +222,9 @@ def test_jacobians():
 def test_memory_is_linear_in_the_length():
     def memory(core, length: int) -> int:
         def gradient(q, k, v):
-            return jax.grad(lambda *x: core(*x, masks.causal()).sum(), argnums=(0, 1, 2))(q, k, v)
+            return jax.grad(
+                lambda *x: core(AttentionCall(*x, masks.causal())).sum(), argnums=(0, 1, 2)
+            )(q, k, v)
 
         x = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
         compiled: Any = jax.jit(gradient).lower(x, x, x).compile()
@@ -236,14 +241,14 @@ def test_eight_devices_equal_one():
         jnp.array([[1] * 4 + [2] * 9, [1] * 13, [3] * 13, [1] * 13])
     )
     bias = BIASES["relative"].replace(values=draw((8, 4))[0])  # type: ignore[attr-defined]
-    how = {"dropout_rate": 0.3, "dropout_key": jax.random.key(2)}
+    options = {"dropout_rate": 0.3, "dropout_key": jax.random.key(2)}
     cut = partial(flash, q_block=4, kv_block=5)
-    expected = value_and_gradients(cut, *arrays, mask, bias, **how)
+    expected = value_and_gradients(cut, *arrays, mask, bias, **options)
     mesh = make_mesh(MeshConfig(data=4, tensor=2), jax.devices()[:8])
     with jax.set_mesh(mesh):
         spread = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
         arrays = [jax.device_put(x, spread) for x in arrays]
-        result = value_and_gradients(cut, *arrays, mask, bias, **how)
+        result = value_and_gradients(cut, *arrays, mask, bias, **options)
         assert result[0].sharding.is_equivalent_to(spread, 4)
     assert_close(result, expected)
 
@@ -252,8 +257,8 @@ def test_what_does_not_fit_is_refused(unchecked):
     q, k, v = draw((1, 5, 6, H), (1, 7, 3, H), (1, 7, 3, H))
     for arrays in ((q[:, :, :5], k, v), (q, k[:, :-1], v), (q[..., :-1], k, v)):
         with pytest.raises(ValueError, match="shapes do not fit"):
-            flash(*arrays, masks.full())
+            flash(AttentionCall(*arrays, masks.full()))
     with pytest.raises(ValueError, match=r"rate 0\.3 needs a key"):
-        flash(q, k, v, masks.full(), dropout_rate=0.3)
+        flash(AttentionCall(q, k, v, masks.full(), dropout_rate=0.3))
     with pytest.raises(ValueError, match="describes 5 kv positions, there are 7"):
-        flash(q, k, v, masks.packed(jnp.ones((1, 5), jnp.int32)))
+        flash(AttentionCall(q, k, v, masks.packed(jnp.ones((1, 5), jnp.int32))))

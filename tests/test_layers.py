@@ -15,15 +15,9 @@ from heedful.model import masks
 from heedful.model.activations import gelu, gelu_tanh
 from heedful.model.cache import KVCache, new_cache
 from heedful.model.config import ModelError
-from heedful.model.layers import (
-    Dropout,
-    Embedding,
-    FeedForward,
-    MultiHeadAttention,
-    Norm,
-    normalise,
-)
+from heedful.model.layers import Dropout, Embedding, FeedForward, Norm, normalise
 from heedful.model.linear import MAX_ROWS_TRANSPOSED, Linear, matmul, transposed_kernels
+from heedful.model.multi_head_attention import MultiHeadAttention
 from heedful.model.transformer import decoder_mask
 
 
@@ -203,7 +197,7 @@ def test_dropout_in_training_only():
 
 def test_attention_shares_each_key_head_among_consecutive_query_heads():
     x, context = jnp.float32(random(B, T, WIDTH)), jnp.float32(random(B, S, WIDTH, seed=1))
-    grouped = MultiHeadAttention(tiny(), place="cross")
+    grouped = MultiHeadAttention(tiny(), site="cross")
     params = params_of(grouped, x, context, masks.causal())
     assert params["query"]["kernel"].shape == (WIDTH, HEADS, HEAD_DIM)
     assert params["key"]["kernel"].shape == (WIDTH, KV_HEADS, HEAD_DIM)
@@ -213,7 +207,7 @@ def test_attention_shares_each_key_head_among_consecutive_query_heads():
             "kernel": jnp.repeat(params[name]["kernel"], HEADS // KV_HEADS, axis=1),
             "bias": jnp.repeat(params[name]["bias"], HEADS // KV_HEADS, axis=0),
         }
-    whole = MultiHeadAttention(tiny(attention_kv_heads=None), place="cross")
+    whole = MultiHeadAttention(tiny(attention_kv_heads=None), site="cross")
     out, _ = apply(grouped, params, x, context, masks.causal())
     expected, _ = apply(whole, repeated, x, context, masks.causal())
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
@@ -226,7 +220,7 @@ def test_sown_weights_are_those_that_were_used():
         [[1, 2, 2, 2, 1, 0, 0], [1, 1, 1, 1, 1, 1, 0], [5, 2, 2, 3, 0, 0, 3]]
     )
     mask = masks.cross(segments, source_segments)
-    module = MultiHeadAttention(tiny(attention_scaled=False, attention_dropout=0.5), place="cross")
+    module = MultiHeadAttention(tiny(attention_scaled=False, attention_dropout=0.5), site="cross")
     params = params_of(module, x, context, mask)
     (y, _), sown = apply(module, params, x, context, mask, mutable="intermediates")
     (weights,) = sown["intermediates"]["weights"]
@@ -325,7 +319,7 @@ def test_weights_with_a_cache_are_refused():
 def test_auto_chooses_by_the_keys_of_the_cache(window: int | None, expected: int, monkeypatch):
     chosen = []
     spy = lambda *given: chosen.append(given) or ("dense", "")  # noqa: E731
-    monkeypatch.setattr("heedful.model.layers.choose", spy)
+    monkeypatch.setattr("heedful.model.multi_head_attention.choose", spy)
     config = tiny("decoder_only", attention_window=window)
     x, mask = jnp.float32(random(B, 2, WIDTH)), decoder_mask(config, None, offset=0)
     module = MultiHeadAttention(config)
@@ -348,7 +342,7 @@ def test_cache_rows_at_their_own_positions():
 
 def test_attention_says_what_it_lacks():
     x = jnp.float32(random(B, T, WIDTH))
-    cross = MultiHeadAttention(tiny(), place="cross")
+    cross = MultiHeadAttention(tiny(), site="cross")
     with pytest.raises(ValueError, match="needs a context"):
         apply(cross, params_of(cross, x, x, masks.full()), x, None, masks.full())
     module = MultiHeadAttention(tiny())

@@ -1,7 +1,5 @@
 """Attention to projected keys and values against loops over the formula in float64."""
 
-from functools import partial
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,7 +9,7 @@ from tiny import SOURCE, SOURCE_SEGMENTS, TOKENS, init, tiny
 
 from heedful.data.config import DataConfig
 from heedful.model import masks
-from heedful.model.attention import ONE_DOCUMENT
+from heedful.model.attention import CORES, AttentionCall
 from heedful.model.attention.linformer import Linformer
 from heedful.model.config import LinformerConfig, ModelError
 from heedful.model.dropout import keep
@@ -35,16 +33,11 @@ def inputs() -> list[np.ndarray]:
 def linformer(sharing: str):
     """The core, its random parameters, and the projection that its stack would give."""
     rng = np.random.default_rng(1)
-    core = Linformer(LinformerConfig(rank=R, max_length=LONGEST, sharing=sharing))  # type: ignore[arg-type]
     given = rng.normal(size=(LONGEST, R)) if sharing == "layers" else None
-    how = {} if given is None else {"projection": jnp.float32(given)}
-    shapes = nn.unbox(
-        jax.eval_shape(
-            partial(core.init, mask=masks.full(), **how),
-            jax.random.key(0),
-            *map(jnp.float32, inputs()),
-        )
-    )
+    config = LinformerConfig(rank=R, max_length=LONGEST, sharing=sharing)  # type: ignore[arg-type]
+    core = Linformer(config, None if given is None else jnp.float32(given))
+    call = AttentionCall(*map(jnp.float32, inputs()), masks.full())
+    shapes = nn.unbox(jax.eval_shape(core.init, jax.random.key(0), call))
     params = jax.tree.map(lambda x: rng.normal(size=x.shape), shapes.get("params", {}))
     return core, params, given
 
@@ -73,8 +66,8 @@ def test_it_is_the_formula(sharing: str, block: int, monkeypatch):
     monkeypatch.setattr("heedful.model.attention.linformer.BLOCK", block)
     core, params, given = linformer(sharing)
     q, k, v = inputs()
-    how = {} if given is None else {"projection": jnp.float32(given)}
-    run = jax.jit(partial(core.apply, {"params": jax.tree.map(jnp.float32, params)}, **how))
+    params32 = {"params": jax.tree.map(jnp.float32, params)}
+    run = jax.jit(lambda *x: core.apply(params32, AttentionCall(*x)))
     arrays = [*map(jnp.float32, (q, k, v))]
     ones = np.ones((B, T)), np.ones((B, S))
     expected = naive(q, k, v, params, given, *ones, H**-0.5)
@@ -87,10 +80,8 @@ def test_it_is_the_formula(sharing: str, block: int, monkeypatch):
     # Dropout acts on weights by their place in [B, K, G, T, R].
     key = jax.random.key(3)
     kept = np.asarray(keep(jax.random.key_data(key), (B, K, N // K, T, R), 0.3)) / 0.7
-    dropped = core.apply(
-        {"params": jax.tree.map(jnp.float32, params)}, *arrays, masks.full(),
-        dropout_rate=0.3, dropout_key=key, **how,
-    )  # fmt: skip
+    call = AttentionCall(*arrays, masks.full(), dropout_rate=0.3, dropout_key=key)
+    dropped = core.apply(params32, call)
     expected = naive(q, k, v, params, given, *ones, H**-0.5, kept)
     np.testing.assert_allclose(dropped, expected, atol=2e-5, rtol=1e-5)
 
@@ -101,7 +92,7 @@ def test_padding_gives_and_gets_zero(dtype):
     q, k, v = (jnp.asarray(x, dtype) for x in inputs())
     mask = masks.cross(Q_IDS, KV_IDS)
     params = {"params": jax.tree.map(jnp.float32, params)}
-    out, pull = jax.vjp(lambda *x: core.apply(params, *x, mask), q, k, v)
+    out, pull = jax.vjp(lambda *x: core.apply(params, AttentionCall(*x, mask)), q, k, v)
     dq, dk, dv = pull(jnp.ones_like(out))
     for x in (out, dq, dk, dv):
         assert x.dtype == dtype
@@ -117,7 +108,10 @@ def test_padding_gives_and_gets_zero(dtype):
 def test_what_it_cannot_do_is_refused(unchecked):
     core, params, _ = linformer("heads")
     q, k, v = map(jnp.float32, inputs())
-    apply = partial(core.apply, {"params": params})
+
+    def apply(*given, **options):
+        return core.apply({"params": params}, AttentionCall(*given, **options))
+
     with pytest.raises(MaskNotSupported, match=r"model\.attention\.decoder_core"):
         apply(q, k, v, masks.causal())
     with pytest.raises(MaskNotSupported, match=r"model\.attention\.decoder_core"):
@@ -133,7 +127,7 @@ def test_what_it_cannot_do_is_refused(unchecked):
         apply(q, long, long, masks.full())
     stack = Linformer(LinformerConfig(rank=R, max_length=LONGEST, sharing="layers"))
     with pytest.raises(ModelError, match="projection of the stack"):
-        stack.init(jax.random.key(0), q, k, v, masks.full())
+        stack.init(jax.random.key(0), AttentionCall(q, k, v, masks.full()))
 
 
 def test_several_documents_become_nan_and_packed_data_is_refused():
@@ -141,10 +135,11 @@ def test_several_documents_become_nan_and_packed_data_is_refused():
     q, k, v = map(jnp.float32, inputs())
     params = {"params": jax.tree.map(jnp.float32, params)}
     two = KV_IDS.at[0, 2].set(2)
-    out = np.asarray(jax.jit(core.apply)(params, q, k, v, masks.cross(Q_IDS, two)))
+    call = AttentionCall(q, k, v, masks.cross(Q_IDS, two))
+    out = np.asarray(jax.jit(core.apply)(params, call))
     assert np.isnan(out).all((1, 2, 3)).tolist() == [True, False, False]
     data = DataConfig(source="files", train=("x",), objective="masked_lm", packing=True)
-    for name in ONE_DOCUMENT:
+    for name in (name for name, spec in CORES.items() if "self" in spec.one_document_at):
         model = tiny("encoder_only", attention_core=name)
         with pytest.raises(TrainError, match=rf"model\.attention\.core {name}.*data\.no-packing"):
             require_fit(model, data, TrainConfig(label_smoothing=0.0))

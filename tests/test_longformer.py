@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from heedful.model import masks
+from heedful.model.attention import AttentionCall
 from heedful.model.attention.dense import dense
-from heedful.model.attention.longformer import longformer, put_rows, take_rows
+from heedful.model.attention.longformer import longformer
+from heedful.model.attention.rows import put_rows, take_rows
 from heedful.model.masks import AttentionMask, MaskNotSupported
 from heedful.model.positions import PositionBias, alibi_slopes
 
@@ -54,7 +56,7 @@ BIASES: dict[str, PositionBias] = {
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks, of which the last is not full."""
-    monkeypatch.setattr(importlib.import_module("model.attention.longformer"), "BLOCK", 4)
+    monkeypatch.setattr(importlib.import_module("heedful.model.attention.longformer"), "BLOCK", 4)
 
 
 def arrays(dtype: Any = jnp.float32, q_length: int = T, kv_length: int = T) -> list[jax.Array]:
@@ -63,7 +65,7 @@ def arrays(dtype: Any = jnp.float32, q_length: int = T, kv_length: int = T) -> l
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-def results(core, mask: AttentionMask, inputs, bias: PositionBias | None = None, **how: Any):
+def results(core, mask: AttentionMask, inputs, bias: PositionBias | None = None, **options: Any):
     """Output and the gradients for queries, keys, values and the bias."""
     *qkv, g = inputs
 
@@ -71,7 +73,7 @@ def results(core, mask: AttentionMask, inputs, bias: PositionBias | None = None,
     def run(qkv, values):
         def attend(q, k, v, values):
             own = None if bias is None else bias.replace(values=values, q_offset=mask.q_offset)
-            return core(q, k, v, mask, bias=own, **how)
+            return core(AttentionCall(q, k, v, mask, own, **options))
 
         out, pull = jax.vjp(attend, *qkv, values)
         return out, *pull(g)
@@ -79,8 +81,11 @@ def results(core, mask: AttentionMask, inputs, bias: PositionBias | None = None,
     return run(qkv, None if bias is None else bias.values)
 
 
-def assert_equal_to_dense(mask: AttentionMask, inputs, **how: Any) -> None:
-    expected, found = results(dense, mask, inputs, **how), results(longformer, mask, inputs, **how)
+def assert_equal_to_dense(mask: AttentionMask, inputs, **options: Any) -> None:
+    expected, found = (
+        results(dense, mask, inputs, **options),
+        results(longformer, mask, inputs, **options),
+    )
     for name, x, y in zip(("y", "dq", "dk", "dv", "dbias"), found, expected, strict=True):
         if y is not None:
             size = max(1.0, float(jnp.abs(y).max()))
@@ -107,8 +112,8 @@ def test_every_mask_with_a_window(name: str):
     ],
 )
 def test_biases_dropout_and_scale(name: str, bias: str):
-    how: dict[str, Any] = {"scale": 0.7, "dropout_rate": 0.3, "dropout_key": jax.random.key(1)}
-    assert_equal_to_dense(MASKS[name], arrays(), bias=BIASES[bias], **how)
+    options: dict[str, Any] = {"scale": 0.7, "dropout_rate": 0.3, "dropout_key": jax.random.key(1)}
+    assert_equal_to_dense(MASKS[name], arrays(), bias=BIASES[bias], **options)
 
 
 def test_more_queries_than_keys():
@@ -133,12 +138,14 @@ def test_a_query_that_sees_nothing_gives_zero_and_gets_zero(dtype):
 
 def test_memory_and_arithmetic_grow_with_the_length_alone(monkeypatch):
     # Counted by the compiler: doubled length, doubled memory; dense would need four times as much.
-    monkeypatch.setattr(importlib.import_module("model.attention.longformer"), "BLOCK", 16)
+    monkeypatch.setattr(importlib.import_module("heedful.model.attention.longformer"), "BLOCK", 16)
     mask = masks.longformer(16, jnp.arange(2)[None])
     used = []
     for length in (512, 1024, 2048):
         shape = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
-        run = jax.value_and_grad(lambda q, k, v: longformer(q, k, v, mask).sum(), (0, 1, 2))
+        run = jax.value_and_grad(
+            lambda q, k, v: longformer(AttentionCall(q, k, v, mask)).sum(), (0, 1, 2)
+        )
         used.append(jax.jit(run).lower(*[shape] * 3).compile().memory_analysis())
     sizes = np.array([x.temp_size_in_bytes for x in used])
     assert sizes[2] - sizes[1] < 2.1 * (sizes[1] - sizes[0])
@@ -151,7 +158,7 @@ def test_a_window_costs_no_more_than_the_keys_of_a_cache():
 
     def flops(T: int, S: int) -> float:
         q, kv = (jax.ShapeDtypeStruct((1, n, 2, 8), jnp.float32) for n in (T, S))
-        run = jax.jit(lambda q, k, v, start: longformer(q, k, v, mask.at(start)))
+        run = jax.jit(lambda q, k, v, start: longformer(AttentionCall(q, k, v, mask.at(start))))
         compiled: Any = run.lower(q, kv, kv, jnp.int32(0)).compile()
         return compiled.cost_analysis()["flops"]
 
@@ -163,11 +170,11 @@ def test_what_it_cannot_express_is_refused():
     q, k, v, _ = arrays()
     for mask in (masks.full(), masks.causal(), masks.sliding(3, None), SEGMENTS):
         with pytest.raises(MaskNotSupported, match=r"set model\.attention\.window.*cross_core"):
-            longformer(q, k, v, mask)
+            longformer(AttentionCall(q, k, v, mask))
     with pytest.raises(ValueError, match="describes 23 q positions, there are 22"):
-        longformer(q[:, 1:], k, v, MASKS["segments"])
+        longformer(AttentionCall(q[:, 1:], k, v, MASKS["segments"]))
     with pytest.raises(ValueError, match="needs a key"):
-        longformer(q, k, v, MASKS["sliding"], dropout_rate=0.1)
+        longformer(AttentionCall(q, k, v, MASKS["sliding"], dropout_rate=0.1))
 
 
 def test_rows_by_index():

@@ -21,7 +21,7 @@ from heedful.configs import base
 from heedful.data import objectives, pipeline
 from heedful.data.config import DataConfig, TokenizerConfig
 from heedful.model import heads, masks, transformer
-from heedful.model.attention import ATTENTION
+from heedful.model.attention import CORES
 from heedful.model.attention.dense import dense
 from heedful.model.cache import KVCache
 from heedful.model.config import (
@@ -89,13 +89,15 @@ def decoded(data: DataConfig) -> list[Finding]:
 
 
 def plant_core(monkeypatch, name: str, core: Callable) -> None:
-    monkeypatch.setitem(ATTENTION, name, lambda config: core)
+    spec = dataclasses.replace(CORES[name], make=lambda config, shared: core)
+    monkeypatch.setitem(CORES, name, spec)
 
 
 def test_causality_dropped_when_dropout_is_on(monkeypatch):
-    def leaky(q, k, v, mask, *, dropout_rate=0.0, **how):
-        mask = mask.replace(causal=mask.causal and not dropout_rate)
-        return dense(q, k, v, mask, dropout_rate=dropout_rate, **how)
+    def leaky(call):
+        mask = call.mask
+        mask = mask.replace(causal=mask.causal and not call.dropout_rate)
+        return dense(call.replace(mask=mask))
 
     plant_core(monkeypatch, "dense", leaky)
     result = audited(LM)
@@ -184,9 +186,10 @@ def test_cache_off_by_one(monkeypatch, data):
 def test_cache_that_looks_one_ahead(monkeypatch):
     """What comes with a token is seen too early."""
 
-    def attend(self, core, q, k, v, mask, cache_write_mask=None, **how):
-        cache = self.write(k, v, mask.q_offset)
-        return core(q, *cache.rows(), mask.at(mask.q_offset + 1), **how), cache
+    def attend(self, core, call, cache_write_mask=None):
+        mask, cache = call.mask, self.write(call.k, call.v, call.mask.q_offset)
+        k, v = cache.rows()
+        return core(call.replace(k=k, v=v, mask=mask.at(mask.q_offset + 1))), cache
 
     monkeypatch.setattr(KVCache, "attend", attend)
     places = found(decoded(LM), "leak", "self-attention", "3 at a time")
@@ -298,8 +301,8 @@ def test_finite_mask_value_that_spares_empty_rows(monkeypatch, value, is_added):
 
 
 def test_rows_that_see_one_another(monkeypatch):
-    def mixed(q, k, v, mask, **how):
-        return dense(q, k, jnp.broadcast_to(v[:1], v.shape), mask, **how)
+    def mixed(call):
+        return dense(call.replace(v=jnp.broadcast_to(call.v[:1], call.v.shape)))
 
     plant_core(monkeypatch, "dense", mixed)
     found(audited(LM), "leak", "self-attention", "rows")
@@ -335,7 +338,7 @@ WINDOWS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("data", [LM, MASKED, TRANSLATION], ids=lambda data: data.objective)
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("core", [name for name in ATTENTION if name not in ("dense", "splash")])
+@pytest.mark.parametrize("core", [name for name in CORES if name not in ("dense", "splash")])
 def test_cores_are_clean_where_they_run(core: str, window: str, data: DataConfig):
     """All but the one that is audited everywhere else, and a kernel that is slow on a CPU."""
     config = with_core(model(data, **WINDOWS[window]), core)

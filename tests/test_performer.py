@@ -15,14 +15,11 @@ from test_translate import plain as translate_plainly
 from tiny import POSITIONS, SEGMENTS, TOKENS, B, init, tiny
 
 from heedful.model import masks
+from heedful.model.attention import AttentionCall
 from heedful.model.attention.dense import dense
-from heedful.model.attention.performer import (
-    EPSILON,
-    FeatureState,
-    Performer,
-    draw_features,
-    fixed_features,
-)
+from heedful.model.attention.kernel_sums import FeatureState
+from heedful.model.attention.performer import Performer
+from heedful.model.attention.random_features import EPSILON, draw_features, fixed_features
 from heedful.model.config import PerformerConfig
 from heedful.model.masks import AttentionMask, MaskNotSupported
 from heedful.model.ops.loops import restack_layers
@@ -96,7 +93,7 @@ def test_values_and_gradients_are_those_of_the_formula(name: str, kernel: str):
 
     @jax.jit
     def both(*arrays):
-        out, pull = jax.vjp(lambda *x: core.apply({}, *x, mask, scale=0.7), *arrays)
+        out, pull = jax.vjp(lambda *x: core.apply({}, AttentionCall(*x, mask, scale=0.7)), *arrays)
         plain, plain_pull = jax.vjp(lambda *x: naive(core, *x, allowed, 0.7), *arrays)
         g = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
         return (out, *pull(g)), (plain, *plain_pull(g))
@@ -110,7 +107,8 @@ def test_values_and_gradients_are_those_of_the_formula(name: str, kernel: str):
 @pytest.mark.parametrize("name", ["causal packed", "packed", "prefix"])
 def test_chunks_change_nothing(name: str):
     arrays = tuple(map(jnp.float32, inputs()))
-    outs = [jax.jit(performer(chunk=c).apply)({}, *arrays, MASKS[name]) for c in (3, 13, 128)]
+    call = AttentionCall(*arrays, MASKS[name])
+    outs = [jax.jit(performer(chunk=c).apply)({}, call) for c in (3, 13, 128)]
     np.testing.assert_allclose(outs[0], outs[1], atol=1e-6)
     np.testing.assert_array_equal(outs[1], outs[2])
 
@@ -126,7 +124,7 @@ def test_a_query_that_sees_nothing_gives_zero_and_gets_zero(name: str, dtype):
 
     @jax.jit
     def run(q, k, v):
-        out, pull = jax.vjp(lambda *x: performer().apply({}, *x, mask), q, k, v)
+        out, pull = jax.vjp(lambda *x: performer().apply({}, AttentionCall(*x, mask)), q, k, v)
         return out, *pull(3 * jnp.ones_like(out))
 
     out, dq, dk, dv = run(q, k, v)
@@ -145,7 +143,7 @@ def test_a_query_that_sees_nothing_gives_zero_and_gets_zero(name: str, dtype):
 
 def test_causality_is_exact():
     core, (q, k, v) = performer(chunk=8), map(jnp.float32, inputs())
-    run = jax.jit(lambda k, v: core.apply({}, q, k, v, masks.causal()))
+    run = jax.jit(lambda k, v: core.apply({}, AttentionCall(q, k, v, masks.causal())))
     # Not even the rounding of the first 5 knows the keys that follow in their chunk.
     later = run(k.at[:, 5:].multiply(3.0), v.at[:, 5:].add(7.0))
     np.testing.assert_array_equal(later[:, :5], run(k, v)[:, :5])
@@ -158,7 +156,7 @@ def test_large_keys_and_queries_neither_overflow_nor_vanish(name: str):
 
     @jax.jit
     def run(q, k, v):
-        out, pull = jax.vjp(lambda *x: core.apply({}, *x, mask), q, k, v)
+        out, pull = jax.vjp(lambda *x: core.apply({}, AttentionCall(*x, mask)), q, k, v)
         return out, *pull(jnp.ones_like(out))
 
     # Norms up to 20: the features of keys differ by e^100 and more.
@@ -178,7 +176,7 @@ def test_bfloat16_computes_features_and_sums_in_float32():
     q, k, v = (jnp.asarray(2 * x, jnp.bfloat16) for x in inputs())
     expected = naive(performer(), *(np.float64(x) for x in (q, k, v)), allowed_by(masks.causal()))
     for core in (performer(), performer(chunk=13)):
-        out = core.apply({}, q, k, v, masks.causal())
+        out = core.apply({}, AttentionCall(q, k, v, masks.causal()))
         assert out.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.float64(out), expected, rtol=2**-8, atol=1e-6)
 
@@ -188,7 +186,10 @@ def test_bfloat16_computes_features_and_sums_in_float32():
 
 def test_what_cannot_be_expressed_is_refused(unchecked):
     q, k, v = map(jnp.float32, inputs())
-    apply = partial(performer().apply, {})
+
+    def apply(*given, **options):
+        return performer().apply({}, AttentionCall(*given, **options))
+
     with pytest.raises(MaskNotSupported, match=r"no window \(2, 3\).*model\.attention\.window"):
         apply(q, k, v, masks.sliding(2, 3))
     with pytest.raises(MaskNotSupported, match=r"model\.positions\.kind other than alibi"):
@@ -205,9 +206,9 @@ def test_what_cannot_be_expressed_is_refused(unchecked):
         apply(q[:, :, :5], k, v, masks.full())
     state = FeatureState.zeros(3, K, R, H)
     with pytest.raises(MaskNotSupported, match="one causal document"):
-        apply(state, q, k, v, masks.full(), method="extend")
+        performer().apply({}, state, AttentionCall(q, k, v, masks.full()), method="extend")
     with pytest.raises(ValueError, match="no cache for"):
-        state.attend(dense, q, k, v, masks.causal())
+        state.attend(dense, AttentionCall(q, k, v, masks.causal()))
 
 
 def test_rows_that_are_not_known_to_be_wrong_while_tracing_become_nan():
@@ -220,13 +221,14 @@ def test_rows_that_are_not_known_to_be_wrong_while_tracing_become_nan():
         "cross": (masks.cross(ONE, IDS), [True, False, True]),
     }
     for mask, is_wrong in wrong.values():
-        out = np.asarray(jax.jit(performer().apply)({}, q, k, v, mask))
+        out = np.asarray(jax.jit(performer().apply)({}, AttentionCall(q, k, v, mask)))
         assert np.isnan(out).all((1, 2, 3)).tolist() == is_wrong
         right = ~np.array(is_wrong)
         expected = naive(performer(), *inputs(), allowed_by(mask))
         np.testing.assert_allclose(out[right], expected[right], atol=1e-5)
     # So does a cross-attention to several documents.
-    out = performer().apply({}, q[:, :7], k, v, masks.cross(IDS[:, :7], IDS))
+    mask = masks.cross(IDS[:, :7], IDS)
+    out = performer().apply({}, AttentionCall(q[:, :7], k, v, mask))
     assert np.isnan(out).all((1, 2, 3)).tolist() == [True, False, True]
 
 
@@ -264,7 +266,8 @@ def test_the_error_falls_with_the_root_of_the_features_and_is_less_if_orthogonal
     # where that is below 1 from the fewest features on. With a deviation of 0.8 instead of 0.4 it
     # is not, and the exponent over these counts is -0.19.
     q, k, v = (jnp.float32(rng.normal(0, s, (1, 31, 1, 8))) for s in (0.4, 0.4, 1))
-    exact = dense(q, k, v, masks.full())
+    call = AttentionCall(q, k, v, masks.full())
+    exact = dense(call)
     counts = np.array([16, 32, 64, 128, 256, 512, 1024])
 
     def error(features: int, orthogonal: bool) -> float:
@@ -273,7 +276,7 @@ def test_the_error_falls_with_the_root_of_the_features_and_is_less_if_orthogonal
         @jax.jit
         @jax.vmap
         def squared(key):
-            out = Performer(config).apply({}, q, k, v, masks.full(), rngs={"features": key})
+            out = Performer(config).apply({}, call, rngs={"features": key})
             return jnp.mean((out - exact) ** 2)
 
         return float(jnp.sqrt(jnp.mean(squared(jax.random.split(jax.random.key(7), 200)))))
@@ -287,7 +290,8 @@ def test_the_error_falls_with_the_root_of_the_features_and_is_less_if_orthogonal
 
 def test_a_stream_of_keys_draws_and_no_stream_is_one_draw():
     arrays = tuple(map(jnp.float32, inputs()))
-    run = jax.jit(lambda rngs: performer().apply({}, *arrays, masks.full(), rngs=rngs))
+    call = AttentionCall(*arrays, masks.full())
+    run = jax.jit(lambda rngs: performer().apply({}, call, rngs=rngs))
     first, second = run({"features": jax.random.key(0)}), run({"features": jax.random.key(1)})
     assert (first != second).any()
     np.testing.assert_array_equal(first, run({"features": jax.random.key(0)}))

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from heedful.model import masks
+from heedful.model.attention import AttentionCall
 from heedful.model.attention.dense import dense
 from heedful.model.attention.ring import Ring, ring
 from heedful.model.config import ModelError
@@ -67,14 +68,14 @@ def inputs(keys: int, dtype=jnp.float32) -> list[jax.Array]:
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-def run(core, arrays, mask, sizes, bias=None, **how):
+def run(core, arrays, mask, sizes, bias=None, **options):
     """Output and gradients, of the bias too."""
 
     @jax.jit
     def both(arrays, mask, values):
         def attend(q, k, v, values):
             own = None if bias is None else bias.replace(values=values)
-            return core(q, k, v, mask, bias=own, **how)
+            return core(AttentionCall(q, k, v, mask, own, **options))
 
         with nn.logical_axis_rules(flax_rules()):
             *arrays, g = arrays
@@ -90,10 +91,10 @@ def run(core, arrays, mask, sizes, bias=None, **how):
 def test_values_and_gradients(name: str, monkeypatch):
     if "packed" in name:  # several blocks in a chunk
         monkeypatch.setattr(sys.modules["heedful.model.attention.ring"], "_block", lambda chunk: 3)
-    sizes, mask, how, keys = CASES[name]
+    sizes, mask, options, keys = CASES[name]
     arrays = inputs(keys)
-    ours = run(ring, arrays, mask, sizes, **how)
-    wanted = run(dense, arrays, mask, dict.fromkeys(SEQ_4, 1), **how)
+    ours = run(ring, arrays, mask, sizes, **options)
+    wanted = run(dense, arrays, mask, dict.fromkeys(SEQ_4, 1), **options)
     for x, y in zip(ours, wanted, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-5)
     empty = ~np.broadcast_to(np.asarray(mask.to_bool(T, keys)).any((1, 3)), (B, T))
@@ -118,10 +119,10 @@ def test_bfloat16_is_nearly_as_exact_as_dense():
 
 def test_a_causal_mask_gives_every_device_the_same_work():
     """Tiles that are not empty, by device: with 4 devices 9 of 8 x 8 chunks each."""
-    how = Ring((), ("seq",), (), 4, (B, K, N // K, T, T), 1.0, 0.0, is_balanced=True)
+    layout = Ring((), ("seq",), (), 4, (B, K, N // K, T, T), 1.0, 0.0, is_balanced=True)
     chunk = T // 8
     seen = np.asarray(masks.causal().to_bool(T, T))[0, 0]
-    places = [np.asarray(how.index(jnp.int32(device), T // 4)) for device in range(4)]
+    places = [np.asarray(layout.index(jnp.int32(device), T // 4)) for device in range(4)]
     assert sorted(np.concatenate(places)) == list(range(T))
     work = [
         sum(
@@ -137,9 +138,9 @@ def test_a_causal_mask_gives_every_device_the_same_work():
 def test_a_mesh_or_a_length_that_does_not_fit_is_refused():
     *arrays, _ = inputs(T)
     with pytest.raises(ModelError, match=r"core ring .* set train\.mesh\.seq to at least 2"):
-        ring(*arrays, masks.causal())
+        ring(AttentionCall(*arrays, masks.causal()))
     with pytest.raises(MaskNotSupported, match=r"core 'ring' .* a cache asks for one"):
-        ring(*arrays, masks.causal().at(3))
+        ring(AttentionCall(*arrays, masks.causal().at(3)))
     cases = [
         ([x[:, :20] for x in arrays], masks.causal(), "queries into 8 parts, and 20 does not"),
         ([arrays[0][:, :22], *arrays[1:]], masks.full(), "queries into 4 parts, and 22 does not"),
@@ -148,16 +149,16 @@ def test_a_mesh_or_a_length_that_does_not_fit_is_refused():
     with jax.set_mesh(on_mesh(SEQ_4)), nn.logical_axis_rules(flax_rules()):
         for arrays, mask, words in cases:
             with pytest.raises(ModelError, match=f"core ring cuts {words}"):
-                jax.eval_shape(lambda *x: ring(*x, mask), *arrays)  # noqa: B023
+                jax.eval_shape(lambda *x: ring(AttentionCall(*x, mask)), *arrays)  # noqa: B023
         with pytest.raises(ValueError, match="describes 24 q positions, there are 20"):
-            jax.eval_shape(lambda *x: ring(*x, DOCUMENTS), *cases[0][0])
+            jax.eval_shape(lambda *x: ring(AttentionCall(*x, DOCUMENTS)), *cases[0][0])
     thirds = on_mesh({**EVERY, "data": 1, "tensor": 3})
     with (
         jax.set_mesh(thirds),
         nn.logical_axis_rules(flax_rules()),
         pytest.raises(ModelError, match="heads into 3 parts, and 2 does not divide"),
     ):
-        jax.eval_shape(lambda *x: ring(*x, masks.full()), *inputs(T)[:3])
+        jax.eval_shape(lambda *x: ring(AttentionCall(*x, masks.full())), *inputs(T)[:3])
 
 
 def test_no_array_is_as_long_as_the_sequence():
@@ -167,7 +168,7 @@ def test_no_array_is_as_long_as_the_sequence():
 
     def loss(q, k, v):
         with nn.logical_axis_rules(flax_rules()):
-            layer = lambda q, _: (ring(q, k, v, masks.causal()), None)  # noqa: E731
+            layer = lambda q, _: (ring(AttentionCall(q, k, v, masks.causal())), None)  # noqa: E731
             return jax.lax.scan(layer, q, length=2)[0].sum()
 
     sharding = NamedSharding(mesh, PartitionSpec(None, "seq"))

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType
 
 from heedful.model import masks
+from heedful.model.attention import AttentionCall
 from heedful.model.attention.dense import dense
 from heedful.model.attention.splash import splash
 from heedful.model.config import ModelError
@@ -57,11 +58,11 @@ def inputs(queries: int, keys: int, dtype=jnp.float32) -> list[jax.Array]:
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-@partial(jax.jit, static_argnums=0)
-def run(core, arrays, mask):
+@partial(jax.jit, static_argnums=(0, 3))
+def run(core, arrays, mask, scale=None):
     """Output and gradients."""
     *arrays, g = arrays
-    out, pull = jax.vjp(lambda *x: core(*x, mask), *arrays)
+    out, pull = jax.vjp(lambda *x: core(AttentionCall(*x, mask, scale=scale)), *arrays)
     return (out, *pull(g))
 
 
@@ -71,8 +72,7 @@ def test_values_and_gradients(name: str, monkeypatch):
     monkeypatch.setattr(sys.modules["heedful.model.attention.splash"], "_block", lambda length: 128)
     queries, keys, mask = MASKS[name]
     arrays = inputs(queries, keys)
-    scaled = partial(splash, scale=0.3), partial(dense, scale=0.3)
-    ours, wanted = (run(core, arrays, mask) for core in scaled)
+    ours, wanted = (run(core, arrays, mask, 0.3) for core in (splash, dense))
     for x, y in zip(ours, wanted, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
     empty = ~np.broadcast_to(np.asarray(mask.to_bool(queries, keys)).any(-1)[:, 0], (B, queries))
@@ -109,19 +109,19 @@ REFUSED = {
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_other_masks_are_refused(words: str):
-    mask, how = REFUSED[words]
+    mask, options = REFUSED[words]
     *arrays, _ = inputs(7, 7)
     with pytest.raises(MaskNotSupported, match=f"core 'splash' .*{words}"):
-        splash(*arrays, mask, **how)
+        splash(AttentionCall(*arrays, mask, **options))
 
 
 def test_a_gpu_and_other_lengths_are_refused(monkeypatch):
     *arrays, _ = inputs(7, 7)
     with pytest.raises(ValueError, match="describes 137 q positions, there are 7"):
-        splash(*arrays, MASKS["packed"][2])
+        splash(AttentionCall(*arrays, MASKS["packed"][2]))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(ModelError, match="core splash needs a TPU, not gpu"):
-        splash(*arrays, masks.causal())
+        splash(AttentionCall(*arrays, masks.causal()))
 
 
 def on_mesh(**sizes: int):

@@ -250,7 +250,7 @@ def describe(model: ModelConfig, length: int, setup: Setup, console: Console) ->
     """Says what runs on rows of `length` tokens, and where."""
     devices, params = setup.mesh.devices.ravel(), setup.abstract.params
     sizes = ", ".join(f"{name} {size}" for name, size in setup.mesh.shape.items())
-    names = dict.fromkeys(model.attention.core_of(place) for place in model.places)
+    names = dict.fromkeys(model.attention.core_of(site) for site in model.sites)
     platform, shards = devices[0].platform, setup.mesh.shape["seq"]
     for core, reason in (choose(name, platform, length, shards=shards) for name in names):
         console.print(f"attention core: {core} ({reason})")

@@ -10,7 +10,7 @@ from rich.console import Console
 from heedful.data import pipeline
 from heedful.data.config import DataConfig
 from heedful.data.tokenizer import Tokenizer
-from heedful.model.attention import ONE_DOCUMENT
+from heedful.model.attention import spec_of, specs
 from heedful.model.config import ModelConfig
 from heedful.train.config import TrainConfig, TrainError
 from heedful.train.conversion.init_from import open_source
@@ -70,10 +70,10 @@ def require_fit(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Non
             f"{' or '.join(architectures)} and model.head.kind {head}, not {model.architecture} "
             f"and {model.head.kind}"
         )
-    for place in model.places if data.is_packed else ():
-        core = model.attention.core_of(place)
-        if core in ONE_DOCUMENT or (core == "performer" and place == "cross"):
-            name = {"self": "core", "decoder": "decoder_core", "cross": "cross_core"}[place]
+    for site in model.sites if data.is_packed else ():
+        core = model.attention.core_of(site)
+        if site in spec_of(core).one_document_at:
+            name = {"self": "core", "decoder": "decoder_core", "cross": "cross_core"}[site]
             raise TrainError(
                 f"model.attention.{name} {core} cannot tell the documents of a packed row apart: "
                 "give --data.no-packing, or choose another core"
@@ -124,14 +124,8 @@ def _require_room(run: Run) -> None:
     if model.positions.kind == "learned":
         length = model.positions.max_length
         sizes["model.positions.max_length x model.width"] = length * model.width
-    cores = {attention.core_of(place) for place in model.places}
-    if "performer" in cores:
-        name = "model.attention.performer.features x model.attention.heads x head_dim"
-        sizes[name] = attention.performer.features * attention.heads * model.key_dim
-    if "linformer" in cores:
-        linformer = attention.linformer
-        name = "model.attention.linformer.rank x model.attention.linformer.max_length"
-        sizes[name] = linformer.rank * linformer.max_length
+    for spec in specs(model).values():
+        sizes |= spec.sizes(model)
     for name, size in sizes.items():
         if 4 * size > room:
             raise TrainError(

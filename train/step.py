@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from heedful.model.attention import FEATURES, redraw_steps
 from heedful.model.config import ModelConfig
 from heedful.model.transformer import build
 from heedful.train.config import TrainConfig
@@ -51,10 +52,10 @@ def make_train_step(
         with nn.logical_axis_rules(flax_rules()):
             seed = jax.random.key(config.seed)
             key = jax.random.fold_in(seed, state.step)
-            redraw = model_config.attention.performer.redraw_steps
+            redraw = redraw_steps(model_config)
             features = {}
-            if redraw is not None:  # Without the core performer nobody asks for them.
-                features["features"] = jax.random.fold_in(seed, state.step // redraw)
+            if redraw is not None:
+                features[FEATURES] = jax.random.fold_in(seed, state.step // redraw)
             loss, weight, grads = summed_gradients(
                 loss_sum, trainable, batch, key, config.accumulate
             )

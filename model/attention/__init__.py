@@ -1,62 +1,87 @@
 """Attention cores by name, and the choice among them.
 
-A core is called as `dense` is. A name stands for a function from the model's config to a core,
-which may be a module with parameters of its own. A new core is one file and one line here.
+A new core is one file, which ends with its SPEC, and one line in the table here.
 """
 
-from collections.abc import Callable
+from heedful.model.attention import (
+    cudnn,
+    dense,
+    flash,
+    linformer,
+    longformer,
+    performer,
+    ring,
+    splash,
+)
+from heedful.model.attention.core import FEATURES, AttentionCall, Cache, Core, CoreSpec
+from heedful.model.config import AttentionSite, ModelConfig, ModelError
 
-from heedful.model.attention.cudnn import cudnn
-from heedful.model.attention.dense import dense
-from heedful.model.attention.flash import flash
-from heedful.model.attention.linformer import Linformer
-from heedful.model.attention.longformer import longformer
-from heedful.model.attention.performer import Performer
-from heedful.model.attention.ring import ring
-from heedful.model.attention.splash import splash
-from heedful.model.config import ModelConfig, ModelError
+__all__ = [
+    "CORES", "FEATURES", "AttentionCall", "Cache", "Core", "CoreSpec", "choose", "redraw_steps",
+    "saves_memory", "spec_of", "specs",
+]  # fmt: skip
 
-ATTENTION: dict[str, Callable[[ModelConfig], Callable]] = {
-    "dense": lambda config: dense,
-    "flash": lambda config: flash,
-    "longformer": lambda config: longformer,
-    "linformer": lambda config: Linformer(config.attention.linformer, name="linformer"),
-    "performer": lambda config: Performer(config.attention.performer, name="performer"),
-    "cudnn": lambda config: cudnn,
-    "splash": lambda config: splash,
-    "ring": lambda config: ring,
+CORES: dict[str, CoreSpec] = {
+    "dense": dense.SPEC,
+    "flash": flash.SPEC,
+    "longformer": longformer.SPEC,
+    "linformer": linformer.SPEC,
+    "performer": performer.SPEC,
+    "cudnn": cudnn.SPEC,
+    "splash": splash.SPEC,
+    "ring": ring.SPEC,
 }
 
-WITHOUT_WEIGHTS = frozenset({"linformer", "performer"})
-"""Cores that never compute what share a query takes of a key."""
 
-INEXACT = frozenset({"linformer", "performer"})
-"""Cores that compute another function than dense."""
+def spec_of(core: str) -> CoreSpec:
+    """Return the spec of a core by its name; `auto`, which chooses among exact ones, has dense's.
 
-ONE_DOCUMENT = frozenset({"cudnn", "linformer"})
-"""Cores that cannot tell documents of one row apart: the row comes out as NaN."""
+    Raises ModelError for an unknown name.
+    """
+    if core != "auto" and core not in CORES:
+        raise ModelError(
+            f"unknown model.attention.core '{core}': choose auto or one of {sorted(CORES)}"
+        )
+    return CORES["dense" if core == "auto" else core]
 
-FLASH_FROM = 512
-"""Queries and keys from which flash is faster than dense on a CPU, forward and backward."""
+
+def specs(config: ModelConfig) -> dict[AttentionSite, CoreSpec]:
+    """Return the specs of the cores at all sites of the model."""
+    return {site: spec_of(config.attention.core_of(site)) for site in config.sites}
+
+
+def redraw_steps(config: ModelConfig) -> int | None:
+    """Return the training steps between two draws of the cores' random numbers; None: no draws."""
+    asked = (spec.redraw_steps(config) for spec in specs(config).values())
+    return min((steps for steps in asked if steps is not None), default=None)
+
+
+def saves_memory(platform: str, shards: int) -> str:
+    """Return the core to choose where a quadratic one runs out of memory."""
+    return next(
+        name
+        for name, spec in CORES.items()
+        if (spec.length == "split" if shards > 1 else platform in spec.saves_memory_on)
+    )
 
 
 def choose(
     core: str, platform: str, length: int, queries: int | None = None, shards: int = 1
 ) -> tuple[str, str]:
-    """The name of the core to run on `platform` ("cpu", "gpu", "tpu") on `length` keys, and why.
+    """Return the name of the core to run on `platform` ("cpu", "gpu", "tpu"), and the reason.
 
-    There are as many queries, or `queries`: few when decoding. `shards` says over how many devices
-    the mesh splits the length.
+    There are `length` keys and as many queries, or `queries`: few when decoding. The mesh splits
+    the length over `shards` devices.
     """
-    if core == "auto":
-        pairs = length * (length if queries is None else queries)
-        if shards > 1:
-            return "dense", f"exact, and takes what the mesh splits over {shards} devices"
-        if platform == "cpu" and pairs >= FLASH_FROM**2:
-            return "flash", f"exact, and faster than dense on {platform} from {FLASH_FROM} keys on"
-        return "dense", f"exact, and runs every mask on {platform}"
-    if core not in ATTENTION:
-        raise ModelError(
-            f"unknown model.attention.core '{core}': choose auto or one of {sorted(ATTENTION)}"
-        )
-    return core, "chosen by model.attention.core"
+    if core != "auto":
+        spec_of(core)
+        return core, "chosen by model.attention.core"
+    pairs = length * (length if queries is None else queries)
+    for name, spec in CORES.items():
+        least = spec.faster_from.get(platform)
+        can_run = spec.length == "any" or (spec.length == "split") == (shards > 1)
+        if least is not None and can_run and pairs >= least**2:
+            return name, f"exact, and faster than dense on {platform} from {least} keys on"
+    if shards > 1:
+        return "dense", f"exact, and takes what the mesh splits over {shards} devices"
+    return "dense", f"exact, and runs every mask on {platform}"

@@ -6,90 +6,46 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from heedful.model.attention.dense import require_whole_rows
-from heedful.model.attention.fused import band, fill, segment_ids
-from heedful.model.axes import target_platform
-from heedful.model.config import require
-from heedful.model.masks import AttentionMask, MaskNotSupported, Window, cross
-from heedful.model.positions import PositionBias
+from heedful.model.attention.core import AttentionCall, CoreSpec
+from heedful.model.attention.fused import band, band_refusal, fill, segment_ids
+from heedful.model.masks import cross
 
 
-def cudnn(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    mask: AttentionMask,
-    *,
-    bias: PositionBias | None = None,
-    scale: float | None = None,
-    dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
-) -> Float[Array, "B T N H"]:
-    """As `dense`, in bfloat16 or float16, for a mask that is causal, looks back so far, or neither.
+def cudnn(call: AttentionCall) -> Float[Array, "B T N H"]:
+    """Compute `dense` for a mask that is causal, a window that looks back, or neither.
 
-    Of segments cuDNN knows their lengths: a row of the mask may hold one segment and after it
-    padding. What a row holds is not known while tracing: one of several segments comes out as NaN.
+    cuDNN is told lengths, not segments: a row of the mask may hold one segment and padding after
+    it. The segments are not known while tracing: a row that holds several becomes NaN.
     """
-    window = window_of(mask, q.shape[1], k.shape[1], bias, dropout_rate)
-    mask.require_lengths(q.shape[1], k.shape[1])
-    H = q.shape[3]
-    require(
-        H % 8 == 0 and H <= 128,
-        f"core cudnn needs heads of a multiple of 8 up to 128, not model.attention.head_dim = {H}",
-    )
-    require(
-        q.dtype in (jnp.bfloat16, jnp.float16),
-        f"core cudnn needs a GPU and model.dtype bfloat16 or float16, not {q.dtype}",
-    )
-    platform = target_platform()
-    require(
-        platform == "gpu",
-        f"core cudnn needs a GPU, not {platform}: choose model.attention.core auto",
-    )
-    require_whole_rows("cudnn")
-    return attend(q, k, v, mask, window, scale, "cudnn")
+    SPEC.require(call)
+    return attend(call, "cudnn")
 
 
-def window_of(
-    mask: AttentionMask,
-    q_length: int,
-    kv_length: int,
-    bias: PositionBias | None = None,
-    dropout_rate: float = 0.0,
-) -> Window:
-    """The window of a mask that cuDNN has: (None, None), (None, 0) or (left, 0)."""
-    left, right = band("cudnn", mask, bias, dropout_rate)
+def refusal(call: AttentionCall) -> str | None:
+    """Why the mask is none of cuDNN's."""
+    reason = band_refusal(call)
+    if reason is not None:
+        return reason
+    (left, right), T, S = band(call.mask), call.q.shape[1], call.k.shape[1]
     if right not in (0, None) or (left is not None and right is None):
-        raise MaskNotSupported(
-            "cudnn", f"its windows look back only, not ({left}, {right}); choose flash"
-        )
-    if left is not None and q_length > kv_length:
-        raise MaskNotSupported(
-            "cudnn",
-            f"a window needs a key for each query, not {kv_length} for {q_length}; choose flash",
-        )
-    return left, right
+        return f"its windows look back only, not ({left}, {right}); choose flash"
+    if left is not None and T > S:
+        return f"a window needs a key for each query, not {S} for {T}; choose flash"
+    return None
 
 
-def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: AttentionMask,
-    window: Window,
-    scale: float | None,
-    implementation: str,
-) -> Float[Array, "B T N H"]:
-    """Attention over `window` and the segments of `mask`, by an implementation of jax.nn."""
-    left, right = window
+def attend(call: AttentionCall, implementation: str) -> Float[Array, "B T N H"]:
+    """Compute attention over a band and segments, by an implementation of jax.nn."""
+    q, k, v = call.q, call.k, call.v
+    left, right = band(call.mask)
     attention = partial(
         jax.nn.dot_product_attention,
-        scale=scale,
+        scale=call.scale,
         is_causal=right == 0,
         local_window_size=None if left is None else (left, 0),
         implementation=implementation,  # type: ignore[arg-type]
     )
-    T, ids = q.shape[1], segment_ids(mask, q, k)
+    T, ids = q.shape[1], segment_ids(call)
     if ids is None:
         return attention(q, k, v)
     # Backward cuDNN has given NaN, and jax refuses odd lengths: a tile is filled up, and lengths
@@ -124,3 +80,16 @@ def _is_one_segment(q_ids: Int[Array, "B T"], kv_ids: Int[Array, "B S"]) -> Bool
 
 def _zero(x: Float[Array, "B T n H"], real: Bool[Array, "B T"]) -> Float[Array, "B T n H"]:
     return jnp.where(real[:, :, None, None], x, 0)
+
+
+SPEC = CoreSpec(
+    name="cudnn",
+    make=lambda config, shared: cudnn,
+    refusal=refusal,
+    one_document_at=("self", "decoder", "cross"),
+    platforms=("gpu",),
+    length="whole",
+    head_sizes=range(8, 129, 8),
+    dtypes=("bfloat16", "float16"),
+    saves_memory_on=("gpu",),
+)

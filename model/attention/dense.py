@@ -7,35 +7,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from heedful.model.axes import mesh_axes
-from heedful.model.config import require
+from heedful.model.attention.core import AttentionCall, CoreSpec
 from heedful.model.dropout import dropout_words, keep
 from heedful.model.masks import AttentionMask
 from heedful.model.positions import PositionBias
 
 
-def dense(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    mask: AttentionMask,
-    *,
-    bias: PositionBias | None = None,
-    scale: float | None = None,
-    dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
-) -> Float[Array, "B T N H"]:
-    """softmax(scale q k^T + bias) v over the pairs that `mask` allows; scale None: 1 / sqrt(H).
+def dense(call: AttentionCall) -> Float[Array, "B T N H"]:
+    """Return softmax(scale q k^T + bias) v over the pairs that the mask allows.
 
     arXiv:1706.03762 §3.2.1. The softmax is in float32. A query that may look at nothing gives 0,
-    with gradient 0. Each key/value head serves N / K consecutive query heads.
-    Memory: B * N * T * S.
+    with gradient 0. Memory: B * N * T * S.
     """
-    require_shapes(q, k, v)
-    pairs = pairs_of(mask, bias, q.shape[1], k.shape[1])
-    return attend_pairs(
-        q, k, v, *pairs, scale=scale, dropout_rate=dropout_rate, dropout_key=dropout_key
-    )
+    SPEC.require(call)
+    pairs = pairs_of(call.mask, call.bias, call.q.shape[1], call.k.shape[1])
+    return attend_pairs(call, *pairs)
 
 
 def pairs_of(
@@ -48,55 +34,40 @@ def pairs_of(
 
 
 def attend_pairs(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    call: AttentionCall,
     allowed: Bool[Array, "b n T S"] | None,
     bias: Float[Array, "c N T S"] | None,
-    *,
-    scale: float | None = None,
-    dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
 ) -> Float[Array, "B T N H"]:
-    """`dense`, given the pairs that are allowed, None: all, and what is added to their scores."""
-    scores, allowed = _scores(q, k, allowed, bias, scale)
-    words = dropout_words(dropout_rate, dropout_key)
-    kept = None if words is None else keep(words, scores.shape, dropout_rate)
-    out: Any = _average(dropout_rate, scores, allowed, kept, jnp.swapaxes(v, 1, 2))
+    """Compute `dense` with these pairs (None: all) and this bias in place of the call's own."""
+    q, v, rate = call.q, call.v, call.dropout_rate
+    scores, allowed = _scores(call, allowed, bias)
+    words = dropout_words(rate, call.dropout_key)
+    kept = None if words is None else keep(words, scores.shape, rate)
+    out: Any = _average(rate, scores, allowed, kept, jnp.swapaxes(v, 1, 2))
     return jnp.swapaxes(out.reshape(len(q), q.shape[2], -1, q.shape[3]), 1, 2)
 
 
-def attention_weights(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    mask: AttentionMask,
-    *,
-    bias: PositionBias | None = None,
-    scale: float | None = None,
-) -> Float[Array, "B K G T S"]:
-    """What share each query takes of each key, in float32; all 0 where nothing may be seen."""
-    require_shapes(q, k)
-    pairs = pairs_of(mask, bias, q.shape[1], k.shape[1])
-    weights = masked_softmax(*_scores(q, k, *pairs, scale))
-    return weights.reshape(*weights.shape[:2], -1, q.shape[1], k.shape[1])
+def attention_weights(call: AttentionCall) -> Float[Array, "B K G T S"]:
+    """Compute the attention weights in float32, without dropout; all 0 where nothing is allowed."""
+    call.require_shapes()
+    T, S = call.q.shape[1], call.k.shape[1]
+    weights = masked_softmax(*_scores(call, *pairs_of(call.mask, call.bias, T, S)))
+    return weights.reshape(*weights.shape[:2], -1, T, S)
 
 
 def _scores(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
+    call: AttentionCall,
     allowed: Bool[Array, "b n T S"] | None,
     bias: Float[Array, "c N T S"] | None,
-    scale: float | None,
 ) -> tuple[Float[Array, "B K R S"], Bool[Array, "b k R S"] | None]:
     """What goes into the softmax, in float32, and where it counts; None: everywhere.
 
     The R rows of a key/value head are its G query heads' T queries, one head after the other.
     """
-    B, _, N, H = q.shape
-    S, K = k.shape[1:3]
-    q = jnp.swapaxes(q, 1, 2).reshape(B, K, -1, H)
-    k = jnp.swapaxes(k, 1, 2)
-    factor = H**-0.5 if scale is None else scale
+    (B, _, N, H), (S, K) = call.q.shape, call.k.shape[1:3]
+    q = jnp.swapaxes(call.q, 1, 2).reshape(B, K, -1, H)
+    k = jnp.swapaxes(call.k, 1, 2)
+    factor = call.factor
     is_fine = q.dtype == jnp.float32  # Otherwise q may be too coarse a type for the scale.
     q = q * factor if is_fine else q
     scores: Any = _products(q, k)
@@ -176,24 +147,6 @@ def _dropped(weights: jax.Array, kept: jax.Array | None, rate: float) -> jax.Arr
     return weights if kept is None else jnp.where(kept, weights / (1 - rate), 0)
 
 
-def require_shapes(q: jax.Array, k: jax.Array, v: jax.Array | None = None) -> None:
-    """Raises ValueError unless q is [B, T, N, H] and k and v are [B, S, K, H], K a divisor of N."""
-    (B, _, N, H), (S, K) = q.shape, k.shape[1:3]
-    if k.shape != (B, S, K, H) or N % K or (v is not None and v.shape != k.shape):
-        values = "" if v is None else f", v {v.shape}"
-        raise ValueError(f"shapes do not fit: q {q.shape}, k {k.shape}{values}")
-
-
-def require_whole_rows(core: str) -> None:
-    """Raises ModelError where the mesh splits the sequence."""
-    (length,) = mesh_axes("act_length")
-    require(
-        not length,
-        f"core {core} needs whole sequences, and the mesh splits them over {length}: set "
-        "train.mesh.seq to 1, or choose model.attention.core ring or dense",
-    )
-
-
 def masked_softmax(
     scores: Float[Array, "*b T S"], allowed: Bool[Array, "*#b T S"] | None
 ) -> Float[Array, "*b T S"]:
@@ -210,3 +163,6 @@ def masked_softmax(
     exponentials = jnp.exp(scores - highest)
     total = jnp.sum(exponentials, axis=-1, keepdims=True)
     return exponentials / jnp.where(total > 0.0, total, 1.0)
+
+
+SPEC = CoreSpec(name="dense", make=lambda config, shared: dense, is_quadratic=True)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from heedful.model.attention.dense import require_shapes, require_whole_rows
+from heedful.model.attention.core import AttentionCall, CoreSpec
 from heedful.model.axes import shards, target_platform
 from heedful.model.dropout import dropout_words, keep_at
 from heedful.model.masks import AttentionMask
@@ -33,37 +33,27 @@ TILE = {"cpu": 2**20, "gpu": 2**26, "tpu": 2**26}
 
 
 def flash(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    mask: AttentionMask,
-    *,
-    bias: PositionBias | None = None,
-    scale: float | None = None,
-    dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
-    q_block: int | None = None,
-    kv_block: int | None = None,
+    call: AttentionCall, q_block: int | None = None, kv_block: int | None = None
 ) -> Float[Array, "B T N H"]:
-    """The result of `dense`, by tiles; dropout takes the same weights away.
+    """Compute `dense` by tiles; dropout takes the same weights away.
 
     Inputs of any type are computed with in float32. Memory: some copies of the arguments and a few
     tiles [b, N, q_block, kv_block] of b rows at a time. The sizes, of which no more is used than
     the lengths need, change rounding only. Can be differentiated once, in reverse. Raises
     ModelError where the mesh splits the length: each device would gather and compute all of it.
     """
+    SPEC.require(call)
+    q, k, v, mask, bias = call.q, call.k, call.v, call.mask, call.bias
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
-    require_shapes(q, k, v)
-    require_whole_rows("flash")
     sizes = SHORT if max(T, S) < 8192 else LONG
     tiles = Tiles(
         shape=(B, K, N // K, T, S),
         q_block=_equal(T, q_block or max(sizes[0], 2**23 // (sizes[1] * H))),
         kv_block=_equal(S, kv_block or sizes[1]),
-        dropout_rate=dropout_rate,
+        dropout_rate=call.dropout_rate,
     )
     held = TILE[target_platform()] // (N // K * tiles.q_block * tiles.kv_block)
-    key = dropout_words(dropout_rate, dropout_key)
+    key = dropout_words(call.dropout_rate, call.dropout_key)
     by_row = lambda x: x.ndim > 0 and len(x) == B  # noqa: E731
 
     def some_heads(rows: jax.Array, heads, q, k, v) -> jax.Array:
@@ -74,7 +64,7 @@ def flash(
         heads = jnp.arange(K)[None, None]
         return _in_turn(partial(some_heads, rows), held, "act_kv_heads", 2, heads, *qkv)
 
-    q = q.astype(jnp.float32) * (H**-0.5 if scale is None else scale)
+    q = q.astype(jnp.float32) * call.factor
     by_group = q.reshape(B, T, K, N // K, H)
     out = _in_turn(some_rows, held // K, "act_batch", 0, jnp.arange(B), by_group, k, v)
     return out.reshape(q.shape).astype(v.dtype)
@@ -312,3 +302,12 @@ def _attend_forward(tiles: Tiles, *given):
 
 _attend = jax.custom_vjp(_attend_primal, nondiff_argnums=(0,))
 _attend.defvjp(_attend_forward, _backward)
+
+
+SPEC = CoreSpec(
+    name="flash",
+    make=lambda config, shared: flash,
+    length="whole",
+    faster_from={"cpu": 512},
+    saves_memory_on=("cpu",),
+)

@@ -1,25 +1,23 @@
-"""What the fused kernels of others can express: a band of the score matrix, without a bias."""
+"""The masks of fused kernels by others: a band of the score matrix, and segments."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from heedful.model.masks import AttentionMask, MaskNotSupported, Window
-from heedful.model.positions import PositionBias
+from heedful.model.attention.core import AttentionCall
+from heedful.model.masks import AttentionMask, Window
 
 TILE = 128
 """Lengths that are a multiple of it suit every kernel."""
 
 
 def fill(x: Array) -> Array:
-    """Axis 1 filled up with zeros to a multiple of TILE."""
+    """Fill axis 1 up with zeros to a multiple of TILE."""
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % TILE)] + [(0, 0)] * (x.ndim - 2))
 
 
-def segment_ids(
-    mask: AttentionMask, q: jax.Array, k: jax.Array
-) -> tuple[Int[Array, "B T"], Int[Array, "B S"]] | None:
-    """Those of the mask, or 1 for all where id 0 has to tell apart what `fill` adds, or None."""
+def segment_ids(call: AttentionCall) -> tuple[Int[Array, "B T"], Int[Array, "B S"]] | None:
+    """Return those of the mask, or 1 for all where `fill` adds padding, which has id 0; or None."""
+    mask, q, k = call.mask, call.q, call.k
     if mask.q_segment_ids is not None and mask.kv_segment_ids is not None:
         return mask.q_segment_ids, mask.kv_segment_ids
     if q.shape[1] % TILE or k.shape[1] % TILE:
@@ -27,31 +25,30 @@ def segment_ids(
     return None
 
 
-def band(core: str, mask: AttentionMask, bias: PositionBias | None, dropout_rate: float) -> Window:
-    """How far each query looks back and ahead, causality included, segments aside.
-
-    Raises MaskNotSupported where that and segments are not all of it.
-    """
-    reasons = {
-        "bias": bias is not None,
-        "dropout": dropout_rate > 0,
-        "prefix": mask.causal and mask.prefix_len is not None,
-        "dilation": mask.dilation is not None,
-        "global": mask.global_index is not None,
-        "offset": mask.q_offset is not None and (mask.causal or mask.window is not None),
-    }
-    for fact, is_present in reasons.items():
-        if is_present:
-            raise MaskNotSupported(core, f"{REASONS[fact]}; choose another model.attention.core")
+def band(mask: AttentionMask) -> Window:
+    """Return how far each query looks back and ahead: window and causality, without segments."""
     left, right = mask.window or (None, None)
     return left, 0 if mask.causal else right
 
 
-REASONS = {
-    "bias": "its scores take no bias by position (ALiBi, T5)",
-    "dropout": "it does not drop attention weights: set model.attention.dropout to 0",
-    "prefix": "it is causal without an exception, and a prefix is one",
-    "dilation": "it looks at every position of a window, and a dilation leaves some out",
-    "global": "it has no global tokens",
-    "offset": "its queries begin at position 0, and those of a cache do not",
-}
+def band_refusal(call: AttentionCall) -> str | None:
+    """Why a band and segments are not all that the call asks for; None: they are."""
+    mask = call.mask
+    reasons = {
+        "its scores take no bias by position (ALiBi, T5)": call.bias is not None,
+        "it does not drop attention weights: set model.attention.dropout to 0": (
+            call.dropout_rate > 0
+        ),
+        "it is causal without an exception, and a prefix is one": (
+            mask.causal and mask.prefix_len is not None
+        ),
+        "it looks at every position of a window, and a dilation leaves some out": (
+            mask.dilation is not None
+        ),
+        "it has no global tokens": mask.global_index is not None,
+        "its queries begin at position 0, and those of a cache do not": (
+            mask.q_offset is not None and (mask.causal or mask.window is not None)
+        ),
+    }
+    found = next((reason for reason, is_present in reasons.items() if is_present), None)
+    return found and f"{found}; choose another model.attention.core"

@@ -1,18 +1,20 @@
 """Attention to keys and values that are projected along the length (arXiv:2006.04768)."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from heedful.model.attention.dense import require_shapes
+from heedful.model.attention.core import AttentionCall, CoreSpec
 from heedful.model.axes import mesh_axes, partitioned
-from heedful.model.config import LinformerConfig, ModelError
+from heedful.model.config import AttentionConfig, LinformerConfig, ModelConfig, ModelError
 from heedful.model.dropout import dropout_words, keep_at
-from heedful.model.masks import AttentionMask, MaskNotSupported
-from heedful.model.positions import PositionBias
+from heedful.model.masks import AttentionMask
 
 BLOCK = 512  # Queries whose weights are held at once; from 512 on a CPU shares the products.
 
@@ -28,52 +30,40 @@ class Linformer(nn.Module):
     """
 
     config: LinformerConfig
+    projection: Float[Array, "L R"] | None = None
+    """The one that all layers of a stack share."""
 
     @nn.compact
-    def __call__(
-        self,
-        q: Float[Array, "B T N H"],
-        k: Float[Array, "B S K H"],
-        v: Float[Array, "B S K H"],
-        mask: AttentionMask,
-        *,
-        bias: PositionBias | None = None,
-        scale: float | None = None,
-        dropout_rate: float = 0.0,
-        dropout_key: jax.Array | None = None,
-        projection: Float[Array, "L R"] | None = None,
-    ) -> Float[Array, "B T N H"]:
+    def __call__(self, call: AttentionCall) -> Float[Array, "B T N H"]:
+        SPEC.require(call)
+        q, k, v, mask = call.q, call.k, call.v, call.mask
         (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
-        require_shapes(q, k, v)
-        _require_supported(mask, bias)
-        mask.require_lengths(T, S)
         if self.config.max_length < S:
             raise ModelError(
                 f"{S} tokens are more than model.attention.linformer.max_length = "
                 f"{self.config.max_length}: its projections end there"
             )
-        keys, values = self._projections(K, projection)
+        keys, values = self._projections(K)
         if mask.kv_segment_ids is not None:
-            cache_write_mask = (mask.kv_segment_ids != 0)[:, :, None, None]
-            k, v = jnp.where(cache_write_mask, k, 0), jnp.where(cache_write_mask, v, 0)
+            is_token = (mask.kv_segment_ids != 0)[:, :, None, None]
+            k, v = jnp.where(is_token, k, 0), jnp.where(is_token, v, 0)
         k, v = (
             jnp.einsum(
                 "BSKH,SKR->BRKH" if p.ndim == 3 else "BSKH,SR->BRKH", x, p[:S].astype(x.dtype)
             )
             for x, p in ((k, keys), (v, values))
         )
-        words = dropout_words(dropout_rate, dropout_key)
-        out = _attend(q.reshape(B, T, K, N // K, H), k, v, scale, words, dropout_rate)
-        out = out.reshape(q.shape)
+        words = dropout_words(call.dropout_rate, call.dropout_key)
+        q = q.reshape(B, T, K, N // K, H)
+        out = _attend(q, k, v, call.factor, words, call.dropout_rate)
+        out = out.reshape(B, T, N, H)
         return out if mask.q_segment_ids is None else _only_known(out, mask)
 
-    def _projections(
-        self, heads: int, shared: jax.Array | None
-    ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        """Of keys and of values: [max_length, R], or [max_length, K, R] for each head its own."""
+    def _projections(self, heads: int) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """Those of keys and of values: [max_length, R], or [max_length, K, R] by head."""
         config = self.config
-        if shared is not None:
-            return shared, shared
+        if self.projection is not None:
+            return self.projection, self.projection
         if config.sharing == "layers":
             raise ModelError(
                 "model.attention.linformer.sharing layers needs the projection of the stack"
@@ -92,20 +82,19 @@ def _attend(
     q: Float[Array, "B T K G H"],
     k: Float[Array, "B R K H"],
     v: Float[Array, "B R K H"],
-    scale: float | None,
+    scale: float,
     words: jax.Array | None,
     dropout_rate: float,
 ) -> Float[Array, "B T K G H"]:
     """By blocks of queries, whose weights [B, K, G, C, R] are computed again backward."""
-    B, T, K, G, H = q.shape
+    B, T, K, G, _ = q.shape
     R = k.shape[1]
-    factor = H**-0.5 if scale is None else scale
     C = math.ceil(T / math.ceil(T / BLOCK))
 
     @jax.checkpoint
     def block(i, q):
         scores = jnp.einsum("BCKGH,BRKH->BKGCR", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores * factor)
+        weights = jax.nn.softmax(scores * scale)
         if words is not None:
             rows = i * C + jnp.arange(C)
             index = jnp.ix_(jnp.arange(B), jnp.arange(K), jnp.arange(G), rows, jnp.arange(R))
@@ -133,23 +122,58 @@ def _only_known(out: Float[Array, "B T N H"], mask: AttentionMask) -> Float[Arra
     return jnp.where(mask.has_one_segment()[:, None, None, None], out, jnp.nan)
 
 
-def _require_supported(mask: AttentionMask, bias: PositionBias | None) -> None:
+def _refusal(call: AttentionCall) -> str | None:
     """Each projected key is a mixture of all positions."""
-    if mask.causal:
-        raise MaskNotSupported(
-            "linformer",
+    if call.mask.causal:
+        return (
             "its keys mix what comes later with what came before: for a decoder choose another "
-            "model.attention.core or, beside an encoder, model.attention.decoder_core",
+            "model.attention.core or, beside an encoder, model.attention.decoder_core"
         )
-    if mask.window is not None:
-        raise MaskNotSupported(
-            "linformer",
-            f"its keys mix all positions, there is no window {mask.window} among them: leave "
-            "model.attention.window out, or choose the core longformer",
+    if call.mask.window is not None:
+        return (
+            f"its keys mix all positions, there is no window {call.mask.window} among them: leave "
+            "model.attention.window out, or choose the core longformer"
         )
-    if bias is not None:
-        raise MaskNotSupported(
-            "linformer",
+    if call.bias is not None:
+        return (
             "its keys mix all positions and have no distance: choose a model.positions.kind other "
-            "than alibi and relative",
+            "than alibi and relative"
         )
+    return None
+
+
+def _make(config: ModelConfig, shared: Mapping[str, jax.Array]) -> Linformer:
+    return Linformer(config.attention.linformer, shared.get("projection"), name="linformer")
+
+
+def _shared_params(config: ModelConfig) -> Mapping[str, Any]:
+    linformer = config.attention.linformer
+    if linformer.sharing != "layers":
+        return {}
+    init = projection_init(linformer, "position", "rank")
+    return {"projection": (init, (linformer.max_length, linformer.rank))}
+
+
+def _shrunk(attention: AttentionConfig, length: int) -> Mapping[str, Any]:
+    return {"linformer": replace(attention.linformer, rank=8, max_length=length)}
+
+
+def _sizes(config: ModelConfig) -> Mapping[str, int]:
+    linformer = config.attention.linformer
+    name = "model.attention.linformer.rank x model.attention.linformer.max_length"
+    return {name: linformer.rank * linformer.max_length}
+
+
+SPEC = CoreSpec(
+    name="linformer",
+    make=_make,
+    is_exact=False,
+    has_weights=False,
+    refusal=_refusal,
+    one_document_at=("self", "decoder", "cross"),
+    # As much work goes into the projections as into the products with them (§4).
+    keys=lambda config: 2 * config.attention.linformer.rank,
+    sizes=_sizes,
+    shrunk=_shrunk,
+    shared_params=_shared_params,
+)

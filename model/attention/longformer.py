@@ -15,54 +15,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
-from heedful.model.attention.dense import dense, masked_softmax, require_shapes, require_whole_rows
+from heedful.model.attention.core import AttentionCall, CoreSpec
+from heedful.model.attention.dense import dense, masked_softmax
 from heedful.model.attention.flash import flash
+from heedful.model.attention.rows import is_repeated, put_rows, repeat_batch, take_rows
 from heedful.model.dropout import dropout_words, keep_at
-from heedful.model.masks import AttentionMask, MaskNotSupported
+from heedful.model.masks import AttentionMask, Window
 from heedful.model.positions import PositionBias
 
 BLOCK = 128  # queries of a block: memory and time, not the result
 
 
-def longformer(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    mask: AttentionMask,
-    *,
-    bias: PositionBias | None = None,
-    scale: float | None = None,
-    dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
-) -> Float[Array, "B T N H"]:
-    """What `dense` gives, for masks with a window, in time and memory linear in T, both ways.
+def longformer(call: AttentionCall) -> Float[Array, "B T N H"]:
+    """Compute `dense` for masks with a window, in time and memory linear in T, both ways.
 
     With w positions to each side and g global tokens: time O(T (w + g)), memory O(T + g S). Where
-    a cache holds no more keys than a window, dense or flash computes them all. `bias` must depend
+    a cache holds no more keys than a window, dense or flash computes them all. The bias must depend
     on distances only. Raises MaskNotSupported for a mask without a window, and ModelError where the
     mesh splits the length.
     """
-    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
-    require_shapes(q, k, v)
-    require_whole_rows("longformer")
-    mask.require_lengths(T, S)
+    SPEC.require(call)
+    q, k, v, mask, bias = call.q, call.k, call.v, call.mask, call.bias
+    (B, T, N, _), (S, K) = q.shape, k.shape[1:3]
     left, right = _sides(mask)
+    assert left is not None and right is not None
     if mask.q_offset is not None and left + 1 + right >= S:
         # A band around positions that are not known while tracing would be wider than all keys.
-        core: Callable = dense if T <= BLOCK else flash
+        core = dense if T <= BLOCK else flash
         if bias is not None:
             bias = bias.replace(q_offset=mask.q_offset)  # type: ignore[attr-defined]
-        how = {"dropout_rate": dropout_rate, "dropout_key": dropout_key}
-        return core(q, k, v, mask, bias=bias, scale=scale, **how)
+        return core(call.replace(bias=bias))
     if bias is not None:  # distances stay when both ends move
         bias = bias.replace(q_offset=None)  # type: ignore[attr-defined]
     rule = Rule(
         mask=mask.replace(dilation=None),  # type: ignore[attr-defined]
-        key=dropout_words(dropout_rate, dropout_key),
-        scale=H**-0.5 if scale is None else scale,
-        rate=dropout_rate,
+        key=dropout_words(call.dropout_rate, call.dropout_key),
+        scale=call.factor,
+        rate=call.dropout_rate,
         shape=(B, K, N // K, T, S),
     )
     parts, order = [], []
@@ -76,18 +67,19 @@ def longformer(
     return y if mask.global_index is None else _with_global_rows(y, q, k, v, rule, bias)
 
 
-def _sides(mask: AttentionMask) -> tuple[int, int]:
-    """The window, as narrow as causality makes it."""
+def _sides(mask: AttentionMask) -> Window:
+    """Return the window, as narrow as causality makes it."""
     left, right = mask.window or (None, None)
-    if mask.causal and mask.prefix_len is None:
-        right = 0
-    if left is None or right is None:
-        raise MaskNotSupported(
-            "longformer",
-            "it has no window, or one without an end: set model.attention.window, and for "
-            "cross-attention, which never has one, model.attention.cross_core",
-        )
-    return left, right
+    return left, 0 if mask.causal and mask.prefix_len is None else right
+
+
+def _refusal(call: AttentionCall) -> str | None:
+    if None not in _sides(call.mask):
+        return None
+    return (
+        "it has no window, or one without an end: set model.attention.window, and for "
+        "cross-attention, which never has one, model.attention.cross_core"
+    )
 
 
 Heads = tuple[tuple[int, ...], ...]
@@ -216,7 +208,7 @@ def _block(band, rule, i, q, k, v, far, bias):
     if far is not None:
         places = rule.mask.global_index
         counted &= ~(positions[..., None] == places[:, None, None]).any(-1)
-        real = (places >= 0) & (places < rule.shape[-1]) & ~_again(places)
+        real = (places >= 0) & (places < rule.shape[-1]) & ~is_repeated(places)
         columns = _join(columns, (places - rule.offset)[:, None], axis=2)
         counted = _join(counted, real[:, None], axis=2)
         k, v = (_join(x, y, axis=3) for x, y in zip((k, v), far, strict=True))
@@ -247,38 +239,6 @@ def _with_global_rows(y, q, k, v, rule, bias):
     )
     new = new[:, 0].transpose(0, 3, 1, 2, 4).reshape(B, -1, N, H)
     return put_rows(y, rows, new)
-
-
-def take_rows(x: Shaped[Array, "#B T *n"], rows: Int[Array, "#B g"]) -> Shaped[Array, "#B g *n"]:
-    """Rows of each sequence by index; the nearest one for an index beyond its ends."""
-    rows = jnp.clip(rows, 0, x.shape[1] - 1)
-    x, rows = (_repeat(z, max(len(x), len(rows))) for z in (x, rows))
-    return jax.vmap(lambda x, rows: x[rows])(x, rows)
-
-
-def put_rows(
-    x: Shaped[Array, "B T *n"], rows: Int[Array, "#B g"], new: Shaped[Array, "B g *n"]
-) -> Shaped[Array, "B T *n"]:
-    """`x` with these rows in place of its own; those beyond its ends are left out."""
-    rows = _repeat(jnp.where((rows < 0) | _again(rows), x.shape[1], rows), len(x))
-
-    def put(x: jax.Array, rows: jax.Array, new: jax.Array) -> jax.Array:
-        taken = jnp.zeros(len(x), bool).at[rows].set(True, mode="drop")
-        # Added to 0: the derivative of .set() would compare every element of x.
-        x = jnp.where(taken.reshape(-1, *[1] * (x.ndim - 1)), 0, x)
-        return x.at[rows].add(new, mode="drop")
-
-    return jax.vmap(put)(x, rows, new)
-
-
-def _again(rows: Int[Array, "b g"]) -> Bool[Array, "b g"]:
-    """Where an index stands that stood before."""
-    return jnp.tril(rows[:, :, None] == rows[:, None], k=-1).any(-1)
-
-
-def _repeat(x: jax.Array, batch: int) -> jax.Array:
-    """One row, or as many as there are, for each of a batch."""
-    return jnp.broadcast_to(x, (batch, *x.shape[1:]))
 
 
 # Pairs ------------------------------------------------------------------------------------------
@@ -336,6 +296,11 @@ def _tiles(
     """`tile(of, rows, columns)` by row of the batch and interleaved sequence: [b, r, n, t, s]."""
     arrays = jax.tree.map(jnp.atleast_1d, (of, rows, columns))
     batch = max(map(len, jax.tree.leaves(arrays)))
-    of, rows, columns = jax.tree.map(partial(_repeat, batch=batch), arrays)
+    of, rows, columns = jax.tree.map(partial(repeat_batch, batch=batch), arrays)
     one_row = jax.vmap(lambda of, t, s: tile(of, t, s)[0], in_axes=(None, 0, 0))
     return jax.vmap(one_row)(jax.tree.map(lambda x: x[:, None], of), rows, columns)
+
+
+SPEC = CoreSpec(
+    name="longformer", make=lambda config, shared: longformer, refusal=_refusal, length="whole"
+)

@@ -19,45 +19,25 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from heedful.model.attention.core import AttentionCall, CoreSpec
 from heedful.model.axes import mesh_axes, shards
 from heedful.model.config import require
 from heedful.model.dropout import dropout_words, keep_at
-from heedful.model.masks import AttentionMask, MaskNotSupported
+from heedful.model.masks import AttentionMask
 from heedful.model.positions import PositionBias
 
 
-def ring(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    mask: AttentionMask,
-    *,
-    bias: PositionBias | None = None,
-    scale: float | None = None,
-    dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
-) -> Float[Array, "B T N H"]:
-    """As `dense`, the dropped weights included, on a mesh that splits the sequence.
+def ring(call: AttentionCall) -> Float[Array, "B T N H"]:
+    """Compute `dense`, with the same weights dropped, on a mesh that splits the sequence.
 
-    Every mask but the offset of a cache, whose queries come one by one.
-    Raises ModelError where there is no such mesh or a length does not divide.
+    Masks: all but the offset of a cache, whose queries come one by one. Raises ModelError where
+    there is no such mesh or a length does not divide.
     """
-    B, T, N, H = q.shape
-    S, K = k.shape[1:3]
-    mask.require_lengths(T, S)
-    key = dropout_words(dropout_rate, dropout_key)
-    if mask.q_offset is not None:
-        raise MaskNotSupported(
-            "ring",
-            "it splits queries over devices, and a cache asks for one: decode with "
-            "model.attention.core flash",
-        )
+    SPEC.require(call)
+    q, k, v, mask, bias = call.q, call.k, call.v, call.mask, call.bias
+    (B, T, N, _), (S, K) = q.shape, k.shape[1:3]
+    key = dropout_words(call.dropout_rate, call.dropout_key)
     batch, length, heads = mesh_axes("act_batch", "act_length", "act_heads")
-    require(
-        bool(length),
-        "core ring splits the sequence over devices: set train.mesh.seq to at least 2, or choose "
-        "model.attention.core flash",
-    )
     is_balanced = mask.causal and T == S
     parts = shards("act_length") * (2 if is_balanced else 1)
     for name, size, into in (
@@ -78,8 +58,8 @@ def ring(
         heads=heads,
         devices=shards("act_length"),
         shape=(B, K, N // K, T, S),
-        scale=H**-0.5 if scale is None else scale,
-        dropout_rate=dropout_rate,
+        scale=call.factor,
+        dropout_rate=call.dropout_rate,
         is_balanced=is_balanced,
     )
     by_token = PartitionSpec(batch, length, heads)
@@ -336,3 +316,15 @@ def _attend_forward(how: Ring, q, k, v, values, mask, bias, key):
 
 
 _attend.defvjp(_attend_forward, _backward)
+
+
+def _refusal(call: AttentionCall) -> str | None:
+    if call.mask.q_offset is None:
+        return None
+    return (
+        "it splits queries over devices, and a cache asks for one: decode with "
+        "model.attention.core flash"
+    )
+
+
+SPEC = CoreSpec(name="ring", make=lambda config, shared: ring, refusal=_refusal, length="split")

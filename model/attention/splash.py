@@ -10,45 +10,26 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from heedful.model.attention.dense import require_whole_rows
-from heedful.model.attention.fused import TILE, band, fill, segment_ids
+from heedful.model.attention.core import AttentionCall, CoreSpec
+from heedful.model.attention.fused import TILE, band, band_refusal, fill, segment_ids
 from heedful.model.axes import mesh_axes, target_platform
-from heedful.model.config import require
 from heedful.model.masks import AttentionMask, Window
-from heedful.model.positions import PositionBias
 
 
-def splash(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    mask: AttentionMask,
-    *,
-    bias: PositionBias | None = None,
-    scale: float | None = None,
-    dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
-) -> Float[Array, "B T N H"]:
-    """As `dense`, for masks of causality, window and segments.
+def splash(call: AttentionCall) -> Float[Array, "B T N H"]:
+    """Compute `dense` for masks of causality, window and segments.
 
     Lengths are padded to multiples of 128. The scale goes into q, which is rounded once more. On a
     CPU the kernel is interpreted, which is slow. Memory: O(B * N * T).
     """
-    T, S = q.shape[1], k.shape[1]
-    window = band("splash", mask, bias, dropout_rate)
-    mask.require_lengths(T, S)
-    platform = target_platform()
-    require(
-        platform in ("tpu", "cpu"),
-        f"core splash needs a TPU, not {platform}: choose cudnn or flash",
-    )
-    require_whole_rows("splash")
+    SPEC.require(call)
+    q, k, v, mask = call.q, call.k, call.v, call.mask
+    T, S, window = q.shape[1], k.shape[1], band(mask)
     batch, heads = mesh_axes("act_batch", "act_heads")
 
-    factor = q.shape[3] ** -0.5 if scale is None else scale
-    q = (q.astype(jnp.float32) * factor).astype(q.dtype)
-    ids = segment_ids(mask, q, k)
-    run = partial(_splash, window=window, interpret=platform == "cpu")
+    q = (q.astype(jnp.float32) * call.factor).astype(q.dtype)
+    ids = segment_ids(call)
+    run = partial(_splash, window=window, interpret=target_platform() == "cpu")
     if batch or heads:  # the compiler cannot split a kernel by itself
         by_head = PartitionSpec(batch, None, heads)
         run = jax.shard_map(
@@ -108,3 +89,13 @@ def _sees(mask: AttentionMask, q_length: int, kv_length: int) -> Bool[Array, "b 
 def _block(length: int) -> int:
     """The largest block that divides a padded length."""
     return next(TILE * n for n in (4, 3, 2, 1) if length % (TILE * n) == 0)
+
+
+SPEC = CoreSpec(
+    name="splash",
+    make=lambda config, shared: splash,
+    refusal=band_refusal,
+    platforms=("tpu", "cpu"),
+    length="whole",
+    saves_memory_on=("tpu",),
+)

@@ -1,12 +1,12 @@
 """Options of multi-head attention and of its cores."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
 
 from heedful.model.config.checks import require, require_choices, require_rate
 
 AttentionSite = Literal["self", "decoder", "cross"]
-"""Where an attention stands: alone in its stack, in a decoder beside cross-attention, or across."""
+"""Self-attention alone in its stack, self-attention beside cross-attention, or cross-attention."""
 
 MOST_GLOBAL = 100_000
 
@@ -138,13 +138,19 @@ class AttentionConfig:
         )
         require_rate("attention.dropout", self.dropout)
         used = {self.core, self.decoder_core, self.cross_core}
-        for name, default in (("performer", PerformerConfig()), ("linformer", LinformerConfig())):
+        for name, options in self.core_options.items():
             require(
-                name in used or getattr(self, name) == default,
+                name in used or options == type(options)(),
                 f"attention.{name} is set, but no attention core is {name}",
             )
 
-    def core_of(self, place: AttentionSite) -> str:
-        """The core of the attention at this place, or auto."""
-        own = {"self": None, "decoder": self.decoder_core, "cross": self.cross_core}[place]
+    def core_of(self, site: AttentionSite) -> str:
+        """Return the core of the attention at this site, or auto."""
+        own = {"self": None, "decoder": self.decoder_core, "cross": self.cross_core}[site]
         return own or self.core
+
+    @property
+    def core_options(self) -> dict[str, Any]:
+        """Options of cores by the name of the core: the fields that hold a config."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {name: value for name, value in values.items() if is_dataclass(value)}

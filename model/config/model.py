@@ -145,9 +145,14 @@ class ModelConfig:
         return self.attention.key_dim or self.head_dim
 
     @property
-    def places(self) -> tuple[AttentionSite, ...]:
-        """Where attentions stand in this architecture."""
+    def sites(self) -> tuple[AttentionSite, ...]:
+        """Sites of attention in this architecture."""
         return get_args(AttentionSite) if self.architecture == "encoder_decoder" else ("self",)
+
+    @property
+    def decoding_site(self) -> AttentionSite:
+        """Site of the self-attention that reads a cache while decoding."""
+        return "decoder" if self.architecture == "encoder_decoder" else "self"
 
     @property
     def kv_heads(self) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from heedful.model.attention import INEXACT
+from heedful.model.attention import spec_of
 from heedful.model.config import ModelConfig, ModelError
 from heedful.model.pretrained.bert import BERT
 from heedful.model.pretrained.family import Family, vocab_size
@@ -96,7 +96,7 @@ def _function(config: ModelConfig) -> ModelConfig:
         head = _reset(head, "transform", "bias", "scale", "dropout")
         config = _reset(config, "tie_embeddings")
     attention, cores = config.attention, ("core", "decoder_core", "cross_core")
-    exact = [name for name in cores if getattr(attention, name) not in INEXACT]
+    exact = [name for name in cores if spec_of(getattr(attention, name) or "auto").is_exact]
     same_layers = config.encoder_layers == config.layers
     return replace(
         _reset(config, "lora", "dropout", "init", "dtype", "remat", "unroll"),

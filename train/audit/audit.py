@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jaxtyping import Bool
 
-from heedful.model.config import AttentionConfig, ModelError
+from heedful.model.attention import spec_of
+from heedful.model.config import AttentionConfig, AttentionSite, ModelError
 from heedful.train.audit import declared
 from heedful.train.audit.data import in_data
 from heedful.train.audit.findings import Finding, compared, differing, unlike
@@ -271,16 +272,18 @@ def _tempted(subject: Subject) -> Iterator[Finding]:
     """Queries that what they may not see can reach, if only it is tempting enough."""
     model, batch = subject.model, model_inputs(subject.model, subject.batch)
     stack = "encoder" if model.architecture == "encoder_only" else "decoder"
-    places = {
+    sites: dict[str, tuple[str, str, AttentionSite]] = {
         "encoder": ("encoder", "self_attention", "self"),
         "self": (stack, "self_attention", "decoder" if "encoder" in subject.names else "self"),
         "cross": ("decoder", "cross_attention", "cross"),
     }
     masks = attention_masks(model, {name: jax.numpy.asarray(x) for name, x in batch.items()})
     for kind, mask in masks.items():
-        stack, attention, place = places[kind]
+        stack, attention, site = sites[kind]
         params = jax.tree.map(lambda x: x[0], subject.params[stack]["blocks"][attention])
-        may, projection = subject.pairs[kind].any(1), subject.params[stack].get("projection")
-        wrong = tempted(model, params, place, mask, np.asarray(may), projection)
+        shared = spec_of(model.attention.core_of(site)).shared_params(model)
+        core_params = {name: subject.params[stack][name] for name in shared}
+        may = np.asarray(subject.pairs[kind].any(1))
+        wrong = tempted(model, params, site, mask, may, core_params)
         reason = "what must not be seen changes the result where scores are extreme"
         yield from differing(subject.names[kind], "temptation", wrong, reason, "leak")

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from heedful.model.attention import WITHOUT_WEIGHTS
-from heedful.model.config import ModelConfig
-from heedful.model.layers import MultiHeadAttention, StackContext
+from heedful.model.attention import FEATURES, spec_of
+from heedful.model.config import AttentionSite, ModelConfig
 from heedful.model.linear import Linear
 from heedful.model.masks import AttentionMask
+from heedful.model.multi_head_attention import MultiHeadAttention, StackContext
 from heedful.model.stack import Stack
 from heedful.model.transformer import InputEmbedding, build, empty_cache
 from heedful.train.audit.findings import TOLERANCE
@@ -101,7 +101,7 @@ def forward(config: ModelConfig, deterministic: bool) -> Program:
                 {"params": params},
                 **batch,
                 deterministic=deterministic,
-                rngs={} if deterministic else dict.fromkeys(("dropout", "features"), key),
+                rngs={} if deterministic else dict.fromkeys(("dropout", FEATURES), key),
             )
         # One output for each row is one position.
         return {**found, "logits": logits if logits.ndim == 3 else logits[:, None]}
@@ -257,10 +257,10 @@ class Probe:
 def tempted(
     config: ModelConfig,
     params: Any,
-    place: Any,
+    site: AttentionSite,
     mask: AttentionMask,
     may: Bool[np.ndarray, "B T S"],
-    projection: Any = None,
+    core_params: Mapping[str, jax.Array],
 ) -> Bool[np.ndarray, "B T"]:
     """Queries whose result changes with what they may not see, when that is as tempting as can be.
 
@@ -273,10 +273,10 @@ def tempted(
     attention = config.attention
     rng = np.random.default_rng(0)
     value, noise = rng.normal(size=(2, B, S, config.kv_heads, config.head_dim)).astype(np.float32)
-    module, shared = MultiHeadAttention(config, place), StackContext(projection=projection)
+    module, shared = MultiHeadAttention(config, site), StackContext(core_params=dict(core_params))
     # Random features share a factor among all keys, which rounds; elsewhere each bit counts.
-    rounds = attention.core_of(place) in WITHOUT_WEIGHTS
-    tolerance = TOLERANCE[config.dtype] if rounds else 0.0
+    is_exact = spec_of(attention.core_of(site)).is_exact
+    tolerance = 0.0 if is_exact else TOLERANCE[config.dtype]
 
     def attend(params: Any, may: jax.Array, mask: AttentionMask, strength, key, value) -> jax.Array:
         """[B, T, D], where keys that may not be seen by a query are `key` times the vector."""
@@ -294,7 +294,7 @@ def tempted(
             return jnp.asarray(value, dtype) if name == "value" else call(*args, **kwargs)
 
         zeros = jnp.zeros((B, T, config.width), config.dtype)
-        context = jnp.zeros((B, S, config.width), config.dtype) if place == "cross" else None
+        context = jnp.zeros((B, S, config.width), config.dtype) if site == "cross" else None
         with nn.intercept_methods(replaced):
             y, _ = module.apply({"params": params}, zeros, context, mask, shared)  # type: ignore[misc]
         return y.astype(jnp.float32)

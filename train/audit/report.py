@@ -10,7 +10,7 @@ from rich.console import Console
 
 from heedful.data.config import DataConfig
 from heedful.data.tokenizer import Tokenizer
-from heedful.model.attention import ATTENTION, choose
+from heedful.model.attention import CORES, choose
 from heedful.model.config import ModelConfig, ModelError
 from heedful.train.audit.audit import Audit, audit
 from heedful.train.audit.picture import TEXT, as_text, write_png
@@ -42,7 +42,7 @@ def masks(
         console.print(as_text(audited))
     clean = _say(audited, console, began)
     write_png(audited, f"{name}: {_what(audited)}".replace("; ", "\n"), output, SOFTWARE)
-    for core in ATTENTION if cores else ():
+    for core in CORES if cores else ():
         if _cores(audited) == [core]:
             continue
         began = time.perf_counter()
@@ -93,7 +93,7 @@ def _what(found: Audit) -> str:
 
 def _cores(found: Audit) -> list[str]:
     model, length = found.subject.model, found.subject.batch["inputs"].shape[1]
-    names = dict.fromkeys(model.attention.core_of(place) for place in model.places)
+    names = dict.fromkeys(model.attention.core_of(site) for site in model.sites)
     return [choose(name, jax.default_backend(), length)[0] for name in names]
 
 

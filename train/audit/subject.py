@@ -10,13 +10,14 @@ import jax
 from heedful.data.config import DataConfig
 from heedful.data.pipeline import Dataset
 from heedful.data.tokenizer import Tokenizer
-from heedful.model.config import LinformerConfig, ModelConfig, PerformerConfig
+from heedful.model.attention import specs
+from heedful.model.config import ModelConfig
 from heedful.train.audit import declared, examples
 from heedful.train.audit.measured import random_params, shapes
 from heedful.train.inspection.attention_weights import attention_kinds
 
 LENGTH = 16  # of the rows
-LAYERS, WIDTH, HEAD_DIM, HEADS, GROUP, RANK = 2, 16, 8, 2, 2, 8  # most of a small model
+LAYERS, WIDTH, HEAD_DIM, HEADS, GROUP = 2, 16, 8, 2, 2  # most of a small model
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,6 @@ def shrunk(model: ModelConfig, length: int, vocab_size: int) -> tuple[ModelConfi
     A window that is too wide to be seen in rows of `length` becomes narrow.
     """
     attention = model.attention
-    used = {attention.core_of(place) for place in model.places}
     changes: dict[str, Any] = {"head_dim": HEAD_DIM}
     if not attention.dilation:
         groups = min(attention.heads // model.kv_heads, GROUP)
@@ -99,12 +99,8 @@ def shrunk(model: ModelConfig, length: int, vocab_size: int) -> tuple[ModelConfi
         reach = attention.window * max(attention.dilation or (1,)) * LAYERS
         narrow = min(attention.window, 2) if reach >= length - 2 else attention.window
         changes |= {"window": narrow, "global_tokens": min(attention.global_tokens, 2)}
-    if "performer" in used:
-        changes["performer"] = dataclasses.replace(attention.performer, features=RANK, chunk=5)
-    if "linformer" in used:
-        changes["linformer"] = dataclasses.replace(
-            attention.linformer, rank=RANK, max_length=length
-        )
+    for spec in specs(model).values():
+        changes |= spec.shrunk(attention, length)
     small = dataclasses.replace(
         model,
         vocab_size=vocab_size,
@@ -132,9 +128,8 @@ def shrunk(model: ModelConfig, length: int, vocab_size: int) -> tuple[ModelConfi
 
 
 def with_core(model: ModelConfig, core: str) -> ModelConfig:
-    """The model with this attention core in all places."""
-    changes = {"core": core, "decoder_core": None, "cross_core": None}
-    for name, kind in (("performer", PerformerConfig), ("linformer", LinformerConfig)):
-        if name != core:
-            changes[name] = kind()
-    return dataclasses.replace(model, attention=dataclasses.replace(model.attention, **changes))
+    """Return the model with this attention core at all sites."""
+    attention = model.attention
+    others = {k: type(x)() for k, x in attention.core_options.items() if k != core}
+    changes = {"core": core, "decoder_core": None, "cross_core": None, **others}
+    return dataclasses.replace(model, attention=dataclasses.replace(attention, **changes))

@@ -30,7 +30,7 @@ TOKENIZERS = ("tokenizer.json", "vocab.txt")
 TWO_TOKENIZERS = ("source.spm", "target.spm")  # As opus-mt models are published.
 # What a new run says of attention; the rest belongs to the parameters. What attention looks at is
 # the source's too, where the new run sets no window.
-OF_USE = ("core", "decoder_core", "cross_core", "dropout", "performer", "linformer")
+OF_USE = ("core", "decoder_core", "cross_core", "dropout")
 OF_WINDOW = ("window", "dilation", "global_tokens", "global_projections")
 
 
@@ -144,7 +144,8 @@ PACKAGES: dict[str, Callable[[str], Source]] = {
 def merge_pretrained_config(model: ModelConfig, source: ModelConfig) -> ModelConfig:
     """The body of `source`, with what `model` says of the head and of how it is trained."""
     head, attention = model.head, model.attention
-    of_use = OF_USE if attention.window is None else OF_USE + OF_WINDOW
+    of_use = (*OF_USE, *attention.core_options)
+    of_use += () if attention.window is None else OF_WINDOW
     # A classifier without outputs stands for a body without a head.
     if head.kind == source.head.kind and (head.kind != "classifier" or source.head.outputs):
         head = dataclasses.replace(source.head, dropout=head.dropout, outputs=head.outputs)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from heedful.model.attention import WITHOUT_WEIGHTS
+from heedful.model.attention import spec_of
 from heedful.model.config import ModelConfig, ModelError
 from heedful.model.masks import AttentionMask
 from heedful.model.transformer import build, cross_mask, decoder_mask, encoder_mask
@@ -33,8 +33,8 @@ def attention_weights(
 
     Raises ModelError for cores that have no such weights.
     """
-    for core in map(config.attention.core_of, config.places):
-        if core in WITHOUT_WEIGHTS:
+    for core in map(config.attention.core_of, config.sites):
+        if not spec_of(core).has_weights:
             raise ModelError(
                 f"the attention core {core} computes no weight of a key for a query, so there is "
                 "none to show: choose another model.attention.core"

@@ -1,4 +1,4 @@
-"""Which attention core runs which mask, in which place: found by asking every core."""
+"""The table of attention cores and masks: found by asking every core."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from heedful.model import masks
-from heedful.model.attention import ATTENTION, ONE_DOCUMENT
+from heedful.model.attention import CORES
 from heedful.model.cache import new_cache
 from heedful.model.config import AttentionConfig, AttentionSite, ModelConfig, ModelError
-from heedful.model.layers import MultiHeadAttention, StackContext
 from heedful.model.masks import AttentionMask, MaskNotSupported
+from heedful.model.multi_head_attention import MultiHeadAttention, StackContext
 from heedful.model.positions import PositionBias
 from heedful.model.transformer import cross_mask, decoder_mask, encoder_mask
 
@@ -37,7 +37,7 @@ class Row:
     has_cache: bool = False
 
     @property
-    def place(self) -> AttentionSite:
+    def site(self) -> AttentionSite:
         return "cross" if self.where == "cross" else "self"
 
 
@@ -79,7 +79,6 @@ ROWS = (
 
 DOCUMENTS = ("its own of several documents in a row", "the past of its own document")
 NAN = "a row holds one document: others, which are not known while tracing, come out as NaN"
-NEED_A_DEVICE = ("cudnn", "splash", "ring")
 
 
 def refusal(core: str, row: Row) -> str | None:
@@ -91,25 +90,26 @@ def refusal(core: str, row: Row) -> str | None:
     config = ModelConfig(
         architecture="decoder_only", vocab_size=2, width=16, attention=attention, dtype="bfloat16"
     )
-    layer = MultiHeadAttention(config, row.place)
+    layer = MultiHeadAttention(config, row.site)
     new = 1 if row.has_cache else T
     x = jnp.zeros((1, new, 16), jnp.bfloat16)
-    source = jnp.zeros((1, T, 16), jnp.bfloat16) if row.place == "cross" else None
+    source = jnp.zeros((1, T, 16), jnp.bfloat16) if row.site == "cross" else None
     mask, shared = row.mask(config), StackContext(bias=row.bias)
     remembered = new_cache(config, 1, T) if row.has_cache else None
 
     def run(params: Any) -> Any:
-        how = {"cache": remembered, "deterministic": False, "rngs": {"dropout": jax.random.key(0)}}
-        return layer.apply(params, x, source, mask, shared, **how)
+        rngs = {"dropout": jax.random.key(0)}
+        options = {"cache": remembered, "deterministic": False, "rngs": rngs}
+        return layer.apply(params, x, source, mask, shared, **options)
 
     try:
         jax.eval_shape(run, _params(core))
     except MaskNotSupported as error:
         return error.reason
     except ModelError:
-        if core not in NEED_A_DEVICE:
+        if CORES[core].is_here:
             raise
-    return NAN if row.what in DOCUMENTS and core in ONE_DOCUMENT else None
+    return NAN if row.what in DOCUMENTS and row.site in CORES[core].one_document_at else None
 
 
 @cache
@@ -129,7 +129,7 @@ def table() -> str:
         reason = refusal(core, row)
         if reason is None:
             return "yes"
-        if not row.attention.get("window") and row.place == "self":
+        if not row.attention.get("window") and row.site == "self":
             inside = replace(row, attention={**row.attention, **WINDOW})
             if refusal(core, inside) is None:
                 return "in a window"
@@ -137,11 +137,11 @@ def table() -> str:
         return f"no [{list(reasons).index(reason) + 1}]"
 
     lines = [
-        f"| in | a query sees | {' | '.join(ATTENTION)} |",
-        "|---|---|" + "---|" * len(ATTENTION),
+        f"| in | a query sees | {' | '.join(CORES)} |",
+        "|---|---|" + "---|" * len(CORES),
     ]
     for row in ROWS:
-        marks = " | ".join(mark(core, row) for core in ATTENTION)
+        marks = " | ".join(mark(core, row) for core in CORES)
         lines.append(f"| {row.where} | {row.what} | {marks} |")
     notes = [f"{i}. {', '.join(who)}: {why}" for i, (why, who) in enumerate(reasons.items(), 1)]
     return "\n".join([*lines, "", *notes])

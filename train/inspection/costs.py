@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from heedful.data.config import DataConfig
+from heedful.model.attention import spec_of
 from heedful.model.cache import WindowCache
 from heedful.model.config import AttentionSite, ModelConfig
 from heedful.model.stack import BlockCache
@@ -74,7 +75,7 @@ def parts(config: ModelConfig, params: Any, length: int) -> list[Part]:
         add(stack, part, leaf.size, flops)
         if name.endswith("_attention.out.kernel"):
             features = leaf.size // config.width  # L N H
-            keys = _keys(config, _attention_place(config, stack, part), length)
+            keys = _keys(config, _site(config, stack, part), length)
             add(stack, f"{part} scores", 0, 2 * 2.0 * keys * features)
         if name == "embedding.table" and _is_tied(config):
             add("output", "head", 0, 2.0 * leaf.size)
@@ -95,28 +96,22 @@ def recomputed(config: ModelConfig, found: list[Part]) -> float:
     return sum(part.flops for part in found if part.stack in STACKED and part.name in names)
 
 
-def _attention_place(config: ModelConfig, stack: str, part: str) -> AttentionSite:
+def _site(config: ModelConfig, stack: str, part: str) -> AttentionSite:
     if part == "cross-attention":
         return "cross"
     is_beside = stack == "decoder" and config.architecture == "encoder_decoder"
     return "decoder" if is_beside else "self"
 
 
-def _keys(config: ModelConfig, place: AttentionSite, length: int) -> int:
-    """Keys that a query's products with scores and values are worth.
-
-    Of random features and of projections along the length there are R, and as much work again goes
-    into what keys and values become (arXiv:2009.14794 §2.2, arXiv:2006.04768 §4).
-    """
+def _keys(config: ModelConfig, site: AttentionSite, length: int) -> int:
+    """Return the keys that a query's products with scores and values are worth."""
     attention = config.attention
-    core = attention.core_of(place)
-    if core == "performer":
-        return 2 * attention.performer.features
-    if core == "linformer":
-        return 2 * attention.linformer.rank
-    if attention.window is None or place == "cross":
+    own = spec_of(attention.core_of(site)).keys
+    if own is not None:
+        return own(config)
+    if attention.window is None or site == "cross":
         return length
-    is_causal = place == "decoder" or config.architecture == "decoder_only"
+    is_causal = site == "decoder" or config.architecture == "decoder_only"
     sides = 1 if is_causal else 2
     return min(length, sides * attention.window + 1 + attention.global_tokens)
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from heedful.data.config import DataConfig
 from heedful.data.tokenizer import Tokenizer
+from heedful.model.attention import spec_of
 from heedful.model.cache import remembered
 from heedful.model.config import ModelConfig
 from heedful.train.config import MeshConfig, TrainConfig, require
@@ -197,13 +198,13 @@ def _memory_table(
     table.add_row(f"outputs {what}, float32", number(sizes.outputs, 1024) + "B")
     if sizes.cache:
         of = " of the target" if sizes.source_cache else ""
-        place = "decoder" if sizes.source_cache else "self"
         if (last := remembered(model)) is not None:
             of += f", for the last {last}"
         what = f"cache per token{of}: {model.kv_heads} key and value heads of {model.head_dim} in "
         what += f"{model.layers} layers, {model.dtype}"
-        if model.attention.core_of(place) == "performer":
-            what = f"cache{of}, for any number of tokens: sums of features in {model.layers} layers"
+        spec = spec_of(model.attention.core_of(model.decoding_site))
+        if spec.new_cache is not None:
+            what = f"cache{of}, for any number of tokens: {spec.cached} in {model.layers} layers"
         table.add_row(what, number(sizes.cache, 1024) + "B")
     if sizes.source_cache:
         table.add_row("cache per token of the source", number(sizes.source_cache, 1024) + "B")

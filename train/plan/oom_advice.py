@@ -9,16 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from heedful.data.config import DataConfig
-from heedful.model.attention import choose
+from heedful.model.attention import choose, saves_memory, spec_of
 from heedful.model.config import ModelConfig
 from heedful.train.config import TrainConfig, TrainError
 from heedful.train.inspection.costs import device_bytes
 from heedful.train.inspection.inspect import number
 from heedful.train.plan.compiled import Compiled, Memory, compile_step
 from heedful.train.trainable import split
-
-LINEAR = {"tpu": "splash", "gpu": "cudnn", "cpu": "flash"}
-"""Exact cores whose memory grows with the length, not with its square."""
 
 
 class Way(NamedTuple):
@@ -41,8 +38,8 @@ def ways_out(
 
     platform = compiled.mesh.devices.flat[0].platform
     core, _ = choose(model.attention.core, platform, data.max_length, shards=sizes["seq"])
-    if core == "dense":
-        linear = LINEAR[platform] if sizes["seq"] == 1 else "ring"
+    if spec_of(core).is_quadratic:
+        linear = saves_memory(platform, sizes["seq"])
         scores = 4.0 * rows * model.attention.heads * data.max_length**2
         scores /= sizes["tensor"] * sizes["seq"]
         layers = model.layers if model.remat == "none" else 1

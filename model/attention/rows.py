@@ -1,0 +1,37 @@
+"""Rows of sequences by index: taken out, and put back."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Shaped
+
+
+def take_rows(x: Shaped[Array, "#B T *n"], rows: Int[Array, "#B g"]) -> Shaped[Array, "#B g *n"]:
+    """Rows of each sequence by index; the nearest one for an index beyond its ends."""
+    rows = jnp.clip(rows, 0, x.shape[1] - 1)
+    x, rows = (repeat_batch(z, max(len(x), len(rows))) for z in (x, rows))
+    return jax.vmap(lambda x, rows: x[rows])(x, rows)
+
+
+def put_rows(
+    x: Shaped[Array, "B T *n"], rows: Int[Array, "#B g"], new: Shaped[Array, "B g *n"]
+) -> Shaped[Array, "B T *n"]:
+    """`x` with these rows in place of its own; those beyond its ends are left out."""
+    rows = repeat_batch(jnp.where((rows < 0) | is_repeated(rows), x.shape[1], rows), len(x))
+
+    def put(x: jax.Array, rows: jax.Array, new: jax.Array) -> jax.Array:
+        taken = jnp.zeros(len(x), bool).at[rows].set(True, mode="drop")
+        # Added to 0: the derivative of .set() would compare every element of x.
+        x = jnp.where(taken.reshape(-1, *[1] * (x.ndim - 1)), 0, x)
+        return x.at[rows].add(new, mode="drop")
+
+    return jax.vmap(put)(x, rows, new)
+
+
+def is_repeated(rows: Int[Array, "b g"]) -> Bool[Array, "b g"]:
+    """Where an index stands that stood before."""
+    return jnp.tril(rows[:, :, None] == rows[:, None], k=-1).any(-1)
+
+
+def repeat_batch(x: jax.Array, batch: int) -> jax.Array:
+    """One row, or as many as there are, for each of a batch."""
+    return jnp.broadcast_to(x, (batch, *x.shape[1:]))

@@ -1,0 +1,151 @@
+"""Multi-head attention: projections, heads and a cache around an attention core."""
+
+import flax.linen as nn
+import jax
+from flax import struct
+from jaxtyping import Array, Bool, Float
+
+from heedful.model.attention import CORES, AttentionCall, Cache, Core, CoreSpec, choose
+from heedful.model.attention.dense import attention_weights, dense
+from heedful.model.attention.projections import (
+    global_call,
+    keys_values,
+    put_global_rows,
+    queries,
+    scale,
+)
+from heedful.model.axes import constrain, shards, target_platform
+from heedful.model.cache import KVCache
+from heedful.model.config import AttentionSite, ModelConfig
+from heedful.model.layers import residual_gain
+from heedful.model.linear import Linear
+from heedful.model.masks import AttentionMask
+from heedful.model.positions import PositionBias, Rotation
+
+
+@struct.dataclass
+class StackContext:
+    """Everything that attention is given alike in all layers of a stack."""
+
+    rotation: Rotation | None = None
+    bias: PositionBias | None = None
+    core_params: dict[str, jax.Array] = struct.field(default_factory=dict)
+    """Parameters of the core that the layers share, by name."""
+    cache_write_mask: Bool[Array, "B T"] | None = None
+    """The new tokens that a cache remembers; None: all."""
+
+
+class MultiHeadAttention(nn.Module):
+    """Projections, grouped heads and the cache around an attention core (arXiv:1706.03762 §3.2.2).
+
+    Keys and values come from `context`, or from `x` itself when there is none. With a cache,
+    self-attention adds its rows at `mask.q_offset` and attends to all that the cache remembers,
+    while cross-attention stores the projected context and reads it when called without one. Keys
+    are cached after their rotation. With `attention.global_projections` what global tokens see goes
+    through projections of its own. The weights are sown as `weights` [B, N, T, S] where the caller
+    makes the collection "intermediates" mutable and the core has such weights; those of
+    self-attention with a cache are refused.
+    """
+
+    config: ModelConfig
+    site: AttentionSite = "self"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        context: Float[Array, "B S D"] | None,
+        mask: AttentionMask,
+        shared: StackContext | None = None,
+        *,
+        cache: Cache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        config, attention = self.config, self.config.attention
+        shared = shared or StackContext()
+        rate = 0.0 if deterministic else attention.dropout
+
+        q, k, v = self._project(x, context, shared.rotation, cache)
+        spec, core = self._core(q, k, cache, shared)
+        key = self._dropout_key(rate)
+        call = AttentionCall(q, k, v, mask, shared.bias, scale(config), rate, key)
+        y, new_cache = self._attend(core, call, cache, shared.cache_write_mask)
+        weights = self._weights(spec, call, new_cache)
+        if attention.global_projections and self.site == "self":
+            own = global_call(config, x, call, shared.rotation, self._dropout_key(rate))
+            y, weights = put_global_rows(y, weights, mask.global_index, own)
+        if weights is not None:
+            self.sow("intermediates", "weights", weights)
+
+        y = y.reshape(*x.shape[:2], *y.shape[2:])
+        heads, gain = {"heads": attention.heads, "head_dim": config.head_dim}, residual_gain(config)
+        out = Linear(config, heads, {"embed": config.width}, attention.bias, gain, name="out")
+        return out(y), new_cache
+
+    def _project(
+        self,
+        x: Float[Array, "B T D"],
+        context: Float[Array, "B S D"] | None,
+        rotation: Rotation | None,
+        cache: Cache | None,
+    ) -> tuple[Float[Array, "b t N H"], Float[Array, "b S K H"], Float[Array, "b S K H"]]:
+        """Return queries, keys and values with their positions; those of a context from the cache
+        where there is none."""
+        q = queries(self.config, x, rotation)
+        if self.site == "cross" and context is None:
+            if not isinstance(cache, KVCache):
+                raise ValueError("cross-attention needs a context, or a cache that has seen it")
+            k, v = cache.rows()
+            q = q.reshape(len(k), -1, *q.shape[2:])  # Hypotheses share their source.
+        else:
+            k, v = keys_values(self.config, x if context is None else context, rotation)
+        q = constrain(q, "act_batch", "act_length", "act_heads", "act_head_dim")
+        k = constrain(k, "act_batch", "act_length", "act_kv_heads", "act_head_dim")
+        v = constrain(v, "act_batch", "act_length", "act_kv_heads", "act_head_dim")
+        return q, k, v
+
+    def _core(
+        self, q: jax.Array, k: jax.Array, cache: Cache | None, shared: StackContext
+    ) -> tuple[CoreSpec, Core]:
+        """Return the core of this site for these lengths."""
+        name, length = self.config.attention.core_of(self.site), k.shape[1]
+        if cache is not None and self.site != "cross":
+            length = cache.keys(length)
+        name, _ = choose(name, target_platform(), length, q.shape[1], shards("act_length"))
+        core = CORES[name].make(self.config, shared.core_params)
+        if self.is_initializing() and not isinstance(core, nn.Module):
+            core = dense  # it has no parameters, and may need a mesh or a device that is not there
+        return CORES[name], core
+
+    def _attend(
+        self,
+        core: Core,
+        call: AttentionCall,
+        cache: Cache | None,
+        cache_write_mask: Bool[Array, "B T"] | None,
+    ) -> tuple[Float[Array, "b t N H"], Cache | None]:
+        """Run the core, through the cache if there is one; return the cache for the next token."""
+        if self.site == "cross":
+            return core(call), KVCache.of(call.k, call.v)
+        if cache is None:
+            return core(call), None
+        return cache.attend(core, call, cache_write_mask)
+
+    def _weights(
+        self, spec: CoreSpec, call: AttentionCall, cache: Cache | None
+    ) -> Float[Array, "b N t S"] | None:
+        """Return the attention weights where they are asked for and the core has any."""
+        if not spec.has_weights or self.is_initializing():
+            return None
+        if not self.is_mutable_collection("intermediates"):
+            return None
+        if cache is not None and self.site != "cross":
+            raise ValueError(
+                "no attention weights are known with a cache, which holds the keys of earlier "
+                "tokens: make intermediates immutable, or give all tokens at once without a cache"
+            )
+        weights = attention_weights(call)
+        return weights.reshape(len(weights), -1, *weights.shape[3:])
+
+    def _dropout_key(self, rate: float) -> jax.Array | None:
+        return self.make_rng("dropout") if rate else None
