@@ -173,7 +173,7 @@ def test_without_a_record_no_environments_are_called_the_same(copy, heedful):
 def test_a_run_is_reproduced_to_the_bit(trained, heedful, tmp_path):
     code, out = heedful("reproduce", trained, "--run-dir", tmp_path / "again")
     assert code == 0, out
-    assert "this environment is that of the record" in out
+    assert "the environment is the same as in the record" in out
     assert "step 0: identical" in out and "identical to step 6" in out
     again = (tmp_path / "again" / "fingerprints.jsonl").read_text()
     assert again == (trained / "fingerprints.jsonl").read_text()
@@ -241,7 +241,7 @@ def test_a_parameter_that_differs_in_a_bit_is_named(trained, heedful, monkeypatc
     code, out = heedful("reproduce", trained)
     assert code == 1 and f"step 4 differs: parameters {name} (1 of " in out
     assert "identical to step 2\n" in out
-    assert "the environments do not differ in anything that is recorded" in out
+    assert "the recorded environments are the same" in out
 
 
 def test_changed_data_is_said_before_training(text, trained, heedful):
@@ -293,7 +293,7 @@ def test_a_checkpoint_that_is_not_what_was_written_is_named(copy, heedful):
     change(copy, 4, "decoder.norm.scale", "0" * 16)
     code, out = heedful("verify", copy)
     assert code == 1 and "step 4 differs: parameters decoder.norm.scale (1 of " in out
-    assert "the checkpoint is not what was recorded when it was written" in out
+    assert "the checkpoint differs from the fingerprint of its step" in out
 
 
 def test_another_environment_is_added_and_none_is_lost(copy, capsys):

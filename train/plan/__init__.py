@@ -1,1 +1,1 @@
-"""What a training step needs and how long it should take, from its compiler, before it runs."""
+"""Plan a training step from its compiled program: memory, communication and time."""

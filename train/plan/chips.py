@@ -1,4 +1,4 @@
-"""Figures of chips, as their makers publish them."""
+"""Published specifications of accelerator chips."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,30 +6,29 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """What one device can do; bytes are bytes and times are seconds."""
+    """Specification of one device, in bytes and seconds."""
 
     name: str
     kind: str
-    """What its jax device calls itself (`device_kind`)."""
+    """The `device_kind` of its jax device."""
     flops: float
-    """Of bfloat16 matrix products, a second."""
+    """Peak of bfloat16 matrix products per second."""
     memory: int
-    """Bytes that a program may use."""
+    """Bytes that a program can use."""
     bandwidth: float
-    """Bytes a second between the chip and its memory."""
+    """Bytes per second between the chip and its memory."""
     link: float
-    """Bytes a second to one neighbour, one way; of a GPU to all others of its host together."""
+    """Bytes per second in one direction: of a TPU to one neighbour, of a GPU to all of its host."""
     wraps: int = 0
-    """An axis of the torus closes to a ring when its length is a multiple of this; 0: no torus."""
+    """An axis of the torus is a ring if its length is a multiple of this; 0: no torus."""
 
 
 GIB = 2.0**30
 
-# TPUs: compute and memory from https://cloud.google.com/tpu/docs/v5e, /v5p and /v6e; links and
-# where they close to rings from https://jax-ml.github.io/scaling-book/tpus. The memory that a
-# program may use is less than the chip's: it is what libtpu's compiler gives as its limit.
-# GPUs: the data sheets of NVIDIA A100 80GB SXM, H100 SXM and H200 SXM (dense, not sparse, rates;
-# links of one host).
+# TPUs: compute and bandwidth from https://cloud.google.com/tpu/docs/v5e, /v5p and /v6e; links and
+# rings from https://jax-ml.github.io/scaling-book/tpus. The memory is the limit that libtpu's
+# compiler states, which is less than the chip has.
+# GPUs: data sheets of NVIDIA A100 80GB SXM, H100 SXM and H200 SXM (dense rates; links in one host).
 CHIPS = (
     Chip(
         name="v5e", kind="TPU v5 lite", flops=197e12, memory=int(15.75 * GIB),
@@ -59,6 +58,6 @@ CHIPS = (
 
 
 def chip_of(device: Any) -> Chip | None:
-    """The figures of a jax device; None where the table has none."""
+    """Return the specification of a jax device, or None for an unknown device."""
     kind = device.device_kind
     return next((chip for chip in CHIPS if kind in (chip.kind, f"{chip.kind}p")), None)

@@ -1,4 +1,4 @@
-"""A training step compiled for devices that need not be there, and what its compiler says of it."""
+"""Compile a training step for devices that need not be present, and report its memory."""
 
 import itertools
 import math
@@ -24,7 +24,7 @@ from heedful.train.sharding import batch_sharding, make_mesh, require_divisible
 from heedful.train.state import Setup, set_up
 from heedful.train.step import make_train_step
 
-# What the TPU's compiler says when a program is too large: two messages of two of its passes.
+# Two messages of the TPU's compiler, from two passes, about a program that does not fit.
 USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 TEMPORARIES = re.compile(
     r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"
@@ -35,23 +35,23 @@ UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": GIB, "T": 2.0**40}
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on each chip during a step; those of arrays with the padding of their tiles."""
+    """Bytes on each chip during a step; sizes of arrays include the padding of their tiles."""
 
     parameters: int
     moments: int
-    """The state of the optimizer."""
+    """Optimizer state."""
     batch: int
     arguments: int | None
-    """What the compiler says of these three together; None: it gave up."""
+    """The compiler's sum of these three; None if it failed."""
     temporaries: int
-    """Activations, gradients and all else that lives within the step."""
+    """Activations, gradients and other arrays that exist only during the step."""
     program: int
     capacity: int | None
 
     @property
     def total(self) -> int:
-        given = self.parameters + self.moments + self.batch
-        return (self.arguments or given) + self.temporaries + self.program
+        arguments = self.arguments or self.parameters + self.moments + self.batch
+        return arguments + self.temporaries + self.program
 
     @property
     def fits(self) -> bool:
@@ -60,7 +60,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """A step and its memory; `text` is None where the compiler ran out of memory."""
+    """A compiled step and its memory; `text`, its HLO, is None where the step does not fit."""
 
     mesh: Mesh
     setup: Setup
@@ -68,11 +68,11 @@ class Compiled:
     memory: Memory
     text: str | None
     seconds: float
-    """That compiling took."""
+    """Duration of compiling."""
 
 
 def largest_batch(data: DataConfig) -> Shape:
-    """The batch of the longest rows that the config allows."""
+    """Return the shape of the batch with the longest rows that the config allows."""
     lengths: tuple[int, ...] = (data.max_length,)
     if data.objective == "translation":
         lengths = (data.max_length, data.max_length)
@@ -84,7 +84,7 @@ def largest_batch(data: DataConfig) -> Shape:
 
 
 def abstract_batch(data: DataConfig, shape: Shape, mesh: Mesh) -> dict[str, Any]:
-    """The arrays of a batch, as the pipeline makes them, without their values."""
+    """Return shapes, types and shardings of the arrays in a batch of the pipeline."""
     is_labelled = data.objective in ("classification", "regression")
     names = ["inputs", "targets", "weights", "segment_ids", "positions"]
     names += ["type_ids"] if is_labelled else []
@@ -104,10 +104,10 @@ def abstract_batch(data: DataConfig, shape: Shape, mesh: Mesh) -> dict[str, Any]
 
 
 def stored_bytes(tree: Any, platform: str) -> int:
-    """Bytes of each device's part of these arrays, with their padding.
+    """Return the bytes that these arrays take on each device, including padding.
 
-    A TPU stores two dimensions in tiles of 8 x 128, or of fewer rows where there are fewer, and
-    chooses those two that leave the least of them empty.
+    A TPU stores two dimensions in tiles of 8 x 128, or of fewer rows for smaller arrays. It chooses
+    the two dimensions that need the least padding.
     """
 
     def one(x: jax.ShapeDtypeStruct) -> int:
@@ -115,10 +115,10 @@ def stored_bytes(tree: Any, platform: str) -> int:
         dims = x.sharding.shard_shape(x.shape)
         size = math.prod(dims)
         if platform == "tpu" and len(dims) > 1:
-            up = lambda n, tile: -(-n // tile) * tile  # noqa: E731
-            rows = lambda n: min(TILE[0], 1 << (n - 1).bit_length())  # noqa: E731
+            pad_to = lambda n, tile: -(-n // tile) * tile  # noqa: E731
+            tile_rows = lambda n: min(TILE[0], 1 << (n - 1).bit_length())  # noqa: E731
             size = min(
-                size // max(a * b, 1) * up(a, rows(a)) * up(b, TILE[1])
+                size // max(a * b, 1) * pad_to(a, tile_rows(a)) * pad_to(b, TILE[1])
                 for a, b in itertools.permutations(dims, 2)
             )
         return size * x.dtype.itemsize
@@ -133,17 +133,17 @@ def compile_step(
     devices: Sequence[Any],
     capacity: int | None = None,
 ) -> Compiled:
-    """Compiles the step of `heedful train` on its largest batch.
+    """Compile the step of `heedful train` for its largest batch.
 
-    `capacity` is what fits on a chip, unless the compiler knows better. Raises TrainError where the
-    mesh does not fit the devices, a parameter or the batch.
+    `capacity` is the memory of a chip in bytes; the compiler's own limit takes precedence. Raises
+    TrainError where the mesh does not fit the devices, a parameter or the batch.
     """
     try:
         mesh = make_mesh(train.mesh, devices)
-    except NotImplementedError as error:  # of jax, about the links between the devices
+    except NotImplementedError as error:  # jax cannot map the mesh to the links between devices.
         raise TrainError(
-            "train.mesh cannot be laid out along the links of these chips, give sizes that are "
-            f"products of whole sides of the topology: {error}"
+            f"train.mesh = {train.mesh}: the mesh cannot follow the links of these chips; choose "
+            f"sizes that are products of sides of the topology ({error})"
         ) from error
     shape = largest_batch(data)
     require_divisible(shape, train.accumulate, mesh)
@@ -169,14 +169,18 @@ def compile_step(
         text = None
     else:
         sizes = compiled.memory_analysis()
-        given = sizes.argument_size_in_bytes
-        # Where outputs take the place of arguments the size of the temporaries counts some twice;
-        # the peak of a CPU leaves them out.
+        arguments = sizes.argument_size_in_bytes
+        # With donated arguments temp_size_in_bytes counts some arrays twice: the peak is right, but
+        # on a CPU it does not include temporaries.
         peak = 0 if platform == "cpu" else sizes.peak_memory_in_bytes
-        most = peak or given + sizes.temp_size_in_bytes
+        peak = peak or arguments + sizes.temp_size_in_bytes
         program = sizes.generated_code_size_in_bytes
         memory = Memory(
-            **known, arguments=given, temporaries=most - given, program=program, capacity=capacity
+            **known,
+            arguments=arguments,
+            temporaries=peak - arguments,
+            program=program,
+            capacity=capacity,
         )
         text = compiled.as_text()
     return Compiled(

@@ -1,4 +1,4 @@
-"""The program that a compiler has made, read from its text, with how often each part runs."""
+"""Parse the HLO text of a compiled program, and count how often each instruction runs."""
 
 import math
 import re
@@ -14,14 +14,16 @@ TRIPS = re.compile(r'"?known_trip_count"?\s*:\s*\{\s*"?n"?\s*:\s*"?(\d+)"?')
 INDEX = re.compile(r"\bindex=(\d+)")
 SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 BITS = re.compile(r"\d+")
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+"""Opcodes that exchange data between devices; asynchronous ones end in -start and -done."""
 
 
 class Shape(NamedTuple):
-    """One array: its type, its dimensions, and whether it lies in the large memory of the chip."""
+    """Type and dimensions of an array, and its memory: the chip's main memory or on-chip."""
 
     dtype: str
     dims: tuple[int, ...]
-    is_far: bool
+    in_main_memory: bool
 
     @property
     def size(self) -> int:
@@ -32,7 +34,7 @@ class Shape(NamedTuple):
         if self.dtype in ("token", "opaque"):
             return 0
         bits = BITS.search(self.dtype)
-        return -(-self.size * int(bits[0]) // 8) if bits else self.size  # pred has no number
+        return -(-self.size * int(bits[0]) // 8) if bits else self.size  # pred: 1 byte
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,10 @@ class Instruction:
     name: str
     opcode: str
     shapes: tuple[Shape, ...]
-    """What it gives: one array, or the arrays of a tuple."""
+    """Results: one array, or the arrays of a tuple."""
     operands: tuple[str, ...]
     literal: str
-    """What stands between the brackets: of a constant its value."""
+    """Text between the brackets; the value of a constant."""
     attributes: str
     is_root: bool
 
@@ -67,24 +69,24 @@ class Computation:
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        found: dict[str, list[Instruction]] = {}
+        users: dict[str, list[Instruction]] = {}
         for instruction in self.instructions:
             for operand in dict.fromkeys(instruction.operands):
-                found.setdefault(operand, []).append(instruction)
-        return found
+                users.setdefault(operand, []).append(instruction)
+        return users
 
     @property
     def root(self) -> Instruction:
         return next((i for i in self.instructions if i.is_root), self.instructions[-1])
 
     def shapes(self, instruction: Instruction) -> list[tuple[Shape, ...]]:
-        """Of the operands."""
-        known = self.by_name
-        return [known[name].shapes if name in known else () for name in instruction.operands]
+        """Return the shapes of each operand."""
+        producers = [self.by_name.get(name) for name in instruction.operands]
+        return [producer.shapes if producer else () for producer in producers]
 
 
 class Step(NamedTuple):
-    """An instruction that does something, where it stands, and how often it runs."""
+    """An instruction, its computation, and how often it runs in one call of the program."""
 
     instruction: Instruction
     computation: Computation
@@ -92,7 +94,7 @@ class Step(NamedTuple):
 
 
 class Program:
-    """A module of HLO text, as a compiled function gives it."""
+    """A module of HLO text, from `as_text()` of a compiled function."""
 
     def __init__(self, text: str):
         self.computations: dict[str, Computation] = {}
@@ -109,7 +111,7 @@ class Program:
                 current.instructions.append(_instruction(line))
 
     def called(self, instruction: Instruction) -> list[Computation]:
-        """What it calls, loops aside."""
+        """Return the computations that an instruction calls, except for loops."""
         names = CALLS.findall(instruction.attributes)
         for listed, single in BRANCHES.findall(instruction.attributes):
             names += (
@@ -118,10 +120,10 @@ class Program:
         return [self.computations[name] for name in names if name in self.computations]
 
     def steps(self) -> Iterator[Step]:
-        """Every instruction that runs, with the product of the lengths of the loops around it.
+        """Yield every instruction with the product of the trip counts of the loops around it.
 
-        Fusions count as one; of a conditional every branch counts. A loop whose length the compiler
-        does not state counts once, and in `loops_of_unknown_length`.
+        A fusion is one instruction; all branches of a conditional count. A loop whose trip count is
+        not known counts once, and `loops_of_unknown_length` counts such loops.
         """
         self.loops_of_unknown_length = 0
         yield from self._walk(self.entry, 1)
@@ -140,7 +142,7 @@ class Program:
                 yield Step(instruction, computation, times)
 
     def _trips(self, loop: Instruction) -> int | None:
-        """As the compiler states it, or as its counter moves from 0 to a constant."""
+        """Return the trip count: as stated, or from a counter that runs from 0 to a constant."""
         if stated := TRIPS.search(loop.attributes):
             return int(stated[1])
         condition, body = (self.computations[name] for name in BODY.findall(loop.attributes)[0])
@@ -156,7 +158,7 @@ class Program:
 
     @staticmethod
     def _step(body: Computation, number: int) -> int | None:
-        """What a turn of a loop adds to this part of its state."""
+        """Return the constant that each iteration adds to element `number` of the loop's state."""
         added = body.by_name[body.root.operands[number]]
         while added.opcode in ("copy", "bitcast"):
             added = body.by_name[added.operands[0]]
@@ -190,7 +192,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str, begin: int) -> int:
-    """Where the bracket closes that opens at `begin`."""
+    """Return the index of the bracket that closes the one at `begin`."""
     depth = 0
     for i in range(begin, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")

@@ -1,4 +1,4 @@
-"""What to do when a step does not fit into memory."""
+"""Advice for a step that does not fit into memory."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,23 +18,26 @@ from heedful.train.plan.compiled import Compiled, Memory, compile_step
 from heedful.train.trainable import split
 
 
-class Way(NamedTuple):
-    """Flags, what they cost, and the bytes per chip that they save, roughly."""
+class Advice(NamedTuple):
+    """Flags that reduce memory, what they cost, and an estimate of the bytes saved per chip."""
 
     flags: str
     price: str
     saves: float
 
 
-def ways_out(
+def memory_advice(
     model: ModelConfig, data: DataConfig, train: TrainConfig, compiled: Compiled
-) -> list[Way]:
-    """At most three ways to need less memory, the cheapest first; those that save a tenth first."""
+) -> list[Advice]:
+    """Return at most three options that need less memory, the cheapest first.
+
+    Options that save less than a tenth of the memory come last.
+    """
     memory, sizes = compiled.memory, compiled.mesh.shape
     gradients = device_bytes(split(compiled.setup.abstract.params, compiled.setup.factors)[0])
     activations = float(max(0, memory.temporaries - gradients))
     rows = compiled.shape.rows // (sizes["data"] * sizes["fsdp"] * train.accumulate)
-    ways = []
+    advice = []
 
     platform = compiled.mesh.devices.flat[0].platform
     core, _ = choose(model.attention.core, platform, data.max_length, shards=sizes["seq"])
@@ -43,53 +46,53 @@ def ways_out(
         scores = 4.0 * rows * model.attention.heads * data.max_length**2
         scores /= sizes["tensor"] * sizes["seq"]
         layers = model.layers if model.remat == "none" else 1
-        ways.append(
-            Way(
+        advice.append(
+            Advice(
                 f"--model.attention.core {linear}",
-                "the same result, where the core runs the mask (heedful cores)",
+                "the same result, if the core supports the mask (see heedful cores)",
                 min(2 * scores * layers, activations),
             )
         )
     if sizes["data"] > 1:
         fsdp = sizes["data"] * sizes["fsdp"]
         state = memory.parameters + memory.moments + gradients
-        ways.append(
-            Way(
+        advice.append(
+            Advice(
                 f"--train.mesh.fsdp {fsdp}",
-                "the same update; parameters travel in each step",
+                "the same update; each step gathers the parameters",
                 state * (1 - 1 / sizes["data"]),
             )
         )
     if rows > 1:
         parts = next(n for n in range(2, rows + 1) if rows % n == 0)
-        ways.append(
-            Way(
+        advice.append(
+            Advice(
                 f"--train.accumulate {train.accumulate * parts}",
                 "the same update, in smaller parts",
                 activations * (1 - 1 / parts),
             )
         )
     if model.remat != "full":
-        ways.append(
-            Way(
+        advice.append(
+            Advice(
                 "--model.remat full",
                 "the same update, up to a third more time",
                 activations * (1 - 2 / max(model.layers, 2)),
             )
         )
     if rows > 1:
-        ways.append(
-            Way(
+        advice.append(
+            Advice(
                 f"--data.batch-tokens {data.batch_tokens // 2}",
                 "another update: half the batch",
                 activations / 2,
             )
         )
-    return sorted(ways, key=lambda way: way.saves < memory.total / 10)[:3]
+    return sorted(advice, key=lambda one: one.saves < memory.total / 10)[:3]
 
 
 def memory_table(memory: Memory, chips: str) -> Table:
-    """What lies in the memory of each chip, and what is left of it."""
+    """Return a table of the memory of each chip: used, capacity and left."""
     table = Table(title=f"memory per chip, {chips}")
     table.title_justify = table.caption_justify = "left"
     table.add_column("what")
@@ -124,15 +127,15 @@ def _bytes(size: int | float) -> str:
     return f"{sign}{number(float(abs(size)), 1024)}B"
 
 
-def print_ways(ways: list[Way], console: Console) -> None:
-    for way in ways:
-        saves = f"saves about {_bytes(way.saves)}"
-        console.print(f"  {way.flags}    {way.price}; {saves}", markup=False)
+def print_advice(advice: list[Advice], console: Console) -> None:
+    for one in advice:
+        saves = f"saves about {_bytes(one.saves)}"
+        console.print(f"  {one.flags}    {one.price}; {saves}", markup=False)
 
 
 @contextmanager
 def explained(run: Any, devices: Sequence[Any], console: Console) -> Iterator[None]:
-    """Turns an out-of-memory into a TrainError, after the memory table and the ways out."""
+    """Turn an out-of-memory error into a TrainError, after printing memory table and advice."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -141,6 +144,6 @@ def explained(run: Any, devices: Sequence[Any], console: Console) -> Iterator[No
         first = str(error).strip().split("\n")[0]
         compiled = compile_step(run.model, run.data, run.train, devices)
         console.print(memory_table(compiled.memory, f"largest batch {compiled.shape}"))
-        console.print("the cheapest ways out:")
-        print_ways(ways_out(run.model, run.data, run.train, compiled), console)
+        console.print("to reduce memory, cheapest first:")
+        print_advice(memory_advice(run.model, run.data, run.train, compiled), console)
         raise TrainError(f"out of memory: {first}") from error

@@ -1,4 +1,4 @@
-"""`heedful plan`: whether a training step fits, what it exchanges and how long it should take."""
+"""`heedful plan`: memory, collectives and a lower bound on the time of a training step."""
 
 import os
 from collections.abc import Sequence
@@ -18,104 +18,109 @@ from heedful.train.plan.chips import Chip, chip_of
 from heedful.train.plan.collectives import Collective, collectives, seconds
 from heedful.train.plan.compiled import Compiled, compile_step
 from heedful.train.plan.hlo import Program
-from heedful.train.plan.oom_advice import memory_table, print_ways, ways_out
+from heedful.train.plan.oom_advice import memory_advice, memory_table, print_advice
 from heedful.train.plan.roofline import Roofline, milliseconds, roofline
 from heedful.train.plan.topology import devices_of
-from heedful.train.plan.work import Work, silent_kernels, work
+from heedful.train.plan.work import (
+    InstructionCost,
+    instruction_costs,
+    kernels_without_flops,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One compiled step and what follows from it."""
+    """A compiled step, its collectives, arithmetic and estimated time."""
 
     compiled: Compiled
     exchanges: list[Collective]
     flops: float
-    """Of all chips as compiled, what is computed twice included."""
-    useful: float
-    """Of the model: three forward passes without the scores that a causal mask hides."""
+    """Arithmetic of all chips as compiled; recomputation counts."""
+    model_flops: float
+    """Arithmetic of the model: three forward passes, without scores that a causal mask hides."""
     roofline: Roofline | None
-    """None where it does not fit, or the chip's figures are not known."""
+    """None where the step does not fit, or for an unknown chip."""
     unknown_loops: int
 
     def utilisation(self, chip: Chip) -> float:
-        """Share of the chips' arithmetic that the model makes use of, if nothing is slower."""
+        """Return an upper bound on the model FLOPs utilisation (arXiv:2204.02311 appendix B)."""
         assert self.roofline is not None
-        return self.useful / (self.compiled.mesh.size * chip.flops * self.roofline.step)
+        return self.model_flops / (self.compiled.mesh.size * chip.flops * self.roofline.step)
 
 
 def make_plan(
     model: ModelConfig, data: DataConfig, train: TrainConfig, devices: Sequence[Any]
 ) -> Plan:
-    """Compiles the step and reads its program."""
+    """Compile the step and analyse its program."""
     chip = chip_of(devices[0])
     compiled = compile_step(model, data, train, devices, capacity(chip, devices))
-    exchanges, works, unknown = [], [], 0
+    exchanges, costs, unknown = [], [], 0
     if compiled.text is not None:
         program = Program(compiled.text)
-        exchanges, works = collectives(program, len(devices)), list(work(program))
+        exchanges = collectives(program, len(devices))
+        costs = list(instruction_costs(program))
         unknown = program.loops_of_unknown_length
-        if silent_kernels(program):
-            works.append(attention_kernels(model, data, compiled))
+        if kernels_without_flops(program):
+            costs.append(attention_kernels(model, data, compiled))
     time = None
-    if chip is not None and works:
-        time = roofline(works, exchanges, chip, coordinates(compiled))
+    if chip is not None and costs:
+        time = roofline(costs, exchanges, chip, coordinates(compiled))
     return Plan(
         compiled=compiled,
         exchanges=exchanges,
-        flops=len(devices) * sum((one.flops * one.times for one in works), 0.0),
-        useful=useful_flops(model, data, compiled),
+        flops=len(devices) * sum((one.flops * one.times for one in costs), 0.0),
+        model_flops=flops_of_model(model, data, compiled),
         roofline=time,
         unknown_loops=unknown,
     )
 
 
 def coordinates(compiled: Compiled) -> list[tuple[int, ...]]:
-    """Where each device of the mesh stands in the torus."""
+    """Return the coordinates in the torus of each device of the mesh."""
     return [tuple(getattr(d, "coords", ())) for d in compiled.mesh.devices.flat]
 
 
-def seen_flops(part: Part, model: ModelConfig) -> float:
-    """Of a part, per token, without the half of the scores that a causal mask hides."""
+def visible_flops(part: Part, model: ModelConfig) -> float:
+    """Return a part's FLOPs per token, without the half of the scores that a causal mask hides."""
     is_causal = part.stack == "decoder" and part.name == "self-attention scores"
     return part.flops / (2 if is_causal and model.attention.window is None else 1)
 
 
-def useful_flops(model: ModelConfig, data: DataConfig, compiled: Compiled) -> float:
-    """Of a step on full rows (arXiv:2204.02311 appendix B), half the scores where causal."""
+def flops_of_model(model: ModelConfig, data: DataConfig, compiled: Compiled) -> float:
+    """Return the FLOPs of a step on rows without padding (arXiv:2204.02311 appendix B)."""
     forward = 0.0
     for part in parts(model, compiled.setup.abstract.params, data.max_length):
-        forward += seen_flops(part, model)
+        forward += visible_flops(part, model)
     return forward * (1 + BACKWARD) * compiled.shape.rows * compiled.shape.lengths[-1]
 
 
-def attention_kernels(model: ModelConfig, data: DataConfig, compiled: Compiled) -> Work:
-    """The scores of a step on each chip, for kernels that do not state their arithmetic.
+def attention_kernels(model: ModelConfig, data: DataConfig, compiled: Compiled) -> InstructionCost:
+    """Return the cost per chip of attention kernels that do not state their arithmetic.
 
-    Backward they are computed again, and then take two and a half times as much (arXiv:2205.14135
-    §3.1); with `model.remat` once more.
+    The backward pass recomputes the scores and takes 2.5 times the forward pass (arXiv:2205.14135
+    §3.1); `model.remat` adds one more forward pass.
     """
     scores = 0.0
     for part in parts(model, compiled.setup.abstract.params, data.max_length):
         if part.name.endswith("scores"):
-            scores += seen_flops(part, model)
+            scores += visible_flops(part, model)
     tokens = compiled.shape.rows * compiled.shape.lengths[-1] / compiled.mesh.size
     passes = 3.5 + (model.remat != "none")
-    return Work("attention kernels", scores * passes * tokens, 0, 1)
+    return InstructionCost("attention kernels", scores * passes * tokens, 0, 1)
 
 
 def capacity(chip: Chip | None, devices: Sequence[Any]) -> int | None:
-    """Bytes that a program may use of each device."""
-    if devices[0].platform == "cpu":  # the devices of a machine share its memory
+    """Return the bytes that a program can use on each device."""
+    if devices[0].platform == "cpu":  # CPU devices share the machine's memory.
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
-    # A device that is there says what jax may take of it, three quarters of a GPU unless told.
-    there = devices[0] in jax.devices()
-    limit = (devices[0].memory_stats() or {}).get("bytes_limit") if there else None
+    # A present device states jax's limit, by default three quarters of a GPU's memory.
+    is_present = devices[0] in jax.devices()
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit") if is_present else None
     return limit or (chip and chip.memory)
 
 
 def print_model(title: str, model: ModelConfig, data: DataConfig, console: Console) -> ModelConfig:
-    """Says what is planned, and returns it with the numbers that data would give it."""
+    """Print a description of the model; return it with the sizes that its data would set."""
     model, notes = complete(model, data)
     for line in (f"{title}: {describe(model)}", *notes):
         console.print(line, markup=False)
@@ -131,11 +136,11 @@ def plan(
     *,
     topology: str | None,
 ) -> bool:
-    """Prints the plan; True if it fits."""
+    """Print the plan; return True if the step fits."""
     devices = devices_of(topology)
     model = print_model(title, model, data, console)
-    found = make_plan(model, data, train, devices)
-    compiled, memory = found.compiled, found.compiled.memory
+    result = make_plan(model, data, train, devices)
+    compiled, memory = result.compiled, result.compiled.memory
     chip = chip_of(devices[0])
     sizes = ", ".join(f"{axis} {size}" for axis, size in compiled.mesh.shape.items())
     console.print(
@@ -146,62 +151,62 @@ def plan(
     if not memory.fits:
         assert memory.capacity is not None
         over = number(memory.total - memory.capacity, 1024)
-        console.print(f"does not fit: {over}B too much. The cheapest ways out:")
-        print_ways(ways_out(model, data, train, compiled), console)
-    if found.exchanges:
-        console.print(_exchange_table(found.exchanges, chip, compiled))
+        console.print(f"does not fit: {over}B too much. To reduce memory, cheapest first:")
+        print_advice(memory_advice(model, data, train, compiled), console)
+    if result.exchanges:
+        console.print(_exchange_table(result.exchanges, chip, compiled))
     if compiled.text is not None:
-        _print_time(found, chip, console)
+        _print_time(result, chip, console)
     if memory.fits:
         console.print("fits")
     return memory.fits
 
 
 def _exchange_table(exchanges: list[Collective], chip: Chip | None, compiled: Compiled) -> Table:
-    table = Table(title="exchanges of each chip in a step")
+    table = Table(title="exchanges (collectives) of each chip in a step")
     table.title_justify = table.caption_justify = "left"
     table.caption = (
-        "bytes that a chip sends, by ring algorithms; what stands in a loop counts as often as the "
-        "loop runs; beside: those that the compiler lets other work go on with"
+        "group: number of chips; bytes: sent by each chip, with ring algorithms; overlapped: share "
+        "of the bytes that the compiler sends while other instructions run"
     )
-    for name in ("what", "among", "times", "bytes", "beside", "time"):
-        table.add_column(name, justify="left" if name == "what" else "right")
-    places = coordinates(compiled)
+    for name in ("collective", "group", "times", "bytes", "overlapped", "time"):
+        table.add_column(name, justify="left" if name == "collective" else "right")
+    positions = coordinates(compiled)
     groups: dict[tuple[str, int], list[Collective]] = {}
     for one in exchanges:
         groups.setdefault((one.kind, len(one.group)), []).append(one)
     for (kind, size), some in sorted(groups.items()):
         sent = sum(one.sent * one.times for one in some)
-        beside = sum(one.sent * one.times for one in some if one.is_async)
-        time = sum(seconds(one, chip, places) * one.times for one in some) if chip else None
+        overlapped = sum(one.sent * one.times for one in some if one.is_async)
+        time = sum(seconds(one, chip, positions) * one.times for one in some) if chip else None
         table.add_row(
             kind,
             "pairs" if kind == "collective-permute" else f"{size:,}",
             f"{sum(one.times for one in some):,}",
             number(sent, 1024) + "B",
-            f"{beside / sent:.0%}" if sent else "",
+            f"{overlapped / sent:.0%}" if sent else "",
             "" if time is None else milliseconds(time),
         )
     return table
 
 
-def _print_time(found: Plan, chip: Chip | None, console: Console) -> None:
-    again = f"{found.flops / found.useful:.2f} x the model's" if found.useful else ""
+def _print_time(result: Plan, chip: Chip | None, console: Console) -> None:
+    ratio = f" ({result.flops / result.model_flops:.2f} x)" if result.model_flops else ""
     console.print(
-        f"arithmetic: {number(found.useful)}FLOPs a step of the model, {number(found.flops)}FLOPs "
-        f"as compiled ({again})"
+        f"arithmetic per step: {number(result.model_flops)}FLOPs of the model, "
+        f"{number(result.flops)}FLOPs as compiled{ratio}"
     )
-    if found.unknown_loops:
-        console.print(f"{found.unknown_loops} loops of unknown length count once")
-    time = found.roofline
+    if result.unknown_loops:
+        console.print(f"{result.unknown_loops} loops of unknown length are counted once")
+    time = result.roofline
     if chip is None or time is None:
-        console.print("no time is estimated: train/plan/chips.py has no figures of this device")
+        console.print("no estimate of time: train/plan/chips.py does not list this device")
         return
-    tokens = found.compiled.shape.rows * found.compiled.shape.lengths[-1]
+    tokens = result.compiled.shape.rows * result.compiled.shape.lengths[-1]
     console.print(
-        f"at least {milliseconds(time.step)} a step: compute {milliseconds(time.compute)}, memory "
-        f"bandwidth {milliseconds(time.memory)}, waiting for the interconnect "
-        f"{milliseconds(time.waiting)} (beside other work {milliseconds(time.hidden)})\n"
+        f"at least {milliseconds(time.step)} per step: compute {milliseconds(time.compute)}, "
+        f"memory bandwidth {milliseconds(time.memory)}, waiting for the interconnect "
+        f"{milliseconds(time.waiting)} (overlapped {milliseconds(time.hidden)})\n"
         f"bottleneck: {time.bottleneck}; {tokens / time.step:,.0f} tokens/s; utilisation at most "
-        f"{found.utilisation(chip):.1%} (an estimate from the compiled program, not a measurement)"
+        f"{result.utilisation(chip):.1%} (an estimate from the compiled program, not a measurement)"
     )

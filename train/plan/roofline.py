@@ -1,25 +1,25 @@
-"""How long a step takes at least, and what it waits for."""
+"""Lower bound on the time of a step, and its bottleneck."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from heedful.train.plan.chips import Chip
 from heedful.train.plan.collectives import Collective, seconds
-from heedful.train.plan.work import Work
+from heedful.train.plan.work import InstructionCost
 
 
 @dataclass(frozen=True, kw_only=True)
 class Roofline:
-    """Seconds of a step on each chip (doi:10.1145/1498765.1498785)."""
+    """Seconds of a step on each chip by the roofline model (doi:10.1145/1498765.1498785)."""
 
     compute: float
-    """Of instructions that the matrix units hold up."""
+    """Time of instructions that are bound by arithmetic."""
     memory: float
-    """Of those that the memory holds up."""
+    """Time of instructions that are bound by memory bandwidth."""
     hidden: float
-    """Of exchanges that go on beside other work."""
+    """Time of collectives that overlap with other instructions."""
     exposed: float
-    """Of exchanges that all wait for."""
+    """Time of collectives that overlap with nothing."""
 
     @property
     def step(self) -> float:
@@ -27,7 +27,7 @@ class Roofline:
 
     @property
     def waiting(self) -> float:
-        """For exchanges: those exposed, and those hidden behind too little."""
+        """Time in which nothing but collectives runs."""
         return self.step - self.compute - self.memory
 
     @property
@@ -41,19 +41,19 @@ class Roofline:
 
 
 def roofline(
-    works: Sequence[Work],
+    costs: Sequence[InstructionCost],
     exchanges: Sequence[Collective],
     chip: Chip,
     coordinates: Sequence[tuple[int, ...]],
 ) -> Roofline:
-    """Each instruction takes as long as its arithmetic or its traffic, whichever is longer."""
+    """Add up the time of each instruction: arithmetic or memory traffic, whichever is longer."""
     compute = memory = hidden = exposed = 0.0
-    for work in works:
-        arithmetic, traffic = work.flops / chip.flops, work.bytes / chip.bandwidth
+    for cost in costs:
+        arithmetic, traffic = cost.flops / chip.flops, cost.bytes / chip.bandwidth
         if arithmetic >= traffic:
-            compute += arithmetic * work.times
+            compute += arithmetic * cost.times
         else:
-            memory += traffic * work.times
+            memory += traffic * cost.times
     for exchange in exchanges:
         time = seconds(exchange, chip, coordinates) * exchange.times
         if exchange.is_async:
@@ -64,5 +64,5 @@ def roofline(
 
 
 def milliseconds(time: float) -> str:
-    """Three digits or more."""
+    """Format seconds as milliseconds with three digits or more."""
     return f"{time * 1e3:,.0f} ms" if time >= 0.1 else f"{time * 1e3:.3g} ms"

@@ -1,4 +1,4 @@
-"""Other meshes and rematerialisations: guessed at first, the likeliest compiled, and ranked."""
+"""Search meshes and rematerialisations: rank all by an estimate, then compile the best ones."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,31 +26,34 @@ TENSOR = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One way to lay a step out, and what it should need."""
+    """A mesh with a rematerialisation, and its estimated memory and time."""
 
     model: ModelConfig
     train: TrainConfig
     memory: float
-    """Bytes per chip: a guess."""
+    """Estimated bytes per chip."""
     seconds: float
-    """Of a step: a guess, to choose what is worth compiling."""
+    """Estimated time of a step, to choose what is worth compiling."""
 
 
 def candidates(
     model: ModelConfig, data: DataConfig, train: TrainConfig, chips: int, chip: Chip
 ) -> list[Candidate]:
-    """All layouts that divide, the fastest of those that should fit first; train.mesh.seq stays."""
-    found = []
+    """Return all layouts whose sizes divide; train.mesh.seq stays as it is.
+
+    Layouts that should fit come first, sorted by estimated time.
+    """
+    result = []
     for mesh in _meshes(chips, train.mesh.seq):
         trained = replace(train, mesh=mesh)
         try:
             require_divisible(largest_batch(data), train.accumulate, layout(mesh))
             setup = set_up(model, trained, layout(mesh))
-        except TrainError:  # something does not divide
+        except TrainError:  # A size is not divisible.
             continue
         for remat in REMAT:
-            found.append(_guess(replace(model, remat=remat), data, trained, setup, chip))
-    return sorted(found, key=lambda one: (one.memory > chip.memory, one.seconds))
+            result.append(_estimate(replace(model, remat=remat), data, trained, setup, chip))
+    return sorted(result, key=lambda one: (one.memory > chip.memory, one.seconds))
 
 
 def _meshes(chips: int, seq: int) -> Iterator[MeshConfig]:
@@ -62,43 +65,45 @@ def _meshes(chips: int, seq: int) -> Iterator[MeshConfig]:
             yield MeshConfig(data=rest // fsdp, fsdp=fsdp, seq=seq, tensor=tensor)
 
 
-def _guess(
+def _estimate(
     model: ModelConfig, data: DataConfig, train: TrainConfig, setup: Setup, chip: Chip
 ) -> Candidate:
-    """Rough: the state is exact, activations and exchanges are counted on the back of an envelope.
+    """Estimate memory and time: the state exactly, activations and collectives roughly.
 
-    https://jax-ml.github.io/scaling-book/training: FSDP gathers the parameters twice and scatters
-    the gradients once, data parallelism adds the gradients up, tensor parallelism exchanges the
-    residual stream four times a layer in each direction.
+    https://jax-ml.github.io/scaling-book/training: FSDP all-gathers the parameters twice and
+    reduce-scatters the gradients once, data parallelism all-reduces the gradients, and tensor
+    parallelism exchanges the hidden states four times per layer in each direction.
     """
     shape, mesh, state = largest_batch(data), setup.mesh, setup.abstract
     sizes = mesh.shape
     params, moments = device_bytes(state.params), device_bytes(state.opt_state)
     tokens = shape.rows * max(shape.lengths) / (mesh.size // sizes["tensor"])
-    at_once = tokens / train.accumulate
+    tokens_at_once = tokens / train.accumulate
     layers = model.layers
     if model.architecture == "encoder_decoder":
         layers += model.encoder_layers or model.layers
     heads = model.head_dim * (2 * model.attention.heads + 2 * model.kv_heads) / sizes["tensor"]
     inner = model.feed_forward.width * (2 if model.feed_forward.gated else 1) / sizes["tensor"]
-    kept = {"full": model.width, "attention": 2 * model.width + heads}
-    kept["dots"] = kept["attention"] + inner + model.width
-    kept["none"] = 2.5 * kept["dots"]
+    saved = {"full": model.width, "attention": 2 * model.width + heads}  # Per token and layer.
+    saved["dots"] = saved["attention"] + inner + model.width
+    saved["none"] = 2.5 * saved["dots"]
     size = 2 if model.dtype == "bfloat16" else 4
-    activations = at_once * kept[model.remat] * size * layers
-    outputs = scored_at_once(at_once, data, train) * (model.vocab_size or 1) * 8 / sizes["tensor"]
+    activations = tokens_at_once * saved[model.remat] * size * layers
+    logits = (
+        scored_at_once(tokens_at_once, data, train) * (model.vocab_size or 1) * 8 / sizes["tensor"]
+    )
 
     forward = parts(model, state.params, data.max_length)
     per_token = sum(part.flops for part in forward) * (1 + BACKWARD) + recomputed(model, forward)
     compute = per_token * shape.rows * max(shape.lengths) / (mesh.size * chip.flops)
     gathered = 3 * params * (sizes["fsdp"] - 1) * train.accumulate
-    added = 2 * params * (sizes["data"] > 1)
-    moved = 8 * layers * tokens * model.width * size * (sizes["tensor"] > 1)
+    reduced = 2 * params * (sizes["data"] > 1)
+    exchanged = 8 * layers * tokens * model.width * size * (sizes["tensor"] > 1)
     return Candidate(
         model=model,
         train=train,
-        memory=2 * params + moments + activations + outputs,
-        seconds=max(compute, (gathered + added) / (2 * chip.link)) + moved / (2 * chip.link),
+        memory=2 * params + moments + activations + logits,
+        seconds=max(compute, (gathered + reduced) / (2 * chip.link)) + exchanged / (2 * chip.link),
     )
 
 
@@ -112,22 +117,21 @@ def search(
     topology: str | None,
     compiles: int,
 ) -> bool:
-    """Compiles the likeliest layouts and prints them ranked; True if any fits."""
+    """Compile the `compiles` most promising layouts and print them; return True if any fits."""
     devices = devices_of(topology)
     chip = chip_of(devices[0])
     if chip is None:
         raise TrainError(
-            f"--search needs figures of {devices[0].device_kind}, which train/plan/chips.py does "
-            "not have: give --topology"
+            f"--search: train/plan/chips.py does not list {devices[0].device_kind}; give --topology"
         )
     model = print_model(title, model, data, console)
-    found = candidates(model, data, train, len(devices), chip)
+    layouts = candidates(model, data, train, len(devices), chip)
     console.print(
-        f"{len(devices):,} x {devices[0].device_kind}: {len(found)} layouts divide, the likeliest "
-        f"{min(compiles, len(found))} are compiled"
+        f"{len(devices):,} x {devices[0].device_kind}: {len(layouts)} layouts are possible, the "
+        f"{min(compiles, len(layouts))} most promising are compiled"
     )
     plans = []
-    for one in found[:compiles]:
+    for one in layouts[:compiles]:
         with console.status(f"compiling {_flags(one)}"):
             try:
                 plan = make_plan(one.model, data, one.train, devices)
@@ -137,7 +141,10 @@ def search(
         plans.append((one, plan))
         console.print(f"{_flags(one)}: {_outcome(plan)}", markup=False)
     if not plans:
-        raise TrainError("no layout divides: change data.batch_multiple, or the number of chips")
+        raise TrainError(
+            f"--search: no layout fits {len(devices)} chips; change data.batch_multiple or "
+            "--topology"
+        )
     plans.sort(key=lambda pair: _rank(pair[1]))
     console.print(_table(plans, chip))
     best, plan = plans[0]
@@ -160,7 +167,7 @@ def _flags(one: Candidate) -> str:
 def _outcome(plan: Plan) -> str:
     if not plan.compiled.memory.fits:
         return "does not fit"
-    time = f", {milliseconds(plan.roofline.step)} a step" if plan.roofline else ""
+    time = f", {milliseconds(plan.roofline.step)} per step" if plan.roofline else ""
     return f"fits{time} (compiled in {plan.compiled.seconds:.0f} s)"
 
 

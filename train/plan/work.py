@@ -1,4 +1,4 @@
-"""The arithmetic and the memory traffic of a compiled program, instruction by instruction."""
+"""Count the arithmetic and the memory traffic of each instruction of a compiled program."""
 
 import math
 import re
@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from heedful.train.plan.hlo import Computation, Instruction, Program, Step
+from heedful.train.plan.hlo import COLLECTIVES, Computation, Instruction, Program, Step
 
-FREE = (
+NO_COST = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota",
     "partition-id", "replica-id", "opt-barrier", "optimization-barrier",
 )  # fmt: skip
-ELSEWHERE = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 SLICES = ("dynamic-slice", "slice", "gather")
 CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
@@ -22,28 +21,30 @@ WINDOW = re.compile(r"window=\{([^}]*)\}")
 KERNEL = re.compile(r'"flops":\s*"?(\d+)')
 
 
-class Work(NamedTuple):
-    """Of one instruction, as often as it runs in a step."""
+class InstructionCost(NamedTuple):
+    """Cost of one instruction, and how often it runs in a step."""
 
     name: str
     flops: float
-    """Two for each multiply-add of a matrix product; nothing else counts."""
+    """Two per multiply-add of matrix products; other arithmetic is not counted."""
     bytes: int
-    """Between the chip and its large memory."""
+    """Bytes read from and written to the main memory of the chip."""
     times: int
 
 
-def work(program: Program) -> Iterator[Work]:
-    """What each instruction that is no exchange does."""
+def instruction_costs(program: Program) -> Iterator[InstructionCost]:
+    """Yield the cost of each instruction that is not a collective."""
     for step in program.steps():
         opcode = step.instruction.opcode
-        if opcode in FREE or opcode.endswith("-done") or opcode.startswith(ELSEWHERE):
+        if opcode in NO_COST or opcode.endswith("-done") or opcode.startswith(COLLECTIVES):
             continue
-        yield Work(step.instruction.name, _flops(program, step), _bytes(program, step), step.times)
+        yield InstructionCost(
+            step.instruction.name, _flops(program, step), _bytes(program, step), step.times
+        )
 
 
-def silent_kernels(program: Program) -> int:
-    """Kernels, written by hand, that do not state their arithmetic."""
+def kernels_without_flops(program: Program) -> int:
+    """Count the Pallas kernels that do not state their arithmetic."""
     return sum(
         step.instruction.opcode == "custom-call"
         and "tpu_custom_call" in step.instruction.attributes
@@ -72,7 +73,10 @@ def _dot(instruction: Instruction, computation: Computation) -> float:
 
 
 def _convolution(instruction: Instruction, computation: Computation) -> float:
-    """The TPU's matrix products: some of their dimensions are windows that hardly overlap."""
+    """Count a matrix product that a TPU's compiler wrote as a convolution.
+
+    Dimensions of the product may be spatial dimensions of the convolution, mostly padded.
+    """
     (left, *_), (kernel, *_), *_ = computation.shapes(instruction)
     labels = LABELS.search(instruction.attributes)
     assert labels is not None, instruction.attributes
@@ -89,7 +93,7 @@ def _convolution(instruction: Instruction, computation: Computation) -> float:
 
 
 class _Window(NamedTuple):
-    """How a kernel moves along one dimension."""
+    """Movement of a kernel along one dimension."""
 
     size: int
     stride: int
@@ -97,11 +101,11 @@ class _Window(NamedTuple):
     lhs_dilate: int
     rhs_dilate: int
 
-    def pairs(self, given: int, results: int) -> int:
-        """Pairs of a result and a place of the kernel that meet an element, not padding."""
-        at = np.arange(results)[:, None] * self.stride - self.low
+    def pairs(self, inputs: int, outputs: int) -> int:
+        """Count the pairs of output and kernel element that meet an input element, not padding."""
+        at = np.arange(outputs)[:, None] * self.stride - self.low
         at = at + np.arange(self.size) * self.rhs_dilate
-        is_inside = (at >= 0) & (at <= (given - 1) * self.lhs_dilate)
+        is_inside = (at >= 0) & (at <= (inputs - 1) * self.lhs_dilate)
         return int((is_inside & (at % self.lhs_dilate == 0)).sum())
 
 
@@ -112,58 +116,58 @@ def _windows(instruction: Instruction) -> list[_Window]:
     values = dict(item.split("=", 1) for item in found[1].split())
     sizes = values["size"].split("x")
 
-    def of(name: str, default: str) -> list[int]:
+    def numbers(name: str, default: str) -> list[int]:
         listed = values[name].split("x") if name in values else [default] * len(sizes)
         return [int(value.split("_")[0]) for value in listed]
 
     return [
         _Window(*one)
         for one in zip(
-            of("size", "1"), of("stride", "1"), of("pad", "0"), of("lhs_dilate", "1"),
-            of("rhs_dilate", "1"), strict=True,
+            numbers("size", "1"), numbers("stride", "1"), numbers("pad", "0"),
+            numbers("lhs_dilate", "1"), numbers("rhs_dilate", "1"), strict=True,
         )
     ]  # fmt: skip
 
 
 def _bytes(program: Program, step: Step) -> int:
-    """Of operands and results in the large memory; of a slice only what is sliced."""
+    """Count bytes of operands and results in main memory; of a sliced operand only the slice."""
     instruction, computation, _ = step
     opcode = instruction.opcode
     if opcode == "fusion":
-        return _fused(program, instruction, computation)
+        return _fusion_bytes(program, instruction, computation)
     if opcode in SLICES:
-        return _far(instruction) + instruction.bytes
+        return _main_memory_bytes(instruction) + instruction.bytes
     if opcode == "dynamic-update-slice":
         update = computation.shapes(instruction)[1]
-        return 2 * sum(shape.bytes for shape in update if shape.is_far)
-    given = [shape for shapes in computation.shapes(instruction) for shape in shapes]
+        return 2 * sum(shape.bytes for shape in update if shape.in_main_memory)
+    operands = [shape for shapes in computation.shapes(instruction) for shape in shapes]
     results = list(instruction.shapes)
     if opcode in ("copy-start", "async-start", "slice-start"):
         results = results[:1] if opcode == "copy-start" else results[-2:-1]
-        given = given if opcode == "copy-start" else results
-    return sum(shape.bytes for shape in (*given, *results) if shape.is_far)
+        operands = operands if opcode == "copy-start" else results
+    return sum(shape.bytes for shape in (*operands, *results) if shape.in_main_memory)
 
 
-def _fused(program: Program, instruction: Instruction, outer: Computation) -> int:
+def _fusion_bytes(program: Program, instruction: Instruction, outer: Computation) -> int:
     (inner,) = program.called(instruction)
     total = 0
-    updated = set()  # written in place: only the update moves
+    updated = set()  # Parameters that are updated in place: only the update is written.
     results = []
     root = inner.root
     parts = [inner.by_name[n] for n in root.operands] if root.opcode == "tuple" else [root]
     for part, shape in zip(parts, instruction.shapes, strict=False):
-        origin = _behind(part, inner)
-        if origin.opcode == "parameter" or origin.opcode.startswith(ELSEWHERE):
-            continue  # it only passes by
+        origin = _origin(part, inner)
+        if origin.opcode == "parameter" or origin.opcode.startswith(COLLECTIVES):
+            continue  # The fusion forwards this array unchanged.
         if origin.opcode == "dynamic-update-slice":
-            updated.add(_behind(inner.by_name[origin.operands[0]], inner).name)
-            results.append((inner.shapes(origin)[1][0].bytes, shape.is_far))
+            updated.add(_origin(inner.by_name[origin.operands[0]], inner).name)
+            results.append((inner.shapes(origin)[1][0].bytes, shape.in_main_memory))
         else:
-            results.append((shape.bytes, shape.is_far))
-    total += sum(size for size, is_far in results if is_far)
+            results.append((shape.bytes, shape.in_main_memory))
+    total += sum(size for size, in_main_memory in results if in_main_memory)
     for parameter in _parameters(inner):
-        if any(shape.is_far for shape in parameter.shapes):
-            total += _read(program, parameter, inner, parameter.name in updated)
+        if any(shape.in_main_memory for shape in parameter.shapes):
+            total += _bytes_read(program, parameter, inner, parameter.name in updated)
     return total
 
 
@@ -171,32 +175,32 @@ def _parameters(computation: Computation) -> list[Instruction]:
     return [i for i in computation.instructions if i.opcode == "parameter"]
 
 
-def _read(
+def _bytes_read(
     program: Program, parameter: Instruction, inner: Computation, is_updated: bool = False
 ) -> int:
-    """Bytes of a fusion's parameter that it reads, itself or in fusions within."""
+    """Count the bytes of a fusion's parameter that it or a nested fusion reads."""
     total = 0
     for user in _users(parameter, inner):
         if user.opcode in SLICES:
             total += user.bytes
         elif user.opcode == "fusion":
             (nested,) = program.called(user)
-            given = [_behind(inner.by_name[name], inner).name for name in user.operands]
-            for own in _parameters(nested):
-                if given[int(own.literal)] == parameter.name:
-                    total += _read(program, own, nested)
-        elif not _passes(user) and not (is_updated and user.opcode == "dynamic-update-slice"):
+            operands = [_origin(inner.by_name[name], inner).name for name in user.operands]
+            for nested_parameter in _parameters(nested):
+                if operands[int(nested_parameter.literal)] == parameter.name:
+                    total += _bytes_read(program, nested_parameter, nested)
+        elif not _forwards(user) and not (is_updated and user.opcode == "dynamic-update-slice"):
             return parameter.bytes
     return min(total, parameter.bytes)
 
 
-def _passes(instruction: Instruction) -> bool:
-    """Whether it hands on what it is given, or sends it to other chips."""
-    return instruction.opcode == "tuple" or instruction.opcode.startswith(ELSEWHERE)
+def _forwards(instruction: Instruction) -> bool:
+    """Tell if an instruction only forwards its operands, or sends them to other chips."""
+    return instruction.opcode == "tuple" or instruction.opcode.startswith(COLLECTIVES)
 
 
-def _behind(instruction: Instruction, computation: Computation) -> Instruction:
-    """What an instruction that moves nothing stands for."""
+def _origin(instruction: Instruction, computation: Computation) -> Instruction:
+    """Follow bitcasts, copies and conversions back to the instruction that computes the value."""
     while instruction.opcode in ("bitcast", "copy", "convert") and instruction.operands:
         instruction = computation.by_name[instruction.operands[0]]
     return instruction
@@ -209,5 +213,5 @@ def _users(instruction: Instruction, computation: Computation) -> list[Instructi
     return users
 
 
-def _far(instruction: Instruction) -> int:
-    return sum(shape.bytes for shape in instruction.shapes if shape.is_far)
+def _main_memory_bytes(instruction: Instruction) -> int:
+    return sum(shape.bytes for shape in instruction.shapes if shape.in_main_memory)

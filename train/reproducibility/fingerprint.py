@@ -1,4 +1,4 @@
-"""Two words that stand for all bits of an array, however it is split over devices."""
+"""Fingerprint an array in two 32-bit words that do not depend on its sharding."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from heedful.train.sharding import replicated
 
 
 def make_fingerprint(mesh: Mesh) -> Callable[[Any], jax.Array]:
-    """(parameters) -> uint32 [arrays, 2] in the order of the leaves, jitted, whole everywhere."""
+    """Return a jitted function from parameters to uint32 [arrays, 2], replicated."""
 
     def fingerprint(params: Any) -> UInt32[Array, "arrays 2"]:
         return words_of_leaves(params)
@@ -22,20 +22,21 @@ def make_fingerprint(mesh: Mesh) -> Callable[[Any], jax.Array]:
 
 
 def words_of_leaves(tree: Any) -> UInt32[Array, "arrays 2"]:
-    """The words of every array, in the order of the leaves."""
+    """Return the words of each array of the tree, in the order of its leaves."""
     return jnp.stack([words(x) for x in jax.tree.leaves(tree)])
 
 
 def words(x: Shaped[Array, "..."]) -> UInt32[Array, "2"]:
-    """Sums modulo 2^32 of hashes of each element's bits and place.
+    """Return two sums modulo 2^32 over hashes of each element's bits and index.
 
-    Integers add up to the same in any order, so no mesh changes them. The hash is a bijection of an
-    element's bits: if a single element differs, both sums do; others collide once in 2^64.
+    Sums of integers do not depend on their order, so the sharding does not matter. The hash is a
+    bijection of the element's bits: if one element differs, both sums differ. Arrays that differ in
+    several elements collide with probability 2^-64.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
     first = mix(bits.astype(jnp.uint32) ^ mix(place(indices(x.shape), x.shape)))
-    second = mix(first ^ jnp.uint32(0x9E3779B9))  # 2^32 / golden ratio: a constant of no pattern
+    second = mix(first ^ jnp.uint32(0x9E3779B9))  # 2^32 / golden ratio
     zero, axes = jnp.uint32(0), tuple(range(x.ndim))
-    # Both in one pass: two sums would keep the first hashes, as many bytes as the parameters.
+    # One pass for both sums: two would store the first hashes, as large as the parameters.
     add = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
     return jnp.stack(jax.lax.reduce((first, second), (zero, zero), add, axes))

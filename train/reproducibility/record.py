@@ -1,4 +1,4 @@
-"""What a run depends on besides its config, and fingerprints of the bits that it went through."""
+"""Record the environment of a run and fingerprints of its parameters."""
 
 import hashlib
 import json
@@ -24,14 +24,14 @@ from heedful.train.run import Run, differences, write_json
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("model", "data", "train")
 PACKAGES = ("flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "safetensors")
-PACKAGE_FAMILIES = ("jax", "libtpu", "nvidia-")  # compilers, runtimes and kernels of the devices
+PACKAGE_FAMILIES = ("jax", "libtpu", "nvidia-")  # compilers, runtimes, kernels
 VARIABLES = ("XLA_", "LIBTPU_", "JAX_", "NCCL_", "CUBLAS_", "CUDNN_", "NVIDIA_TF32", "NPROC")
 INCIDENTAL = ("from_step", "command")
-"""Parts of an environment that change no result."""
+"""Parts of an environment that do not change results."""
 
 
 def environment(run: Run, mesh: Mesh, data: Mapping[str, str]) -> dict[str, Any]:
-    """All that a result depends on; `data` are fingerprints by split. Of process 0 where many."""
+    """Return all that a result depends on, of this process; `data` are fingerprints by split."""
     device = mesh.devices.flat[0]
     return {
         "command": sys.argv,
@@ -53,30 +53,36 @@ def environment(run: Run, mesh: Mesh, data: Mapping[str, str]) -> dict[str, Any]
 
 
 def environments(directory: Path) -> list[dict[str, Any]]:
-    """Those that the run has been trained in, in order, each with the step that it began from."""
+    """Return the environments of a run in order, each with its first step as "from_step"."""
     return _environments(directory)[0]
 
 
 def _environments(directory: Path) -> tuple[list[dict[str, Any]], str | None]:
-    """The environments on record, and the fault of a file that cannot be read, without any."""
+    """Return (environments, None), or ([], the problem) for a damaged file."""
     path = directory / "environment.json"
     if not path.exists():
         return [], None
     try:
-        found = json.loads(path.read_bytes())
+        values = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         return [], str(error)
-    found = [{"from_step": 0, **found}] if isinstance(found, dict) else found
-    is_one = lambda each: isinstance(each, dict) and type(each.get("from_step")) is int  # noqa: E731
-    if isinstance(found, list) and all(map(is_one, found)):
-        return [{**each, "config": with_new_names(each.get("config", {}))} for each in found], None
-    return [], "it holds no environments"
+    values = [{"from_step": 0, **values}] if isinstance(values, dict) else values
+    is_valid = lambda one: isinstance(one, dict) and type(one.get("from_step")) is int  # noqa: E731
+    if isinstance(values, list) and all(map(is_valid, values)):
+        return [_with_new_names(one) for one in values], None
+    return [], "it is not a list of environments"
+
+
+def _with_new_names(environment: dict[str, Any]) -> dict[str, Any]:
+    if "config" not in environment:
+        return environment
+    return {**environment, "config": with_new_names(environment["config"])}
 
 
 def data_record(run: Run) -> dict[str, str]:
-    """Fingerprints of the data that the run was trained on, by split, as far as they are known.
+    """Return the known fingerprints of the run's data, by split.
 
-    Without that of the test where another one is given now, which a run may.
+    The test data may change after training: its fingerprint is left out if `data.test` has changed.
     """
     last = (environments(run.directory) or [{}])[-1]
     known = dict(last.get("data", {}))
@@ -86,7 +92,7 @@ def data_record(run: Run) -> dict[str, str]:
 
 
 def add_environment(run: Run, now: dict[str, Any], from_step: int, console: Console) -> None:
-    """Adds an environment to the record, and says what is new, unless it is that of before."""
+    """Add an environment to the record if it differs from the last one; print the differences."""
     known, problem = _environments(run.directory)
     if problem and is_first():
         keep_damaged(run.directory / "environment.json", problem)
@@ -98,19 +104,19 @@ def add_environment(run: Run, now: dict[str, Any], from_step: int, console: Cons
 
 
 def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two environments, a line each."""
-    if "test" not in then.get("data", {}):  # in records of before
+    """Describe the differences between two environments, a line each."""
+    if "test" not in then.get("data", {}):  # Older records lack it.
         now = {**now, "data": {k: v for k, v in now.get("data", {}).items() if k != "test"}}
-    ours, theirs = (
+    new, old = (
         {name: value for name, value in environment.items() if name not in INCIDENTAL}
         for environment in (now, then)
     )
-    return sorted(differences(ours, theirs))
+    return sorted(differences(new, old))
 
 
 @runtime_checkable
 class RunObserver(Protocol):
-    """Sees what is recorded, and may end the run by raising."""
+    """Receives the records of a run while it trains; may raise an exception to end the run."""
 
     def environment(self, now: dict[str, Any]) -> None:
         """Called before the first step."""
@@ -119,15 +125,17 @@ class RunObserver(Protocol):
 
 
 class FingerprintWriter:
-    """Appends to `fingerprints.jsonl`, on one process only; every process tells its witness.
+    """Writes `fingerprints.jsonl` on the first process; every process calls its observer.
 
-    A line is `step`, the bits of `loss` and `weight` (sums over the batch; not at step 0) and of
-    the `parameters`, by name, what `fingerprint.words` makes of them: all in hex.
+    A line has the `step`, the bits of `loss` and `weight` (sums over the batch; not at step 0) and
+    the fingerprint of each of the `parameters` by name; bits and fingerprints are hexadecimal.
     """
 
-    def __init__(self, run: Run, from_step: int, names: Sequence[str], witness: RunObserver | None):
-        """Lines of steps after `from_step` are dropped: the run goes through them again."""
-        self._names, self._witness, self._lines = names, witness, None
+    def __init__(
+        self, run: Run, from_step: int, names: Sequence[str], observer: RunObserver | None
+    ):
+        """Drop the lines of steps after `from_step`: the run repeats these steps."""
+        self._names, self._observer, self._lines = names, observer, None
         if is_first():
             self._lines = Lines(run.fingerprints, from_step)
 
@@ -138,8 +146,8 @@ class FingerprintWriter:
         line["parameters"] = named_words(self._names, words)
         if self._lines is not None:
             self._lines.write(line)
-        if self._witness is not None:
-            self._witness.fingerprint(line)
+        if self._observer is not None:
+            self._observer.fingerprint(line)
 
     def close(self) -> None:
         if self._lines is not None:
@@ -147,13 +155,13 @@ class FingerprintWriter:
 
 
 def named_words(names: Sequence[str], words: jax.Array | np.ndarray) -> dict[str, str]:
-    """The words of each parameter, in hex."""
+    """Return the fingerprint of each parameter in hexadecimal."""
     rows = np.asarray(words).astype(">u4")
     return {name: row.tobytes().hex() for name, row in zip(names, rows, strict=True)}
 
 
 def fingerprints(run: Run) -> dict[int, dict[str, Any]]:
-    """The lines of a run's `fingerprints.jsonl` by step; a line cut short by a kill is left out."""
+    """Read `fingerprints.jsonl` by step; a last line that is incomplete is left out."""
     if not run.fingerprints.exists():
         return {}
     lines = read_lines(run.fingerprints)
@@ -161,35 +169,37 @@ def fingerprints(run: Run) -> dict[int, dict[str, Any]]:
 
 
 def _code() -> dict[str, Any]:
-    """The commit of the clone, if it is one, and a hash of the sources, whatever git says."""
+    """Return the commit of the clone, if this is a clone, and a hash of the sources."""
     digest = hashlib.sha256()
     for path in sorted(path for part in SOURCES for path in (ROOT / part).rglob("*.py")):
         digest.update(f"{path.relative_to(ROOT)} {path.stat().st_size} ".encode())
         digest.update(path.read_bytes())
     commit = dirty = None
-    if _git("rev-parse", "--show-toplevel") == str(ROOT):  # not a repository around it
+    if _git("rev-parse", "--show-toplevel") == str(
+        ROOT
+    ):  # The clone itself, not a repository around it.
         commit, dirty = _git("rev-parse", "HEAD"), bool(_git("status", "--porcelain", *SOURCES))
     return {"commit": commit, "dirty": dirty, "sources": digest.hexdigest()}
 
 
 def _git(*arguments: str) -> str | None:
     try:
-        found = subprocess.run(
+        result = subprocess.run(
             ["git", *arguments], cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace"
         )
-    except OSError:  # no git here
+    except OSError:  # git is not installed.
         return None
-    return found.stdout.strip() if found.returncode == 0 else None
+    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def _packages() -> dict[str, str]:
-    versions = {found.name.lower().replace("_", "-"): found.version for found in distributions()}
-    wanted = lambda name: name in PACKAGES or name.startswith(PACKAGE_FAMILIES)  # noqa: E731
-    return {name: versions[name] for name in sorted(versions) if wanted(name)}
+    versions = {dist.name.lower().replace("_", "-"): dist.version for dist in distributions()}
+    matters = lambda name: name in PACKAGES or name.startswith(PACKAGE_FAMILIES)  # noqa: E731
+    return {name: versions[name] for name in sorted(versions) if matters(name)}
 
 
 def _processor() -> dict[str, Any]:
-    """Kernels are chosen by the instructions of a processor, and work is split over its cores."""
+    """Describe the processor: kernels depend on its type, the split of work on its cores."""
     name, cores = platform.processor(), os.cpu_count()
     if sys.platform == "linux":
         lines = Path("/proc/cpuinfo").read_text().splitlines()

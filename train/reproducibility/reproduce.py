@@ -1,4 +1,4 @@
-"""A run trained again, from its record or from one of its checkpoints, and compared to the bit."""
+"""Train a run again from the start or from a checkpoint, and compare the bits."""
 
 import contextlib
 import dataclasses
@@ -25,14 +25,17 @@ from heedful.train.trainable import named
 def reproduce(
     directory: Path, console: Console, *, steps: int | None = None, run_dir: Path | None = None
 ) -> bool:
-    """Whether training again in a fresh directory gives the same bits; says where it does not."""
+    """Train a run again from the start in a fresh directory; return True if the bits are the same.
+
+    The first `steps` steps are compared, or all. Differences are printed.
+    """
     original = Run.open(directory)
-    witness = _Comparison(original, console, 0, steps)
+    comparison = _Comparison(original, console, 0, steps)
     with _fresh_directory(run_dir) as fresh:
-        train = dataclasses.replace(original.train, checkpoints=None)  # those are the original's
+        train = dataclasses.replace(original.train, checkpoints=None)  # Not the original's.
         run = dataclasses.replace(original, directory=fresh, train=train)
         console.print(f"reproducing {directory} in {fresh}")
-        return witness.watch(run)
+        return comparison.train(run)
 
 
 def verify(
@@ -43,7 +46,11 @@ def verify(
     steps: int | None = None,
     run_dir: Path | None = None,
 ) -> bool:
-    """Whether training on from a checkpoint gives the bits of the run, which is left as it is."""
+    """Train on from a checkpoint in a fresh directory; return True if the bits are the same.
+
+    The default checkpoint is the last one before the last fingerprint, the default of `steps` is
+    train.checkpoint_every. The run itself is not changed.
+    """
     original = Run.open(directory)
     setup = set_up(original.model, original.train)
     checkpoints = Checkpoints(original.checkpoints, original.tokenizer().fingerprint)
@@ -51,49 +58,49 @@ def verify(
     if first is None:
         last = max(fingerprints(original), default=0)
         first = max((step for step in checkpoints.steps if step < last), default=0)
-    witness = _Comparison(original, console, first, steps or original.train.checkpoint_every)
+    comparison = _Comparison(original, console, first, steps or original.train.checkpoint_every)
     state, position = checkpoints.restore(first, setup.abstract)
     console.print(f"verifying {directory} from its checkpoint of step {first:,}")
     with jax.set_mesh(setup.mesh):
         words = make_fingerprint(setup.mesh)(state.params)
     names = [name for name, _ in named(state.params)]
     try:
-        witness.fingerprint({"step": first, "parameters": named_words(names, words)})
-    except _Over:
-        console.print("the checkpoint is not what was recorded when it was written")
-        return witness.verdict()
+        comparison.fingerprint({"step": first, "parameters": named_words(names, words)})
+    except _Finished:
+        console.print("the checkpoint differs from the fingerprint of its step")
+        return comparison.verdict()
     with _fresh_directory(run_dir) as fresh:
-        # What decides when to stop and what to keep has no part in the bits.
+        # These fields decide when to stop and what to keep; they do not change the bits.
         train = dataclasses.replace(
             original.train, checkpoints=None, patience=None, max_checkpoints=1, average_last=1
         )
         run = dataclasses.replace(original, directory=fresh, train=train)
-        return witness.watch(run, (state, position))
+        return comparison.train(run, (state, position))
 
 
-class _Over(Exception):
-    """Enough has been seen."""
+class _Finished(Exception):
+    """Raised by the observer when the comparison is complete."""
 
 
 class _Comparison:
-    """The witness of a run that should go through the same bits as another.
+    """Observer that compares a run with the record of the original run.
 
-    It is told of the steps from `first` on: `steps` of them, or all that the other has recorded.
+    The comparison begins at step `first` and ends after `steps` steps, or with the record.
     """
 
     def __init__(self, original: Run, console: Console, first: int, steps: int | None):
         train = original.train
-        # A run that was stopped in between has others, too, which training again does not give.
-        regular = lambda step: (  # noqa: E731
+        # An interrupted run has recorded further steps, which training again does not record.
+        is_regular = lambda step: (  # noqa: E731
             step in (first, train.steps)
             or not step % train.fingerprint_every
             or not step % train.checkpoint_every
         )
-        recorded = {step: line for step, line in fingerprints(original).items() if regular(step)}
+        recorded = {step: line for step, line in fingerprints(original).items() if is_regular(step)}
         if not recorded:
             raise TrainError(
-                f"{original.directory} has no fingerprints.jsonl: it was trained before there was "
-                "one, or not here"
+                f"{original.directory} has no fingerprints.jsonl: the run was imported or is older "
+                "than fingerprints; train it again to record them"
             )
         last = max(recorded) if steps is None else first + steps
         self.until = max((step for step in recorded if first < step <= last), default=first)
@@ -109,12 +116,12 @@ class _Comparison:
         self.same: int | None = None
         self.differs: tuple[int, str] | None = None
 
-    def watch(self, run: Run, start: tuple[TrainState, dict] | None = None) -> bool:
-        """Trains, and returns whether all was the same to the end."""
+    def train(self, run: Run, start: tuple[TrainState, dict] | None = None) -> bool:
+        """Train the run; return True if all compared bits are the same."""
         primary_first(lambda: run.start(self.original.tokenizer()))
         try:
             fit(run, self.console, start=start, witness=self)
-        except _Over:
+        except _Finished:
             pass
         except Interrupted:
             raise TrainError(
@@ -124,59 +131,58 @@ class _Comparison:
         return self.verdict()
 
     def environment(self, now: dict[str, Any]) -> None:
-        # The config of the copy is compared where it comes from.
+        # `now` has the config of the copy, whose directories differ from the original's.
         self.now = {**now, "config": self.original.values()}
-        found = self._changes(self.first + 1)
-        same = "this environment is that of the record"
+        differing = self._changes(self.first + 1)
+        same = "the environment is the same as in the record"
         unknown = "environment.json is missing or damaged: the environments cannot be compared"
-        self._print(same if self.environments else unknown, found)
+        self._print(same if self.environments else unknown, differing)
         for name in ("train", "tokenizer"):
-            if any(line.startswith(f"data.{name} ") for line in found):
+            if any(line.startswith(f"data.{name} ") for line in differing):
                 self.differs = 0, f"nothing was trained: data.{name} has changed"
-                raise _Over
+                raise _Finished
 
     def fingerprint(self, line: dict[str, Any]) -> None:
-        step, theirs = line["step"], self.recorded.get(line["step"])
-        if theirs is None:
+        step, recorded = line["step"], self.recorded.get(line["step"])
+        if recorded is None:
             return
-        ours, others = line["parameters"], theirs["parameters"]
-        names = [name for name in ours | others if ours.get(name) != others.get(name)]
-        sums = [key for key in ("loss", "weight") if key in line and line[key] != theirs.get(key)]
+        new, old = line["parameters"], recorded["parameters"]
+        names = [name for name in new | old if new.get(name) != old.get(name)]
+        sums = [key for key in ("loss", "weight") if key in line and line[key] != recorded.get(key)]
         if names or sums:
-            which = f"parameters {', '.join(names)} ({len(names)} of {len(ours)})"
-            if len(names) in (0, len(ours)):
-                which = f"all {len(names)} parameters" if names else "no parameter"
-            what = [which, *(f"the {key}" for key in sums)]
-            self.differs = step, f"step {step:,} differs: {' and '.join(what)}"
-            raise _Over
+            parameters = f"parameters {', '.join(names)} ({len(names)} of {len(new)})"
+            if len(names) in (0, len(new)):
+                parameters = f"all {len(names)} parameters" if names else "no parameter"
+            parts = [parameters, *(f"the {key}" for key in sums)]
+            self.differs = step, f"step {step:,} differs: {' and '.join(parts)}"
+            raise _Finished
         self.same = step
         self.console.print(f"step {step:,}: identical")
         if step == self.until:
-            raise _Over
+            raise _Finished
 
     def verdict(self) -> bool:
-        """Says what was found, and returns whether it is the same bits to the end."""
+        """Print the result; return True if all compared bits are the same."""
         if self.differs is None and self.same == self.until:
             self.console.print(f"identical to step {self.until:,}", style="green")
             return True
         if self.same is not None:
             self.console.print(f"identical to step {self.same:,}")
-        ended = self.until, f"the run ended, and the record goes on to step {self.until:,}"
-        step, words = self.differs or ended
-        self.console.print(words, style="red")
+        ended = self.until, f"the run ended before step {self.until:,} of the record"
+        step, message = self.differs or ended
+        self.console.print(message, style="red")
         if self.now is not None:
-            found = self._changes(step)
-            self._print("the environments do not differ in anything that is recorded", found)
+            self._print("the recorded environments are the same", self._changes(step))
         return False
 
     def _changes(self, step: int) -> list[str]:
-        """How this environment differs from the one in which the run came to this step."""
+        """Describe how this environment differs from the one in which the original did the step."""
         before = [each for each in self.environments if each["from_step"] < max(step, 1)]
         return changes(before[-1], self.now) if before and self.now else []
 
-    def _print(self, none: str, found: list[str]) -> None:
-        self.console.print("the environments differ:" if found else none)
-        for line in found:
+    def _print(self, same: str, differing: list[str]) -> None:
+        self.console.print("the environments differ:" if differing else same)
+        for line in differing:
             self.console.print(f"  {line}")
 
 
@@ -188,8 +194,8 @@ def _fresh_directory(chosen: Path | None) -> Iterator[Path]:
         yield chosen
     elif is_multiprocess():
         raise TrainError(
-            f"{jax.process_count()} processes need one directory that all of them see: "
-            "give --run-dir"
+            f"{jax.process_count()} processes need a directory that all of them can read: give "
+            "--run-dir"
         )
     else:
         with tempfile.TemporaryDirectory(prefix="heedful-") as name:
