@@ -4,9 +4,6 @@ All arrays lead with the batch, so that a stack can lead with its layers and a s
 its rows.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -14,14 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from heedful.model.attention import AttentionCall, Cache, Core, spec_of
 from heedful.model.attention.dense import attend_pairs, pairs_of
-from heedful.model.axes import target_platform
 from heedful.model.config import ModelConfig
 from heedful.model.masks import AttentionMask, cross
-
-MIN_PREFIX = 16  # positions of a cache of which fewer are not read apart
-MAX_SHARED_BEAMS = (
-    16  # hypotheses up to which products with the keys of all take less time than copies
-)
+from heedful.model.ops.caches import MAX_SHARED_BEAMS, read_filled, write_at
 
 
 @struct.dataclass
@@ -58,7 +50,7 @@ class KVCache:
             return core(call.replace(k=k, v=v))
 
         length = self.keys(new)
-        return attend(length) if new > 1 else _of_filled(attend, length, offset), cache
+        return attend(length) if new > 1 else read_filled(attend, length, offset), cache
 
     def keys(self, new: int) -> int:
         return self.k.shape[2]
@@ -67,7 +59,7 @@ class KVCache:
         """The cache with rows `k`, `v` [B, t, K, H] written from position `offset` ([] or [B])."""
         new = KVCache.of(k, v)
         return KVCache(
-            k=_write(self.k, new.k, offset, axis=-2), v=_write(self.v, new.v, offset, axis=-2)
+            k=write_at(self.k, new.k, offset, axis=-2), v=write_at(self.v, new.v, offset, axis=-2)
         )
 
 
@@ -109,8 +101,8 @@ class BeamCache:
         offset = _offset(call.mask)
         offset = offset[::width] if offset.ndim else offset
         q, k, v = (x.reshape(batch, width, *x.shape[2:]) for x in (call.q, call.k, call.v))
-        k = _write(self.k, jnp.moveaxis(k, 1, -1), offset * width, axis=-1)
-        v = _write(self.v, jnp.swapaxes(v, 1, 2), offset * width, axis=-2)
+        k = write_at(self.k, jnp.moveaxis(k, 1, -1), offset * width, axis=-1)
+        v = write_at(self.v, jnp.swapaxes(v, 1, 2), offset * width, axis=-2)
         hypotheses = jnp.arange(width)
         is_new = jnp.arange(length) == offset.reshape(-1, 1, 1)
         writer = jnp.where(is_new, hypotheses[:, None], self.writer)
@@ -135,7 +127,7 @@ class BeamCache:
             own = call.replace(q=q, k=keys, v=values)
             return attend_pairs(own, allowed[..., first], bias)
 
-        y = _of_filled(attend, length, offset)
+        y = read_filled(attend, length, offset)
         return y.reshape(rows, 1, *y.shape[2:]), BeamCache(k, v, writer)
 
     def keys(self, new: int) -> int:
@@ -246,36 +238,10 @@ def remembered(config: ModelConfig) -> int | None:
     return attention.window * max(attention.dilation or (1,)) + 1
 
 
-def _of_filled(attend: Callable[[int], jax.Array], length: int, offset: jax.Array) -> jax.Array:
-    """attend(n), n being the first positions of a cache: all that a token at `offset` sees.
-
-    It may be a few more, since each n is compiled. A CPU takes as long as there are keys to read.
-    """
-    if target_platform() != "cpu":
-        return attend(length)
-    sizes = [n for n in (length // 8, length // 4, length // 2) if n >= MIN_PREFIX]
-    index = jnp.sum(jnp.max(offset) >= jnp.array(sizes, jnp.int32))
-    return jax.lax.switch(index, [partial(attend, n) for n in (*sizes, length)])
-
-
 def _zeros(config: ModelConfig, batch: int, length: int) -> tuple[jax.Array, jax.Array]:
     """Keys and values [B, S, K, H]."""
     array = jnp.zeros((batch, length, config.kv_heads, config.head_dim), config.dtype)
     return array, array
-
-
-def _write(to: jax.Array, x: jax.Array, start: jax.Array, *, axis: int) -> jax.Array:
-    """`to` with `x` in it from `start` ([] or [B]) on, along an axis counted from the last."""
-    if start.ndim:
-        return jax.vmap(partial(_write, axis=axis))(to, x, start)
-    if target_platform() != "cpu":
-        return jax.lax.dynamic_update_slice_in_dim(to, x, start, axis=to.ndim + axis)
-    # A single update would be fused with its readers, each with a copy of all of `to`. So one more
-    # is written behind the end, where it is dropped.
-    index = jnp.append(start + jnp.arange(x.shape[axis]), to.shape[axis])
-    first = jax.lax.slice_in_dim(x, 0, 1, axis=x.ndim + axis)
-    place = (..., index, *[slice(None)] * (-1 - axis))
-    return to.at[place].set(jnp.concatenate([x, first], axis=axis), mode="drop")
 
 
 def _offset(mask: AttentionMask) -> jax.Array:

@@ -11,7 +11,8 @@ from heedful.model.activations import ACTIVATIONS
 from heedful.model.axes import constrain, partitioned
 from heedful.model.config import ModelConfig
 from heedful.model.layers import Dropout, Embedding, Norm
-from heedful.model.linear import Linear, matmul
+from heedful.model.linear import Linear
+from heedful.model.ops.products import add_wide_bias, matmul
 
 
 class LanguageModelHead(nn.Module):
@@ -45,9 +46,8 @@ class LanguageModelHead(nn.Module):
             logits = jnp.asarray(matmul(x, jnp.asarray(kernel), "float32"))
         if head.bias:
             zeros = partitioned(nn.initializers.zeros, "vocab")
-            bias, ones = self.param("bias", zeros, (config.vocab_size,)), jnp.ones(x.shape[:2])
-            # A product's gradient is a product: the sum of such wide rows is slow on a CPU.
-            logits += jnp.einsum("BT,V->BTV", ones, bias, precision="highest")
+            bias = jnp.asarray(self.param("bias", zeros, (config.vocab_size,)))
+            logits = add_wide_bias(logits, bias)
         return constrain(logits, "act_batch", "act_length", "act_vocab")
 
 

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from heedful.model.activations import ACTIVATIONS
-from heedful.model.axes import constrain, partitioned, target_platform
+from heedful.model.axes import constrain, partitioned
 from heedful.model.config import ModelConfig
-from heedful.model.dropout import dropout
-from heedful.model.linear import MAX_ROWS_TRANSPOSED, Linear, matmul, transposed_matmul
+from heedful.model.linear import Linear
+from heedful.model.ops.dropout import dropout
+from heedful.model.ops.products import tied_logits
 from heedful.model.positions import lookup
 
 
@@ -140,8 +141,5 @@ class Embedding(nn.Module):
         return x * math.sqrt(self.config.width) if self.config.scale_embeddings else x
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Scores in float32 against each row of the matrix."""
-        table = jnp.asarray(self.table, x.dtype)
-        if target_platform() == "cpu" and math.prod(x.shape[:-1]) <= MAX_ROWS_TRANSPOSED:
-            return transposed_matmul(x, table, "float32")
-        return matmul(x, table.T, "float32")
+        """Return the products with all rows of the matrix, in float32."""
+        return tied_logits(x, jnp.asarray(self.table, x.dtype))

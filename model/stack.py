@@ -137,7 +137,7 @@ class Stack(nn.Module):
     ) -> tuple[Float[Array, "B T D"], BlockCache | None]:
         scanned = nn.scan(
             self._block(),
-            variable_axes={"params": 0, "intermediates": 0},
+            variable_axes={"params": 0, "decode": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True, FEATURES: True},
             in_axes=(0, *[nn.broadcast] * 5),  # type: ignore[arg-type]
             length=self.layers,

@@ -1,7 +1,6 @@
 """The three architectures: embeddings, one or two stacks of blocks, a head."""
 
 from dataclasses import replace
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,9 +13,7 @@ from heedful.model.cache import new_cache
 from heedful.model.config import ModelConfig, ModelError
 from heedful.model.heads import HEADS
 from heedful.model.layers import Dropout, Embedding, Norm
-from heedful.model.linear import kernels_for_decoding
 from heedful.model.masks import AttentionMask
-from heedful.model.ops.loops import layers_per_iteration, unstack_layers
 from heedful.model.positions import PositionEmbedding, lookup
 from heedful.model.stack import BlockCache, Stack
 
@@ -304,25 +301,6 @@ def empty_cache(config: ModelConfig, batch: int, length: int) -> BlockCache:
     one = new_cache(config, batch, length)
     repeat = lambda x: jnp.broadcast_to(x, (config.layers, *x.shape))  # noqa: E731
     return BlockCache(self_attention=jax.tree.map(repeat, one))
-
-
-def unstack(config: ModelConfig, tree: Any) -> Any:
-    """Return parameters, or a cache, for a loop over tokens; `restack_layers` undoes it.
-
-    They stay as they are where the layers of a token are in a loop themselves.
-    """
-    most = max(config.layers, config.encoder_layers or 0)
-    is_remat = config.remat != "none"
-    if layers_per_iteration(config.unroll, remat=is_remat, decodes=True) < most:
-        return tree
-    if isinstance(tree, BlockCache):
-        return unstack_layers(tree)
-    stacks = {name: part for name, part in tree.items() if "blocks" in part}
-    apart = {
-        name: part | {"blocks": unstack_layers(kernels_for_decoding(part["blocks"]))}
-        for name, part in stacks.items()
-    }
-    return tree | apart
 
 
 def _require_cache(offset: jax.Array | int | None, cache: BlockCache | None) -> None:

@@ -11,7 +11,7 @@ from flax import struct
 from heedful.model import masks
 from heedful.model.attention import CORES, AttentionCall, choose
 from heedful.model.attention.dense import attention_weights, dense
-from heedful.model.dropout import dropout, keep, keep_at, mix
+from heedful.model.ops.dropout import dropout, keep, keep_at, mix
 from heedful.model.positions import PositionBias
 
 B, T, S, N, K, H = 2, 5, 7, 6, 3, 11

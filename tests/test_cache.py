@@ -13,8 +13,9 @@ from heedful.model import masks
 from heedful.model.attention import AttentionCall
 from heedful.model.attention.dense import dense
 from heedful.model.attention.kernel_sums import FeatureState
-from heedful.model.cache import MAX_SHARED_BEAMS, BeamCache, KVCache, WindowCache, new_cache
+from heedful.model.cache import BeamCache, KVCache, WindowCache, new_cache
 from heedful.model.config import PerformerConfig
+from heedful.model.ops.caches import MAX_SHARED_BEAMS
 from heedful.model.transformer import empty_cache
 
 close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
@@ -143,7 +144,7 @@ def test_hypotheses_go_on_from_one_another(kind: str):
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("kind", POSITIONS)
 def test_a_token_reads_what_is_filled_and_little_more(kind: str, width: int, monkeypatch):
-    monkeypatch.setattr("heedful.model.cache.FEWEST", 2)
+    monkeypatch.setattr("heedful.model.ops.caches.MIN_PREFIX", 2)
     config, model, params = decoder(positions=kind, attention_window=None)
     decode = jax.jit(partial(model.apply, {"params": params}, method="decode"))
     texts, cache = TOKENS.repeat(width, 0), empty_cache(config, B, LENGTH)

@@ -12,20 +12,15 @@ import pytest
 from flax import struct
 from tiny import random_params, tiny
 
-from heedful.model.decoding import (
+from heedful.model.decoding.beam_search import beam_search, length_penalty
+from heedful.model.decoding.logits import cut_tail, penalise
+from heedful.model.decoding.sampling import (
     Decoded,
     Sampling,
-    beam_search,
-    block_top_k,
-    cut_tail,
     decode_until,
     init_decode,
-    length_penalty,
-    logsumexp_given_max,
-    penalise,
     sample,
 )
-from heedful.model.linear import MAX_ROWS_TRANSPOSED
 from heedful.model.transformer import build, empty_cache
 
 V, STEPS, EOS = 5, 4, 3
@@ -252,29 +247,6 @@ def test_length_penalty():
     for case in itertools.product((1, 2, 7, 50), (0.0, 0.6, 1.0), (0, 5)):
         assert float(length_penalty(*case)) == pytest.approx(penalty(*case))
     assert length_penalty(7, 1.0, 0) == 7  # the mean of a sequence's log-probabilities
-
-
-@pytest.mark.parametrize("rows", [1, MAX_ROWS_TRANSPOSED])  # times 12
-@pytest.mark.parametrize("size", [7, 1009, 32 * 31])
-def test_the_highest_are_found_block_by_block(size: int, rows: int):
-    rng = np.random.default_rng(0)
-    ties = np.round(4 * rng.normal(size=(5, size)).astype(np.float32))
-    lonely = np.full((1, size), -np.inf, np.float32)
-    lonely[0, -6:] = range(6)
-    equal = np.zeros((1, size), np.float32)
-    scores = np.concatenate([rng.normal(size=(5, size)).astype(np.float32), ties, equal, lonely])
-    scores = np.tile(scores, (rows, 1))
-    best, index = block_top_k(jnp.asarray(scores), 6)
-    expected = np.argsort(-scores, axis=1, kind="stable")[:, :6]
-    np.testing.assert_array_equal(index, expected)
-    np.testing.assert_array_equal(best, np.take_along_axis(scores, expected, axis=1))
-
-
-@pytest.mark.parametrize("rows", [3, MAX_ROWS_TRANSPOSED + 1])
-def test_logsumexp_given_max(rows: int):
-    logits = 90 * np.random.default_rng(0).normal(size=(rows, 41)).astype(np.float32)
-    total = logsumexp_given_max(jnp.asarray(logits), jnp.asarray(logits.max(1)))
-    np.testing.assert_allclose(total, np.logaddexp.reduce(np.float64(logits), 1), rtol=1e-6)
 
 
 def test_greedy_takes_the_likeliest_token_each_time():

@@ -18,13 +18,13 @@ from heedful.data.tokenizer import BOS, EOS, PAD, Tokenizer
 from heedful.model import transformer
 from heedful.model.cache import KVCache
 from heedful.model.config import ModelConfig
-from heedful.model.decoding import length_penalty
-from heedful.model.ops.loops import restack_layers
+from heedful.model.decoding.beam_search import length_penalty
 from heedful.model.transformer import build
 from heedful.train.config import DecodeConfig, MeshConfig, TrainError
 from heedful.train.inference import generate
 from heedful.train.inference.batching import batches, shapes
-from heedful.train.inference.generate import Generator, Text
+from heedful.train.inference.generate import Generator
+from heedful.train.inference.text import Text
 from heedful.train.sharding import make_mesh
 
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -59,8 +59,7 @@ class Plain:
 
     def _forward(self, tokens: jax.Array, prefix: jax.Array) -> jax.Array:
         options: dict[str, Any] = {"prefix_len": prefix} if self.generator.prefix else {}
-        params = restack_layers(self.generator.params)
-        return self.model.apply({"params": params}, tokens, **options)[0]
+        return self.generator.params.apply(tokens, **options)[0]
 
     def prompt(self, text: str) -> list[int]:
         tokenizer = self.generator.tokenizer
@@ -284,8 +283,8 @@ def writing_program(config: ModelConfig, prompts: list[str]) -> str:
     generator = make(config)
     (_, rows), *_ = generator._batches(generator._encode(prompts))
     with jax.set_mesh(MESH):
-        writing = generator._begin(generator.params, rows)
-        return generator._advance.lower(generator.params, writing, 11).compile().as_text()
+        state = generator._begin(generator.params, rows)
+        return generator._advance.lower(generator.params, state, 11).compile().as_text()
 
 
 @pytest.mark.parametrize(

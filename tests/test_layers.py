@@ -16,8 +16,9 @@ from heedful.model.activations import gelu, gelu_tanh
 from heedful.model.cache import KVCache, new_cache
 from heedful.model.config import ModelError
 from heedful.model.layers import Dropout, Embedding, FeedForward, Norm, normalise
-from heedful.model.linear import MAX_ROWS_TRANSPOSED, Linear, matmul, transposed_kernels
+from heedful.model.linear import Linear, split_kernels
 from heedful.model.multi_head_attention import MultiHeadAttention
+from heedful.model.ops.products import MAX_ROWS_TRANSPOSED, matmul
 from heedful.model.transformer import decoder_mask
 
 
@@ -91,8 +92,11 @@ def test_transposed_kernels_give_the_same(length: int):
     module = Linear(tiny(), {"embed": 7}, {"heads": 3, "head_dim": 5}, use_bias=True)
     x = jnp.float32(random(2, length, 7))
     params = nn.unbox(module.init(jax.random.key(0), x))["params"]
-    (turned,) = jax.tree.leaves(transposed_kernels({"query": {"kernel": params["kernel"][None]}}))
-    y = module.apply({"params": {"transposed": turned[0], "bias": params["bias"]}}, x)
+    stacked = {"query": jax.tree.map(lambda x: x[None], params)}
+    kept, transposed = (jax.tree.map(lambda x: x[0], part) for part in split_kernels(stacked))
+    assert transposed["query"]["transposed"].shape == (15, 7)
+    assert kept["query"].keys() == {"bias"}  # and no second copy
+    y = module.apply({"params": kept["query"], "decode": transposed["query"]}, x)
     expected = np.tensordot(x, params["kernel"], 1) + params["bias"]
     np.testing.assert_allclose(y, expected, atol=1e-5)
 

@@ -12,8 +12,8 @@ from heedful.model import masks
 from heedful.model.attention import CORES, AttentionCall
 from heedful.model.attention.linformer import Linformer
 from heedful.model.config import LinformerConfig, ModelError
-from heedful.model.dropout import keep
 from heedful.model.masks import MaskNotSupported
+from heedful.model.ops.dropout import keep
 from heedful.model.positions import PositionBias
 from heedful.train.config import TrainConfig, TrainError
 from heedful.train.inspection.attention_weights import attention_weights

@@ -12,7 +12,7 @@ from test_generate import make as make_generator
 from test_translate import TEXTS
 from test_translate import make as make_translator
 from test_translate import plain as translate_plainly
-from tiny import POSITIONS, SEGMENTS, TOKENS, B, init, tiny
+from tiny import POSITIONS, SEGMENTS, TOKENS, B, init, random_params, tiny
 
 from heedful.model import masks
 from heedful.model.attention import AttentionCall
@@ -22,9 +22,8 @@ from heedful.model.attention.performer import Performer
 from heedful.model.attention.random_features import EPSILON, draw_features, fixed_features
 from heedful.model.config import PerformerConfig
 from heedful.model.masks import AttentionMask, MaskNotSupported
-from heedful.model.ops.loops import restack_layers
 from heedful.model.positions import PositionBias
-from heedful.model.transformer import empty_cache
+from heedful.model.transformer import build, empty_cache
 from heedful.train.inference import generate
 
 T, N, K, H, R = 13, 6, 3, 5, 11
@@ -357,12 +356,9 @@ def test_a_translation_reads_its_begin_token_once():
         translator.model.attention, core="performer", performer=CORE["attention_performer"]
     )
     model = dataclasses.replace(translator.model, attention=attention)
+    params = random_params(build(model), TOKENS, TOKENS, scale=0.7)
     translator = type(translator)(
-        model,
-        translator.decode,
-        translator.tokenizer,
-        restack_layers(translator.params),
-        translator.mesh,
+        model, translator.decode, translator.tokenizer, params, translator.mesh
     )
     expected = translate_plainly(translator, TEXTS)
     decode = translator.tokenizer.decode

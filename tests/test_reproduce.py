@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import toy
 
-from heedful.model.dropout import mix
+from heedful.model.ops.dropout import mix
 from heedful.train import cli, loop
 from heedful.train.cli.commands import keep_compiled
 from heedful.train.config import MeshConfig, OptimizerConfig

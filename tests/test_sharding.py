@@ -25,8 +25,8 @@ from heedful.model.config import (
     NormConfig,
     PositionConfig,
 )
-from heedful.model.linear import matmul
 from heedful.model.multi_head_attention import MultiHeadAttention
+from heedful.model.ops.products import matmul
 from heedful.model.transformer import encoder_mask
 from heedful.train.config import MeshConfig, OptimizerConfig, TrainConfig, TrainError
 from heedful.train.sharding import (

@@ -10,7 +10,6 @@ from tiny import POSITIONS, random_params, tiny
 
 from heedful.data.config import TokenizerConfig
 from heedful.data.tokenizer import Tokenizer
-from heedful.model.ops.loops import restack_layers
 from heedful.model.transformer import build
 from heedful.train.config import DecodeConfig, MeshConfig, TrainError
 from heedful.train.inference.batching import batches
@@ -40,13 +39,12 @@ def make(tokenizer: Tokenizer = CHARS, positions: str = "relative", **options: A
 
 def plain(translator: Translator, texts: list[str]) -> dict[int, tuple[list[int], float]]:
     """Tokens of each text that is not blank, and the sum of their log-probabilities."""
-    model = build(translator.model)
 
     @jax.jit
     def forward(tokens, source):
         segments = (jnp.cumsum(source[:, ::-1] == translator.eos, axis=1)[:, ::-1] > 0) * 1
-        variables = {"params": restack_layers(translator.params)}
-        return model.apply(variables, tokens, source, encoder_segment_ids=segments)[0]
+        options = {"encoder_segment_ids": segments}
+        return translator.params.apply(tokens, source, **options)[0]
 
     todo = {line: text for line, text in enumerate(texts) if text.strip()}
     return {line: plain_one(translator, forward, text, line) for line, text in todo.items()}
@@ -98,14 +96,13 @@ def test_a_translation_is_what_each_text_alone_gives(tokenizer, positions: str, 
 
 def test_the_score_of_a_beam_is_divided_by_the_length():
     translator = make(beam=2, length_penalty=1.5, length_penalty_offset=0)
-    model, text = build(translator.model), "fgacd"
+    text = "fgacd"
     source = np.array([*CHARS.encode_batch([text])[0], CHARS.eos])
     ((_, rows),) = batches({0: source}, translator.decode, MESH)
     found = translator._run(translator.params, rows)
     written = found.tokens[0, : found.lengths[0]]
     before = jnp.array([CHARS.bos, *written[:-1]])[None]
-    variables = {"params": restack_layers(translator.params)}
-    logits = jax.jit(model.apply)(variables, before, jnp.array(source)[None])[0]
+    logits = jax.jit(translator.params.apply)(before, jnp.array(source)[None])[0]
     score = float(jax.nn.log_softmax(logits)[np.arange(len(written)), written].sum())
     assert found.scores[0] == pytest.approx(score / len(written) ** 1.5, rel=1e-5)
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from heedful.model.attention.core import AttentionCall, CoreSpec
-from heedful.model.dropout import dropout_words, keep
 from heedful.model.masks import AttentionMask
+from heedful.model.ops.dropout import dropout_words, keep
 from heedful.model.positions import PositionBias
 
 

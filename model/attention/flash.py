@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Int
 
 from heedful.model.attention.core import AttentionCall, CoreSpec
 from heedful.model.axes import shards, target_platform
-from heedful.model.dropout import dropout_words, keep_at
 from heedful.model.masks import AttentionMask
+from heedful.model.ops.dropout import dropout_words, keep_at
 from heedful.model.positions import PositionBias
 
 LOWEST = jnp.finfo(jnp.float32).min

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 from heedful.model.attention.core import AttentionCall, CoreSpec
 from heedful.model.axes import mesh_axes, partitioned
 from heedful.model.config import AttentionConfig, LinformerConfig, ModelConfig, ModelError
-from heedful.model.dropout import dropout_words, keep_at
 from heedful.model.masks import AttentionMask
+from heedful.model.ops.dropout import dropout_words, keep_at
 
 BLOCK = 512  # Queries whose weights are held at once; from 512 on a CPU shares the products.
 

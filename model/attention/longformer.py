@@ -21,8 +21,8 @@ from heedful.model.attention.core import AttentionCall, CoreSpec
 from heedful.model.attention.dense import dense, masked_softmax
 from heedful.model.attention.flash import flash
 from heedful.model.attention.rows import is_repeated, put_rows, repeat_batch, take_rows
-from heedful.model.dropout import dropout_words, keep_at
 from heedful.model.masks import AttentionMask, Window
+from heedful.model.ops.dropout import dropout_words, keep_at
 from heedful.model.positions import PositionBias
 
 BLOCK = 128  # queries of a block: memory and time, not the result

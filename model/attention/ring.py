@@ -22,8 +22,8 @@ from jaxtyping import Array, Float
 from heedful.model.attention.core import AttentionCall, CoreSpec
 from heedful.model.axes import mesh_axes, shards
 from heedful.model.config import require
-from heedful.model.dropout import dropout_words, keep_at
 from heedful.model.masks import AttentionMask
+from heedful.model.ops.dropout import dropout_words, keep_at
 from heedful.model.positions import PositionBias
 
 

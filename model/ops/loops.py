@@ -69,14 +69,14 @@ def unstack_layers(stacked: Any) -> Any:
 
 
 @unstack_layers.on("cpu")
-def _unstack(stacked: Any) -> UnstackedLayers:
+def _unstack(stacked: Any) -> Any:
     """Split the layers, which `restack_layers` puts together for each token.
 
     A CPU copies what a layer needs of a stacked array whenever it needs it. Where the layers of a
     token are in no loop, the compiler sees that a layer of the stack is what was apart, and copies
     nothing.
     """
-    return UnstackedLayers.of(stacked)
+    return UnstackedLayers.of(stacked) if jax.tree.leaves(stacked) else stacked
 
 
 def restack_layers(tree: Any) -> Any:

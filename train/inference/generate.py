@@ -12,18 +12,18 @@ from jaxtyping import Array, Int
 
 from heedful.data.tokenizer import Tokenizer
 from heedful.model.config import ModelConfig
-from heedful.model.decoding import (
+from heedful.model.decoding.beam_search import beam_search
+from heedful.model.decoding.parameters import DecodeParams, prepare
+from heedful.model.decoding.sampling import (
     Decoded,
     DecodeState,
     Sampling,
-    beam_search,
     decode_until,
     init_decode,
 )
-from heedful.model.ops.loops import restack_layers
-from heedful.model.transformer import build, empty_cache, unstack
 from heedful.train.config import DecodeConfig, TrainError, require_tokens
 from heedful.train.inference.batching import PromptBatch, batches, require_length
+from heedful.train.inference.text import Text
 from heedful.train.sharding import replicated
 
 CHUNK = 256  # positions of a prompt that are read at once
@@ -62,12 +62,12 @@ class Generator:
         positions = model.positions
         self._table = positions.max_length if positions.kind == "learned" else None
         with jax.set_mesh(mesh):
-            self.params = jax.jit(partial(unstack, model))(params)
+            self.params = jax.jit(partial(prepare, model))(params)
         self._begin = jax.jit(self._read_prompts)
         self._advance = jax.jit(
-            self._write_on, donate_argnames="writing", out_shardings=(None, replicated(mesh))
+            self._write_on, donate_argnames="state", out_shardings=(None, replicated(mesh))
         )
-        self._slide = jax.jit(self._read_end, donate_argnames="writing")
+        self._slide = jax.jit(self._read_end, donate_argnames="state")
         self._search = jax.jit(self._beam_search, out_shardings=replicated(mesh))
 
     def stream(self, prompt: str) -> Iterator[str]:
@@ -182,16 +182,16 @@ class Generator:
         previous = None
         stride = self._stride if self._slides(rows.inputs.shape[1]) else self.decode.max_tokens
         with jax.set_mesh(self.mesh):
-            writing = self._begin(self.params, rows)
+            state = self._begin(self.params, rows)
         for until in range(every, self.decode.max_tokens + every, every):
             since = until - every
             with jax.set_mesh(self.mesh):
                 full = range(-(-since // stride) * stride or stride, until, stride)
                 for time in (time for time in full if time < self.decode.max_tokens):
                     if time > since:
-                        writing, _ = self._advance(self.params, writing, time)
-                    writing = self._slide(self.params, writing, rows)
-                writing, decoded = self._advance(self.params, writing, until)
+                        state, _ = self._advance(self.params, state, time)
+                    state = self._slide(self.params, state, rows)
+                state, decoded = self._advance(self.params, state, until)
             if previous is not None:
                 yield previous
             previous = decoded
@@ -200,44 +200,44 @@ class Generator:
 
     # On the devices -----------------------------------------------------------------------------
 
-    def _read_prompts(self, params: Any, rows: PromptBatch) -> DecodeState:
+    def _read_prompts(self, params: DecodeParams, rows: PromptBatch) -> DecodeState:
         lines = jax.vmap(lambda line: jax.random.fold_in(jax.random.key(self.seed), line))
         keys = lines(rows.lines) if self.decode.temperature > 0 else None
-        writing = init_decode(**self._prompts(params, rows), keys=keys)
+        state = init_decode(**self._prompts(params, rows), keys=keys)
         slides = self._slides(rows.inputs.shape[1])
-        return self._moved(params, writing, rows) if slides else writing
+        return self._moved(params, state, rows) if slides else state
 
-    def _read_end(self, params: Any, writing: DecodeState, rows: PromptBatch) -> DecodeState:
-        move = lambda: self._moved(params, writing, rows)  # noqa: E731
-        return jax.lax.cond(jnp.all(writing.done), lambda: writing, move)
+    def _read_end(self, params: DecodeParams, state: DecodeState, rows: PromptBatch) -> DecodeState:
+        move = lambda: self._moved(params, state, rows)  # noqa: E731
+        return jax.lax.cond(jnp.all(state.done), lambda: state, move)
 
-    def _moved(self, params: Any, writing: DecodeState, rows: PromptBatch) -> DecodeState:
+    def _moved(self, params: DecodeParams, state: DecodeState, rows: PromptBatch) -> DecodeState:
         """The same texts, of which the last tokens stand at the beginning of the table."""
         inputs, lengths, _ = rows
         table = self._table or 0
-        kept, end = table - self._stride + 1, lengths + writing.time
+        kept, end = table - self._stride + 1, lengths + state.time
         first = jnp.maximum(end - kept, 0)
         place, own = first[:, None] + jnp.arange(kept), lengths[:, None]
         take = partial(jnp.take_along_axis, axis=1, mode="clip")
-        written = take(writing.decoded.tokens, jnp.maximum(place - own, 0))
+        written = take(state.decoded.tokens, jnp.maximum(place - own, 0))
         tokens = jnp.where(place < own, take(inputs, place), written)
         count = jnp.minimum(end, kept)
         prefix = jnp.maximum(lengths - first, 0)
         cache = self._prefill(params, tokens, count, table, prefix)
-        start = jnp.maximum(count - 1, 0) - writing.time
-        return writing._replace(start=start, cache=cache)
+        start = jnp.maximum(count - 1, 0) - state.time
+        return state._replace(start=start, cache=cache)
 
     def _write_on(
-        self, params: Any, writing: DecodeState, until: jax.Array
+        self, params: DecodeParams, state: DecodeState, until: jax.Array
     ) -> tuple[DecodeState, Decoded]:
         sampling = Sampling(**{name: getattr(self.decode, name) for name in Sampling._fields})
-        step = self._step(params)
-        writing = decode_until(step, writing, until, eos_id=self.tokenizer.ends, sampling=sampling)
-        return writing, writing.decoded
+        ends = self.tokenizer.ends
+        state = decode_until(params.step, state, until, eos_id=ends, sampling=sampling)
+        return state, state.decoded
 
-    def _beam_search(self, params: Any, rows: PromptBatch) -> Decoded:
+    def _beam_search(self, params: DecodeParams, rows: PromptBatch) -> Decoded:
         return beam_search(
-            self._step(params),
+            params.step,
             **self._prompts(params, rows),
             eos_id=self.tokenizer.ends,
             width=self.decode.beam,
@@ -248,17 +248,7 @@ class Generator:
             never=self.decode.never,
         )
 
-    def _step(self, params: Any):
-        model = build(self.model)
-
-        def step(tokens: jax.Array, cache: Any, position: jax.Array):
-            options = {"cache": restack_layers(cache), "offset": position, "method": "decode"}
-            logits, cache = model.apply({"params": restack_layers(params)}, tokens, **options)
-            return logits[:, -1], unstack(self.model, cache)
-
-        return step
-
-    def _prompts(self, params: Any, rows: PromptBatch) -> dict[str, Any]:
+    def _prompts(self, params: DecodeParams, rows: PromptBatch) -> dict[str, Any]:
         """The prompts as both ways of decoding begin with them."""
         inputs, lengths, _ = rows
         index, last = jnp.arange(len(lengths)), jnp.maximum(lengths - 1, 0)
@@ -282,7 +272,7 @@ class Generator:
 
     def _prefill(
         self,
-        params: Any,
+        params: DecodeParams,
         inputs: Int[Array, "B T"],
         lengths: Int[Array, " B"],
         size: int,
@@ -293,8 +283,7 @@ class Generator:
         It is filled chunk by chunk, so that attention needs memory for chunk x length pairs. The
         last chunk may begin with tokens that were read before; each is remembered once.
         """
-        model, length = build(self.model), inputs.shape[1]
-        params = restack_layers(params)
+        length = inputs.shape[1]
         # A token that sees the whole prompt cannot be read before the rest of it.
         chunk = length if self.prefix else min(CHUNK, length)
         prefix = {"prefix_len": prefix_len} if self.prefix else {}
@@ -304,75 +293,12 @@ class Generator:
             tokens = jax.lax.dynamic_slice_in_dim(inputs, start, chunk, axis=1)
             position = start + jnp.arange(chunk)
             cache_write_mask = (position >= i * chunk) & (position < lengths[:, None] - 1)
-            options = {
-                "cache": cache,
-                "cache_write_mask": cache_write_mask,
-                "offset": start,
-                "method": "decode",
-            }
-            return model.apply({"params": params}, tokens, **prefix, **options)[1]
+            options = {"cache_write_mask": cache_write_mask, "offset": start}
+            return params.decode(tokens, cache=cache, **prefix, **options)[1]
 
-        cache = empty_cache(self.model, len(lengths), size)
+        cache = params.empty_cache(len(lengths), size)
         chunks = (jnp.max(lengths) - 1 + chunk - 1) // chunk
-        return unstack(self.model, jax.lax.fori_loop(0, chunks, read, cache))
-
-
-class Text:
-    """The text of tokens that arrive one after the other, as far as it is certain.
-
-    The tokens of a character that is not complete wait for the rest of it, and what may be the
-    beginning of a stop string waits until it is not; the text ends before a stop string.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray, stop: Sequence[str]):
-        self.tokenizer, self.stop = tokenizer, stop
-        self.ended = False
-        self._count = 0
-        # How a token is spelled may depend on those before: the first of a text lacks its space.
-        self._before, self._new = prompt.tolist(), []
-        self._waiting = ""
-
-    def read(self, tokens: np.ndarray) -> str:
-        """What the tokens, all that are written so far, add to the text."""
-        certain = ""
-        for token in tokens[self._count :].tolist():
-            if self.ended:
-                break
-            certain += self._add(token)
-        self._count = len(tokens)
-        return certain
-
-    def rest(self) -> str:
-        """What waited for a stop string that has not come."""
-        waiting, self._waiting = self._waiting, ""
-        return waiting
-
-    def _add(self, token: int) -> str:
-        if token in self.tokenizer.ends:
-            self.ended = True
-            return self.rest()
-        self._new.append(token)
-        known = self.tokenizer.decode(self._before)
-        text = self.tokenizer.decode(self._before + self._new)
-        if len(text) <= len(known) or text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
-        self._before, self._new = self._new, []
-        self._waiting += text[len(known) :]
-        found = [i for i in map(self._waiting.find, self.stop) if i >= 0]
-        if found:
-            self.ended = True
-            certain, self._waiting = self._waiting[: min(found)], ""
-            return certain
-        held = max((_overlap(self._waiting, stop) for stop in self.stop), default=0)
-        border = len(self._waiting) - held
-        certain, self._waiting = self._waiting[:border], self._waiting[border:]
-        return certain
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are the beginning of `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+        return jax.lax.fori_loop(0, chunks, read, cache)
 
 
 def _require_decoder(model: ModelConfig) -> None:

@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from heedful.data.text_files import one_line
 from heedful.data.tokenizer import Tokenizer
 from heedful.model.config import ModelConfig, ModelError
-from heedful.model.decoding import Decoded, Sampling, beam_search, sample
-from heedful.model.ops.loops import restack_layers
-from heedful.model.transformer import build, empty_cache, unstack
+from heedful.model.decoding.beam_search import beam_search
+from heedful.model.decoding.parameters import DecodeParams, prepare
+from heedful.model.decoding.sampling import Decoded, Sampling, sample
 from heedful.train.config import DecodeConfig, TrainError, require_tokens
 from heedful.train.inference.batching import PromptBatch, batches, require_length
 from heedful.train.sharding import replicated
@@ -51,7 +51,7 @@ class Translator:
         self.longest, self.tell = longest, tell
         self.bos, self.eos = tokenizer.bos, tokenizer.eos
         with jax.set_mesh(mesh):
-            self.params = jax.jit(partial(unstack, model))(params)
+            self.params = jax.jit(partial(prepare, model))(params)
         self._run = jax.jit(self._translate, out_shardings=replicated(mesh))
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
@@ -89,35 +89,29 @@ class Translator:
             for row, i in enumerate(numbers):
                 yield i, tokens[row, : lengths[row]]
 
-    def _translate(self, params: Any, rows: PromptBatch) -> Decoded:
+    def _translate(self, params: DecodeParams, rows: PromptBatch) -> Decoded:
         """Sources, of length 0 for an empty row, to tokens [B, T]."""
-        config, model = self.decode, build(self.model)
+        config = self.decode
         inputs, lengths, lines = rows
         batch, length = inputs.shape
         max_steps = length + config.extra_length
         segments = (jnp.arange(length) < lengths[:, None]).astype(jnp.int32)
-        encoded = model.apply({"params": restack_layers(params)}, inputs, segments, method="encode")
-
-        def step(
-            tokens: jax.Array, cache: Any, position: jax.Array, encoded=None, cache_write_mask=None
-        ):
-            logits, cache = model.apply(
-                {"params": restack_layers(params)},
-                tokens,
-                encoded,
-                segments,
-                cache=restack_layers(cache),
-                cache_write_mask=cache_write_mask,
-                offset=position,
-                method="decode",
-            )
-            return logits[:, -1], unstack(self.model, cache)
-
+        encoded = params.apply(inputs, segments, method="encode")
         last = jnp.full(batch, self.bos, jnp.int32)
         start = jnp.int32(0)
         # This leaves nothing but the projected source in the cache.
-        cache, nothing = empty_cache(self.model, batch, max_steps), jnp.zeros((batch, 1), bool)
-        _, cache = step(last[:, None], cache, start, encoded, nothing)
+        _, cache = params.decode(
+            last[:, None],
+            encoded,
+            segments,
+            cache=params.empty_cache(batch, max_steps),
+            cache_write_mask=jnp.zeros((batch, 1), bool),
+            offset=start,
+        )
+
+        def step(tokens: jax.Array, cache: Any, position: jax.Array):
+            return params.step(tokens, cache, position, None, segments)
+
         common = {
             "start": start,
             "limits": jnp.where(lengths > 0, lengths + config.extra_length, 0),

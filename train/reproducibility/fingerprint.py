@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Shaped, UInt32
 
-from heedful.model.dropout import indices, mix, place
+from heedful.model.ops.dropout import indices, mix, place
 from heedful.train.sharding import replicated
 
 
