@@ -67,7 +67,7 @@ def split_kernels(blocks: Any) -> tuple[Any, Any]:
     decoding reads transposed. In a stack only the `out` of an attention has two axes of inputs.
     """
 
-    def matrix(path: tuple[str, ...], kernel: jax.Array) -> jax.Array:
+    def matrix(path: tuple[str, ...], kernel: Any) -> jax.Array:
         inputs = kernel.shape[1:3] if path[-2] == "out" else kernel.shape[1:2]
         return kernel.reshape(len(kernel), math.prod(inputs), -1)
 

@@ -1,13 +1,16 @@
 """The three architectures: embeddings, one or two stacks of blocks, a head."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from heedful.model import masks
+from heedful.model.attention_masks import cross_mask, decoder_mask, encoder_mask
 from heedful.model.axes import constrain, partitioned
 from heedful.model.cache import new_cache
 from heedful.model.config import ModelConfig, ModelError
@@ -22,7 +25,7 @@ Positions = Int[Array, "b T"]  # b is B, or 1 where all rows agree
 
 
 class InputEmbedding(nn.Module):
-    """Adds position and type to embedded tokens, norms if asked, drops out (§5.4)."""
+    """Embedded tokens plus position and type, then norm and dropout as the config asks (§5.4)."""
 
     config: ModelConfig
 
@@ -52,17 +55,56 @@ class InputEmbedding(nn.Module):
         return constrain(x.astype(config.dtype), "act_batch", "act_length", "act_embed")
 
 
-class EncoderOnly(nn.Module):
-    """Tokens, each seeing all of its own segment, to scores (BERT, arXiv:1810.04805)."""
+class Transformer(nn.Module):
+    """The parts that all architectures share: an embedding, a head, and the way between them."""
 
     config: ModelConfig
 
     def setup(self):
-        config = self.config
-        self.embedding = Embedding(config)
-        self.inputs = InputEmbedding(config)
-        self.encoder = Stack(config, config.layers)
-        self.head = HEADS[config.head.kind](config)
+        self.embedding = Embedding(self.config)
+        self.setup_stacks()
+        self.head = HEADS[self.config.head.kind](self.config)
+
+    def setup_stacks(self) -> None:
+        """Make what stands between the embedding and the head."""
+        raise NotImplementedError
+
+    def score(
+        self,
+        x: Float[Array, "B T D"],
+        segment_ids: Tokens | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Float[Array, "B *T C"]:
+        """Return logits [B, T, V] or [B, C], as the head gives them, of hidden states."""
+        return self.head(x, self.embedding, segment_ids, deterministic=deterministic)
+
+    def hidden(
+        self,
+        embed: InputEmbedding,
+        stack: Stack,
+        inputs: Tokens,
+        positions: Tokens | None,
+        mask: Callable[[ModelConfig], AttentionMask],
+        *,
+        type_ids: Tokens | None = None,
+        offset: jax.Array | int | None = None,
+        deterministic: bool,
+        **options: Any,
+    ) -> tuple[Float[Array, "B T D"], BlockCache | None]:
+        """Return hidden states of tokens, and the cache; `options` are those of the stack."""
+        _require_cache(offset, options.get("cache"))
+        positions = _or_range(positions, inputs, offset)
+        x = embed(self.embedding(inputs), positions, type_ids, deterministic=deterministic)
+        return stack(x, positions, mask(stack.config), deterministic=deterministic, **options)
+
+
+class EncoderOnly(Transformer):
+    """Logits of tokens that each see all of their own segment (BERT, arXiv:1810.04805)."""
+
+    def setup_stacks(self) -> None:
+        self.inputs = InputEmbedding(self.config)
+        self.encoder = Stack(self.config, self.config.layers)
 
     def __call__(
         self,
@@ -74,22 +116,12 @@ class EncoderOnly(nn.Module):
         deterministic: bool = True,
         return_logits: bool = True,
     ) -> Float[Array, "B *T C"]:
-        """Scores [B, T, V] of a language model, [B, C] of a classifier; or what they are made of.
+        """Return logits, [B, T, V] of a language model or [B, C] of a classifier.
 
-        That is hidden states, to be given to `score`.
+        Without `return_logits` these are hidden states, which `score` takes.
         """
         x = self.encode(inputs, segment_ids, positions, type_ids, deterministic=deterministic)
         return self.score(x, segment_ids, deterministic=deterministic) if return_logits else x
-
-    def score(
-        self,
-        x: Float[Array, "B T D"],
-        segment_ids: Tokens | None = None,
-        *,
-        deterministic: bool = True,
-    ) -> Float[Array, "B *T C"]:
-        """Scores of hidden states."""
-        return self.head(x, self.embedding, segment_ids, deterministic=deterministic)
 
     def encode(
         self,
@@ -100,28 +132,29 @@ class EncoderOnly(nn.Module):
         *,
         deterministic: bool = True,
     ) -> Float[Array, "B T D"]:
-        """Hidden states."""
-        positions = _or_range(positions, inputs)
-        x = self.inputs(self.embedding(inputs), positions, type_ids, deterministic=deterministic)
-        mask = encoder_mask(self.config, segment_ids)
-        x, _ = self.encoder(x, positions, mask, deterministic=deterministic)
+        """Return hidden states."""
+        mask = partial(encoder_mask, segment_ids=segment_ids)
+        x, _ = self.hidden(
+            self.inputs,
+            self.encoder,
+            inputs,
+            positions,
+            mask,
+            type_ids=type_ids,
+            deterministic=deterministic,
+        )
         return x
 
 
-class DecoderOnly(nn.Module):
-    """Tokens, each seeing its own past, to scores (GPT).
+class DecoderOnly(Transformer):
+    """Logits of tokens that each see their own past (GPT).
 
     The first `prefix_len` tokens of a row, where given, see one another (arXiv:1910.10683 §3.2.1).
     """
 
-    config: ModelConfig
-
-    def setup(self):
-        config = self.config
-        self.embedding = Embedding(config)
-        self.inputs = InputEmbedding(config)
-        self.decoder = Stack(config, config.layers, is_causal=True)
-        self.head = HEADS[config.head.kind](config)
+    def setup_stacks(self) -> None:
+        self.inputs = InputEmbedding(self.config)
+        self.decoder = Stack(self.config, self.config.layers, is_causal=True)
 
     def __call__(
         self,
@@ -134,7 +167,10 @@ class DecoderOnly(nn.Module):
         deterministic: bool = True,
         return_logits: bool = True,
     ) -> Float[Array, "B *T C"]:
-        """Scores for the next tokens [B, T, V], or [B, C] of a classifier; or hidden states."""
+        """Return logits of the next tokens [B, T, V], or [B, C] of a classifier.
+
+        Without `return_logits` these are hidden states.
+        """
         outputs, _ = self.decode(
             inputs,
             segment_ids=segment_ids,
@@ -145,8 +181,6 @@ class DecoderOnly(nn.Module):
             return_logits=return_logits,
         )
         return outputs
-
-    score = EncoderOnly.score
 
     def decode(
         self,
@@ -162,42 +196,40 @@ class DecoderOnly(nn.Module):
         deterministic: bool = True,
         return_logits: bool = True,
     ) -> tuple[Float[Array, "B *T C"], BlockCache | None]:
-        """Scores for the token after each of `inputs`, which start at position `offset`.
+        """Return logits for the token after each of `inputs`, and the cache with these added.
 
-        A cache remembers those that are real; None: all. The others are padding, or are read again
-        after they were, or before they will be.
+        `inputs` start at position `offset`. The cache remembers those in `cache_write_mask`, None:
+        all. The others are padding, or are read once more, after or before they are remembered.
+        Without `return_logits` there are hidden states in place of logits.
         """
-        _require_cache(offset, cache)
-        positions = _or_range(positions, inputs, offset)
-        x = self.inputs(self.embedding(inputs), positions, type_ids, deterministic=deterministic)
-        mask = decoder_mask(self.config, segment_ids, prefix_len, offset)
-        x, cache = self.decoder(
-            x,
+        mask = partial(decoder_mask, segment_ids=segment_ids, prefix_len=prefix_len, offset=offset)
+        x, cache = self.hidden(
+            self.inputs,
+            self.decoder,
+            inputs,
             positions,
             mask,
+            type_ids=type_ids,
+            offset=offset,
             cache=cache,
             cache_write_mask=cache_write_mask,
             deterministic=deterministic,
         )
-        return self.score(
-            x, segment_ids, deterministic=deterministic
-        ) if return_logits else x, cache
+        if return_logits:
+            x = self.score(x, segment_ids, deterministic=deterministic)
+        return x, cache
 
 
-class EncoderDecoder(nn.Module):
-    """Source tokens and target tokens so far to scores for the next one (arXiv:1706.03762 §3)."""
+class EncoderDecoder(Transformer):
+    """Logits of target tokens that see their own past and all of a source (arXiv:1706.03762 §3)."""
 
-    config: ModelConfig
-
-    def setup(self):
+    def setup_stacks(self) -> None:
         config = self.config
-        self.embedding = Embedding(config)
         self.encoder_inputs = InputEmbedding(config)
         self.decoder_inputs = InputEmbedding(config)
         depth = config.encoder_layers or config.layers  # which `init` looks at, too
         self.encoder = Stack(replace(config, layers=depth), depth)
         self.decoder = Stack(config, config.layers, is_causal=True, has_cross=True)
-        self.head = HEADS[config.head.kind](config)
 
     def __call__(
         self,
@@ -211,7 +243,7 @@ class EncoderDecoder(nn.Module):
         deterministic: bool = True,
         return_logits: bool = True,
     ) -> Float[Array, "B T C"]:
-        """Scores for the next tokens [B, T, V], or hidden states."""
+        """Return logits of the next tokens [B, T, V]; without `return_logits` hidden states."""
         encoded = self.encode(
             encoder_inputs, encoder_segment_ids, encoder_positions, deterministic=deterministic
         )
@@ -226,8 +258,6 @@ class EncoderDecoder(nn.Module):
         )
         return outputs
 
-    score = EncoderOnly.score
-
     def encode(
         self,
         inputs: Int[Array, "B S"],
@@ -236,11 +266,11 @@ class EncoderDecoder(nn.Module):
         *,
         deterministic: bool = True,
     ) -> Float[Array, "B S D"]:
-        """Hidden states of the source."""
-        positions = _or_range(positions, inputs)
-        x = self.encoder_inputs(self.embedding(inputs), positions, deterministic=deterministic)
-        mask = encoder_mask(self.config, segment_ids)
-        x, _ = self.encoder(x, positions, mask, deterministic=deterministic)
+        """Return hidden states of the source."""
+        mask = partial(encoder_mask, segment_ids=segment_ids)
+        x, _ = self.hidden(
+            self.encoder_inputs, self.encoder, inputs, positions, mask, deterministic=deterministic
+        )
         return x
 
     def decode(
@@ -257,18 +287,18 @@ class EncoderDecoder(nn.Module):
         deterministic: bool = True,
         return_logits: bool = True,
     ) -> tuple[Float[Array, "B T C"], BlockCache | None]:
-        """Scores for the token after each of `inputs`, which start at position `offset`.
+        """Return logits for the token after each of `inputs`, and the cache with these added.
 
-        With a cache, its first call takes `encoded` and later ones None: the projected source is in
-        the cache then. It remembers those of `inputs` that are real; None: all.
+        As `DecoderOnly.decode`. With a cache, its first call takes `encoded` and later ones None:
+        the projected source is in the cache then.
         """
-        _require_cache(offset, cache)
-        positions = _or_range(positions, inputs, offset)
-        x = self.decoder_inputs(self.embedding(inputs), positions, deterministic=deterministic)
-        x, cache = self.decoder(
-            x,
+        x, cache = self.hidden(
+            self.decoder_inputs,
+            self.decoder,
+            inputs,
             positions,
-            decoder_mask(self.config, segment_ids, offset=offset),
+            partial(decoder_mask, segment_ids=segment_ids, offset=offset),
+            offset=offset,
             encoded=encoded,
             cross_mask=cross_mask(inputs, segment_ids, encoder_segment_ids),
             cache=cache,
@@ -278,7 +308,7 @@ class EncoderDecoder(nn.Module):
         return self.score(x) if return_logits else x, cache
 
 
-ARCHITECTURES: dict[str, type[nn.Module]] = {
+ARCHITECTURES: dict[str, type[Transformer]] = {
     "encoder_only": EncoderOnly,
     "decoder_only": DecoderOnly,
     "encoder_decoder": EncoderDecoder,
@@ -286,12 +316,15 @@ ARCHITECTURES: dict[str, type[nn.Module]] = {
 
 
 def build(config: ModelConfig) -> nn.Module:
-    """The model that a config describes."""
+    """Return the model that a config describes."""
     return ARCHITECTURES[config.architecture](config)
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int) -> BlockCache:
-    """A cache for `length` decoder positions; raises ModelError beyond a table of positions."""
+    """Return a cache for `length` decoder positions.
+
+    Raises ModelError for more positions than a learned table has.
+    """
     limit = config.positions.max_length
     if config.positions.kind == "learned" and length > limit:
         raise ModelError(
@@ -316,46 +349,3 @@ def _or_range(positions: Positions | None, inputs: Tokens, offset=None) -> Posit
         return positions
     steps = jnp.arange(inputs.shape[1])[None]
     return steps if offset is None else steps + jnp.reshape(offset, (-1, 1))
-
-
-# Who may look at whom in each of the three attentions ------------------------------------
-
-
-def encoder_mask(config: ModelConfig, segment_ids: Int[Array, "B S"] | None) -> AttentionMask:
-    """All tokens of a token's segment, in its window."""
-    mask = _window(config)
-    return mask if segment_ids is None else mask & masks.packed(segment_ids)
-
-
-def decoder_mask(
-    config: ModelConfig,
-    segment_ids: Tokens | None,
-    prefix_len: Int[Array, " B"] | None = None,
-    offset: jax.Array | int | None = None,
-) -> AttentionMask:
-    """A token's own past, and the prefix, in its segment and window."""
-    mask = masks.causal() if prefix_len is None else masks.prefix(prefix_len)
-    mask &= _window(config)
-    mask = mask if offset is None else mask.at(offset)
-    return mask if segment_ids is None else mask & masks.packed(segment_ids)
-
-
-def cross_mask(
-    inputs: Tokens, segment_ids: Tokens | None, encoder_segment_ids: Int[Array, "b S"] | None
-) -> AttentionMask:
-    """The source of a token's segment, which B / b rows in succession may share."""
-    if encoder_segment_ids is None:
-        return masks.full()
-    own = jnp.ones_like(inputs) if segment_ids is None else segment_ids
-    return masks.cross(own.reshape(len(encoder_segment_ids), -1), encoder_segment_ids)
-
-
-def _window(config: ModelConfig) -> AttentionMask:
-    attention = config.attention
-    if attention.window is None:
-        return masks.full()
-    steps = attention.dilation or None
-    if not attention.global_tokens:
-        return masks.sliding(attention.window, attention.window, steps)
-    first = jnp.arange(attention.global_tokens)[None]
-    return masks.longformer(attention.window, first, steps)

@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from heedful.data.packing import Shape
+from heedful.model.attention_masks import encoder_mask
 from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
@@ -27,7 +28,6 @@ from heedful.model.config import (
 )
 from heedful.model.multi_head_attention import MultiHeadAttention
 from heedful.model.ops.products import matmul
-from heedful.model.transformer import encoder_mask
 from heedful.train.config import MeshConfig, OptimizerConfig, TrainConfig, TrainError
 from heedful.train.sharding import (
     batch_sharding,

@@ -8,9 +8,10 @@ import jax
 from jaxtyping import Array, Float
 
 from heedful.model.attention import spec_of
+from heedful.model.attention_masks import cross_mask, decoder_mask, encoder_mask
 from heedful.model.config import ModelConfig, ModelError
 from heedful.model.masks import AttentionMask
-from heedful.model.transformer import build, cross_mask, decoder_mask, encoder_mask
+from heedful.model.transformer import build
 
 Inputs = Mapping[str, jax.Array]  # what the model is called with, by the names of data/batch.py
 

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 
 from heedful.model import masks
 from heedful.model.attention import CORES
+from heedful.model.attention_masks import cross_mask, decoder_mask, encoder_mask
 from heedful.model.cache import new_cache
 from heedful.model.config import AttentionConfig, AttentionSite, ModelConfig, ModelError
 from heedful.model.masks import AttentionMask, MaskNotSupported
 from heedful.model.multi_head_attention import MultiHeadAttention, StackContext
 from heedful.model.positions import PositionBias
-from heedful.model.transformer import cross_mask, decoder_mask, encoder_mask
 
 T = 4
 IDS = jnp.ones((1, T), jnp.int32)
