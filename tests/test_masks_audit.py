@@ -34,7 +34,7 @@ from heedful.model.config import (
 )
 from heedful.train import cli
 from heedful.train.audit import declared
-from heedful.train.audit.audit import Audit, _cached, _readings, _tempted, audit
+from heedful.train.audit.audit import Audit, _cached, _extreme_scores, _schedules, audit
 from heedful.train.audit.findings import Finding
 from heedful.train.audit.measured import Probe, forward
 from heedful.train.audit.report import audit_before_training
@@ -68,13 +68,13 @@ def audited(data: DataConfig, *, small: bool = True, **attention: Any) -> Audit:
 
 
 def found(
-    result: Audit | list[Finding], kind: str, where: str, how: str = ""
+    result: Audit | list[Finding], kind: str, where: str, method: str = ""
 ) -> list[tuple[int, ...]]:
     """All places of findings of this kind; there must be one."""
     findings = result if isinstance(result, list) else result.findings
-    chosen = [f for f in findings if (f.kind, f.where) == (kind, where) and how in f.how]
+    chosen = [f for f in findings if (f.kind, f.where) == (kind, where) and method in f.method]
     assert chosen, [str(f) for f in findings]
-    return [place for finding in chosen for place in finding.places]
+    return [place for finding in chosen for place in finding.positions]
 
 
 def decoded(data: DataConfig) -> list[Finding]:
@@ -82,7 +82,7 @@ def decoded(data: DataConfig) -> list[Finding]:
     subject = Subject.of(model(data), data)
     whole = forward(subject.model, deterministic=True)
     probe = Probe(subject.model, subject.params, whole, subject.batch)
-    return [f for reading in _readings(subject) for f in _cached(subject, probe, reading)]
+    return [f for schedule in _schedules(subject) for f in _cached(subject, probe, schedule)]
 
 
 # The twelve -------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def test_causality_dropped_when_dropout_is_on(monkeypatch):
     result = audited(LM)
     places = found(result, "leak", "self-attention", "dropout on")
     assert all(s > t for _, t, s in places)
-    assert {finding.how for finding in result.findings} == {"dropout on"}
+    assert {finding.method for finding in result.findings} == {"dropout on"}
 
 
 @pytest.mark.parametrize("data", [LM, MASKED], ids=lambda data: data.objective)
@@ -179,8 +179,8 @@ def test_cache_off_by_one(monkeypatch, data):
     monkeypatch.setattr(KVCache, "write", lambda self, k, v, at: write(self, k, v, at + 1))
     findings = decoded(data)
     kind = "decoder self-attention" if data == TRANSLATION else "self-attention"
-    for how in ("token by token", "3 at a time"):
-        found(findings, "difference", kind, how)
+    for method in ("token by token", "3 at a time"):
+        found(findings, "difference", kind, method)
 
 
 def test_cache_that_looks_one_ahead(monkeypatch):
@@ -280,10 +280,10 @@ def test_finite_mask_value(monkeypatch, data, value):
 
     monkeypatch.setattr(DENSE, "masked_softmax", softmax)
     result = audited(data)
-    tempted = list(_tempted(result.subject))
+    leaks = list(_extreme_scores(result.subject))
     for where in result.subject.names.values():
         found(result, "leak", where, "dropout off")
-        found(tempted, "leak", where, "temptation")
+        found(leaks, "leak", where, "extreme scores")
 
 
 @pytest.mark.parametrize(("value", "is_added"), [(-1e4, False), (-1e9, True)])
@@ -297,7 +297,7 @@ def test_finite_mask_value_that_spares_empty_rows(monkeypatch, value, is_added):
     monkeypatch.setattr(DENSE, "masked_softmax", softmax)
     result = audited(LM)
     assert not result.findings
-    found(list(_tempted(result.subject)), "leak", "self-attention", "temptation")
+    found(list(_extreme_scores(result.subject)), "leak", "self-attention", "extreme scores")
 
 
 def test_rows_that_see_one_another(monkeypatch):
@@ -350,7 +350,7 @@ def test_cores_are_clean_where_they_run(core: str, window: str, data: DataConfig
         result = audit(Subject.of(config, data), small=True)
     except ModelError as error:
         pytest.skip(str(error))
-    found = [*result.findings, *_tempted(result.subject)]
+    found = [*result.findings, *_extreme_scores(result.subject)]
     assert [str(finding) for finding in found] == []
 
 

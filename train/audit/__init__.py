@@ -1,1 +1,1 @@
-"""Masks that can be proven: what a model sees, against what its config says that it may see."""
+"""Audit of attention masks: compare what a model depends on with what its config allows."""

@@ -1,4 +1,4 @@
-"""What the pipeline and the objective do wrong, seen in the arrays alone."""
+"""Check the arrays of batches: positions, segments, weights, and targets among visible inputs."""
 
 from collections.abc import Iterator
 
@@ -9,14 +9,16 @@ from heedful.data.objectives import Arrays
 from heedful.data.pipeline import Dataset
 from heedful.model.config import ModelConfig
 from heedful.train.audit.declared import reaches
-from heedful.train.audit.findings import Finding, differing
+from heedful.train.audit.findings import Finding, finding_at
 
-BATCHES = 16  # that are read: objectives are random
-KEPT = 0.3  # share of the chosen tokens that masked_lm may leave as they are; it should be 0.1
+BATCHES = 16
+"""Number of batches that are checked; several, as objectives are random."""
+MAX_UNCHANGED = 0.3
+"""Largest share of unchanged tokens among those that masked_lm chooses; 0.1 is expected."""
 
 
-def in_data(model: ModelConfig, dataset: Dataset) -> list[Finding]:
-    """What the pipeline and the objective do wrong: targets that are seen, positions, segments."""
+def check_data(model: ModelConfig, dataset: Dataset) -> list[Finding]:
+    """Return findings about the batches of a dataset: one for each kind and array."""
     found: dict[tuple[str, str], Finding] = {}
     documents = _documents(dataset)
     kept, chosen = 0, 0
@@ -30,16 +32,16 @@ def in_data(model: ModelConfig, dataset: Dataset) -> list[Finding]:
             kept += int((batch["inputs"] == batch["targets"])[weighted].sum())
             chosen += int(weighted.sum())
     findings = list(found.values())
-    if kept > KEPT * chosen:
+    if kept > MAX_UNCHANGED * chosen:
         reason = (
-            f"{kept} of {chosen} tokens to be restored stand in their own place: about 10 % may"
+            f"{kept} of {chosen} tokens to predict are unchanged in the input: expected are 10 %"
         )
         findings.append(Finding("leak", "targets", "data", reason))
     return findings
 
 
 def _documents(dataset: Dataset) -> np.ndarray:
-    """The document of each token, -1 for those that are in none."""
+    """Return the document of each token, -1 for tokens outside of all documents."""
     numbers = np.full(dataset.tokenizer.vocab_size, -1)
     for i in range(len(dataset.store.blank)):
         for tokens in dataset.store[i].values():
@@ -57,31 +59,31 @@ def _in_batch(
         segments, tokens = batch[f"{side}segment_ids"], batch[f"{side}inputs"]
         if not side and is_masked:
             tokens = np.where(counted, batch["targets"], tokens)
-        yield from differing(
-            f"{side}positions", "data", batch[f"{side}positions"] != _places(segments),
-            "the position of a token is not its place in its document",
+        yield from finding_at(
+            f"{side}positions", "data", batch[f"{side}positions"] != _positions(segments),
+            "the position of a token is not its index in its document",
         )  # fmt: skip
-        of = np.where(segments > 0, documents[tokens], -1)
-        yield from differing(
-            f"{side}segment_ids", "data", _mixed(segments, of),
-            "a segment is not what comes from one document",
+        document = np.where(segments > 0, documents[tokens], -1)
+        yield from finding_at(
+            f"{side}segment_ids", "data", _mixed(segments, document),
+            "a segment is not exactly one document",
         )  # fmt: skip
     if not has_tokens:
         return
-    yield from differing(
+    yield from finding_at(
         "weights", "data", counted & (batch["segment_ids"] == 0), "padding has a weight"
     )
     if model.architecture != "encoder_only":
         segments = batch["segment_ids"]
         same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
         wrong = same & (batch["inputs"][:, 1:] != batch["targets"][:, :-1])
-        yield from differing("targets", "data", wrong, "the target is not the next input")
+        yield from finding_at("targets", "data", wrong, "the target is not the next input")
     ordinary = counted & ~dataset.tokenizer.is_special[batch["targets"]]
     for (output, stream), may in reaches(model, batch).items():
         if output != "logits":
             continue
         given = (batch["targets"][:, :, None] == batch[stream][:, None]) & ordinary[:, :, None]
-        if is_masked:  # what stands at a chosen position is noise; `in_data` counts it
+        if is_masked:  # `check_data` counts unchanged inputs at chosen positions.
             given &= ~counted[:, None]
         pairs = tuple(map(tuple, np.argwhere(given & may).tolist()))
         if pairs:
@@ -91,8 +93,8 @@ def _in_batch(
             yield Finding("leak", "targets", "data", reason, pairs)
 
 
-def _places(segments: np.ndarray) -> np.ndarray:
-    """The place of each position in its segment, 0 for padding."""
+def _positions(segments: np.ndarray) -> np.ndarray:
+    """Return the index of each position in its segment, 0 for padding."""
     index = np.arange(segments.shape[1])
     starts = np.diff(segments, axis=1, prepend=-1) != 0
     first = np.maximum.accumulate(np.where(starts, index, 0), axis=1)
@@ -100,11 +102,14 @@ def _places(segments: np.ndarray) -> np.ndarray:
 
 
 def _mixed(segments: np.ndarray, documents: np.ndarray) -> Bool[np.ndarray, "B T"]:
-    """Positions that share a segment with a token of another document, or not with a neighbour."""
+    """Tell which positions have a wrong segment.
+
+    It is wrong if it has a token of another document, or lacks a neighbour of the same document.
+    """
     known = documents >= 0
     both = known[:, :, None] & known[:, None]
     same = segments[:, :, None] == segments[:, None]
     alike = documents[:, :, None] == documents[:, None]
-    # A long row may begin and end with parts of one document.
+    # Only neighbours are compared: a row may begin and end with parts of one document.
     next_to = abs(np.subtract.outer(*[np.arange(segments.shape[1])] * 2)) == 1
     return (both & ((same & ~alike) | (alike & ~same & next_to))).any(2)

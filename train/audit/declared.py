@@ -1,7 +1,7 @@
-"""What a model may see: written down from its config and the facts of a batch, in plain numpy.
+"""Dependences that a config allows, computed from the config and a batch in plain numpy.
 
-Nothing of model/masks.py or model/transformer.py is used, or a mistake there would be made here as
-well, and not be noticed.
+This second implementation shares no code with model/masks.py and model/transformer.py, so that
+the audit notices mistakes there.
 """
 
 from collections.abc import Mapping
@@ -11,13 +11,16 @@ from jaxtyping import Bool, Int
 
 from heedful.model.config import ModelConfig
 
-Batch = Mapping[str, np.ndarray]  # by the names of data/batch.py
-Pairs = Bool[np.ndarray, "B N T S"]  # whether a query may look at a key, by head
-Reach = Bool[np.ndarray, "B T S"]  # whether an output may depend on an input
+Batch = Mapping[str, np.ndarray]
+"""Arrays by the names of data/batch.py."""
+Pairs = Bool[np.ndarray, "B N T S"]
+"""Whether a query may attend to a key, by head."""
+Reach = Bool[np.ndarray, "B T S"]
+"""Whether an output may depend on an input."""
 
 
 def attentions(config: ModelConfig, batch: Batch) -> dict[str, Pairs]:
-    """The pairs of each attention, by the names of `attention_weights.attention_kinds`."""
+    """Return the allowed pairs by the names of `attention_weights.attention_kinds`."""
     own, prefix = batch["segment_ids"], batch.get("prefix_len", np.zeros(1, int))
     if config.architecture == "encoder_only":
         return {"self": self_pairs(config, own)}
@@ -34,36 +37,39 @@ def attentions(config: ModelConfig, batch: Batch) -> dict[str, Pairs]:
 def self_pairs(
     config: ModelConfig, segments: Int[np.ndarray, "B T"], prefix: np.ndarray | None = None
 ) -> Pairs:
-    """The tokens of one's document: its past and the prefix if there is a prefix, in the window."""
-    attention, place = config.attention, np.arange(segments.shape[1])
-    back = place[:, None] - place  # how far behind the query the key lies
-    may = same_document(segments, segments)[:, None]
+    """Return the allowed pairs of self-attention: the same document, and the window if any.
+
+    With `prefix` (lengths [B] of prefixes, 0 for none) attention is causal outside of the prefix.
+    """
+    attention, position = config.attention, np.arange(segments.shape[1])
+    distance = position[:, None] - position  # From the key to the query.
+    allowed = same_document(segments, segments)[:, None]
     if prefix is not None:
-        may = may & ((back >= 0) | (place < prefix[:, None, None, None]))
+        allowed = allowed & ((distance >= 0) | (position < prefix[:, None, None, None]))
     if attention.window is not None:
         step = np.reshape(attention.dilation or (1,), (-1, 1, 1))
-        near = (abs(back) <= attention.window * step) & (back % step == 0)
-        is_global = place < attention.global_tokens
-        may = may & (near | is_global | is_global[:, None])
-    return may
+        near = (abs(distance) <= attention.window * step) & (distance % step == 0)
+        is_global = position < attention.global_tokens
+        allowed = allowed & (near | is_global | is_global[:, None])
+    return allowed
 
 
 def same_document(queries: np.ndarray, keys: np.ndarray) -> Reach:
-    """Both belong to one document; padding belongs to none."""
+    """Tell which query and key belong to one document; padding belongs to none."""
     return (queries[:, :, None] == keys[:, None]) & (keys[:, None] > 0)
 
 
 def reaches(config: ModelConfig, batch: Batch) -> dict[tuple[str, str], Reach]:
-    """What each output may depend on through all layers, {(output, input): pairs}.
+    """Return what each output may depend on through all layers, {(output, input): pairs}.
 
-    In each layer a position sees itself and what attention lets it see, so that L layers reach the
-    L-th power of that. The logits of a classifier are one position.
+    In each layer a position depends on itself and on the positions that it attends to: L layers
+    give the L-th power of this relation. The logits of a classifier are one position.
     """
     pairs = {name: np.asarray(heads.any(1)) for name, heads in attentions(config, batch).items()}
     own = closure(pairs["self"], config.layers)
     if config.architecture == "encoder_decoder":
         source = closure(pairs["encoder"], config.encoder_layers or config.layers)
-        # A position looks across in its last layer too, after it has looked at its own side.
+        # In each layer, the last one too, cross-attention follows self-attention.
         across = closure(pairs["self"], config.layers - 1) @ pairs["cross"] @ source
         return {
             ("encoder", "encoder_inputs"): source,
@@ -78,7 +84,7 @@ def reaches(config: ModelConfig, batch: Batch) -> dict[tuple[str, str], Reach]:
 
 
 def closure(pairs: Reach, layers: int) -> Reach:
-    """(pairs or identity) ^ layers."""
+    """Return (pairs or identity) to the power of `layers`."""
     one = np.eye(pairs.shape[1], dtype=bool)
     reach = np.broadcast_to(one, pairs.shape)
     for _ in range(min(layers, pairs.shape[1])):
@@ -89,7 +95,7 @@ def closure(pairs: Reach, layers: int) -> Reach:
 def pooled(
     pooling: str, segments: Int[np.ndarray, "B T"], reach: Reach
 ) -> Bool[np.ndarray, "B 1 S"]:
-    """What the one output of each row may depend on."""
+    """Return what the single output of each row may depend on."""
     real = segments > 0
     if pooling == "first":
         chosen = np.broadcast_to(np.arange(real.shape[1]) == 0, real.shape)

@@ -1,7 +1,7 @@
-"""The rows that are audited: artificial documents through the real pipeline and objective.
+"""Rows to audit: artificial documents, prepared by the real pipeline and objective.
 
-All tokens of a row differ, so that where a token stands says which document it is from, and a
-target among the inputs is a leak and no accident.
+All tokens of a row differ. So each token identifies its document, and a target among the visible
+inputs is always a leak.
 """
 
 import dataclasses
@@ -17,14 +17,16 @@ from heedful.data.store import TokenStore
 from heedful.data.tokenizer import Tokenizer
 from heedful.train.config import require
 
-NEEDED = 3  # distinct tokens, in shares of a row
-ROWS = 3  # one full, or nearly, one with padding at its end, and one that is all padding
-# Lengths of the documents, in shares of a row.
-PACKED, ALONE = (0.35, 0.2, 0.45, 0.55), (0.9, 0.55)
+TOKENS_PER_POSITION = 3
+"""Number of distinct tokens needed, as a multiple of the row length."""
+ROWS = 3
+"""A full row (or nearly), a row with padding at its end, and a row of padding only."""
+PACKED, UNPACKED = (0.35, 0.2, 0.45, 0.55), (0.9, 0.55)
+"""Lengths of the documents, as shares of the row length."""
 
 
 def tokenizer_of_words(count: int, objective: str) -> Tokenizer:
-    """A tokenizer of that many words, with the special tokens that the objective needs."""
+    """Return a tokenizer of `count` words and the special tokens that the objective needs."""
     words = " ".join(f"w{i:0{len(str(count))}}" for i in range(count))
     config = TokenizerConfig(kind="words", vocab_size=count + 200)
     return Tokenizer.train([words], config, objective)
@@ -33,16 +35,16 @@ def tokenizer_of_words(count: int, objective: str) -> Tokenizer:
 def dataset(
     config: DataConfig, tokenizer: Tokenizer, length: int, *, pairs: bool = False
 ) -> Dataset:
-    """A few documents of distinct tokens in rows of `length`, as the pipeline makes them.
+    """Return a dataset of a few documents of distinct tokens in rows of `length`.
 
-    `pairs` says that examples for classes have a second text. Raises TrainError where the tokenizer
-    has fewer tokens than a row.
+    `pairs`: classified examples have a second text. Raises TrainError where the tokenizer has too
+    few tokens.
     """
     count = len(tokenizer.ordinary)
     require(
-        count >= NEEDED * length,
-        f"rows of {length} need {NEEDED * length} distinct tokens, and the tokenizer has {count}: "
-        f"give a --length of at most {count // NEEDED}",
+        count >= TOKENS_PER_POSITION * length,
+        f"--length {length}: rows need {TOKENS_PER_POSITION * length} distinct tokens, but the "
+        f"tokenizer has {count}; choose at most {count // TOKENS_PER_POSITION}",
     )
     config = dataclasses.replace(
         config,
@@ -56,7 +58,7 @@ def dataset(
     fields = ("source", "target") if config.objective == "translation" else ("text",)
     if is_labelled and pairs:
         fields = ("text", "pair")
-    shares = PACKED if config.is_packed else ALONE
+    shares = PACKED if config.is_packed else UNPACKED
     room = (length - 3) // (2 if "pair" in fields else 1)
     sizes = [max(2, int(share * room)) for share in shares]
     with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +79,7 @@ def dataset(
 def _store(
     folder: Path, fields: tuple[str, ...], sizes: list[int], tokens: np.ndarray
 ) -> TokenStore:
-    """Documents that go through the tokens in their order."""
+    """Store documents that take the tokens in order."""
     first = 0
     np.save(folder / "blank.npy", np.zeros(len(sizes), bool))
     np.save(folder / "sizes.npy", np.zeros((2, len(sizes)), np.int64))
@@ -90,7 +92,7 @@ def _store(
 
 
 def batch(dataset: Dataset) -> dict[str, np.ndarray]:
-    """The rows in their order; those with a prefix of which a prefix leaves something to see."""
+    """Return the rows in order; prefixes are longer than 2 and leave 2 positions or more."""
     made = {}
     for seed in range(100):
         made = dataclasses.replace(dataset, seed=seed).batch(dataset.eval_plan, 0)

@@ -1,4 +1,4 @@
-"""What is wrong: leaks, blindness, and values that differ, each with where and for which pair."""
+"""Findings of an audit: leaks, blindness and differing values, each with its positions."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,47 +8,51 @@ import numpy as np
 from jaxtyping import Bool
 
 Kind = Literal["leak", "blindness", "difference"]
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # of rounding, as a share of the largest value
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+"""Largest difference due to rounding, relative to the largest value."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not as declared, and every place where it is not."""
+    """A deviation from what the config declares, with all positions that deviate.
+
+    A leak is a dependence that the config forbids, blindness a missing one that it allows.
+    """
 
     kind: Kind
     where: str
     """The attention, or the array of the data."""
-    how: str
-    """In which way it was found."""
+    method: str
+    """The method of the audit that found it."""
     reason: str
-    """About the first place."""
-    places: tuple[tuple[int, ...], ...] = ()
-    """(row, output, input), with the head before the output in a mask; or (row, position)."""
+    """Description of the first position."""
+    positions: tuple[tuple[int, ...], ...] = ()
+    """(row, output, input), or (row, head, output, input) of a mask, or (row, position)."""
 
     def __str__(self) -> str:
-        more = f"; {len(self.places) - 1:,} more" if len(self.places) > 1 else ""
-        return f"{self.kind}: {self.where} ({self.how}): {self.reason}{more}"
+        more = f"; {len(self.positions) - 1:,} more" if len(self.positions) > 1 else ""
+        return f"{self.kind}: {self.where} ({self.method}): {self.reason}{more}"
 
 
-def compared(
+def compare_pairs(
     where: str,
-    how: str,
-    seen: Bool[np.ndarray, "B *N T S"],
-    may: Bool[np.ndarray, "B *N T S"],
+    method: str,
+    depends: Bool[np.ndarray, "B *N T S"],
+    allowed: Bool[np.ndarray, "B *N T S"],
     queries: np.ndarray,
     keys: np.ndarray,
     *,
     can_be_blind: bool = True,
 ) -> Iterator[Finding]:
-    """Leaks and blindness, of positions whose segment ids [B, T] and [B, S] these are."""
-    for kind, wrong in (("leak", seen & ~may), ("blindness", may & ~seen)):
-        places = tuple(map(tuple, np.argwhere(wrong).tolist()))
-        if not places or (kind == "blindness" and not can_be_blind):
+    """Yield leaks and blindness; `queries` [B, T] and `keys` [B, S] are segment ids."""
+    for kind, wrong in (("leak", depends & ~allowed), ("blindness", allowed & ~depends)):
+        positions = tuple(map(tuple, np.argwhere(wrong).tolist()))
+        if not positions or (kind == "blindness" and not can_be_blind):
             continue
-        b, *head, t, s = places[0]
-        is_pooled = seen.shape[-2] == 1 < seen.shape[-1]
+        b, *head, t, s = positions[0]
+        is_pooled = depends.shape[-2] == 1 < depends.shape[-1]
         query = "the output" if is_pooled else f"position {t}"
-        of_head = f", head {head[0]}," if head and seen.shape[1] > 1 else ""
+        of_head = f", head {head[0]}," if head and depends.shape[1] > 1 else ""
         reason = f"{query} of row {b}{of_head} "
         if kind == "leak":
             own = 0 if is_pooled else int(queries[b, t])
@@ -56,32 +60,32 @@ def compared(
             reason += f"sees position {s}, which {'is not pooled' if is_pooled else why}"
         else:
             reason += f"does not see position {s}"
-        yield Finding(kind, where, how, reason, places)  # type: ignore[arg-type]
+        yield Finding(kind, where, method, reason, positions)  # type: ignore[arg-type]
 
 
 def _relation(query: int, key: int, ahead: int) -> str:
-    """Why a query may not see a key."""
+    """Describe why a query must not see a key."""
     if key == 0:
         return "is padding"
     if query == 0:
-        return "is no padding as it is itself"
+        return "is not padding, as the query is"
     if query != key:
         return "is of another document"
-    return "comes later" if ahead > 0 else "is out of reach"
+    return "comes later" if ahead > 0 else "is outside the window"
 
 
-def differing(
-    where: str, how: str, wrong: Bool[np.ndarray, "B T"], reason: str, kind: Kind = "difference"
+def finding_at(
+    where: str, method: str, wrong: Bool[np.ndarray, "B T"], reason: str, kind: Kind = "difference"
 ) -> Iterator[Finding]:
-    """A finding if anything is wrong."""
-    places = tuple(map(tuple, np.argwhere(wrong).tolist()))
-    if places:
-        b, t = places[0]
-        yield Finding(kind, where, how, f"{reason}: position {t} of row {b}", places)
+    """Yield one finding if any position is wrong."""
+    positions = tuple(map(tuple, np.argwhere(wrong).tolist()))
+    if positions:
+        b, t = positions[0]
+        yield Finding(kind, where, method, f"{reason}: position {t} of row {b}", positions)
 
 
-def unlike(a: np.ndarray, b: np.ndarray, dtype: str) -> Bool[np.ndarray, "*n"]:
-    """Which vectors differ by more than rounding."""
+def is_different(a: np.ndarray, b: np.ndarray, dtype: str) -> Bool[np.ndarray, "*n"]:
+    """Tell which vectors differ by more than rounding."""
     scale = max(float(np.abs(b).max(initial=0)), 1e-6)
-    wrong = ~(np.abs(a - b) <= TOLERANCE[dtype] * scale)  # NaN differs from all
+    wrong = ~(np.abs(a - b) <= TOLERANCE[dtype] * scale)  # NaN differs from everything.
     return np.asarray(wrong.any(-1))

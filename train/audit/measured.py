@@ -1,4 +1,4 @@
-"""What a model does see: which outputs change with which inputs, by bits and by gradient."""
+"""Measure which outputs of a model depend on which inputs, by bits and by gradients."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,23 +20,27 @@ from heedful.model.transformer import InputEmbedding, build, empty_cache
 from heedful.train.audit.findings import TOLERANCE
 from heedful.train.step import model_inputs
 
-# Seconds of compilation are what an audit costs; its programs run for milliseconds.
+# An audit compiles for seconds and runs for milliseconds: compile without optimisations.
 FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):  # Newer ones do not have that choice.
+if jax.__version_info__ < (0, 11):  # Later versions lack this option.
     FAST["xla_cpu_use_fusion_emitters"] = False
 STREAMS = ("inputs", "encoder_inputs")
 STRENGTHS = (1e20, 8.0)
+"""Attention scores of forbidden keys; those of allowed keys are the negatives."""
 
 Batch = Mapping[str, np.ndarray]
-Seen = dict[tuple[str, str], Bool[np.ndarray, "B T S"]]
-"""{(output, input): which positions of one depend on which of the other}."""
+Dependence = dict[tuple[str, str], Bool[np.ndarray, "B T S"]]
+"""{(output, input): whether each output position depends on each input position}."""
 Outputs = dict[str, Float[Array, "B T D"]]
-Program = Callable[[Any, dict, dict], Outputs]  # (parameters, batch, deltas) -> outputs
+Program = Callable[[Any, dict, dict], Outputs]
+"""(parameters, batch, changes of the input embeddings) -> outputs."""
 
 
-class Reading(NamedTuple):
-    """How rows go through a cache: the first `lengths` tokens of each in one piece of `first`
-    positions, with padding after them, then `chunk` tokens at a time."""
+class DecodingSchedule(NamedTuple):
+    """Schedule of decoding with a cache: prefill `first` positions, then `chunk` tokens per call.
+
+    Row b has `lengths[b]` tokens in the prefill, and padding after them.
+    """
 
     lengths: tuple[int, ...]
     first: int
@@ -50,24 +54,25 @@ class Reading(NamedTuple):
         )
 
     def covered(self, length: int) -> Bool[np.ndarray, "B T"]:
-        """The positions that are read."""
+        """Tell which positions the schedule decodes."""
         more = (length - self.first) // self.chunk * self.chunk
         return np.arange(length) < np.array(self.lengths)[:, None] + more
 
 
 def shapes(config: ModelConfig) -> Any:
-    """Shapes and types of the parameters."""
+    """Return shapes and types of the parameters."""
     tokens = {name: jnp.zeros((1, 1), jnp.int32) for name in streams(config)}
     return nn.unbox(jax.eval_shape(build(config).init, jax.random.key(0), **tokens))["params"]
 
 
 def random_params(config: ModelConfig) -> Any:
-    """Parameters that are random everywhere: no bias is 0, and no matrix of an update."""
+    """Return random parameters, biases and low-rank updates (usually 0) included."""
     draw = np.random.default_rng(0).normal
     return jax.tree.map(lambda x: draw(0, 0.3, x.shape).astype(x.dtype), shapes(config))
 
 
 def streams(config: ModelConfig) -> tuple[str, ...]:
+    """Return the names of the model's inputs."""
     return STREAMS if config.architecture == "encoder_decoder" else STREAMS[:1]
 
 
@@ -75,8 +80,10 @@ def streams(config: ModelConfig) -> tuple[str, ...]:
 
 
 def forward(config: ModelConfig, deterministic: bool) -> Program:
-    """The model as training and evaluation call it: logits, and what comes out of the encoder, or
-    out of the stack below a classifier."""
+    """Return the program of training or evaluation.
+
+    Its outputs are the logits, and the hidden states of the encoder or of a classifier's stack.
+    """
     is_pair, is_pooled = config.architecture == "encoder_decoder", config.head.kind == "classifier"
     shown = ("encoder",) if is_pair else ("encoder", "decoder") if is_pooled else ()
 
@@ -103,20 +110,20 @@ def forward(config: ModelConfig, deterministic: bool) -> Program:
                 deterministic=deterministic,
                 rngs={} if deterministic else dict.fromkeys(("dropout", FEATURES), key),
             )
-        # One output for each row is one position.
+        # The output of a classifier becomes one position.
         return {**found, "logits": logits if logits.ndim == 3 else logits[:, None]}
 
     return run
 
 
-def through_cache(config: ModelConfig, reading: Reading) -> Program:
-    """The model as `generate` and `translate` call it, token by token or in chunks."""
+def through_cache(config: ModelConfig, schedule: DecodingSchedule) -> Program:
+    """Return the program of `generate` and `translate`, with this schedule."""
 
     def run(params: Any, batch: dict, deltas: dict) -> Outputs:
         model, (B, T) = build(config), batch["inputs"].shape
-        lengths, first, chunk = jnp.array(reading.lengths), reading.first, reading.chunk
-        # A position that holds for all rows is a number, as in `generate`.
-        start = lengths if len(set(reading.lengths)) > 1 else lengths[0]
+        lengths, first, chunk = jnp.array(schedule.lengths), schedule.first, schedule.chunk
+        # As in `generate`, a position that is the same for all rows is a scalar.
+        start = lengths if len(set(schedule.lengths)) > 1 else lengths[0]
         is_pair = config.architecture == "encoder_decoder"
 
         def call(method: str, delta: jax.Array, *args: Any, **kwargs: Any) -> Any:
@@ -160,7 +167,7 @@ def through_cache(config: ModelConfig, reading: Reading) -> Program:
 
 
 class Probe:
-    """A program with its parameters, compiled for batches of the shapes of this one."""
+    """A program with its parameters, compiled for batches with the shapes of `batch`."""
 
     def __init__(self, config: ModelConfig, params: Any, program: Program, batch: Batch):
         self.config, self.params, self.program = config, jax.device_put(params), program
@@ -172,14 +179,15 @@ class Probe:
         compiler.shutdown(wait=False)
 
     def outputs(self, batch: Batch, deltas: dict | None = None) -> dict[str, np.ndarray]:
+        """Run the program, with `deltas` added to the input embeddings."""
         inputs = model_inputs(self.config, batch)
         run = self._compiled.result()
         return jax.device_get(run(self.params, inputs, deltas or self._zeros(batch)))
 
-    def by_bits(self, batch: Batch) -> Seen:
-        """Which outputs change by a bit when the vector of an input token does.
+    def by_bits(self, batch: Batch) -> Dependence:
+        """Measure which outputs change in any bit when an input embedding changes.
 
-        The tokens at one position change in all rows at once; see `mixed`.
+        Embeddings at one position change in all rows at once; see `by_other_rows`.
         """
         before, zeros = self.outputs(batch), self._zeros(batch)
         seen = {
@@ -193,8 +201,8 @@ class Probe:
                     seen[name, stream][:, :, s] = changed
         return seen
 
-    def mixed(self, batch: Batch) -> Bool[np.ndarray, "B T"]:
-        """Which logits change by a bit when all tokens of another row do."""
+    def by_other_rows(self, batch: Batch) -> Bool[np.ndarray, "B T"]:
+        """Measure which logits change in any bit when all inputs of another row change."""
         before, rows = self.outputs(batch), np.arange(len(batch["inputs"]))
         found = np.zeros(before["logits"].shape[:2], bool)
         for stream in streams(self.config):
@@ -203,18 +211,18 @@ class Probe:
                 found |= changed & (rows != b)[:, None]
         return found
 
-    def _changed(self, batch: Batch, before: dict, stream: str, places: Any) -> dict:
-        """Which outputs are others, or no numbers, when tokens at these places are."""
+    def _changed(self, batch: Batch, before: dict, stream: str, positions: Any) -> dict:
+        """Tell which outputs change or are not finite when embeddings at `positions` change."""
         deltas = self._zeros(batch)
-        deltas[stream][places] = np.random.default_rng(0).normal(size=self.config.width)
+        deltas[stream][positions] = np.random.default_rng(0).normal(size=self.config.width)
         after = self.outputs(batch, deltas)
         return {k: ((x != before[k]) | ~np.isfinite(x)).any(-1) for k, x in after.items()}
 
-    def by_gradient(self, batch: Batch) -> Seen:
-        """Which outputs have a gradient that is not exactly 0 for the vector of an input token.
+    def by_gradient(self, batch: Batch) -> Dependence:
+        """Measure which outputs have a gradient other than 0 with respect to an input embedding.
 
-        Each output is a random direction of the vector that the model gives there; those at one
-        position are summed over the rows.
+        Each output vector is multiplied with a random direction; the products at one position are
+        summed over the rows.
         """
 
         def jacobian(params: Any, inputs: dict, zeros: dict) -> Any:
@@ -233,8 +241,8 @@ class Probe:
                     ones[name] = ones[name].at[:, t].set(1)
                     return jax.tree.map(lambda g: jnp.any(g != 0, axis=-1), pull(ones)[0])
 
-                # Not side by side: there jaxlib 0.10 gets gradients of norms wrong on a CPU (64
-                # cotangents of a layer norm of [3, 64, 16], by vmap, differ in the first digit).
+                # map, not vmap: with vmap jaxlib 0.10 computes wrong gradients of norms on a CPU
+                # (64 cotangents of a layer norm of [3, 64, 16] differ in the first digit).
                 found = jax.lax.map(one, jnp.arange(outputs[name].shape[1]))
                 return {(name, stream): x.swapaxes(0, 1) for stream, x in found.items()}
 
@@ -251,35 +259,37 @@ class Probe:
         }
 
 
-# Temptation -------------------------------------------------------------------------------------
+# Extreme scores ---------------------------------------------------------------------------------
 
 
-def tempted(
+def leaks_at_extreme_scores(
     config: ModelConfig,
     params: Any,
     site: AttentionSite,
     mask: AttentionMask,
-    may: Bool[np.ndarray, "B T S"],
+    allowed: Bool[np.ndarray, "B T S"],
     core_params: Mapping[str, jax.Array],
 ) -> Bool[np.ndarray, "B T"]:
-    """Queries whose result changes with what they may not see, when that is as tempting as can be.
+    """Tell which queries depend on forbidden keys if those have extremely large scores.
 
-    All queries are one vector, keys that a query may see are -strength times that and the others
-    +strength times: a finite number in place of an exclusion, whether it is added to a score or put
-    in its place, loses against that. A result that is not finite, as of random features that
-    overflow, tells nothing; a smaller strength then does.
+    All queries are one vector. Keys that a query may attend to are -strength times this vector, the
+    others +strength times. So a mask that adds a finite number to a score, or replaces the score by
+    a finite number, does not exclude them. Results that are not finite, such as overflowing random
+    features, are not counted; the smaller strength covers these.
     """
-    B, T, S = may.shape
+    B, T, S = allowed.shape
     attention = config.attention
     rng = np.random.default_rng(0)
     value, noise = rng.normal(size=(2, B, S, config.kv_heads, config.head_dim)).astype(np.float32)
     module, shared = MultiHeadAttention(config, site), StackContext(core_params=dict(core_params))
-    # Random features share a factor among all keys, which rounds; elsewhere each bit counts.
+    # Random features have a common factor of all keys, which changes the rounding.
     is_exact = spec_of(attention.core_of(site)).is_exact
     tolerance = 0.0 if is_exact else TOLERANCE[config.dtype]
 
-    def attend(params: Any, may: jax.Array, mask: AttentionMask, strength, key, value) -> jax.Array:
-        """[B, T, D], where keys that may not be seen by a query are `key` times the vector."""
+    def attend(
+        params: Any, allowed: jax.Array, mask: AttentionMask, strength, key, value
+    ) -> jax.Array:
+        """Return [B, T, D]; forbidden keys are `key` times the vector of the queries."""
 
         def replaced(call, args, kwargs, context):
             if not isinstance(context.module, Linear) or context.method_name != "__call__":
@@ -289,7 +299,7 @@ def tempted(
                 shape = (*args[0].shape[:2], attention.heads, config.head_dim)
                 return jnp.full(shape, config.head_dim**-0.5, dtype)
             if name == "key":
-                keys = jnp.where(may, -strength, key)[..., None, None]
+                keys = jnp.where(allowed, -strength, key)[..., None, None]
                 return jnp.broadcast_to(keys, value.shape).astype(dtype)
             return jnp.asarray(value, dtype) if name == "value" else call(*args, **kwargs)
 
@@ -299,9 +309,9 @@ def tempted(
             y, _ = module.apply({"params": params}, zeros, context, mask, shared)  # type: ignore[misc]
         return y.astype(jnp.float32)
 
-    def changed(params: Any, mask: AttentionMask, may: jax.Array, strength: jax.Array):
+    def changed(params: Any, mask: AttentionMask, allowed: jax.Array, strength: jax.Array):
         def one(t: jax.Array) -> jax.Array:
-            seen = may[:, t]
+            seen = allowed[:, t]
             other = jnp.where(seen[..., None, None], value, noise)
             a = attend(params, seen, mask, strength, strength, value)[:, t]
             b = attend(params, seen, mask, strength, 0.0, other)[:, t]
@@ -311,5 +321,5 @@ def tempted(
         return jax.lax.map(one, jnp.arange(T)).T
 
     run = jax.jit(changed, compiler_options=FAST)
-    found = [run(params, mask, may, jnp.float32(strength)) for strength in STRENGTHS]
-    return np.any(jax.device_get(found), axis=0)
+    leaks = [run(params, mask, allowed, jnp.float32(strength)) for strength in STRENGTHS]
+    return np.any(jax.device_get(leaks), axis=0)

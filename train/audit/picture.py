@@ -1,4 +1,4 @@
-"""The masks of an audit as characters and as a PNG, and what is wrong in them by colour."""
+"""Draw the masks of an audit as text and as a PNG; colours mark leaks and blindness."""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -26,36 +26,39 @@ MEANING = {
     LEAK: "leak: sees what it must not",
     BLIND: "blind: does not see what it may",
 }
-TEXT, LABELLED = 32, 64  # longest rows that are drawn as text, and whose tokens are written
-ROWS = 2  # of the batch: a full one, and one with padding
-CELL, PANEL, FONT = 0.14, 2.2, 7  # inches of a pair, least of a panel; points of a label
+MAX_TEXT, MAX_LABELS = 32, 64
+"""Lengths of the longest rows that are drawn as text, and that have tokens on their axes."""
+ROWS = 2
+"""Rows that are drawn: a full one, and one with padding."""
+CELL, MIN_PANEL, FONT = 0.14, 2.2, 7
+"""Inches of a pair, smallest inches of a panel, and points of a label."""
 
 States = Int[np.ndarray, "T S"]
 
 
 def states(seen: declared.Pairs, may: declared.Pairs) -> Int[np.ndarray, "B T S"]:
-    """What each pair is, over all heads."""
+    """Classify each pair, over all heads."""
     result = np.where(seen.all(1), SEES, np.where(seen.any(1), SOME, MAY_NOT_SEE))
     result = np.where((may & ~seen).any(1), BLIND, result)
     return np.where((seen & ~may).any(1), LEAK, result)
 
 
 def panels(audit: Audit) -> list[tuple[str, str, Int[np.ndarray, "B T S"]]]:
-    """(what is seen, by which stream of keys, its pairs): the masks, then all layers together."""
+    """Return (title, input of the keys, pairs) of each mask, then of all layers together."""
     subject = audit.subject
-    found = []
+    result = []
     for kind, mask in audit.masks.items():
         keys = "inputs" if kind == "self" else "encoder_inputs"
         pairs = states(mask, np.broadcast_to(subject.pairs[kind], mask.shape))
-        found.append((f"mask of {subject.names[kind]}", keys, pairs))
+        result.append((f"mask of {subject.names[kind]}", keys, pairs))
     for key, may in declared.reaches(subject.model, subject.batch).items():
         through = f"{subject.where(*key)}: all layers"
-        found.append((through, key[1], states(audit.seen[key][:, None], may[:, None])))
-    return found
+        result.append((through, key[1], states(audit.dependence[key][:, None], may[:, None])))
+    return result
 
 
 def as_text(audit: Audit) -> Group:
-    """The masks of the first rows in block characters, and what their documents are."""
+    """Return the masks of the first rows in block characters, and the lengths of documents."""
     pictures = []
     for title, _, pairs in panels(audit)[: len(audit.masks)]:
         for row, states in enumerate(pairs[:ROWS]):
@@ -69,34 +72,36 @@ def as_text(audit: Audit) -> Group:
 
 
 def _facts(batch: declared.Batch, row: int) -> str:
-    """The documents, the prefix and the padding of a row."""
-    said = []
+    """Describe the documents, the prefix and the padding of a row."""
+    facts = []
     for side, name in (("encoder_", "source: "), ("", "target: ")):
         if f"{side}segment_ids" in batch:
             ids = batch[f"{side}segment_ids"][row]
             counts = [str(n) for n in np.bincount(ids)[1:]]
             noun = "documents" if len(counts) > 1 else "a document"
             text = f"{noun} of {', '.join(counts)} tokens, {(ids == 0).sum()} of padding"
-            said.append((name if "encoder_inputs" in batch else "") + text)
+            facts.append((name if "encoder_inputs" in batch else "") + text)
     if "prefix_len" in batch:
-        said.append(f"a prefix of {batch['prefix_len'][row]}")
-    return "; ".join(said)
+        facts.append(f"a prefix of {batch['prefix_len'][row]}")
+    return "; ".join(facts)
 
 
 def write_png(audit: Audit, title: str, path: Path, software: str) -> None:
-    """Draws the masks of the first rows, and below them what is seen through all layers."""
+    """Draw the masks of the first rows, and below them the dependences through all layers."""
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     from heedful.train.inspection.token_labels import drawable
 
-    found, batch = panels(audit), audit.subject.batch
-    drawn = [(name, keys, row, pairs[row]) for name, keys, pairs in found for row in range(ROWS)]
+    batch = audit.subject.batch
+    drawn = [
+        (name, keys, row, pairs[row]) for name, keys, pairs in panels(audit) for row in range(ROWS)
+    ]
     columns = ROWS * max(1, min(len(audit.masks), 3))
     lines = -(-len(drawn) // columns)
     T = max(x.shape[1] for name, x in batch.items() if name.endswith("inputs"))
-    size = max(CELL * T, PANEL) + 0.9
+    size = max(CELL * T, MIN_PANEL) + 0.9
     figure = Figure(figsize=(columns * size, lines * (size + 0.3) + 1.4), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
     colours = ListedColormap(list(COLOURS.values()))
@@ -114,7 +119,7 @@ def write_png(audit: Audit, title: str, path: Path, software: str) -> None:
         for side, axis in zip(sides, (panel.yaxis, panel.xaxis), strict=True):
             ids = batch[side.removesuffix("inputs") + "segment_ids"][row]
             labels = ["output"] if pooled and axis is panel.yaxis else _labels(audit, side, row)
-            if len(labels) <= LABELLED:
+            if len(labels) <= MAX_LABELS:
                 texts, families, _ = drawable(labels)
                 turn = 90 if axis is panel.xaxis else 0
                 axis.set_ticks(range(len(texts)), texts, rotation=turn, fontsize=FONT - 1)
@@ -136,7 +141,7 @@ def write_png(audit: Audit, title: str, path: Path, software: str) -> None:
 
 
 def _labels(audit: Audit, side: str, row: int) -> Sequence[Any]:
-    """The tokens of a row with the numbers of their documents."""
+    """Return the tokens of a row with the numbers of their documents."""
     from heedful.train.inspection.token_labels import pieces
 
     batch = audit.subject.batch

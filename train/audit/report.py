@@ -1,4 +1,4 @@
-"""`heedful masks`: draws the masks, audits them, and says what is wrong."""
+"""`heedful masks`: audit the masks of a model, draw them, and print the findings."""
 
 import time
 from pathlib import Path
@@ -13,7 +13,7 @@ from heedful.data.tokenizer import Tokenizer
 from heedful.model.attention import CORES, choose
 from heedful.model.config import ModelConfig, ModelError
 from heedful.train.audit.audit import Audit, audit
-from heedful.train.audit.picture import TEXT, as_text, write_png
+from heedful.train.audit.picture import MAX_TEXT, as_text, write_png
 from heedful.train.audit.subject import Subject, with_core
 from heedful.train.config import TrainConfig, TrainError, require
 from heedful.train.inspection.attention_picture import SOFTWARE, require_ours
@@ -31,17 +31,22 @@ def masks(
     cores: bool = False,
     output: Path,
 ) -> bool:
-    """Prints and draws what the audit finds; returns whether it has found nothing."""
-    require(length is None or length >= 8, f"--length must be at least 8, not {length}")
+    """Audit the masks, print the findings and draw a picture; return True without findings.
+
+    `trained` is (parameters, tokenizer) of a run, `length` is the length of the rows, and `cores`
+    audits all other attention cores too. Raises TrainError for a length below 8, and where
+    `output` is a file that heedful did not write.
+    """
+    require(length is None or length >= 8, f"--length {length}: must be at least 8")
     require_ours(output)
     require_fit(model, data, TrainConfig(label_smoothing=0.0))
     began = time.perf_counter()
     with console.status("auditing the masks"):
         audited = audit(Subject.of(model, data, length, trained))
-    if audited.subject.batch["inputs"].shape[1] <= TEXT:
+    if audited.subject.batch["inputs"].shape[1] <= MAX_TEXT:
         console.print(as_text(audited))
-    clean = _say(audited, console, began)
-    write_png(audited, f"{name}: {_what(audited)}".replace("; ", "\n"), output, SOFTWARE)
+    is_clean = _print(audited, console, began)
+    write_png(audited, f"{name}: {_description(audited)}".replace("; ", "\n"), output, SOFTWARE)
     for core in CORES if cores else ():
         if _cores(audited) == [core]:
             continue
@@ -49,57 +54,57 @@ def masks(
         try:
             other = with_core(model, core)
             require_fit(other, data, TrainConfig(label_smoothing=0.0))
-            found = audit(Subject.of(other, data, length, trained))
+            result = audit(Subject.of(other, data, length, trained))
         except (ModelError, TrainError) as error:
             console.print(f"core {core}: cannot run this model: {error}", markup=False)
             continue
-        clean &= _say(found, console, began)
+        is_clean &= _print(result, console, began)
     console.print(f"picture: {output}", markup=False)
-    return clean
+    return is_clean
 
 
 def audit_before_training(model: ModelConfig, data: DataConfig, console: Console) -> None:
-    """The small audit; raises TrainError where something is wrong."""
+    """Run the small audit; raise TrainError for any finding."""
     began = time.perf_counter()
     try:
-        found = audit(Subject.of(model, data), small=True)
+        result = audit(Subject.of(model, data), small=True)
     except ModelError as error:
-        # What keeps a small model from running may not concern the one that is trained.
+        # The small model cannot run; the model to train may still be able to.
         console.print(f"masks: not audited: {error}", style="yellow", markup=False)
         return
-    if found.findings:
-        listed = "\n".join(map(str, found.findings))
+    if result.findings:
+        listed = "\n".join(map(str, result.findings))
         raise TrainError(
-            f"the audit of the masks has found something wrong: heedful masks shows it, "
-            f"--no-audit trains all the same\n{listed}"
+            "the audit of the masks failed: heedful masks shows the details, --no-audit skips the "
+            f"audit\n{listed}"
         )
-    console.print(f"masks: audited, {_verdict(found, began)}", markup=False)
+    console.print(f"masks: audited, {_verdict(result, began)}", markup=False)
 
 
-def _say(found: Audit, console: Console, began: float) -> bool:
-    console.print(f"{_what(found)}; audited: {', '.join(found.ways)}", markup=False)
-    for line in found.left_out:
+def _print(result: Audit, console: Console, began: float) -> bool:
+    console.print(f"{_description(result)}; audited: {', '.join(result.methods)}", markup=False)
+    for line in result.unsupported:
         console.print(f"not audited: {line}", style="yellow", markup=False)
-    for finding in found.findings:
+    for finding in result.findings:
         console.print(str(finding), style="red", markup=False)
-    console.print(f"masks: audited, {_verdict(found, began)}\n", markup=False)
-    return not found.findings
+    console.print(f"masks: audited, {_verdict(result, began)}\n", markup=False)
+    return not result.findings
 
 
-def _what(found: Audit) -> str:
-    """The core and the model that were audited."""
-    return f"core {', '.join(_cores(found))}; {found.subject.note}"
+def _description(result: Audit) -> str:
+    """Describe the core and the model that were audited."""
+    return f"core {', '.join(_cores(result))}; {result.subject.note}"
 
 
-def _cores(found: Audit) -> list[str]:
-    model, length = found.subject.model, found.subject.batch["inputs"].shape[1]
+def _cores(result: Audit) -> list[str]:
+    model, length = result.subject.model, result.subject.batch["inputs"].shape[1]
     names = dict.fromkeys(model.attention.core_of(site) for site in model.sites)
     return [choose(name, jax.default_backend(), length)[0] for name in names]
 
 
-def _verdict(found: Audit, began: float) -> str:
-    kinds = [finding.kind for finding in found.findings]
+def _verdict(result: Audit, began: float) -> str:
+    kinds = [finding.kind for finding in result.findings]
     counts = {"leaks": "leak", "blind": "blindness", "other differences": "difference"}
-    said = ", ".join(f"{kinds.count(kind)} {name}" for name, kind in counts.items())  # type: ignore
-    rows, length = np.shape(found.subject.batch["inputs"])
-    return f"{said} ({rows} rows of {length}, {time.perf_counter() - began:.1f} s)"
+    text = ", ".join(f"{kinds.count(kind)} {name}" for name, kind in counts.items())  # type: ignore
+    rows, length = np.shape(result.subject.batch["inputs"])
+    return f"{text} ({rows} rows of {length}, {time.perf_counter() - began:.1f} s)"

@@ -1,4 +1,4 @@
-"""What is audited: a model, small unless it is a trained one, and rows for it."""
+"""The subject of an audit: a trained model or a small random one, and rows for it."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -16,8 +16,10 @@ from heedful.train.audit import declared, examples
 from heedful.train.audit.measured import random_params, shapes
 from heedful.train.inspection.attention_weights import attention_kinds
 
-LENGTH = 16  # of the rows
-LAYERS, WIDTH, HEAD_DIM, HEADS, GROUP = 2, 16, 8, 2, 2  # most of a small model
+LENGTH = 16
+"""Length of the rows, unless given."""
+LAYERS, WIDTH, HEAD_DIM, HEADS, GROUP = 2, 16, 8, 2, 2
+"""Largest sizes of a small model."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Subject:
     is_trained: bool
     dataset: Dataset
     note: str
-    """How the model differs from that of the config."""
+    """Description of how the model differs from the config's."""
 
     @classmethod
     def of(
@@ -39,7 +41,10 @@ class Subject:
         length: int | None = None,
         trained: tuple[Any, Tokenizer] | None = None,
     ) -> "Subject":
-        """The model with trained parameters and their tokenizer, else a small one at random."""
+        """Return the model with its trained parameters and tokenizer, or a small random model.
+
+        `trained` is (parameters, tokenizer); parameters of another core are not used.
+        """
         length, fits = length or LENGTH, trained is not None and _fit(model, trained[0])
         if trained is not None and fits:
             params, tokenizer = trained
@@ -47,9 +52,11 @@ class Subject:
             if model.positions.kind == "learned":
                 length = min(length, model.positions.max_length)
             if (model.attention.window or 0) >= length - 1:
-                note += f", whose window of {model.attention.window} needs a --length above it"
+                note += f"; give a --length above its window of {model.attention.window}"
         else:
-            tokenizer = examples.tokenizer_of_words(examples.NEEDED * length, data.objective)
+            tokenizer = examples.tokenizer_of_words(
+                examples.TOKENS_PER_POSITION * length, data.objective
+            )
             model, note = shrunk(model, length, tokenizer.vocab_size)
             params = random_params(model)
         dataset = examples.dataset(data, tokenizer, length, pairs=model.type_vocab_size > 1)
@@ -61,7 +68,7 @@ class Subject:
 
     @cached_property
     def pairs(self) -> dict[str, declared.Pairs]:
-        """The declared pairs of each attention."""
+        """The allowed pairs of each attention."""
         return declared.attentions(self.model, self.batch)
 
     @cached_property
@@ -69,7 +76,7 @@ class Subject:
         return attention_kinds(self.model)
 
     def where(self, output: str, stream: str) -> str:
-        """What decides about this part of what the model sees."""
+        """Return the part of the model that decides about this dependence."""
         if output == "logits" and self.model.head.kind == "classifier":
             return "classifier"
         if stream == "encoder_inputs":
@@ -78,16 +85,16 @@ class Subject:
 
 
 def _fit(model: ModelConfig, params: Any) -> bool:
-    """Whether these are parameters of the model: another core may have other ones."""
+    """Tell if the parameters have the shapes of the model; another core may have others."""
     expected = dict(jax.tree_util.tree_leaves_with_path(shapes(model)))
     given = dict(jax.tree_util.tree_leaves_with_path(params))
     return {k: x.shape for k, x in expected.items()} == {k: x.shape for k, x in given.items()}
 
 
 def shrunk(model: ModelConfig, length: int, vocab_size: int) -> tuple[ModelConfig, str]:
-    """A small model with the same structure, and what has changed; masks, positions, cores stay.
+    """Return a small model with the same masks, positions and cores, and a note of the changes.
 
-    A window that is too wide to be seen in rows of `length` becomes narrow.
+    A window that covers whole rows of `length` through all layers becomes narrow.
     """
     attention = model.attention
     changes: dict[str, Any] = {"head_dim": HEAD_DIM}
