@@ -1,6 +1,6 @@
 # make train: install and train the default experiment; make test: install and run the tests;
 # make coverage: the same, and the lines that no test runs;
-# make test-slow: some thousand damaged inputs, in minutes.
+# make test-slow: the long ones: kills, damaged inputs, every mesh, core and config.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -10,10 +10,10 @@ train: .venv/installed
 	$(BIN)/heedful train translate_tiny
 
 test: .venv/installed-dev
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-slow: .venv/installed-dev
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -n 2 -m slow
 
 coverage: .venv/installed-dev
 	$(BIN)/pytest -n 2 --cov --cov-report=term:skip-covered

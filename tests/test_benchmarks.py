@@ -133,6 +133,7 @@ def test_what_does_not_fit_into_memory_is_left_out(monkeypatch):
     assert float(found["skipped"].split()[1]) > 8
 
 
+@pytest.mark.slow
 def test_training_steps_are_timed(tmp_path, capsys, monkeypatch):
     small = training.SETTINGS["gpt 4x128"]._replace(steps=2)
     low = small._replace(rows=2, dtype="bfloat16", product=64)
@@ -152,6 +153,7 @@ def test_training_steps_are_timed(tmp_path, capsys, monkeypatch):
     assert list(shares.values()) == sorted(shares.values(), reverse=True)
 
 
+@pytest.mark.slow
 def test_decoding_is_timed(tmp_path, capsys, monkeypatch):
     small = beside.Setting("shakespeare_char", 2, 16, 65, 8, (), beam=1)
     beam = beside.Setting("translate_tiny", 2, 16, 65, 17, (), beam=3)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from tiny import LAYERS, POSITIONS, B, V, init, tiny
 
 from heedful.model import masks
@@ -44,7 +45,7 @@ def fill(decode, cache, tokens, lengths, chunk=CHUNK):
     return cache
 
 
-@pytest.mark.parametrize("kind", [*POSITIONS, "dilated"])
+@pytest.mark.parametrize("kind", quick.only(["rotary", "dilated"], [*POSITIONS, "dilated"]))
 def test_rows_of_different_lengths_roll_on_as_the_whole_would(kind: str):
     changes = STEPS if kind == "dilated" else {"positions": kind}
     config, model, params = decoder(**changes)
@@ -70,7 +71,7 @@ def test_rows_of_different_lengths_roll_on_as_the_whole_would(kind: str):
     np.testing.assert_array_equal(cache.self_attention.end, [LENGTHS + 6] * LAYERS)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 4, 5, LENGTH])
+@pytest.mark.parametrize("chunk", quick.only([4], [1, 3, 4, 5, LENGTH]))
 def test_chunks_shorter_and_longer_than_the_window(chunk: int):
     config, model, params = decoder()
     decode = jax.jit(partial(model.apply, {"params": params}, method="decode"))
@@ -120,7 +121,7 @@ BEAMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", BEAMS)
+@pytest.mark.parametrize("kind", quick.only(["relative", "window", "wide", "performer"], BEAMS))
 def test_hypotheses_go_on_from_one_another(kind: str):
     width, steps, rng = MAX_SHARED_BEAMS + 1 if kind == "wide" else 4, 6, np.random.default_rng(0)
     config, model, params = decoder(**BEAMS[kind])
@@ -142,7 +143,7 @@ def test_hypotheses_go_on_from_one_another(kind: str):
 
 
 @pytest.mark.parametrize("width", [1, 3])
-@pytest.mark.parametrize("kind", POSITIONS)
+@pytest.mark.parametrize("kind", quick.only(["relative"], POSITIONS))
 def test_a_token_reads_what_is_filled_and_little_more(kind: str, width: int, monkeypatch):
     monkeypatch.setattr("heedful.model.ops.caches.MIN_PREFIX", 2)
     config, model, params = decoder(positions=kind, attention_window=None)

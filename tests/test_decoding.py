@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from flax import struct
 from tiny import random_params, tiny
 
@@ -144,7 +145,9 @@ def plain_beam(
     return tokens, total
 
 
-@pytest.mark.parametrize(("exponent", "offset"), [(0.0, 5), (0.6, 5), (2.0, 5), (1.0, 0)])
+@pytest.mark.parametrize(
+    ("exponent", "offset"), quick.only([(0.6, 5)], [(0.0, 5), (0.6, 5), (2.0, 5), (1.0, 0)])
+)
 def test_a_wide_beam_finds_the_best_of_all_sequences(exponent: float, offset: int):
     width = V * (V - 1) ** (STEPS - 1)
     found = decode(beam_search, width=width, exponent=exponent, offset=offset)
@@ -170,7 +173,8 @@ def test_a_wide_beam_finds_the_best_of_all_sequences(exponent: float, offset: in
 
 @pytest.mark.parametrize("early_stopping", ["never", False, True])
 @pytest.mark.parametrize(
-    ("width", "exponent", "offset"), [(1, 0.0, 5), (2, 1.0, 5), (3, 0.6, 5), (2, 1.0, 0)]
+    ("width", "exponent", "offset"),
+    quick.only([(3, 0.6, 5)], [(1, 0.0, 5), (2, 1.0, 5), (3, 0.6, 5), (2, 1.0, 0)]),
 )
 def test_a_narrow_beam_is_that_of_plain_lists(
     width: int, exponent: float, offset: int, early_stopping: bool | str

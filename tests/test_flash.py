@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
@@ -173,7 +174,7 @@ def test_neither_temptation_nor_size_changes_the_result():
     )
 
 
-@pytest.mark.parametrize("held", [1, 2, 4])
+@pytest.mark.parametrize("held", quick.only([2], [1, 2, 4]))
 def test_rows_in_turn_equal_rows_together(held: int, monkeypatch):
     arrays = draw((6, 13, 4, H), (6, 13, 2, H), (6, 13, 2, H), (6, 13, 4, H))
     ids = jnp.array([[1] * 4 + [2] * 9, [1] * 13, [3] * 13, [0] * 13, [1] * 12 + [2], [4] * 13])
@@ -219,6 +220,7 @@ def test_jacobians():
     assert_close(jacobian(partial(flash, q_block=2, kv_block=3)), jacobian(dense))
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_the_length():
     def memory(core, length: int) -> int:
         def gradient(q, k, v):

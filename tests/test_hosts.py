@@ -64,6 +64,7 @@ def test_two_processes_equal_one_to_the_bit(text, alone, cache, tmp_path):
     assert "validation" not in said[1]
 
 
+@pytest.mark.slow
 def test_what_they_write_is_what_one_writes(tmp_path, cache):
     """Parameters are split over the two; the first reads the lines and writes the answers."""
     corpus = toy.write_corpus(tmp_path / "corpus")
@@ -119,6 +120,7 @@ def kill_one(processes: list[Process], run: Path, step: int, rng: random.Random)
             )
 
 
+@pytest.mark.slow
 def test_killed_and_asked_to_stop_and_moved(text, alone, cache, tmp_path):
     rng, run = random.Random(0), tmp_path / "run"
     command = flags(text, run)
@@ -136,6 +138,7 @@ def test_killed_and_asked_to_stop_and_moved(text, alone, cache, tmp_path):
     same_bits(checkpoint(run, STEPS)[0], checkpoint(alone, STEPS)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", range(1, KILLS + 1) if KILLS > 1 else [])
 def test_killed_and_started_again_on_another_number(text, alone, cache, tmp_path, kill):
     rng, run = random.Random(kill), tmp_path / "run"

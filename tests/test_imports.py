@@ -27,6 +27,7 @@ MAY_IMPORT = {
 FILES = sorted(
     path for folder in (*FOLDERS, "benchmarks") for path in (ROOT / folder).rglob("*.py")
 )
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
 
@@ -36,6 +37,8 @@ def imported(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "importlib.import_module":
+            found.add(ast.unparse(node.args[0]).lstrip("f").strip("'"))  # of f"{a}.b" too
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             # `from heedful.model import masks` imports heedful.model.masks
@@ -61,7 +64,7 @@ def test_imports_flow_one_way(path: Path):
         assert is_allowed or not is_ours, f"{path.relative_to(ROOT)} imports {name}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
+@pytest.mark.parametrize("path", FILES + TESTS, ids=NAMES + [path.name for path in TESTS])
 def test_the_top_level_folders_are_no_import_names(path: Path):
     """A user's own model.py or data/ would hide them."""
     if not path.name.endswith("_peers.py"):  # which import those of other projects

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from tiny import POSITIONS, random_params, tiny
 
 from heedful.model.transformer import build
@@ -79,7 +80,7 @@ def test_gradients_are_zero_exactly_where_nothing_may_be_seen(architecture, chan
     np.testing.assert_array_equal((gradient != 0).any(-1), reachable(architecture, own, prefix))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", quick.only(["float32"], ["float32", "bfloat16"]))
 def test_padding_and_the_future_change_no_bit(dtype: str):
     model = build(tiny(vocab_size=V, dtype=dtype))
     params = random_params(model, jnp.array(TARGETS), jnp.array(SOURCES))

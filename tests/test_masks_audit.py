@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 import toy
 from PIL import Image
 from rich.console import Console
@@ -318,7 +319,9 @@ def clean(model: ModelConfig, data: DataConfig, small: bool) -> None:
     assert [str(finding) for finding in found] == []
 
 
-@pytest.mark.parametrize("name", base.names())
+@pytest.mark.parametrize(
+    "name", quick.only(["translate_tiny", "bert_tiny", "shakespeare_char"], base.names())
+)
 def test_our_configs_are_clean(name: str):
     """Each once: those that differ in size only are the same small model."""
     experiment = base.load(name)[0]
@@ -337,8 +340,10 @@ WINDOWS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("data", [LM, MASKED, TRANSLATION], ids=lambda data: data.objective)
-@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize(
+    "data", quick.only([LM], [LM, MASKED, TRANSLATION]), ids=lambda data: data.objective
+)
+@pytest.mark.parametrize("window", quick.only(["window"], WINDOWS))
 @pytest.mark.parametrize("core", [name for name in CORES if name not in ("dense", "splash")])
 def test_cores_are_clean_where_they_run(core: str, window: str, data: DataConfig):
     """All but the one that is audited everywhere else, and a kernel that is slow on a CPU."""
@@ -355,6 +360,7 @@ def test_cores_are_clean_where_they_run(core: str, window: str, data: DataConfig
     assert [str(finding) for finding in found] == []
 
 
+@pytest.mark.slow
 def test_long_rows_are_clean():
     result = audit(Subject.of(model(LM, window=9), LM, 67))
     assert result.subject.model.attention.window == 9

@@ -219,6 +219,7 @@ def test_a_plan_for_this_machine():
     assert found.roofline is None  # no figures of a CPU
 
 
+@pytest.mark.slow
 def test_what_is_computed_again_is_arithmetic_in_place_of_memory():
     def planned(**changes: Any):
         model, data, train = experiment(width=64, feed_forward_width=256, layers=4, **changes)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import quick
 import toy
 from launch import Process, checkpoint, lines, same_bits, wait_for_step
 
@@ -48,6 +49,7 @@ def uninterrupted(corpus, tmp_path_factory) -> list[np.ndarray]:
     return final_state(run)
 
 
+@pytest.mark.slow
 def test_killed_at_three_random_moments(corpus, uninterrupted, tmp_path):
     flags, run = toy.flags(corpus, tmp_path / "run", STEPS, EVERY), tmp_path / "run"
     moments = sorted(random.Random(3).sample(range(EVERY, STEPS - EVERY), 3))
@@ -62,7 +64,10 @@ def test_killed_at_three_random_moments(corpus, uninterrupted, tmp_path):
     assert [line["step"] for line in lines(run) if "loss" in line] == list(range(2, STEPS + 1, 2))
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+STOPS = [(signal.SIGINT, 130), (signal.SIGTERM, 75)]
+
+
+@pytest.mark.parametrize(("number", "code"), quick.only([(signal.SIGTERM, 75)], STOPS))
 def test_asked_to_stop_it_saves_and_says_how_to_resume(
     corpus, uninterrupted, tmp_path, number, code
 ):
@@ -96,7 +101,7 @@ def stop_at(step: int, monkeypatch) -> None:
     monkeypatch.setattr(Stop, "agreed", lambda _: next(asked) == step)
 
 
-@pytest.mark.parametrize("step", [7, 9])
+@pytest.mark.parametrize("step", quick.only([9], [7, 9]))
 def test_a_stop_changes_nothing_about_what_is_kept_and_averaged(step, tmp_path, monkeypatch):
     """At 9 it comes when a checkpoint is due: that is measured by who goes on."""
     text = toy.write_text(tmp_path)
@@ -129,7 +134,7 @@ def test_a_measurement_whose_score_was_lost_is_made_again(tmp_path):
     assert lines(run.directory) == before and json.loads(path.read_text()) == scores
 
 
-@pytest.mark.parametrize("patience", [None, 1])
+@pytest.mark.parametrize("patience", quick.only([1], [None, 1]))
 def test_a_stop_in_the_last_measurement_is_heard(patience: int | None, tmp_path, monkeypatch):
     text = toy.write_text(tmp_path)
     run = short_run(tmp_path / "run", text)
@@ -185,7 +190,8 @@ def deleted_and_taken(run: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("lose", "elsewhere"), [(away, False), (deleted, True), (deleted_and_taken, False)]
+    ("lose", "elsewhere"),
+    quick.only([(deleted, True)], [(away, False), (deleted, True), (deleted_and_taken, False)]),
 )
 def test_a_run_whose_directory_is_lost_stops_and_loses_nothing(
     lose: Any, elsewhere: bool, tmp_path, monkeypatch

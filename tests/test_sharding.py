@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from jax.sharding import Mesh, PartitionSpec
 
 from heedful.data.packing import Shape
@@ -195,7 +196,7 @@ def one_device(kind: str) -> tuple[Trained, float, Any]:
     return trained, *evaluate(MODELS[kind], trained)
 
 
-@pytest.mark.parametrize(("kind", "mesh"), MESHES, ids=str)
+@pytest.mark.parametrize(("kind", "mesh"), quick.only([("packed", EVERY_AXIS)], MESHES), ids=str)
 def test_eight_devices_equal_one(kind: str, mesh: MeshConfig):
     one, one_loss, one_predicted = one_device(kind)
     # To compile the initialisation takes as long as all the rest: once per model.
@@ -219,6 +220,7 @@ def test_eight_devices_equal_one(kind: str, mesh: MeshConfig):
             np.testing.assert_array_equal(x, wanted)
 
 
+@pytest.mark.slow
 def test_the_ring_splits_the_sequence_and_changes_nothing():
     """In an encoder, a decoder and across; dropped weights included, and rows of padding."""
     attention = dataclasses.replace(MODEL.attention, dropout=0.2)
@@ -262,6 +264,7 @@ def test_cores_that_take_the_length_in_turn_refuse_to_have_it_split(core: str):
         gradient_text(core, 16, eight(MeshConfig(data=2, seq=4)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("core", ["auto", "linformer"])
 def test_cores_that_keep_the_length_split_compute_a_part_on_each_device(core: str):
     """Lengths from 512 on would be taken in turn by one device."""
@@ -321,6 +324,7 @@ def shapes(text: str) -> set[tuple[int, ...]]:
     return {tuple(map(int, x.split(","))) for x in re.findall(r"= \(?\w+\[([\d,]+)\]", text)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2), EVERY_AXIS],

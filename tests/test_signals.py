@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import quick
 import toy
 from launch import ROOT
 
@@ -80,7 +81,7 @@ def test_sigterm_says_whether_the_same_command_goes_on(command, code):
     assert ("the same command goes on" in said) == (command == "train")
 
 
-@pytest.mark.parametrize("delay", [1.5, 3, 5, 7])
+@pytest.mark.parametrize("delay", quick.only([5], [1.5, 3, 5, 7]))
 def test_training_ends_wherever_it_is(delay: float, tmp_path: Path):
     """While it imports, reads, compiles or trains; all of its process group are told."""
     command = toy.flags(toy.write_corpus(tmp_path), tmp_path / "run", 10**6, 10**5)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 import toy
 from test_sharding import (
     CLASSIFIER,
@@ -40,7 +41,9 @@ def run(model: ModelConfig, config: TrainConfig = TRAIN, steps: int = 1) -> Trai
     return train(model, config, steps=steps, params=initial(model))
 
 
-@pytest.mark.parametrize("model", [MODEL, PACKED, CLASSIFIER], ids=["pairs", "packed", "classes"])
+@pytest.mark.parametrize(
+    "model", quick.only([PACKED], [MODEL, PACKED, CLASSIFIER]), ids=["pairs", "packed", "classes"]
+)
 def test_accumulation_equals_the_large_batch(model: ModelConfig):
     # With a large epsilon Adam is linear in the gradient, and rounding stays rounding.
     linear = OptimizerConfig(peak_lr=0.1, warmup_steps=0, epsilon=1.0)
@@ -60,7 +63,11 @@ def test_accumulation_equals_the_large_batch(model: ModelConfig):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("model", [MODEL, PACKED, MASKED], ids=["pairs", "packed", "masked"])
+@pytest.mark.parametrize(
+    "model",
+    quick.only([PACKED, MASKED], [MODEL, PACKED, MASKED]),
+    ids=["pairs", "packed", "masked"],
+)
 def test_a_loss_in_chunks_changes_nothing(model: ModelConfig, tied: bool):
     model = dataclasses.replace(model, tie_embeddings=tied)
     chunked = dataclasses.replace(TRAIN, loss_chunk=4)  # of 6 positions
@@ -80,7 +87,7 @@ def test_a_loss_in_chunks_changes_nothing(model: ModelConfig, tied: bool):
         np.testing.assert_allclose(loss, at_once[0][name], rtol=2e-6)
 
 
-@pytest.mark.parametrize("model", [MODEL, MASKED], ids=["pairs", "masked"])
+@pytest.mark.parametrize("model", quick.only([MASKED], [MODEL, MASKED]), ids=["pairs", "masked"])
 def test_a_loss_in_chunks_on_every_axis_of_a_mesh(model: ModelConfig):
     chunked = dataclasses.replace(TRAIN, loss_chunk=3)  # of 6 positions: 2 of each device's 3
     whole = run(model, steps=2)
@@ -90,6 +97,7 @@ def test_a_loss_in_chunks_on_every_axis_of_a_mesh(model: ModelConfig):
             np.testing.assert_allclose(a[name], b[name], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_loss_in_chunks_never_holds_all_scores():
     """Of a vocabulary beside which the rest of the model is small."""
     model = dataclasses.replace(PACKED, vocab_size=4999, dropout=0.0)
