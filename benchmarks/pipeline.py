@@ -57,7 +57,7 @@ def stand_in(data: DataConfig) -> DataConfig:
     """The config with a source that is at hand."""
     if data.source in sources.SOURCES and data.source != "files":
         return data
-    source = "homeassistant" if data.objective == "translation" else "shakespeare"
+    source = "homeassistant" if data.objective_spec.is_parallel else "shakespeare"
     return dataclasses.replace(
         data, source=source, languages=("en", "de"), columns=(), train=(), valid=(), test=()
     )

@@ -15,6 +15,7 @@ from benchmarks.worker import Ready, answer_with, ceiling, highest_resident, sam
 from heedful.configs import base
 from heedful.train.cpu_allocator import keep_in_place
 from heedful.train.inspection.costs import parts
+from heedful.train.model_loss import language_model_loss
 from heedful.train.state import first_state, init_params, parameter_count, set_up
 from heedful.train.step import make_train_step
 
@@ -38,7 +39,7 @@ def prepare(setting: Setting) -> Ready:
         feed_forward=dataclasses.replace(part.feed_forward, dropout=rate),
     )
     setup = set_up(model, config)
-    step = make_train_step(model, config, setup)
+    step = make_train_step(model, config, setup, language_model_loss)
     random = np.random.default_rng(0)
     shape = setting.rows, setting.length
 

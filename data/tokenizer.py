@@ -117,7 +117,7 @@ class Tokenizer:
 
     @classmethod
     def train(
-        cls, texts: Iterable[str], config: TokenizerConfig, objective: str = "translation"
+        cls, texts: Iterable[str], config: TokenizerConfig, objective: str | None = None
     ) -> Self:
         """Learns a vocabulary from the texts; the same texts give the same tokenizer.
 

@@ -21,17 +21,16 @@ ALPHABET = 1000  # Most characters that a WordPiece vocabulary knows.
 LONGEST = 1000  # Longest word that is learned from; the time grows with the square of its length.
 
 
-def learn(texts: Iterable[str], config: TokenizerConfig, objective: str) -> str:
+def learn(texts: Iterable[str], config: TokenizerConfig, objective: str | None = None) -> str:
     """Returns the tokenizer.json learned from the texts: special tokens first, then the others.
 
     The same texts give the same tokenizer, in whatever order they come.
     """
-    needs = OBJECTIVES[objective]
-    special = [
-        *SPECIAL,
-        *([MASK] if needs.needs_mask else []),
-        *(SENTINELS if needs.needs_sentinels else []),
-    ]
+    special = list(SPECIAL)
+    if objective is not None and OBJECTIVES[objective].needs_mask:
+        special.append(MASK)
+    if objective is not None and OBJECTIVES[objective].needs_sentinels:
+        special += SENTINELS
     tokenizer = KINDS[config.kind](texts, config, special)
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise DataError(

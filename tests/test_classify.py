@@ -16,6 +16,7 @@ from heedful.model.transformer import build
 from heedful.train.config import TrainConfig, TrainError
 from heedful.train.inference.classify import Classifier
 from heedful.train.load import Trained, load
+from heedful.train.model_loss import classification_loss
 from heedful.train.sharding import to_devices
 from heedful.train.step import make_eval_step
 
@@ -52,13 +53,12 @@ def test_as_in_training(classes):
     """The outputs for the validation texts are those that the measurement sees."""
     run = classes.run
     dataset = Dataset.prepare(run.data, classes.tokenizer, "valid")
-    step, kept = make_eval_step(run.model, classes.mesh), []
+    step, kept = make_eval_step(run.model, classes.mesh, classification_loss), []
     for batch in dataset.eval_batches():
         with jax.set_mesh(classes.mesh):
-            _, _, (outputs, targets, weights) = step(
-                classes.params, to_devices(batch, classes.mesh)
-            )
-        kept.append(np.column_stack([outputs, targets])[np.asarray(weights) > 0])
+            _, _, found = step(classes.params, to_devices(batch, classes.mesh))
+        columns = np.column_stack([found["outputs"], found["targets"]])
+        kept.append(columns[np.asarray(found["weights"]) > 0])
     seen = np.concatenate(kept)
     rows = [line.split("\t") for line in Path(run.data.train[0]).read_text().splitlines()]
     texts = {text for text, _ in rows[1:]}

@@ -18,6 +18,7 @@ from heedful.train.loop import fit
 from heedful.train.sharding import make_mesh, to_devices
 from heedful.train.start import start_run
 from heedful.train.state import first_state, set_up
+from heedful.train.tasks import task_of
 
 COMPILED: list[str] = []
 """Names of the functions that have been compiled, or read from the cache of what was."""
@@ -45,7 +46,8 @@ def test_the_step_of_a_shipped_config_is_compiled_once_for_each_shape(name: str)
     experiment, _ = base.load(name)
     subject = Subject.of(experiment.model, experiment.data)
     setup = set_up(subject.model, experiment.train, make_mesh(MeshConfig(), jax.devices()[:1]))
-    train_step = step.make_train_step(subject.model, experiment.train, setup)
+    loss = task_of(experiment.data).loss
+    train_step = step.make_train_step(subject.model, experiment.train, setup, loss)
     shardings = jax.tree.map(lambda x: x.sharding, setup.abstract.params)
     state = first_state(setup, jax.device_put(subject.params, shardings))
     data, shapes = subject.dataset, set()

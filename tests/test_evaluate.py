@@ -21,18 +21,15 @@ from heedful.model.config import ModelConfig
 from heedful.model.transformer import build
 from heedful.train.config import DecodeConfig, TrainError
 from heedful.train.evaluation import evaluate
-from heedful.train.evaluation.evaluate import (
-    describe,
-    evaluation_directory,
-    frequency_loss,
-    measure,
-    report,
-)
+from heedful.train.evaluation.evaluate import evaluation_directory, report
+from heedful.train.evaluation.measure import describe, frequency_loss, measure
 from heedful.train.evaluation.perplexity import strided_loss
 from heedful.train.load import Trained, load
 from heedful.train.metrics import Lines
+from heedful.train.model_loss import language_model_loss
 from heedful.train.run import write_json
 from heedful.train.step import make_eval_step
+from heedful.train.tasks import task_of
 
 WORDS = TokenizerConfig(kind="words")
 
@@ -68,7 +65,7 @@ def prepare(trained: Trained, split: str = "valid") -> Dataset:
 
 
 def measured(trained: Trained, dataset: Dataset, **how: Any) -> dict[str, float]:
-    step = make_eval_step(trained.run.model, trained.mesh, **how)
+    step = make_eval_step(trained.run.model, trained.mesh, task_of(trained.run.data).loss, **how)
     with jax.set_mesh(trained.mesh):
         return measure(step, trained.params, dataset, trained.mesh)
 
@@ -290,13 +287,13 @@ def test_text_in_windows(text, stride: int):
         (max(stop - length, 0), known, stop)
         for known, stop in zip([0, *stops], stops, strict=False)
     ]
-    step = make_eval_step(text.run.model, text.mesh)
+    step = make_eval_step(text.run.model, text.mesh, language_model_loss)
     got = strided_loss(step, text.params, prepare(text), text.mesh, stride)
     assert got == pytest.approx(nats(text, tokens, windows) / count, rel=1e-5)
 
 
 def test_strides_that_cannot_be(text, classes):
-    step = make_eval_step(text.run.model, text.mesh)
+    step = make_eval_step(text.run.model, text.mesh, language_model_loss)
     for stride in (0, 17):
         with pytest.raises(TrainError, match=rf"--stride {stride} .* data.max_length = 16"):
             strided_loss(step, text.params, prepare(text), text.mesh, stride)

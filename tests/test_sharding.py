@@ -30,6 +30,12 @@ from heedful.model.config import (
 from heedful.model.multi_head_attention import MultiHeadAttention
 from heedful.model.ops.products import matmul
 from heedful.train.config import MeshConfig, OptimizerConfig, TrainConfig, TrainError
+from heedful.train.model_loss import (
+    Loss,
+    classification_loss,
+    language_model_loss,
+    regression_loss,
+)
 from heedful.train.sharding import (
     batch_sharding,
     flax_rules,
@@ -123,11 +129,18 @@ class Trained(NamedTuple):
     setup: Setup
 
 
+def loss_of(model: ModelConfig) -> Loss:
+    """The loss of a language model, of classes, or of the number that is the only output."""
+    if model.head.kind == "language_model":
+        return language_model_loss
+    return regression_loss if model.head.outputs == 1 else classification_loss
+
+
 @functools.cache
 def prepare(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> tuple[Setup, Callable]:
     """The setup and the step, which compiles once."""
     setup = set_up(model, config, mesh)
-    return setup, make_train_step(model, config, setup)
+    return setup, make_train_step(model, config, setup, loss_of(model))
 
 
 def train(
@@ -181,7 +194,7 @@ def evaluate(model: ModelConfig, trained: Trained) -> tuple[float, Any]:
     """Mean loss of another batch, and what a classifier predicts for it."""
     mesh, other = trained.setup.mesh, batch(np.random.default_rng(1), model)
     with jax.set_mesh(mesh):
-        step = make_eval_step(model, mesh)
+        step = make_eval_step(model, mesh, loss_of(model))
         losses, weight, predicted = step(trained.state.params, to_devices(other, mesh))
     return float(losses["loss"]) / float(weight), predicted
 
@@ -214,9 +227,11 @@ def test_eight_devices_equal_one(kind: str, mesh: MeshConfig):
     assert loss == pytest.approx(one_loss, rel=1e-5)
     assert (predicted is None) == (kind != "classifier")
     if predicted is not None:  # whole on every device, in the order of the rows
-        assert all(x.sharding.is_fully_replicated for x in predicted)
-        np.testing.assert_allclose(predicted[0], one_predicted[0], atol=1e-4)
-        for x, wanted in zip(predicted[1:], one_predicted[1:], strict=True):
+        assert all(x.sharding.is_fully_replicated for x in predicted.values())
+        outputs, one_outputs = predicted.pop("outputs"), one_predicted["outputs"]
+        np.testing.assert_allclose(outputs, one_outputs, atol=1e-4)
+        assert predicted.keys() == {"targets", "weights"}
+        for x, wanted in ((x, one_predicted[name]) for name, x in predicted.items()):
             np.testing.assert_array_equal(x, wanted)
 
 

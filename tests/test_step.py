@@ -18,6 +18,7 @@ from test_sharding import (
     TRAIN,
     Trained,
     batch,
+    loss_of,
     prepare,
     train,
 )
@@ -79,7 +80,9 @@ def test_a_loss_in_chunks_changes_nothing(model: ModelConfig, tied: bool):
     with jax.set_mesh(mesh):
         placed = to_devices(batch(np.random.default_rng(3), model), mesh)
         in_chunks, at_once = (
-            make_eval_step(model, mesh, chunk, label_smoothing=0.1)(whole.state.params, placed)
+            make_eval_step(model, mesh, loss_of(model), chunk, label_smoothing=0.1)(
+                whole.state.params, placed
+            )
             for chunk in (4, None)
         )
     assert in_chunks[0].keys() == {"loss", "smoothed_loss"} and in_chunks[1] == at_once[1]
@@ -108,7 +111,7 @@ def test_a_loss_in_chunks_never_holds_all_scores():
         setup = set_up(model, config, mesh)
         with jax.set_mesh(mesh):
             placed = to_devices(batch(np.random.default_rng(3), model, rows=16, length=64), mesh)
-            step: Any = make_train_step(model, config, setup)
+            step: Any = make_train_step(model, config, setup, loss_of(model))
             return step.lower(setup.abstract, placed).compile().memory_analysis().temp_size_in_bytes
 
     scores = 16 * 64 * 4999 * 4
@@ -209,7 +212,7 @@ def test_a_performer_is_measured_with_the_features_that_it_trains_with():
     with jax.set_mesh(mesh):
         placed = to_devices(batch(np.random.default_rng(3), model), mesh)
         state = first_state(setup, initial(model))
-        losses, weight, _ = make_eval_step(model, mesh)(state.params, placed)
+        losses, weight, _ = make_eval_step(model, mesh, loss_of(model))(state.params, placed)
         trained = step(state, placed)[1]
     assert float(losses["loss"]) == pytest.approx(float(trained["loss"]), rel=1e-6)
     assert weight == trained["weight"]
@@ -222,8 +225,10 @@ def test_the_measurement_of_a_classifier_gives_its_outputs(model: ModelConfig):
     params = initial(model)
     with jax.set_mesh(mesh):
         placed = to_devices(batch(np.random.default_rng(3), model), mesh)
-        losses, weight, predicted = jax.device_get(make_eval_step(model, mesh)(params, placed))
-    outputs, targets, weights = predicted
+        losses, weight, predicted = jax.device_get(
+            make_eval_step(model, mesh, loss_of(model))(params, placed)
+        )
+    outputs, targets, weights = (predicted[name] for name in ("outputs", "targets", "weights"))
     assert outputs.shape == (16, model.head.outputs) and outputs.dtype == np.float32
     real = weights > 0
     assert 0 < real.sum() == weight < 16

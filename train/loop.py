@@ -20,7 +20,7 @@ from heedful.train.async_saver import Saving
 from heedful.train.checkpoint import Checkpoints, CorruptCheckpoint
 from heedful.train.config import TrainConfig, TrainError
 from heedful.train.conversion.init_from import init_from_pretrained, open_source
-from heedful.train.evaluation.evaluate import measure
+from heedful.train.evaluation.measure import measure
 from heedful.train.hosts import is_first, is_multiprocess, primary_first, require_same
 from heedful.train.inference.translate import require_positions
 from heedful.train.metrics import MetricsWriter, lasting, require_finite, score, scores
@@ -38,6 +38,7 @@ from heedful.train.sharding import require_divisible, rows_here, to_devices
 from heedful.train.state import Setup, TrainState, first_state, init_params, parameter_count, set_up
 from heedful.train.step import make_eval_step, make_train_step
 from heedful.train.stop import Stop
+from heedful.train.tasks import task_of
 from heedful.train.trainable import named, split
 
 DETERMINISM = {
@@ -63,7 +64,7 @@ def fit(
     NonFiniteLoss, CorruptCheckpoint, SaveFailed for the last checkpoint, and Interrupted on SIGINT
     or SIGTERM to any process, after saving.
     """
-    config, tokenizer = run.train, run.tokenizer()
+    config, tokenizer, task = run.train, run.tokenizer(), task_of(run.data)
     prepare = partial(Dataset.prepare, run.data, tokenizer, seed=config.seed)
     with console.status("reading the data"):
         train_data = primary_first(lambda: prepare("train"))
@@ -113,10 +114,10 @@ def fit(
         else:
             state, position = restored
             saving.go_on(position)
-        step = make_train_step(run.model, config, setup)
+        step = make_train_step(run.model, config, setup, task.loss)
         smoothing = config.label_smoothing if config.metric == "smoothed_loss" else None
         eval_step = make_eval_step(
-            run.model, mesh, config.loss_chunk, config.deterministic, smoothing
+            run.model, mesh, task.loss, config.loss_chunk, config.deterministic, smoothing
         )
         if (first := int(state.step)) < config.steps:
             add_environment(run, now, first, console)
@@ -142,7 +143,7 @@ def _unfinished(config: TrainConfig) -> str:
 
 def _require_room(run: Run, test_data: Dataset) -> None:
     """Raises TrainError where a test sentence could not be translated at the end."""
-    if run.data.objective == "translation":
+    if task_of(run.data).use == "translate":
         sizes = (test_data.store.counts()["source"] + 1).tolist()  # and the end
         require_positions(run.model, run.train.decode, sizes, "test sentences")
 

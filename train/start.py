@@ -16,21 +16,7 @@ from heedful.train.config import TrainConfig, TrainError
 from heedful.train.conversion.init_from import open_source
 from heedful.train.hosts import is_first
 from heedful.train.run import Run, is_begun
-
-# The architectures and the head that learn an objective.
-FITTING = {
-    "causal_lm": (("decoder_only",), "language_model"),
-    "prefix_lm": (("decoder_only",), "language_model"),
-    "masked_lm": (("encoder_only",), "language_model"),
-    "span_corruption": (("encoder_decoder",), "language_model"),
-    "translation": (("encoder_decoder",), "language_model"),
-    "classification": (("encoder_only", "decoder_only"), "classifier"),
-    "regression": (("encoder_only", "decoder_only"), "classifier"),
-}
-METRICS = {
-    "classification": ("loss", "smoothed_loss", "accuracy", "f1", "matthews"),
-    "regression": ("loss", "pearson", "spearman"),
-}
+from heedful.train.tasks import task_of
 
 
 def start_run(
@@ -53,7 +39,7 @@ def start_run(
         with console.status("learning the vocabulary"):
             texts = pipeline.tokenizer_texts(data)
             tokenizer = Tokenizer.prepare(texts, data.tokenizer, data.objective)
-    if data.objective == "classification" and not data.classes:
+    if data.objective_spec.label == "class" and not data.classes:
         data = dataclasses.replace(data, classes=pipeline.classes(data))
     run = Run(directory, _sized(model, data, tokenizer), data, train)
     _require_room(run)
@@ -63,12 +49,12 @@ def start_run(
 
 def require_fit(model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:
     """Raises TrainError where the model cannot learn the objective, or be chosen by the metric."""
-    architectures, head = FITTING[data.objective]
-    if model.architecture not in architectures or model.head.kind != head:
+    task = task_of(data)
+    if not task.fits(model):
         raise TrainError(
             f"data.objective {data.objective} needs model.architecture "
-            f"{' or '.join(architectures)} and model.head.kind {head}, not {model.architecture} "
-            f"and {model.head.kind}"
+            f"{' or '.join(task.architectures)} and model.head.kind {task.head}, not "
+            f"{model.architecture} and {model.head.kind}"
         )
     for site in model.sites if data.is_packed else ():
         core = model.attention.core_of(site)
@@ -78,25 +64,24 @@ def require_fit(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Non
                 f"model.attention.{name} {core} cannot tell the documents of a packed row apart: "
                 "give --data.no-packing, or choose another core"
             )
-    metrics = METRICS.get(data.objective, ("loss", "smoothed_loss"))
-    if train.metric not in metrics:
+    if train.metric not in task.metrics:
         raise TrainError(
             f"train.metric {train.metric} does not exist for data.objective {data.objective}: "
-            f"choose {' or '.join(metrics)}"
+            f"choose {' or '.join(task.metrics)}"
         )
     if model.attention.global_tokens and data.is_packed:
         raise TrainError(
             f"model.attention.global_tokens = {model.attention.global_tokens} are the first of a "
             "row, and data.packing puts several documents in a row: give --data.no-packing"
         )
-    if data.objective == "translation" and train.decode.stop:
+    if task.use == "translate" and train.decode.stop:
         raise TrainError(
             f"train.decode.stop = {train.decode.stop} ends texts after a prompt: leave it out"
         )
-    if data.objective == "regression" and train.label_smoothing:
+    if train.label_smoothing and "smoothed_loss" not in task.metrics:
         raise TrainError(
-            f"train.label_smoothing = {train.label_smoothing} means nothing for a regression: "
-            "set it to 0"
+            f"train.label_smoothing = {train.label_smoothing} means nothing for data.objective "
+            f"{data.objective}: set it to 0"
         )
 
 
@@ -154,9 +139,9 @@ def _sized(model: ModelConfig, data: DataConfig, tokenizer: Tokenizer) -> ModelC
             f"model.vocab_size = {model.vocab_size} is less than the {tokenizer.vocab_size} "
             "entries of the tokenizer: raise it, or leave it out"
         )
-    if model.head.kind != "classifier":
+    if (count := task_of(data).outputs) is None:
         return model
-    outputs = len(data.classes) if data.objective == "classification" else 1
+    outputs = count(data)
     if model.head.outputs not in (None, outputs):
         raise TrainError(
             f"model.head.outputs = {model.head.outputs}, but the data needs {outputs}: leave it out"

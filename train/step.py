@@ -1,6 +1,6 @@
 """One update, and one measurement, as compiled functions."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +13,7 @@ from heedful.model.attention import FEATURES, redraw_steps
 from heedful.model.config import ModelConfig
 from heedful.model.transformer import build
 from heedful.train.config import TrainConfig
-from heedful.train.loss import cross_entropy, cross_entropy_in_chunks, squared_error
+from heedful.train.model_loss import Loss, LossOptions, Outputs
 from heedful.train.optimizer import learning_rate
 from heedful.train.sharding import flax_rules, replicated
 from heedful.train.state import Setup, TrainState
@@ -27,8 +27,9 @@ def make_train_step(
     model_config: ModelConfig,
     config: TrainConfig,
     setup: Setup,
+    loss: Loss,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """(state, batch) -> (state, metrics), jitted; the given state is used up.
+    """Return (state, batch) -> (state, metrics), jitted; the given state is used up.
 
     The gradient is that of sum of losses / sum of weights over the whole batch, however it is split
     into micro-batches or over devices, for the parameters whose `factors` are not 0. Metrics:
@@ -42,11 +43,13 @@ def make_train_step(
         trainable, frozen = split(state.params, factors)
 
         def loss_sum(trainable: Any, batch: Batch, key: jax.Array):
-            params = join(trainable, frozen)
-            rngs = {"dropout": key} | features
-            smoothing, chunk = config.label_smoothing, config.loss_chunk
-            how = {"deterministic": False, "rngs": rngs}
-            return _loss(model, params, batch, chunk, smoothing, **how)[:2]
+            options = LossOptions(
+                chunk=config.loss_chunk,
+                label_smoothing=config.label_smoothing,
+                deterministic=False,
+                rngs={"dropout": key} | features,
+            )
+            return loss(model, join(trainable, frozen), batch, options)[:2]
 
         # The rules are not part of jit's cache key: enter them inside the traced function.
         with nn.logical_axis_rules(flax_rules()):
@@ -56,7 +59,7 @@ def make_train_step(
             features = {}
             if redraw is not None:
                 features[FEATURES] = jax.random.fold_in(seed, state.step // redraw)
-            loss, weight, grads = summed_gradients(
+            total, weight, grads = summed_gradients(
                 loss_sum, trainable, batch, key, config.accumulate
             )
         # A layer that is frozen within a stacked array has no part in the norm.
@@ -75,7 +78,7 @@ def make_train_step(
         updates, opt_state = setup.optimizer.update(grads, state.opt_state, trainable)
         params = join(optax.apply_updates(trainable, updates), frozen)
         metrics = {
-            "loss": loss,
+            "loss": total,
             "weight": weight,
             "lr": schedule(state.step),
             "grad_norm": grad_norm,
@@ -96,28 +99,26 @@ def make_train_step(
 def make_eval_step(
     model_config: ModelConfig,
     mesh: Mesh,
+    loss: Loss,
     loss_chunk: int | None = None,
     deterministic: bool = False,
     label_smoothing: float | None = None,
-) -> Callable[[Any, Batch], tuple]:
-    """(params, batch) -> (sums of losses, sum of weights, predicted), jitted.
+) -> Callable[[Any, Batch], tuple[dict[str, jax.Array], jax.Array, Outputs | None]]:
+    """Return (params, batch) -> (sums of losses, sum of weights, outputs of the loss), jitted.
 
     The sums are {"loss": that without smoothing}, and with `label_smoothing` {"smoothed_loss": ...}
-    beside it. `predicted` is None for a language model; for a classifier its outputs [B, C] beside
-    the targets [B] and weights [B], whole on every process.
+    beside it. The outputs are whole on every process.
     """
     model = build(model_config)
-    is_classifier = model_config.head.kind == "classifier"
 
     def eval_step(params: Any, batch: Batch) -> tuple:
         with nn.logical_axis_rules(flax_rules()):
-            loss, weight, outputs = _loss(model, params, batch, loss_chunk)
-            losses = {"loss": loss}
+            total, weight, outputs = loss(model, params, batch, LossOptions(chunk=loss_chunk))
+            losses = {"loss": total}
             if label_smoothing is not None:  # XLA sees that the outputs are the same.
-                smoothed, *_ = _loss(model, params, batch, loss_chunk, label_smoothing)
-                losses["smoothed_loss"] = smoothed
-        predicted = (outputs, batch["targets"], batch["weights"]) if is_classifier else None
-        return losses, weight, predicted
+                options = LossOptions(chunk=loss_chunk, label_smoothing=label_smoothing)
+                losses["smoothed_loss"], *_ = loss(model, params, batch, options)
+        return losses, weight, outputs
 
     return jax.jit(
         eval_step,
@@ -127,7 +128,7 @@ def make_eval_step(
 
 
 def compiler_options(mesh: Mesh, width: int, deterministic: bool) -> dict[str, Any]:
-    """What makes XLA's programs fast, and the same in every run, on the devices of this mesh.
+    """Return XLA's options for programs that are fast, and the same in every run, on this mesh.
 
     On CPUs, whose programs give the same bits anyway: where a model is narrow, products of matrices
     by Eigen and sums by YNNPACK; by default YNNPACK does both, which is slower by a tenth at a
@@ -145,40 +146,8 @@ def compiler_options(mesh: Mesh, width: int, deterministic: bool) -> dict[str, A
     return {"xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0}
 
 
-def _loss(
-    model: nn.Module,
-    params: Any,
-    batch: Batch,
-    chunk: int | None,
-    label_smoothing: float = 0.0,
-    **how: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Loss sum, weight sum, and the outputs, None where they exist in chunks only.
-
-    Cross-entropy where the targets are numbers of classes, squared error where they are real.
-    """
-    targets, weights = batch["targets"], batch["weights"]
-    if chunk is not None and targets.ndim == 2 and targets.shape[1] > chunk:
-        hidden = _forward(model, params, batch, return_logits=False, **how)
-        of_head = {name: params[name] for name in ("embedding", "head") if name in params}
-
-        def score(params: Any, x: jax.Array) -> jax.Array:
-            return model.apply({"params": params}, x, method="score")  # type: ignore[return-value]
-
-        # An encoder's objective restores a share of the tokens.
-        skips = model.config.architecture == "encoder_only"  # type: ignore[attr-defined]
-        sums = cross_entropy_in_chunks(
-            score, of_head, hidden, targets, weights, chunk, label_smoothing, skips=skips
-        )
-        return *sums, None
-    outputs = _forward(model, params, batch, **how)
-    if jnp.issubdtype(targets.dtype, jnp.floating):
-        return *squared_error(outputs, targets, weights), outputs
-    return *cross_entropy(outputs, targets, weights, label_smoothing), outputs
-
-
 def summed_gradients(loss_sum: Callable, params: Any, batch: Batch, key: jax.Array, parts: int):
-    """(loss sum, weight sum, gradient of the loss sum), added up over `parts` micro-batches."""
+    """Return (loss sum, weight sum, gradient of the loss sum), added up over micro-batches."""
     gradient = jax.value_and_grad(loss_sum, has_aux=True)
     if parts == 1:
         (loss, weight), grads = gradient(params, batch, key)
@@ -196,20 +165,8 @@ def summed_gradients(loss_sum: Callable, params: Any, batch: Batch, key: jax.Arr
     return total
 
 
-def _forward(model: nn.Module, params: Any, batch: Batch, **how: Any) -> jax.Array:
-    return model.apply({"params": params}, **model_inputs(model.config, batch), **how)  # type: ignore
-
-
-def model_inputs(config: ModelConfig, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays of a batch that the model reads. A pair needs no types: an end divides it."""
-    unread = (
-        ("targets", "weights") if config.type_vocab_size else ("targets", "weights", "type_ids")
-    )
-    return {name: x for name, x in batch.items() if name not in unread}
-
-
 def _norms(path: Any, x: jax.Array) -> jax.Array:
-    """Norm of an array, or of each layer's part where layers are stacked."""
+    """Compute the norm of an array, or of each layer's part where layers are stacked."""
     stacked = any(getattr(key, "key", None) == "blocks" for key in path)
     axes = tuple(range(1 if stacked else 0, x.ndim))
     return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes))

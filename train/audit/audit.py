@@ -25,7 +25,7 @@ from heedful.train.audit.measured import (
 )
 from heedful.train.audit.subject import Subject
 from heedful.train.inspection.attention_weights import attention_masks
-from heedful.train.step import model_inputs
+from heedful.train.model_loss import model_inputs
 
 MIN_DROPOUT = 0.1
 """Smallest rate of attention dropout where the audit turns dropout on."""

@@ -27,7 +27,7 @@ def check_data(model: ModelConfig, dataset: Dataset) -> list[Finding]:
     for batch in batches:
         for finding in _in_batch(model, dataset, batch, documents):
             found.setdefault((finding.kind, finding.where), finding)
-        if dataset.config.objective == "masked_lm":
+        if dataset.config.objective_spec.needs_mask:
             weighted = batch["weights"] > 0
             kept += int((batch["inputs"] == batch["targets"])[weighted].sum())
             chosen += int(weighted.sum())
@@ -52,7 +52,7 @@ def _documents(dataset: Dataset) -> np.ndarray:
 def _in_batch(
     model: ModelConfig, dataset: Dataset, batch: Arrays, documents: np.ndarray
 ) -> Iterator[Finding]:
-    is_masked = dataset.config.objective == "masked_lm"
+    is_masked = dataset.config.objective_spec.needs_mask
     has_tokens = batch["targets"].ndim == 2
     counted = batch["weights"] > 0 if has_tokens else np.zeros(batch["inputs"].shape, bool)
     for side in ("", "encoder_") if "encoder_inputs" in batch else ("",):

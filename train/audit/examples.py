@@ -54,19 +54,17 @@ def dataset(
         buckets=1,
         workers=0,
     )
-    is_labelled = config.objective in ("classification", "regression")
-    fields = ("source", "target") if config.objective == "translation" else ("text",)
-    if is_labelled and pairs:
-        fields = ("text", "pair")
+    objective = config.objective_spec
+    fields = objective.fields + (objective.optional_fields if pairs else ())
     shares = PACKED if config.is_packed else UNPACKED
-    room = (length - 3) // (2 if "pair" in fields else 1)
+    room = (length - 3) // (len(fields) if len(objective.sides) == 1 else 1)
     sizes = [max(2, int(share * room)) for share in shares]
     with tempfile.TemporaryDirectory() as folder:
         store = _store(Path(folder), fields, sizes, tokenizer.ordinary)
     rows = arrange(config, tokenizer, store, "train", 0)
     labels = None
-    if is_labelled:
-        kind = np.float32 if config.objective == "regression" else np.int32
+    if objective.label:
+        kind = np.float32 if objective.label == "number" else np.int32
         labels = np.arange(len(sizes)).astype(kind) % 2
     return Dataset(
         config=config, tokenizer=tokenizer, split="train", seed=0, data_fingerprint="",

@@ -18,7 +18,7 @@ from heedful.model.multi_head_attention import MultiHeadAttention, StackContext
 from heedful.model.stack import Stack
 from heedful.model.transformer import InputEmbedding, build, empty_cache
 from heedful.train.audit.findings import TOLERANCE
-from heedful.train.step import model_inputs
+from heedful.train.model_loss import model_inputs
 
 # An audit compiles for seconds and runs for milliseconds: compile without optimisations.
 FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}

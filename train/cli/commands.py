@@ -101,7 +101,7 @@ def generate(directory: str, arguments: list[str]) -> None:
 
     lines = read_lines() if text is None else []
     trained = _load(directory, chosen, stderr=True)
-    is_prefix = trained.run.data.objective == "prefix_lm"
+    is_prefix = "prefix_len" in trained.run.data.objective_spec.arrays
     generator = Generator(*_parts(trained, chosen), prefix=is_prefix, **_warning(trained))
     _warn_unknown(trained, lines if text is None else [text])
     if text is None:

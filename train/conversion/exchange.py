@@ -22,20 +22,19 @@ from heedful.train.run import Run, is_begun, write_json
 from heedful.train.sharding import make_mesh
 from heedful.train.start import require_fit
 from heedful.train.state import abstract_params, parameter_count
+from heedful.train.tasks import TASKS
 
 
 def default_data(model: ModelConfig) -> DataConfig:
     """What a model of this kind may be measured on, where nothing else is said."""
-    if model.head.kind == "classifier":
-        objective = "regression" if model.head.outputs == 1 else "classification"
-        return DataConfig(source="sentiment", objective=objective)
-    kinds = {
-        "encoder_only": ("shakespeare", "masked_lm"),
-        "decoder_only": ("shakespeare", "causal_lm"),
-        "encoder_decoder": ("homeassistant", "translation"),
-    }
-    source, objective = kinds[model.architecture]
-    return DataConfig(source=source, objective=objective)
+    is_number = model.head.kind == "classifier" and model.head.outputs == 1
+    return next(
+        DataConfig(source=task.default_source, objective=name)
+        for name, task in TASKS.items()
+        if task.default_source is not None
+        and task.fits(model)
+        and (task.objective.label == "number") == is_number
+    )
 
 
 def import_run(
@@ -58,7 +57,7 @@ def import_run(
         decode=decode,
     )
     require_fit(source.model, data, train)
-    if data.objective == "classification":
+    if data.objective_spec.label == "class":
         data = dataclasses.replace(data, classes=_classes(source, data))
     run = Run(directory, source.model, data, train)
     mesh = make_mesh(MeshConfig())

@@ -1,35 +1,30 @@
-"""How good a model is: loss and perplexity, BLEU and chrF, accuracy and correlations."""
+"""`heedful evaluate`: the scores of a run on validation and test data, printed and written."""
 
 import hashlib
 import math
 import re
-import time
-from collections import Counter, defaultdict
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 from rich.console import Console
 
 from heedful.data import sources
 from heedful.data.pipeline import Dataset
 from heedful.data.store import fingerprint
-from heedful.data.text_files import one_line
 from heedful.data.writing import write_whole
 from heedful.train.config import DecodeConfig, TrainError
-from heedful.train.evaluation import scores
-from heedful.train.evaluation.perplexity import NOTHING_TO_PREDICT, strided_loss
+from heedful.train.evaluation.measure import describe, frequency_loss, measure
+from heedful.train.evaluation.perplexity import strided_loss
+from heedful.train.evaluation.translations import translate_test
 from heedful.train.hosts import is_first, primary_first
-from heedful.train.inference.translate import Translator
 from heedful.train.load import Trained
 from heedful.train.reproducibility.record import data_record
 from heedful.train.run import Run, to_json, write_json
-from heedful.train.sharding import require_divisible, rows_here, to_devices
+from heedful.train.sharding import require_divisible
 from heedful.train.step import make_eval_step
+from heedful.train.tasks import task_of
 
 SPLITS = {"valid": "validation", "test": "test"}
 NO_BETTER = 0.98
@@ -38,49 +33,6 @@ NOTHING_LEARNED = (
     "warmup, the positions, the residuals and norms, and at whether inputs and targets belong "
     "together"
 )
-
-
-def measure(eval_step: Callable, params: Any, dataset: Dataset, mesh: Mesh) -> dict[str, float]:
-    """Mean losses over the whole dataset, each example once, and the scores of a classifier.
-
-    A loss is in nats per predicted token or class, or the squared error of a regression.
-    """
-    totals: defaultdict[str, float] = defaultdict(float)
-    total_weight = 0.0
-    kept: list[tuple[np.ndarray, np.ndarray]] = []
-    pending = []
-    for batch in dataset.eval_batches(*rows_here(mesh)):
-        pending.append(eval_step(params, to_devices(batch, mesh)))
-    for losses, weight, predicted in jax.device_get(pending):
-        for name, loss in losses.items():
-            totals[name] += float(loss)
-        total_weight += float(weight)
-        if predicted is not None:
-            outputs, targets, counts = predicted
-            kept.append((outputs[counts > 0], targets[counts > 0]))
-    if not total_weight:
-        raise TrainError(NOTHING_TO_PREDICT.format(split=dataset.split))
-    measured = {name: total / total_weight for name, total in totals.items()}
-    if kept:
-        outputs, targets = map(np.concatenate, zip(*kept, strict=True))
-        score = scores.regression if targets.dtype == np.float32 else scores.classification
-        measured |= score(outputs, targets)
-    return measured
-
-
-def frequency_loss(dataset: Dataset) -> float:
-    """What `measure` would give for a guess that knows how frequent each target is, nothing else.
-
-    That is the entropy of the targets in nats; for a regression their variance.
-    """
-    targets = (batch["targets"][batch["weights"] > 0] for batch in dataset.eval_batches())
-    if dataset.config.objective == "regression":
-        return float(np.concatenate(list(targets)).var())
-    counts: Counter[int] = Counter()
-    for some in targets:
-        counts.update(dict(zip(*np.unique(some, return_counts=True), strict=True)))
-    shares = np.array(list(counts.values())) / counts.total()
-    return float(-np.sum(shares * np.log(shares)))
 
 
 def report(
@@ -93,7 +45,7 @@ def report(
     other_data: bool = False,
     directory: Path | None = None,
 ) -> dict[str, Any]:
-    """Writes what the model scores on validation and test data to result.json, and prints it.
+    """Write the model's scores on validation and test data to result.json, and print them.
 
     Where nothing can be written, as in the run of somebody else, it is printed all the same. With
     the scores stands what they are of: the steps of the checkpoints, how it was decoded. For a
@@ -103,9 +55,9 @@ def report(
     no number, and, unless `other_data` allows it, where the data are not those of the training.
     """
     run, tokenizer = trained.run, trained.tokenizer
-    directory = directory or run.directory
+    directory, task = directory or run.directory, task_of(run.data)
     eval_step = make_eval_step(
-        run.model, trained.mesh, run.train.loss_chunk, run.train.deterministic
+        run.model, trained.mesh, task.loss, run.train.loss_chunk, run.train.deterministic
     )
     result: dict[str, Any] = {"checkpoints": trained.steps}
     if stride is not None:
@@ -133,24 +85,24 @@ def report(
                 "--checkpoint, or train with a lower train.optimizer.peak_lr"
             )
         lines += [f"{name} {line}" for line in describe(measured, dataset)]
-        if is_first():
-            measured["frequency_loss"] = known = frequency_loss(dataset)
+        if is_first() and (known := frequency_loss(dataset)) is not None:
+            measured["frequency_loss"] = known
             lines.append(f"{name} loss of a guess by frequency alone: {known:.4f}")
             if measured["loss"] > NO_BETTER * known:
                 lines.append(NOTHING_LEARNED)
         result |= {f"{split}_{key}": value for key, value in measured.items()}
     is_written = _write(directory, result, console)
     for line in lines:
-        console.print(line, markup=False)
-    if run.data.objective == "translation":
-        scored, lines, text = _translate(trained, decode, console, seed)
-        result |= scored
-        is_written = _write(directory, result, console, text)
-        for line in lines:
-            console.print(line, markup=False)
+        console.print(line)
+    if task.use == "translate":
+        translations = translate_test(trained, decode, console, seed)
+        result |= translations.result
+        is_written = _write(directory, result, console, translations.text)
+        for line in translations.lines:
+            console.print(line)
     where = "the run lies in" if directory == run.directory else "result.json lies in"
     if is_written:
-        console.print(f"\n{where} {directory}", markup=False)
+        console.print(f"\n{where} {directory}")
     return result
 
 
@@ -164,7 +116,7 @@ def evaluation_directory(
     stride: int | None,
     other_data: bool,
 ) -> Path:
-    """Where the scores of these settings lie: in the run, where they are those of the training.
+    """Return where the scores of these settings lie: in the run, if the training has the same.
 
     Raises TrainError where a link stands there: it could lead to the files of a user.
     """
@@ -192,7 +144,7 @@ def evaluation_directory(
 
 
 def _require_same(run: Run, dataset: Dataset, console: Console, other_data: bool) -> None:
-    """Compares the data of a split with the record of the training."""
+    """Compare the data of a split with the record of the training."""
     known, split, now = data_record(run), dataset.split, dataset.data_fingerprint
     if not known:
         console.print(f"{run.directory} has no record of its training data: these may be others")
@@ -209,15 +161,15 @@ def _require_same(run: Run, dataset: Dataset, console: Console, other_data: bool
     )
     if not other_data:
         raise TrainError(f"{problem}; put them back, or measure these with --other-data")
-    console.print(problem, style="yellow", markup=False)
+    console.print(problem, style="yellow")
 
 
 def _write(
     directory: Path, result: dict[str, Any], console: Console, translations: str | None = None
 ) -> bool:
-    """Writes what was computed, before any of it is shown: a reader of output may go away.
+    """Write the results, before any of them is shown: a reader of output may go away.
 
-    Returns whether it could be written.
+    Return whether they could be written.
     """
     if not is_first():
         return True
@@ -231,61 +183,3 @@ def _write(
         console.print(f"{problem}shown, copy the run to keep it", style="yellow")
         return False
     return True
-
-
-def describe(measured: dict[str, float], dataset: Dataset) -> list[str]:
-    """What was measured, in lines for people; the scores that decide come first."""
-    config, loss = dataset.config, measured["loss"]
-    if config.objective == "regression":
-        lines = [f"mean squared error: {loss:.4f}"]
-    elif config.objective == "classification":
-        lines = [f"loss: {loss:.4f} nats per example"]
-    else:
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        lines = [f"loss: {loss:.4f} nats per token (perplexity {perplexity:.2f})"]
-    if config.objective == "causal_lm":
-        bits = loss * dataset.target_count / dataset.characters / math.log(2)
-        lines.append(f"bits per character: {bits:.4f}")
-    others = {name: value for name, value in measured.items() if name != "loss"}
-    deciding = scores.main_scores(config.source, others)
-    ordered = [*deciding, *(name for name in others if name not in deciding)]
-    named = {name: name for name in ordered}
-    if "f1" in named:
-        of = (
-            f"class {dataset.classes[1]}"
-            if len(dataset.classes) == 2
-            else "all classes, their mean"
-        )
-        named["f1"] = f"f1 of {of}"
-    return lines + [f"{named[name]}: {100 * others[name]:.2f} %" for name in ordered]
-
-
-def _translate(
-    trained: Trained, decode: DecodeConfig, console: Console, seed: int
-) -> tuple[dict[str, Any], list[str], str]:
-    """Translates the test split.
-
-    Returns the scores with their signatures, the lines that show them and samples, and all
-    translations.
-    """
-    run, tokenizer = trained.run, trained.tokenizer
-    translator = Translator(run.model, decode, tokenizer, trained.params, trained.mesh, seed)
-    examples = list(sources.load(run.data, "test"))
-    started = time.perf_counter()
-    with console.status(f"translating {len(examples):,} test sentences"):
-        translations = translator([example["source"] for example in examples])
-    seconds = time.perf_counter() - started
-    references = [tokenizer.plain(example["target"]) for example in examples]
-    result: dict[str, Any] = {"decode": to_json(decode), "seed": seed}
-    lines = []
-    measured = scores.translation(translations, references, pretokenized=tokenizer.pretokenized)
-    for name, (score, signature) in measured.items():
-        lines.append(f"test {name}: {score:.2f} ({signature})")
-        result |= {f"test_{name.lower()}": score, f"{name.lower()}_signature": signature}
-    lines.append(f"translated {len(examples):,} sentences in {seconds:.1f} s")
-    picked = np.random.default_rng(0).permutation(len(examples))[: run.train.samples]
-    for i in picked:
-        lines.append(f"\n  source     {one_line(tokenizer.plain(examples[i]['source']))}")
-        lines.append(f"  reference  {one_line(references[i])}")
-        lines.append(f"  heedful    {translations[i]}")
-    return result, lines, "".join(line + "\n" for line in translations)

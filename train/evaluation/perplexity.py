@@ -9,10 +9,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from heedful.data.batch import pad_and_stack
-from heedful.data.objectives import OBJECTIVES, Arrays
+from heedful.data.objectives import Arrays
 from heedful.data.pipeline import Dataset
 from heedful.train.config import TrainError
 from heedful.train.sharding import whole_to_devices
+from heedful.train.tasks import TASKS, task_of
 
 NOTHING_TO_PREDICT = (
     "the {split} data has nothing to predict: all its tokens are special, or unknown to the "
@@ -23,15 +24,16 @@ NOTHING_TO_PREDICT = (
 def strided_loss(
     eval_step: Callable, params: Any, dataset: Dataset, mesh: Mesh, stride: int
 ) -> float:
-    """Mean loss in nats per token, each predicted once, in windows that move by `stride`.
+    """Return the mean loss in nats per token, in windows that move by `stride`.
 
-    A window has data.max_length positions, of which all but the last `stride` are past that is only
+    Each token is predicted once. A window has data.max_length positions, of which all but the last `stride` are past that is only
     read; the first window of a document counts whole. Raises TrainError for another objective, and
     for a stride longer than a window.
     """
     config = dataset.config
-    if config.objective != "causal_lm":
-        raise TrainError(f"--stride is for data.objective causal_lm, not {config.objective}")
+    if not task_of(config).has_stride:
+        names = " or ".join(name for name, task in TASKS.items() if task.has_stride)
+        raise TrainError(f"--stride is for data.objective {names}, not {config.objective}")
     if not 1 <= stride <= config.max_length:
         raise TrainError(
             f"--stride {stride} must lie between 1 and data.max_length = {config.max_length}"
@@ -52,7 +54,7 @@ def strided_loss(
 
 def _windows(dataset: Dataset, stride: int) -> Iterator[Arrays]:
     config, tokenizer = dataset.config, dataset.tokenizer
-    objective, rng = OBJECTIVES[config.objective], np.random.default_rng(0)
+    objective, rng = config.objective_spec, np.random.default_rng(0)
     counts = dataset.store.counts()["text"]
     for document in dataset.kept:
         positions, done = int(counts[document]) + 1, 0

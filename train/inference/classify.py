@@ -9,14 +9,14 @@ import numpy as np
 from heedful.data import sources
 from heedful.data.batch import pad_and_stack
 from heedful.data.errors import DataError
-from heedful.data.objectives import OBJECTIVES, Arrays
+from heedful.data.objectives import Arrays
 from heedful.data.text_files import one_line
 from heedful.model.transformer import build
 from heedful.train.config import TrainError
 from heedful.train.inference.batching import shapes
 from heedful.train.load import Trained
+from heedful.train.model_loss import model_inputs
 from heedful.train.sharding import replicated, whole_to_devices
-from heedful.train.step import model_inputs
 
 
 def trained_on_pairs(trained: Trained) -> bool | None:
@@ -55,7 +55,7 @@ class Classifier:
     def __call__(self, texts: Sequence[str]) -> list[str]:
         """One line per text: class and probability, or the number of a regression."""
         outputs = self.outputs(texts)
-        if self.config.objective == "regression":
+        if self.config.objective_spec.label == "number":
             return [f"{number:.4f}" for number in outputs[:, 0]]
         chances = np.exp(outputs - outputs.max(-1, keepdims=True))
         chances /= chances.sum(-1, keepdims=True)
@@ -93,7 +93,7 @@ class Classifier:
             raise TrainError(f"line {number} has {len(parts)} texts between tabs: give one or two")
         ids = self.trained.tokenizer.encode_batch(parts)
         example = dict(zip(names, ids, strict=False)) | {"label": np.array(0, np.int32)}
-        objective = OBJECTIVES[self.config.objective]
+        objective = self.config.objective_spec
         row = objective.row(example, None, self.config, self.trained.tokenizer)
         length = len(row["inputs"])
         if length > self.config.max_length:

@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Bool, Float
 from rich.console import Console
 
-from heedful.data.objectives import OBJECTIVES
+from heedful.data.objectives import source_and_target
 from heedful.data.writing import write_whole
+from heedful.train import model_loss
 from heedful.train.config import require
 from heedful.train.inference.translate import Translator
 from heedful.train.inspection.attention_weights import (
@@ -100,31 +101,33 @@ def model_inputs(
     The target of an encoder-decoder is its own output where it is not given but needed. Raises
     TrainError for texts that are empty, too long for a picture, or one too many.
     """
-    model, objective, tokenizer = trained.run.model, trained.run.data.objective, trained.tokenizer
+    model, objective, tokenizer = (
+        trained.run.model, trained.run.data.objective_spec, trained.tokenizer
+    )  # fmt: skip
+    has_prefix = "prefix_len" in objective.arrays
     tokens = _encode(trained, "text", text)
     second = None if target is None else _encode(trained, "--target", target)
     if model.architecture == "encoder_decoder":
         if second is None:
             second = _own_output(trained, tokens) if needs_target else tokens[:0]
-        row = _row(trained, "translation", source=tokens, target=second)
+        row = source_and_target(tokens, second, tokenizer)
     elif model.head.kind == "classifier":
         pair = {} if second is None else {"pair": second}
-        row = _row(trained, objective, text=tokens, label=np.array(0, np.int32), **pair)
+        example = {"text": tokens, "label": np.array(0, np.int32), **pair}
+        row = objective.row(example, None, trained.run.data, tokenizer)
     else:
         require(
-            second is None or objective == "prefix_lm",
-            f"--target: {trained.run.directory} has learned {objective}, which reads one text",
+            second is None or has_prefix,
+            f"--target: {trained.run.directory} has learned {trained.run.data.objective}, which "
+            "reads one text",
         )
-        # Those that predict the next token never read the end.
-        last = tokenizer.eos if objective == "masked_lm" else None
+        # A decoder predicts the end and never reads it.
+        last = tokenizer.eos if model.architecture == "encoder_only" else None
         begin, end = ([] if i is None else [i] for i in (tokenizer.bos, last))
         row = {"inputs": np.concatenate([begin, tokens, [] if second is None else second, end])}
-        if objective == "prefix_lm":
+        if has_prefix:
             row["prefix_len"] = np.array(len(begin) + len(tokens))
-    left_out = (
-        ("targets", "weights") if model.type_vocab_size else ("targets", "weights", "type_ids")
-    )
-    read = {name: array for name, array in row.items() if name not in left_out}
+    read = model_loss.model_inputs(model, row)
     for side, name in {"encoder_inputs": "source", "inputs": "text that is read"}.items():
         if side in read:
             _require_readable(name, len(read[side]))
@@ -136,11 +139,6 @@ def _encode(trained: Trained, name: str, text: str) -> np.ndarray:
     (tokens,) = trained.tokenizer.encode_batch([text])
     _require_readable(name, len(tokens))
     return tokens
-
-
-def _row(trained: Trained, objective: str, **example: np.ndarray) -> dict[str, np.ndarray]:
-    rng, run = np.random.default_rng(0), trained.run
-    return OBJECTIVES[objective].row(example, rng, run.data, trained.tokenizer)
 
 
 def _own_output(trained: Trained, source: np.ndarray) -> np.ndarray:

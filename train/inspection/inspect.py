@@ -31,6 +31,7 @@ from heedful.train.inspection.costs import (
 )
 from heedful.train.sharding import MESH_AXES
 from heedful.train.state import Setup, parameter_count, set_up
+from heedful.train.tasks import task_of
 from heedful.train.trainable import named
 
 ROW = 16  # tokens of the example whose masks are drawn
@@ -83,7 +84,8 @@ def complete(model: ModelConfig, data: DataConfig) -> tuple[ModelConfig, list[st
             )
         model = dataclasses.replace(model, vocab_size=size)
     if model.head.kind == "classifier" and model.head.outputs is None:
-        outputs = 1 if data.objective == "regression" else len(data.classes)
+        count = task_of(data).outputs
+        outputs = count(data) if count else 0
         if not outputs:
             outputs = 2
             notes.append("about 2 classes: data.classes is not given, the data decides")
@@ -276,7 +278,7 @@ def example(model: ModelConfig, data: DataConfig) -> tuple[Mapping[str, jax.Arra
         return batch(target, **others), "a source of 13 tokens, a target of 11, padding"
     if data.is_packed:
         return batch(row(8, 5)), "documents of 8 and 5 tokens, packed, and 3 of padding"
-    if data.objective == "prefix_lm":
+    if "prefix_len" in data.objective_spec.arrays:
         prefix = jax.numpy.asarray([6])
         return batch(row(13), prefix_len=prefix), "a prefix of 6 tokens, 7 more, 3 of padding"
     return batch(row(13)), "13 tokens and 3 of padding"

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from heedful.data.batch import FIELDS, PER_ROW
+from heedful.data.batch import FIELDS, PER_ROW, side
 from heedful.data.config import DataConfig
-from heedful.data.objectives import OBJECTIVES
 from heedful.data.packing import Shape, batch_rows, round_up
 from heedful.model.config import ModelConfig
 from heedful.train.config import TrainConfig, TrainError
@@ -23,6 +22,7 @@ from heedful.train.plan.chips import GIB
 from heedful.train.sharding import batch_sharding, make_mesh, require_divisible
 from heedful.train.state import Setup, set_up
 from heedful.train.step import make_train_step
+from heedful.train.tasks import task_of
 
 # Two messages of the TPU's compiler, from two passes, about a program that does not fit.
 USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
@@ -73,11 +73,10 @@ class Compiled:
 
 def largest_batch(data: DataConfig) -> Shape:
     """Return the shape of the batch with the longest rows that the config allows."""
-    lengths: tuple[int, ...] = (data.max_length,)
-    if data.objective == "translation":
-        lengths = (data.max_length, data.max_length)
-    elif data.objective == "span_corruption":
-        sides = OBJECTIVES[data.objective].lengths({"text": np.arange(1, 2 * max(lengths))}, data)
+    objective = data.objective_spec
+    lengths = (data.max_length,) * len(objective.sides)
+    if objective.is_text and len(lengths) > 1:  # The lengths of its sides belong together.
+        sides = objective.lengths({"text": np.arange(1, 2 * data.max_length)}, data)
         longest = sides[:, (sides <= data.max_length).all(0)][:, -1]
         lengths = tuple(map(int, round_up(longest, data)))
     return Shape(batch_rows(data.max_length, data), lengths)
@@ -85,19 +84,16 @@ def largest_batch(data: DataConfig) -> Shape:
 
 def abstract_batch(data: DataConfig, shape: Shape, mesh: Mesh) -> dict[str, Any]:
     """Return shapes, types and shardings of the arrays in a batch of the pipeline."""
-    is_labelled = data.objective in ("classification", "regression")
-    names = ["inputs", "targets", "weights", "segment_ids", "positions"]
-    names += ["type_ids"] if is_labelled else []
-    names += ["prefix_len"] if data.objective == "prefix_lm" else []
-    if len(shape.lengths) > 1:
-        names += ["encoder_inputs", "encoder_segment_ids", "encoder_positions"]
-    per_row = (*PER_ROW, "targets", "weights") if is_labelled else PER_ROW
+    objective = data.objective_spec
+    lengths = dict(zip(objective.sides, shape.lengths, strict=True))
+    names = [prefix + name for prefix in lengths for name in ("inputs", "segment_ids", "positions")]
+    names += ["targets", "weights", *objective.arrays]
+    per_row = (*PER_ROW, "targets", "weights") if objective.label else PER_ROW
 
     def one(name: str) -> jax.ShapeDtypeStruct:
-        length = shape.lengths[0 if name.startswith("encoder_") else -1]
-        dims = (shape.rows,) if name in per_row else (shape.rows, length)
-        is_number = name == "targets" and data.objective == "regression"
-        dtype = jnp.float32 if is_number else FIELDS[name].dtype
+        dims = (shape.rows,) if name in per_row else (shape.rows, lengths[side(name)])
+        is_number = name == "targets" and objective.label == "number"
+        dtype = jnp.float32 if is_number else FIELDS[name.removeprefix(side(name))].dtype
         return jax.ShapeDtypeStruct(dims, dtype, sharding=batch_sharding(mesh, len(dims)))
 
     return {name: one(name) for name in names}
@@ -158,7 +154,8 @@ def compile_step(
     began = time.perf_counter()
     try:
         with jax.set_mesh(mesh):
-            compiled = make_train_step(model, train, setup).lower(setup.abstract, batch).compile()
+            step: Any = make_train_step(model, train, setup, task_of(data).loss)
+            compiled = step.lower(setup.abstract, batch).compile()
     except jax.errors.JaxRuntimeError as error:
         used, temporaries = USED.search(str(error)), TEMPORARIES.search(str(error))
         if (found := used or temporaries) is None:
