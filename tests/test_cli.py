@@ -27,7 +27,7 @@ from heedful.train import cli
 from heedful.train.checkpoint import Checkpoints
 from heedful.train.cli import terminal
 from heedful.train.config import DecodeConfig, TrainConfig
-from heedful.train.loop import _Patience
+from heedful.train.patience import Patience
 from heedful.train.run import Run
 
 ROOT = Path(__file__).parent.parent
@@ -444,14 +444,14 @@ def test_the_loss_that_is_trained_decides(tmp_path):
 
 def test_patience_begins_again_with_a_better_one():
     config = TrainConfig(patience=2, checkpoint_every=5)
-    patience = _Patience(config, {})
+    patience = Patience(config, {})
     ended = []
     for step, score in {5: 0.2, 10: 0.1, 15: 0.3, 20: 0.3, 25: 0.25, 30: 0.4}.items():
         patience.add(step, score)
         ended += [step] if patience.is_over(step) else []
     assert ended == [25] and patience.best_step == 30
-    assert _Patience(config, {15: 0.3, 20: 0.3}).is_over(25)  # as after a resume
-    assert not _Patience(TrainConfig(), {15: 0.3}).is_over(10**9)
+    assert Patience(config, {15: 0.3, 20: 0.3}).is_over(25)  # as after a resume
+    assert not Patience(TrainConfig(), {15: 0.3}).is_over(10**9)
 
 
 def test_evaluate_every_choice_of_checkpoint(trained, capsys):

@@ -20,14 +20,14 @@ from heedful.data.pipeline import Dataset
 from heedful.model.config import ModelConfig
 from heedful.model.transformer import build
 from heedful.train.config import DecodeConfig, TrainError
+from heedful.train.config_json import write_json
 from heedful.train.evaluation import evaluate
 from heedful.train.evaluation.evaluate import evaluation_directory, report
 from heedful.train.evaluation.measure import describe, frequency_loss, measure
 from heedful.train.evaluation.perplexity import strided_loss
+from heedful.train.growing_files import Lines
 from heedful.train.load import Trained, load
-from heedful.train.metrics import Lines
 from heedful.train.model_loss import language_model_loss
-from heedful.train.run import write_json
 from heedful.train.step import make_eval_step
 from heedful.train.tasks import task_of
 

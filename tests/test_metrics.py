@@ -16,7 +16,9 @@ from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]
 from tensorboardX.record_writer import masked_crc32c
 
 from heedful.train.config import TrainError
-from heedful.train.metrics import Lines, MetricsWriter, lasting, read_lines, scores
+from heedful.train.growing_files import Lines, read_lines
+from heedful.train.messages import lasting
+from heedful.train.metrics import MetricsWriter, scores
 
 
 def test_later_lines_and_what_was_cut_short_are_dropped(tmp_path):
@@ -138,7 +140,7 @@ def test_a_disk_that_is_full_from_the_beginning_is_told(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("heedful.train.metrics.write_whole", full)
+    monkeypatch.setattr("heedful.train.growing_files.write_whole", full)
     with pytest.raises(TrainError, match=r"metrics.jsonl cannot be written \(No space .*make room"):
         Lines(path, from_step=1)
     assert read_lines(path) == [{"step": 1}]

@@ -14,7 +14,7 @@ from heedful.configs import base
 from heedful.configs.vaswani_table3 import ROWS
 from heedful.model.transformer import build
 from heedful.train.config import TrainError
-from heedful.train.run import differences, to_json
+from heedful.train.config_json import differences, to_json
 
 # Millions, as printed in arXiv:1706.03762 table 3.
 PARAMETERS = {

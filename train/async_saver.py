@@ -1,4 +1,4 @@
-"""Checkpoints while a run trains: written in the background, and no end of it when one fails."""
+"""Checkpoints while a run trains: written in the background; training survives failures."""
 
 import dataclasses
 import json
@@ -12,13 +12,16 @@ from rich.console import Console
 from heedful.data.pipeline import TrainIterator
 from heedful.train.checkpoint import Checkpoints, SaveFailed
 from heedful.train.config import TrainError
+from heedful.train.home import Home
 from heedful.train.hosts import any_process, from_first, is_first
-from heedful.train.run import Home, Run
+from heedful.train.metrics import score
+from heedful.train.observers import Observer
+from heedful.train.run import Run
 from heedful.train.state import TrainState
 
 
-class Saving:
-    """Saves the state with all that it takes to go on, and counts what the loop waited for that."""
+class Saving(Observer):
+    """Saves the state with all that it takes to go on, and counts the time that the loop waited."""
 
     def __init__(
         self,
@@ -37,8 +40,8 @@ class Saving:
             "tokenizer": json.loads(run.tokenizer_path.read_text("utf-8")),
         }
         self.seconds = 0.0
-        """That the loop was held up: until the former checkpoint was on disk and this one copied
-        from the devices."""
+        """Seconds that the loop was held up: until the former checkpoint was on disk and this one
+        copied from the devices."""
         self._score: tuple[int, float] | None = None
         self._is_begun = True
         self._step, self._held, self._is_awaited = 0, 0.0, False
@@ -47,11 +50,11 @@ class Saving:
         self._home.close()
 
     def position(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the state."""
+        """Return the part of a checkpoint beside the state."""
         return {"iterator": self._batches.get_state(), **self._fixed}
 
     def require_ours(self, position: dict[str, Any]) -> None:
-        """Raises TrainError for a checkpoint of a run of another config."""
+        """Raise TrainError for a checkpoint of a run of another config."""
         there = Run.of(self._run.directory, position["config"])
         if others := self._run.others(there):
             raise TrainError(
@@ -60,7 +63,7 @@ class Saving:
             )
 
     def go_on(self, position: dict[str, Any]) -> None:
-        """Puts the data where a checkpoint was; raises TrainError when it has changed."""
+        """Put the data where a checkpoint was; raise TrainError when they have changed."""
         if position["data_fingerprint"] != self._fixed["data_fingerprint"]:
             raise TrainError(
                 f"the training data has changed since {self._run.directory} was started: "
@@ -69,12 +72,12 @@ class Saving:
         self._batches.set_state(position["iterator"])
 
     def save(self, state: TrainState, *, last: bool, is_due: bool = True) -> None:
-        """Begins to save; `said` tells what has become of it.
+        """Begin to save; `said` tells the outcome.
 
-        Where none `is_due` it is for a stop only. The `last` checkpoint of this process is on disk
-        on return, and SaveFailed if it is not. Any other may fail: that is told, training goes on,
-        and the next one is tried. Where the directory of the run is gone, the checkpoint is saved
-        where that can be, and TrainError says where.
+        A checkpoint that is not `is_due` is for a stop only. The `last` checkpoint of this process
+        is on disk on return, or SaveFailed is raised. Any other may fail: that is told, training
+        goes on, and the next one is tried. Where the directory of the run is gone, the checkpoint
+        is saved where that can be, and TrainError says where.
         """
         began = time.perf_counter()
         if any_process(is_first() and self._home.is_lost()):
@@ -91,7 +94,7 @@ class Saving:
         self.seconds += self._held
 
     def said(self) -> str:
-        """The state of the newest checkpoint, in words; `settle` says the rest."""
+        """Return the state of the newest checkpoint, in words; `settle` prints the rest."""
         if not self._is_begun:
             return "nothing saved"
         self._is_awaited = not self._checkpoints.is_on_disk(self._step)
@@ -99,7 +102,7 @@ class Saving:
         return f"checkpoint {state} (held up {self._held:.2f} s)"
 
     def _rescue(self, state: TrainState) -> None:
-        """Saves a run whose directory is lost where that is now, or in a new one, and raises."""
+        """Save a run whose directory is lost where that is now, or in a new one, and raise."""
         run = self._run
         self.settle()
         moved = self._home.found() if is_first() else None
@@ -119,12 +122,15 @@ class Saving:
             f"{there.checkpoints}; the same command with --run-dir {place} resumes it"
         )
 
+    def on_evaluation(self, step: int, measured: dict[str, float]) -> None:
+        self.score(step, score(measured, self._run.train.metric))
+
     def score(self, step: int, score: float) -> None:
-        """Takes the score of the newest checkpoint, which may not be on disk yet."""
+        """Take the score of the newest checkpoint, which may not be on disk yet."""
         self._score = step, score
 
     def settle(self) -> None:
-        """Waits until the newest checkpoint is on disk, and gives it its score, if it has one."""
+        """Wait until the newest checkpoint is on disk, and give it its score, if it has one."""
         score, self._score = self._score, None
         is_awaited, self._is_awaited = self._is_awaited, False
         if not (self._is_begun and self._try(self._checkpoints.wait)):
@@ -135,7 +141,7 @@ class Saving:
             self._try(lambda: self._checkpoints.add_score(*score))
 
     def lacks_score(self, step: int) -> bool:
-        """Whether the run has ended before the checkpoint of this step could be measured."""
+        """Tell if the run has ended before the checkpoint of this step could be measured."""
         return step in self._checkpoints.steps and step not in self._checkpoints.scores
 
     def _try(self, action: Callable[[], None]) -> bool:
@@ -145,7 +151,6 @@ class Saving:
             self._console.print(
                 f"{error}; training goes on and saves again at the next checkpoint",
                 style="bold red",
-                markup=False,
             )
             return False
         return True

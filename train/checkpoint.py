@@ -17,7 +17,7 @@ from etils import epath
 from heedful.data.writing import write_whole
 from heedful.train.config import Interrupted, TrainError
 from heedful.train.hosts import any_process, is_first, is_multiprocess, primary_first, to_host
-from heedful.train.metrics import tell
+from heedful.train.messages import tell
 from heedful.train.reproducibility.fingerprint import words_of_leaves
 from heedful.train.reproducibility.record import named_words
 from heedful.train.run import require_plain
@@ -43,7 +43,7 @@ class Checkpoints:
         keep: int | None = None,
         measured: Callable[[], dict[int, float]] = dict,
     ):
-        """`measured` gives the scores where those beside the checkpoints are lost."""
+        """Open them; `measured` gives the scores where those beside the checkpoints are lost."""
         path = epath.Path(directory)
         self.directory = path if "://" in str(path) else path.absolute()
         require_plain(self.directory)
@@ -60,7 +60,7 @@ class Checkpoints:
         self._manager, self._has_failed = self._open(clean=keep is not None), False
         self._is_told = False
         self.scores = self._read_scores(measured)
-        """Of the checkpoints that have one, by step: the higher the better."""
+        """Scores by step, of the checkpoints that have one: the higher the better."""
 
     def _make_directory(self) -> None:
         if self._keep is not None and is_first():
@@ -98,25 +98,25 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first."""
+        """Return the steps of the complete checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
     @property
     def scored(self) -> list[int]:
-        """Steps of the checkpoints that have a score, oldest first."""
+        """Return the steps of the checkpoints that have a score, oldest first."""
         return [step for step in self.steps if step in self.scores]
 
     def best(self) -> int:
-        """Step of the highest score, the first of equals."""
+        """Return the step of the highest score, the first of equals."""
         if not self.scored:
             raise TrainError(f"{self.directory} has no checkpoint with a score")
         return max(self.scored, key=self.scores.__getitem__)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Which ones stay when the last of `checkpoints` has been written: orbax asks for that.
+        """Tell orbax which checkpoints stay when the last of `checkpoints` has been written.
 
-        The newest, where it is `due`, gets its score later: it counts as one of those that have
-        one. That of a stop gets none, and goes with the next.
+        The newest, where it is due, gets its score later: it counts as one with a score. The
+        checkpoint of a stop gets none, and goes with the next.
         """
         *older, newest = [checkpoint.step for checkpoint in checkpoints]
         scored = [step for step in older if step in self.scores]
@@ -127,7 +127,7 @@ class Checkpoints:
         return [checkpoint.step in kept for checkpoint in checkpoints]
 
     def add_score(self, step: int, score: float) -> None:
-        """Gives a checkpoint that is on disk its score; raises SaveFailed if it cannot be kept."""
+        """Give a checkpoint that is on disk its score; raise SaveFailed if it cannot be kept."""
         self.scores[step] = score
         self._guard(self._write_scores)
 
@@ -159,7 +159,7 @@ class Checkpoints:
         return {step: found["score"] for step, found in metrics.items() if found} or measured()
 
     def set_aside(self, step: int) -> epath.Path:
-        """Moves a checkpoint out of the way, and says where to; nothing is deleted."""
+        """Move a checkpoint out of the way, and return its new path; delete nothing."""
         folder = self.directory.parent / f"{self.directory.name}.corrupt"
         names = (str(step), *(f"{step}.{n}" for n in range(2, 1000)))
         target = next(path for path in map(folder.joinpath, names) if not path.exists())
@@ -175,7 +175,7 @@ class Checkpoints:
         return target
 
     def save(self, state: TrainState, iterator_state: dict, *, is_due: bool = True) -> None:
-        """Begins to write a checkpoint; raises SaveFailed if this cannot be begun."""
+        """Begin to write a checkpoint; raise SaveFailed if this cannot be begun."""
         self._is_due = is_due
         self._begin(
             int(state.step),
@@ -185,7 +185,7 @@ class Checkpoints:
         )
 
     def save_params(self, params: Any) -> None:
-        """Writes parameters that nothing here has trained, as step 0."""
+        """Write parameters that were not trained here, as step 0."""
         self._begin(0, params=ocp.args.StandardSave(params))
         self.wait()
         self.add_score(0, 0.0)
@@ -201,7 +201,7 @@ class Checkpoints:
         self._guard(lambda: self._manager.save(step, args=args, force=True))
 
     def _notice_lost(self) -> None:
-        """Tells of checkpoints that somebody else has removed, and counts them no longer."""
+        """Tell of checkpoints that somebody else has removed, and count them no longer."""
         lost = [step for step in self.steps if not (self.directory / str(step)).exists()]
         if not any_process(bool(lost)):
             return
@@ -225,7 +225,7 @@ class Checkpoints:
         return False
 
     def wait(self) -> None:
-        """Returns when everything is on disk; raises SaveFailed if it could not be written."""
+        """Wait until everything is on disk; raise SaveFailed if it could not be written."""
         self._guard(self._manager.wait_until_finished)
 
     def close(self) -> None:
@@ -233,11 +233,11 @@ class Checkpoints:
         self._manager.close()
 
     def position(self, step: int) -> dict:
-        """The iterator state at `step`."""
+        """Return the iterator state at `step`."""
         return self._read(step, data=ocp.args.JsonRestore())["data"]
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
-        """State and iterator state at `step`, placed as `abstract` says."""
+        """Return state and iterator state at `step`, sharded like `abstract`."""
         items = self._read(
             step,
             params=ocp.args.StandardRestore(abstract.params),
@@ -248,7 +248,7 @@ class Checkpoints:
         return TrainState(counter, items["params"], items["opt_state"]), items["data"]
 
     def restore_params(self, step: int, abstract: Any) -> Any:
-        """The parameters at `step`, placed as `abstract` says."""
+        """Return the parameters at `step`, sharded like `abstract`."""
         return self._read(step, params=ocp.args.StandardRestore(abstract))["params"]
 
     def _read(self, step: int, **items: Any) -> dict[str, Any]:
@@ -278,7 +278,7 @@ class Checkpoints:
         return restored
 
     def _compare(self, path: epath.Path, kept: Any, found: dict[str, str]) -> None:
-        """Raises ValueError where what was `found` in a checkpoint is not what was saved."""
+        """Raise ValueError where the sums `found` in a checkpoint are not those that it `kept`."""
         if kept is None:
             if is_first() and not self._is_told:
                 self._is_told = True
@@ -332,7 +332,7 @@ class CorruptCheckpoint(TrainError):
 
 
 def _sums(items: dict[str, Any]) -> dict[str, str]:
-    """Sums of all bits of these items: by name one for each array, and one for each JSON value."""
+    """Return sums of all bits of these items: by name, for each array and each JSON value."""
     is_json = lambda name: name in ("data", "tokenizer")  # noqa: E731
     arrays = {name: item for name, item in items.items() if not is_json(name)}
     sums = {name: _json_sum(item) for name, item in items.items() if is_json(name)}
@@ -348,7 +348,7 @@ def _json_sum(value: Any) -> str:
 
 @contextmanager
 def _shared(describe: Callable[[Exception], TrainError]) -> Iterator[None]:
-    """What goes wrong on one process is raised on all of them, described."""
+    """Raise on all processes, described, an exception of one process."""
     problem = None
     try:
         yield
@@ -364,7 +364,7 @@ def _tree_restore(abstract: Any) -> ocp.args.PyTreeRestore:
 
 
 def _reason(error: BaseException) -> str:
-    """What the system said, where there is such a thing, out of all that was said around it."""
+    """Return the words of the operating system in an error, or else its first line."""
     text = str(error).strip() or type(error).__name__
     system = re.search(r": ([^:\[]+) \[os_error_code", text)
     return system.group(1) if system else text.splitlines()[0][:200]

@@ -1,4 +1,4 @@
-"""How a model is trained: frozen values, checked when they are made. No jax is imported here."""
+"""Settings of training and decoding: frozen values, checked when they are made; no jax here."""
 
 import re
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ class Interrupted(Exception):
 
 
 def require(condition: bool, message: str) -> None:
+    """Raise TrainError unless the condition holds."""
     if not condition:
         raise TrainError(message)
 
@@ -43,13 +44,13 @@ class OptimizerConfig:
     warmup_steps: int = 1000
     """Steps over which the rate grows linearly to its peak."""
     schedule: Literal["inverse_sqrt", "linear", "cosine", "constant"] = "inverse_sqrt"
-    """What follows the warmup; inverse_sqrt is the rule of arXiv:1706.03762 §5.3."""
+    """Rate after the warmup; inverse_sqrt is the rule of arXiv:1706.03762 §5.3."""
     b1: float = 0.9
     """Decay of the first moment."""
     b2: float = 0.98
     """Decay of the second moment."""
     first_moment: Literal["float32", "bfloat16"] = "float32"
-    """How the first moment is stored. The second stays in float32: in bfloat16 its small steps,
+    """Type of the stored first moment. The second stays in float32: in bfloat16 its small steps,
     1 - b2 of itself, would be rounded away."""
     epsilon: float = 1e-9
     """Added to the root of the second moment."""
@@ -111,7 +112,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How the devices are laid out; the product must be their number."""
+    """Axes of the device mesh; the product of their sizes must be the number of devices."""
 
     data: int = -1
     """Copies of the model that share a batch; -1: all devices that the others leave."""
@@ -134,20 +135,20 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
-    """How a text is written."""
+    """Settings of beam search and sampling."""
 
     beam: int = 4
     """Hypotheses of the beam search; 1: greedy, or sampling when temperature is above 0."""
     length_penalty: float = 0.6
     """Exponent of the length penalty of the beam search (arXiv:1609.08144 §7)."""
     length_penalty_offset: int = 5
-    """What that penalty adds to a length; 0: scores are divided by length^exponent, as in fairseq,
-    Marian and Hugging Face transformers."""
+    """Number that this penalty adds to a length; 0: scores are divided by length^exponent, as in
+    fairseq, Marian and Hugging Face transformers."""
     early_stopping: Literal["never", False, True] = "never"
-    """When a beam search stops, in the words of Hugging Face transformers, whose rule it follows.
-    True: when as many hypotheses are finished as the beam has; False: when these are also as good
-    as the best living one would be if it ended now; never: when no living one can become better
-    than the best finished one. At the length limit the living ones count as finished."""
+    """End of a beam search, in the words and by the rule of Hugging Face transformers. True: when
+    as many hypotheses are finished as the beam has; False: when these are also as good as the best
+    living one would be if it ended now; never: when no living one can become better than the best
+    finished one. At the length limit the living ones count as finished."""
     extra_length: int = 50
     """Most tokens of the output beyond those of the source (arXiv:1706.03762 §6.1)."""
     temperature: float = 0.0
@@ -222,7 +223,7 @@ class DecodeConfig:
 
 
 def require_tokens(decode: DecodeConfig, vocab_size: int) -> None:
-    """Raises TrainError where `decode.never` has a token that a model does not have."""
+    """Raise TrainError where `decode.never` has a token that a model does not have."""
     beyond = [i for i in decode.never if i >= vocab_size]
     require(
         not beyond,
@@ -247,13 +248,13 @@ class TrainConfig:
     steps: int = 10_000
     """Updates of the parameters."""
     seed: int = 0
-    """Of the initial parameters, the dropout and the order of the data."""
+    """Seed of the initial parameters, the dropout and the order of the data."""
     label_smoothing: float = 0.1
     """Share of the target's probability that is spread over the vocabulary (§5.4)."""
     loss_chunk: int | None = None
-    """Positions of a row whose scores for the vocabulary exist at once, in float32: saves memory
-    and changes no result; None: all. Rows that are shorter need none. An encoder, which restores a
-    share of the tokens, scores no more than these and what fills up their last chunk."""
+    """Positions of a row whose logits exist at once, in float32: saves memory and changes no
+    result; None: all. An encoder, which restores a share of the tokens, computes the logits of
+    these tokens and of what fills up their last chunk, no others."""
     accumulate: int = 1
     """Parts into which a batch is split to save memory; the update stays the same."""
     log_every: int = 20
@@ -261,16 +262,16 @@ class TrainConfig:
     checkpoint_every: int = 500
     """Steps between two checkpoints, each with its validation loss."""
     checkpoints: str | None = None
-    """Where checkpoints lie: a folder, or a bucket (gs://... with the package gcsfs, s3://... with
-    s3fs); None: in the run directory."""
+    """Place of the checkpoints: a folder, or a bucket (gs://... with the package gcsfs, s3://...
+    with s3fs); None: in the run directory."""
     max_checkpoints: int = 5
     """Newest checkpoints that are kept, besides the best one and, until the next one is written,
     that of a stop."""
     average_last: int = 5
     """Newest checkpoints whose parameters are averaged for evaluation (§6.1); 1: the best one."""
     metric: Metric = "loss"
-    """What decides on the validation data which checkpoint is the best; smoothed_loss is the loss
-    with `label_smoothing`, as in training."""
+    """Measure on the validation data that decides which checkpoint is the best; smoothed_loss is
+    the loss with `label_smoothing`, as in training."""
     patience: int | None = None
     """Stop after so many checkpoints without a better one; None: never."""
     deterministic: bool = True

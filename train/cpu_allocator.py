@@ -16,7 +16,7 @@ ROOM = 64 << 20  # bytes
 
 
 def keep_memory() -> None:
-    """Starts this process again, once, with an allocator that keeps its memory."""
+    """Start this process again, once, with an allocator that keeps its memory."""
     if sys.platform != "linux" or all(name in os.environ for name in ALLOCATOR):
         return
     os.environ.update({name: os.environ.get(name, value) for name, value in ALLOCATOR.items()})
@@ -25,9 +25,9 @@ def keep_memory() -> None:
 
 @cache
 def keep_in_place() -> None:
-    """From now on a step on CPUs finds its temporary arrays where those of the last one were.
+    """Make a step on CPUs find its temporary arrays where those of the last step were.
 
-    To be called before jax has found its devices. The temporary arrays of a program are one block
+    Call it before jax has found its devices. The temporary arrays of a program are one block
     of the thread that runs it, and glibc keeps blocks of more than 64 MiB for the main thread only:
     programs run there, and a call returns when they have ended. What a compilation leaves, hundreds
     of MB, is given back before its first run, with room for small arrays: they would otherwise lie

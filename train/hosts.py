@@ -1,4 +1,4 @@
-"""Several processes that compute together: how they find each other, and what they agree on."""
+"""Processes that compute together: they find each other, and agree on values."""
 
 import importlib.util
 import itertools
@@ -30,12 +30,12 @@ _turns = itertools.count()
 
 
 def join(given: Mapping[str, str]) -> None:
-    """Makes this process one of several; alone where nothing says that there are others.
+    """Make this process one of several, if flags or the environment say so.
 
-    What says so: `FLAGS`, else their variables, else Slurm, Open MPI or a TPU; --processes 1 says
-    that it is alone. With a coordinator one process adds up over its CPU devices as several do, in
-    gloo's order: the same bits. To be called before anything is computed. Raises TrainError for
-    half of the flags, and when the others do not come.
+    That is said by `FLAGS`, else their variables, else Slurm, Open MPI or a TPU. --processes 1 says
+    that it is alone. With a coordinator, one process adds up over its CPU devices as several do, in
+    gloo's order: the same bits. Call it before anything is computed. Raises TrainError for half of
+    the flags, and when the others do not come.
     """
     values = [given.get(flag) or os.environ.get(name) for flag, name in FLAGS.items()]
     coordinator, processes, process = values
@@ -70,7 +70,7 @@ def join(given: Mapping[str, str]) -> None:
 
 
 def _is_in_cluster() -> bool:
-    """Whether the environment tells of other processes. A lone one must not wait for any."""
+    """Tell if the environment names other processes. A lone process must not wait for any."""
     environment = os.environ
     counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # a batch script has no step
     if any(int(environment.get(name, 1)) > 1 for name in counts):
@@ -87,16 +87,17 @@ def _number(flag: str, value: str | None) -> int:
 
 
 def is_multiprocess() -> bool:
+    """Tell if several processes compute together."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_first() -> bool:
-    """Whether this process writes what is written once."""
+    """Tell if this process writes the files that are written once."""
     return not is_multiprocess() or jax.process_index() == 0
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Whether an error says that another process is gone."""
+    """Tell if an error says that another process is gone."""
     is_memory = "RESOURCE_EXHAUSTED" in str(error)
     return is_multiprocess() and isinstance(error, jax.errors.JaxRuntimeError) and not is_memory
 
@@ -105,13 +106,13 @@ def is_peer_failure(error: BaseException) -> bool:
 
 
 def wait_for_all() -> None:
-    """Returns when every process has called it. Raises JaxRuntimeError when one is dead."""
+    """Wait until every process has called it; raise JaxRuntimeError when one is dead."""
     key = f"heedful:{next(_turns)}"
     multihost.get_barrier_sync_fn()(key=key, timeout_ms=PATIENCE * 1000)
 
 
 def any_process(value: bool) -> bool:
-    """Whether `value` is true on any process; the same answer on all."""
+    """Tell if `value` is true on any process; the answer is the same on all."""
     if not is_multiprocess():
         return value
     wait_for_all()  # which may take hours; a collective that long fails
@@ -119,10 +120,10 @@ def any_process(value: bool) -> bool:
 
 
 def primary_first(action: Callable[[], T]) -> T:
-    """The result of `action`, which runs on the first process, and then on the others.
+    """Return the result of `action`, which runs on the first process, and then on the others.
 
-    They find the files that the first has written, where they share a file system. Raises on all
-    when it fails on one.
+    The others find the files that the first has written, where they share a file system. Raises on
+    all processes when it fails on one.
     """
     if not is_multiprocess():
         return action()
@@ -139,13 +140,13 @@ def primary_first(action: Callable[[], T]) -> T:
 
 
 def require_same(what: str, value: str) -> None:
-    """Raises TrainError on all processes where `value` is not the same on all of them."""
+    """Raise TrainError on all processes where `value` is not the same on all of them."""
     if is_multiprocess() and any_process(value != from_first(value)):
         raise TrainError(f"the processes do not have the same {what}: start all of them alike")
 
 
 def from_first(text: str) -> str:
-    """The text that the first process has."""
+    """Return the text that the first process has."""
     if not is_multiprocess():
         return text
     encoded = np.frombuffer(text.encode(), np.uint8) if is_first() else np.zeros(0, np.uint8)
@@ -155,5 +156,5 @@ def from_first(text: str) -> str:
 
 
 def to_host(tree: Any) -> Any:
-    """Arrays whole in the memory of every process, however they are split over devices."""
+    """Return arrays whole in the memory of every process, however they are sharded."""
     return process_allgather(tree, tiled=True) if is_multiprocess() else jax.device_get(tree)

@@ -29,13 +29,13 @@ class Trained:
     mesh: Mesh
     params: Any
     steps: list[int]
-    """Of the checkpoints that the parameters come from."""
+    """Steps of the checkpoints that the parameters come from."""
 
 
 def load(
     directory: Path, console: Console, *, checkpoint: str | None = None, fallback: bool = False
 ) -> Trained:
-    """The parameters of `checkpoint`: average (of the newest), last, best, or a step.
+    """Return the parameters of `checkpoint`: average (of the newest), last, best, or a step.
 
     None: the average where the run averages, the best where it does not. `fallback` leaves corrupt
     checkpoints out, and says so. Raises TrainError, and CorruptCheckpoint.
@@ -57,7 +57,7 @@ def load(
 
 
 def _mesh(config: MeshConfig, console: Console) -> Mesh:
-    """The mesh of the run, or where its devices are not there one of those that are."""
+    """Return the mesh of the run, or where its devices are missing a mesh of all devices."""
     try:
         return make_mesh(config)
     except TrainError:
@@ -67,7 +67,7 @@ def _mesh(config: MeshConfig, console: Console) -> Mesh:
 
 
 def _candidates(checkpoints: Checkpoints, which: str, average: int) -> tuple[list[int], int]:
-    """(steps in order of preference, how many of them to average)."""
+    """Return (steps in order of preference, number of them to average)."""
     newest = checkpoints.steps[::-1]
     if not newest:
         raise TrainError(f"{checkpoints.directory} holds no checkpoint yet")
@@ -96,7 +96,7 @@ def _average(
     fallback: bool,
     console: Console,
 ) -> tuple[Any, list[int]]:
-    """Mean parameters (arXiv:1706.03762 §6.1) of the first `count` candidates, and their steps."""
+    """Average the first `count` candidates (arXiv:1706.03762 §6.1); return their steps, too."""
     total, used = None, []
     for step in candidates:
         try:

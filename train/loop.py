@@ -1,17 +1,16 @@
-"""fit(): from a config to a trained model, resuming where a former call stopped."""
+"""fit(): train a run from its configs, or resume it where a former call stopped."""
 
-import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from heedful.data.pipeline import Dataset, TrainIterator
 from heedful.model.attention import choose
@@ -23,13 +22,16 @@ from heedful.train.conversion.init_from import init_from_pretrained, open_source
 from heedful.train.evaluation.measure import measure
 from heedful.train.hosts import is_first, is_multiprocess, primary_first, require_same
 from heedful.train.inference.translate import require_positions
-from heedful.train.metrics import MetricsWriter, lasting, require_finite, score, scores
+from heedful.train.messages import lasting
+from heedful.train.meter import AHEAD, Meter
+from heedful.train.metrics import MetricsWriter, scores
+from heedful.train.observers import Observer, ProgressBar
 from heedful.train.optimizer import learning_rate
+from heedful.train.patience import Patience
 from heedful.train.plan.oom_advice import explained
 from heedful.train.reproducibility.fingerprint import make_fingerprint
 from heedful.train.reproducibility.record import (
     FingerprintWriter,
-    RunObserver,
     add_environment,
     environment,
 )
@@ -46,7 +48,6 @@ DETERMINISM = {
     "(--train.no-deterministic)",
     False: "not deterministic: another run gives other bits (--train.deterministic)",
 }
-AHEAD = 2  # steps that are dispatched before the loss of an earlier one is read
 
 
 def fit(
@@ -55,14 +56,14 @@ def fit(
     *,
     fallback: bool = False,
     start: tuple[TrainState, dict] | None = None,
-    witness: RunObserver | None = None,
+    observers: Sequence[Observer] = (),
 ) -> None:
-    """Trains until `train.steps`, from the newest checkpoint if there is one, or from `start`.
+    """Train until `train.steps`, from the newest checkpoint if there is one, or from `start`.
 
-    `fallback` allows to start from an earlier checkpoint when the newest is corrupt. The `witness`
-    sees the environment and each fingerprint, and what it raises ends the training. Raises
-    NonFiniteLoss, CorruptCheckpoint, SaveFailed for the last checkpoint, and Interrupted on SIGINT
-    or SIGTERM to any process, after saving.
+    `fallback` allows to start from an earlier checkpoint when the newest is corrupt. The observers
+    see the training, and what they raise ends it. Raises NonFiniteLoss, CorruptCheckpoint,
+    SaveFailed for the last checkpoint, and Interrupted on SIGINT or SIGTERM to any process, after
+    saving.
     """
     config, tokenizer, task = run.train, run.tokenizer(), task_of(run.data)
     prepare = partial(Dataset.prepare, run.data, tokenizer, seed=config.seed)
@@ -93,8 +94,8 @@ def fit(
     data = {name: dataset.data_fingerprint for name, dataset in splits.items()}
     del test_data, splits  # It is prepared again at the end.
     now = environment(run, mesh, data)
-    if witness is not None:
-        witness.environment(now)
+    for observer in observers:
+        observer.on_start(now)
 
     measured = partial(scores, run.metrics, config.metric)
     with (
@@ -121,17 +122,26 @@ def fit(
         )
         if (first := int(state.step)) < config.steps:
             add_environment(run, now, first, console)
-        validate = lambda state: measure(eval_step, state.params, valid_data, mesh)  # noqa: E731
-        patience = _Patience(config, checkpoints.scores)
+        training = _Training(
+            run=run,
+            mesh=mesh,
+            console=console,
+            train_step=step,
+            batches=batches,
+            validate=lambda state: measure(eval_step, state.params, valid_data, mesh),
+            saving=saving,
+            patience=Patience(config, checkpoints.scores),
+            observers=observers,
+        )
         began = time.perf_counter()
         with jax.set_mesh(mesh), explained(run, list(mesh.devices.flat), console):
-            _loop(run, state, step, batches, validate, saving, patience, mesh, console, witness)
+            training.go_on(state)
         share = saving.seconds / (time.perf_counter() - began)
         console.print(f"saving held training up for {saving.seconds:.2f} s ({share:.1%})")
 
 
 def _unfinished(config: TrainConfig) -> str:
-    """A warning about a warmup that is longer than the training."""
+    """Return a warning about a warmup that is longer than the training."""
     optimizer = config.optimizer
     last = np.asarray(learning_rate(optimizer, config.steps)(config.steps - 1)).item()
     return (
@@ -142,7 +152,7 @@ def _unfinished(config: TrainConfig) -> str:
 
 
 def _require_room(run: Run, test_data: Dataset) -> None:
-    """Raises TrainError where a test sentence could not be translated at the end."""
+    """Raise TrainError where a test sentence could not be translated at the end."""
     if task_of(run.data).use == "translate":
         sizes = (test_data.store.counts()["source"] + 1).tolist()  # and the end
         require_positions(run.model, run.train.decode, sizes, "test sentences")
@@ -150,7 +160,7 @@ def _require_room(run: Run, test_data: Dataset) -> None:
 
 @contextmanager
 def _alone(run: Run) -> Iterator[None]:
-    """Keeps others from training in the same directory; raises TrainError where one does."""
+    """Keep others from training in the same directory; raise TrainError where one does."""
     release = primary_first(lambda: run.lock() if is_first() else lambda: None)
     try:
         yield
@@ -159,7 +169,7 @@ def _alone(run: Run) -> Iterator[None]:
 
 
 def _first_params(run: Run, setup: Setup, console: Console) -> Any:
-    """Random parameters, or where the run fine-tunes those that it begins from; says which."""
+    """Return random parameters, or the pretrained ones of a run that fine-tunes; say which."""
     params = init_params(run.model, setup.mesh, run.train.seed)
     if run.train.init_from is None:
         console.print("pretraining: the parameters begin at random")
@@ -168,87 +178,95 @@ def _first_params(run: Run, setup: Setup, console: Console) -> Any:
     return init_from_pretrained(params, source, run.model, run.train.reinit, console)
 
 
-def _loop(
-    run: Run,
-    state: TrainState,
-    train_step: Callable,
-    batches: TrainIterator,
-    validate: Callable[[TrainState], dict[str, float]],
-    saving: Saving,
-    patience: "_Patience",
-    mesh: jax.sharding.Mesh,
-    console: Console,
-    witness: RunObserver | None,
-) -> None:
-    """Steps from `state` to the end; raises Interrupted when a signal has come, after saving."""
-    config, first = run.train, int(state.step)
-    is_due = lambda step: step % config.checkpoint_every == 0 or step == config.steps  # noqa: E731
-    fingerprint = make_fingerprint(mesh)
-    names = [name for name, _ in named(state.params)]
-    columns = [
-        TextColumn("step"), MofNCompleteColumn(), BarColumn(),
-        TextColumn("{task.description}"), TimeRemainingColumn(),
-    ]  # fmt: skip
-    lacks_score = first > 0 and is_due(first) and saving.lacks_score(first)
-    with (
-        closing(MetricsWriter(run.directory, first, measures_again=lacks_score)) as writer,
-        closing(FingerprintWriter(run, first or -1, names, witness)) as fingerprints,
-        Stop(mesh, AHEAD) as stop,
-        Progress(*columns, console=console) as bar,
-    ):
-        task = bar.add_task("compiling", total=config.steps, completed=first)
-        meter = _Meter(
-            writer,
-            fingerprints,
-            config.log_every,
-            lambda step, text: bar.update(task, completed=step, description=text),
-        )
+@dataclass(frozen=True, kw_only=True)
+class _Training:
+    """A training that is set up, with all that its loop needs."""
 
-        def judge(step: int, said: Callable[[], str]) -> None:
-            """Measures the state, and gives its checkpoint the score."""
-            measured = validate(state)
-            of_step = score(measured, config.metric)
-            saving.score(step, of_step)
-            patience.add(step, of_step)
-            writer.write(step, {f"valid_{name}": value for name, value in measured.items()})
-            listed = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
-            console.print(f"step {step:,}: validation {listed}, {said()}")
+    run: Run
+    mesh: Mesh
+    console: Console
+    train_step: Callable
+    batches: TrainIterator
+    validate: Callable[[TrainState], dict[str, float]]
+    saving: Saving
+    patience: Patience
+    observers: Sequence[Observer]
 
-        if first == 0:
-            fingerprints.write(0, fingerprint(state.params))
-        elif lacks_score:
-            judge(first, lambda: "which its checkpoint lacked")
-        for step in range(first + 1, config.steps + 1):
-            if patience.is_over(step - 1):
-                console.print(f"no better checkpoint since step {patience.best_step:,}: stopped")
+    def go_on(self, state: TrainState) -> None:
+        """Train from `state` to the end, with all observers."""
+        run, first = self.run, int(state.step)
+        fingerprint = make_fingerprint(self.mesh)
+        names = [name for name, _ in named(state.params)]
+        lacks_score = first > 0 and self._is_due(first) and self.saving.lacks_score(first)
+        with (
+            ExitStack() as stack,
+            closing(MetricsWriter(run.directory, first, measures_again=lacks_score)) as writer,
+            closing(FingerprintWriter(run, first or -1, names, self.observers)) as fingerprints,
+            Stop(self.mesh, AHEAD) as stop,
+            closing(ProgressBar(self.console, first, run.train.steps)) as bar,
+        ):
+            for observer in self.observers:
+                stack.callback(observer.close)
+            own = (self.saving, self.patience, fingerprints, writer, bar)
+            training = replace(self, observers=(*own, *self.observers))
+            meter = Meter(run.train.log_every, training.observers)
+            if first == 0:
+                fingerprints.write(0, fingerprint(state.params))
+            elif lacks_score:
+                training._evaluate(state, lambda: "which its checkpoint lacked")
+            training._loop(state, fingerprint, meter, stop)
+
+    def _loop(self, state: TrainState, fingerprint: Callable, meter: Meter, stop: Stop) -> None:
+        """Step to the end; raise Interrupted when a signal has come, after saving."""
+        config = self.run.train
+        for step in range(int(state.step) + 1, config.steps + 1):
+            if self.patience.is_over(step - 1):
+                best = self.patience.best_step
+                self.console.print(f"no better checkpoint since step {best:,}: stopped")
                 break
-            began = time.perf_counter()
-            batch = next(batches)
-            meter.fetched(time.perf_counter() - began)
-            state, metrics = train_step(state, batch)
+            with meter.fetching():
+                batch = next(self.batches)
+            state, metrics = self.train_step(state, batch)
             del batch  # Freed when the next one is there, it would let the reading thread go first.
-            is_last = step == config.steps
-            is_stopped = stop.agreed() and not is_last
-            is_saved = is_due(step) or is_stopped
+            is_stopped = stop.agreed() and step < config.steps
+            is_saved = self._is_due(step) or is_stopped
             if is_saved or step % config.fingerprint_every == 0:
                 metrics["fingerprint"] = fingerprint(state.params)
             meter.add(step, metrics)
             if is_saved:
-                began = time.perf_counter()
-                meter.drain()
-                # Before it is measured: where a stop comes in the meantime, it is there.
-                saving.save(state, is_due=is_due(step), last=is_last or is_stopped)
-                if is_stopped:
-                    raise stop.interrupted(step)
-                judge(step, saving.said)
-                meter.leave_out(time.perf_counter() - began)
-        saving.settle()
+                with meter.pause():
+                    meter.drain()
+                    self._save(state, step, is_stopped)
+                    if is_stopped:
+                        raise stop.interrupted(step)
+                    # After it is saved: where a stop comes in the meantime, it is there.
+                    self._evaluate(state, self.saving.said)
+        self.saving.settle()
         if stop.is_asked():
             raise stop.interrupted(int(state.step))
 
+    def _is_due(self, step: int) -> bool:
+        """Tell if a checkpoint is written after this step, whatever happens."""
+        config = self.run.train
+        return step % config.checkpoint_every == 0 or step == config.steps
+
+    def _save(self, state: TrainState, step: int, is_stopped: bool) -> None:
+        is_last = is_stopped or step == self.run.train.steps
+        self.saving.save(state, is_due=self._is_due(step), last=is_last)
+        for observer in self.observers:
+            observer.on_checkpoint(step)
+
+    def _evaluate(self, state: TrainState, said: Callable[[], str]) -> None:
+        """Measure the state, whose checkpoint is there."""
+        step, measured = int(state.step), self.validate(state)
+        for observer in self.observers:
+            observer.on_evaluation(step, measured)
+        listed = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
+        self.console.print(f"step {step:,}: validation {listed}, {said()}")
+
 
 def describe(model: ModelConfig, length: int, setup: Setup, console: Console) -> None:
-    """Says what runs on rows of `length` tokens, and where."""
+    """Print the attention cores for rows of `length` tokens, the parameters and the devices."""
     devices, params = setup.mesh.devices.ravel(), setup.abstract.params
     sizes = ", ".join(f"{name} {size}" for name, size in setup.mesh.shape.items())
     names = dict.fromkeys(model.attention.core_of(site) for site in model.sites)
@@ -271,7 +289,7 @@ def _restore(
     fallback: bool,
     console: Console,
 ) -> tuple[TrainState, dict] | None:
-    """The newest state that can be read, older ones only if `fallback`; None: there is none."""
+    """Return the newest state that can be read, an older one only if `fallback`; None: none."""
     corrupt: list[int] = []
     for step in reversed(checkpoints.steps):
         try:
@@ -293,79 +311,3 @@ def _restore(
             "repair one, or give another --run-dir to begin anew"
         )
     return None
-
-
-class _Patience:
-    """When the best checkpoint has become too old."""
-
-    def __init__(self, config: TrainConfig, scores: Mapping[int, float]):
-        self._limit = config.patience and config.patience * config.checkpoint_every
-        self.best_step, self._best = 0, -math.inf
-        for step in sorted(scores):
-            self.add(step, scores[step])
-
-    def add(self, step: int, score: float) -> None:
-        if score > self._best:
-            self.best_step, self._best = step, score
-
-    def is_over(self, step: int) -> bool:
-        return self._limit is not None and step - self.best_step >= self._limit
-
-
-class _Meter:
-    """Reads metrics some steps late, so that the device never waits for the host, and logs them."""
-
-    def __init__(
-        self,
-        writer: MetricsWriter,
-        fingerprints: FingerprintWriter,
-        log_every: int,
-        show: Callable[[int, str], None],
-    ):
-        self.writer, self.fingerprints, self.log_every = writer, fingerprints, log_every
-        self.show = show
-        self._pending: deque = deque()
-        self._restart()
-
-    def leave_out(self, seconds: float) -> None:
-        """Takes time off this interval that was not training."""
-        self._since += seconds
-
-    def _restart(self) -> None:
-        self._since, self._loss, self._weight, self._waited = time.perf_counter(), 0.0, 0.0, 0.0
-
-    def fetched(self, seconds: float) -> None:
-        """Takes the time that the next batch took; it counts where no step was left to work on."""
-        if not self._pending or self._pending[-1][1]["loss"].is_ready():
-            self._waited += seconds
-
-    def add(self, step: int, metrics: dict) -> None:
-        """Takes the metrics of a step that the devices work on."""
-        self._pending.append((step, metrics))
-        while len(self._pending) > AHEAD:
-            self._read()
-
-    def drain(self) -> None:
-        while self._pending:
-            self._read()
-
-    def _read(self) -> None:
-        step, metrics = self._pending.popleft()
-        require_finite(step, metrics)
-        if "fingerprint" in metrics:
-            self.fingerprints.write(step, metrics["fingerprint"], metrics)
-        self._loss += float(metrics["loss"])
-        self._weight += float(metrics["weight"])
-        if step % self.log_every:
-            return
-        elapsed = time.perf_counter() - self._since
-        values = {
-            "loss": self._loss / max(self._weight, 1.0),
-            "lr": float(metrics["lr"]),
-            "grad_norm": float(metrics["grad_norm"]),
-            "tokens_per_second": self._weight / elapsed,
-            "input_wait_share": self._waited / elapsed,
-        }
-        self.writer.write(step, values)
-        self.show(step, f"loss {values['loss']:.3f}  {values['tokens_per_second']:,.0f} tokens/s")
-        self._restart()

@@ -1,4 +1,4 @@
-"""Losses as a sum and a weight, so that parts can be added and divided once."""
+"""Losses as a sum and a weight, so that parts can be added, and divided once at the end."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def cross_entropy(
     weights: Float[Array, "*b"],
     label_smoothing: float = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(sum of weighted losses in nats, sum of weights), in float32.
+    """Return (sum of weighted losses in nats, sum of weights), in float32.
 
     With smoothing e the target distribution is (1 - e) at the target plus e / V everywhere
     (arXiv:1512.00567 §7).
@@ -38,9 +38,9 @@ def cross_entropy_in_chunks(
     *,
     skips: bool = False,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """`cross_entropy` of score(params, hidden), with the scores of `size` positions a row at once.
+    """Compute `cross_entropy` of score(params, hidden), `size` positions of a row at a time.
 
-    Gradients are taken together with the values, so that no score is computed twice. `score` must
+    Gradients are computed with the values, so that no logits are computed twice. `score` must
     depend on its arguments only. With `skips` no more chunks are computed than the row with the
     most positions of weight above 0 needs.
     """
@@ -57,7 +57,7 @@ def cross_entropy_in_chunks(
         size, order, needed = math.ceil(part / number), None, None
 
     def split(x: jax.Array) -> jax.Array:
-        """[B, T, ...] to chunks [number, B, devices * size, ...], of which devices have parts."""
+        """Split [B, T, ...] into chunks [number, B, devices * size, ...], sharded over devices."""
         x = x.reshape(B, devices, part, *x.shape[2:])
         if order is not None:
             x = jax.vmap(jax.vmap(_taken))(x, order)
@@ -72,13 +72,13 @@ def cross_entropy_in_chunks(
 
 
 def _taken(x: Shaped[Array, "T *d"], order: Int[Array, " T"]) -> Shaped[Array, "T *d"]:
-    """x[order], of whose gradient it is known that no two rows are added."""
+    """Return x[order]; its gradient is compiled in the knowledge that no two rows are added."""
     return x.at[order].get(unique_indices=True, mode="promise_in_bounds")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _summed(one: Callable, params: Any, hidden: jax.Array, others: Any, needed: jax.Array | None):
-    """Sums of one(params, hidden, others) over the first `needed` of their first axis, or all."""
+    """Add up one(params, hidden, others) over the first `needed` of their first axis, or all."""
     count = len(hidden) if needed is None else needed
 
     def add(i: Any, total: Any):
@@ -117,7 +117,7 @@ def _at(i: Any, tree: Any) -> Any:
 def squared_error(
     outputs: Float[Array, "B 1"], targets: Float[Array, " B"], weights: Float[Array, " B"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(sum of weighted squared errors, sum of weights), in float32."""
+    """Return (sum of weighted squared errors, sum of weights), in float32."""
     errors = jnp.square(outputs[:, 0].astype(jnp.float32) - targets)
     return jnp.sum(errors * weights), jnp.sum(weights)
 
@@ -126,7 +126,7 @@ def squared_error(
 def token_losses(
     logits: Float[Array, "*b V"], targets: Int[Array, "*b"], label_smoothing: float
 ) -> Float[Array, "*b"]:
-    """Cross-entropy of each token, in nats."""
+    """Return the cross-entropy of each token, in nats."""
     return _forward(logits, targets, label_smoothing)[0]
 
 
@@ -143,7 +143,7 @@ def _forward(logits: jax.Array, targets: jax.Array, label_smoothing: float):
 
 
 def _backward(label_smoothing: float, saved: tuple[jax.Array, ...], g: jax.Array):
-    """softmax - target distribution, in one pass over the logits.
+    """Return softmax - target distribution, in one pass over the logits.
 
     The exponentials are written as in the forward pass: XLA computes them once, for both, and not
     within their sum, which on a CPU takes longer. An accelerator computes them where it needs them.

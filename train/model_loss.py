@@ -17,7 +17,7 @@ LossSums = tuple[jax.Array, jax.Array, Outputs | None]
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
-    """How a loss is computed: in training with dropout and smoothing, else without."""
+    """Settings of a loss; by default those of a measurement, without dropout and smoothing."""
 
     chunk: int | None = None
     """Most positions of a row whose logits exist at once; None: all."""

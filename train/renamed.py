@@ -14,7 +14,7 @@ RENAMED = {
 
 
 def with_new_names(values: Any, name: str = "") -> Any:
-    """Configs as JSON values, with the field names of today; a new name that is there wins."""
+    """Return configs as JSON values with the present names of fields; a present name wins."""
     if not isinstance(values, dict):
         return values
     found = {key: with_new_names(value, f"{name}{key}.") for key, value in values.items()}
@@ -25,7 +25,7 @@ def with_new_names(values: Any, name: str = "") -> Any:
 
 
 def require_new_flags(arguments: Sequence[str]) -> None:
-    """Raises TrainError for a flag that has another name now."""
+    """Raise TrainError for a flag that has another name now."""
     flags = {_flag(old): _flag(new) for old, new in RENAMED.items()}
     for argument in arguments:
         flag = argument.partition("=")[0].replace("_", "-")

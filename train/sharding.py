@@ -1,4 +1,4 @@
-"""The device mesh, and which mesh axis each logical axis is split over."""
+"""The device mesh, and the mesh axes that each logical axis is sharded over."""
 
 import functools
 from collections.abc import Sequence
@@ -42,12 +42,12 @@ assert set(RULES) == AXES, "a rule for every axis name, and no other"
 
 
 def flax_rules() -> list[tuple[str, tuple[str, ...] | None]]:
-    """RULES as flax wants them, for `nn.logical_axis_rules` inside a traced function."""
+    """Return RULES in the form of `nn.logical_axis_rules`, for use inside a traced function."""
     return [(name, axes or None) for name, axes in RULES.items()]
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The devices laid out as `config` says; raises TrainError when the numbers do not fit."""
+    """Return the mesh of `config` over the devices; raise TrainError if the numbers do not fit."""
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in MESH_AXES]
     others = int(np.prod([size for size in sizes if size != -1]))
@@ -66,7 +66,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def resolve(name: str, axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh):
-    """The sharding of the array `name` with these logical axes.
+    """Return the sharding of the array `name` with these logical axes.
 
     Raises TrainError, naming the array, for an unknown axis, a rank mismatch, a mesh axis used
     twice, and a dimension that does not divide.
@@ -93,7 +93,7 @@ def resolve(name: str, axes: tuple[str | None, ...], shape: tuple[int, ...], mes
 
 
 def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
-    """Shardings of a tree of boxed (abstract) parameters, as a tree without boxes."""
+    """Return the shardings of a tree of boxed (abstract) parameters, as a tree without boxes."""
 
     def one(path: Any, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -106,7 +106,7 @@ def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
 
 
 def require_divisible(shape: Shape, accumulate: int, mesh: Mesh) -> None:
-    """Raises TrainError unless the devices, and the parts of a batch, divide rows and lengths."""
+    """Raise TrainError unless the devices, and the parts of a batch, divide rows and lengths."""
     parts, seq = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["seq"]
     if shape.rows % (parts * accumulate):
         raise TrainError(
@@ -121,16 +121,16 @@ def require_divisible(shape: Shape, accumulate: int, mesh: Mesh) -> None:
 
 
 def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
-    """How the arrays [B, T] or [B] of a batch are split."""
+    """Return the sharding of an array [B, T] or [B] of a batch."""
     return NamedSharding(mesh, PartitionSpec(*[RULES["act_batch"], RULES["act_length"]][:rank]))
 
 
 @functools.cache
 def rows_here(mesh: Mesh) -> tuple[tuple[int, ...], int]:
-    """Which parts of the rows of a batch the devices of this process hold, out of how many.
+    """Return (parts, count): the parts, out of `count`, of a batch's rows on the devices here.
 
-    As few and as large as they can be. Where other axes than the batch's are split over processes,
-    several hold the same rows.
+    The parts are as few and as large as they can be. Where other axes than the batch's are sharded
+    over processes, several processes hold the same rows.
     """
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
     return local_batch_shards(
@@ -139,7 +139,7 @@ def rows_here(mesh: Mesh) -> tuple[tuple[int, ...], int]:
 
 
 def local_batch_shards(owners: np.ndarray, process: int) -> tuple[tuple[int, ...], int]:
-    """`rows_here` of a process, where owners [parts, devices of each] are the processes of all."""
+    """Return `rows_here` of a process; owners [parts, devices of each] are the processes of all."""
     mine, count = np.flatnonzero((owners == process).any(1)), len(owners)
     for size in range(count, 1, -1):
         parts = np.unique(mine // size)
@@ -149,7 +149,7 @@ def local_batch_shards(owners: np.ndarray, process: int) -> tuple[tuple[int, ...
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """The global batch, of which each process gives the rows that its devices hold: `rows_here`."""
+    """Return the global batch; each process gives the rows that its devices hold, `rows_here`."""
     parts, count = rows_here(mesh)
 
     def gather(array: np.ndarray) -> jax.Array:
@@ -169,12 +169,12 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
 
 
 def whole_to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch that every process has whole."""
+    """Return the global batch from one that every process has whole."""
     return {name: place(array, batch_sharding(mesh, array.ndim)) for name, array in batch.items()}
 
 
 def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """An array that every process has, of which each gives its devices what they hold."""
+    """Return a global array from one that every process has whole."""
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
     # Not `device_put`: it compares the values of all processes first.
@@ -182,5 +182,5 @@ def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """All of an array on every device, so that each process can read it."""
+    """Return the sharding of an array that is whole on every device, for each process to read."""
     return NamedSharding(mesh, PartitionSpec())

@@ -1,8 +1,9 @@
-"""SIGINT and SIGTERM, one path for every phase of a command.
+"""SIGINT and SIGTERM, handled in one way during every phase of a command.
 
-The first one ends it at once where nothing can be lost. While `train.stop.Stop` has something to
-save it only asks for that, and the second one ends at once. A thread does it: the main one may be
-in a compiler, and an exception in the midst of other people's code may be swallowed, or abort.
+The first signal ends the command at once where nothing can be lost. While `train.stop.Stop` has
+something to save, the first signal only asks for that, and the second ends the command. A thread
+ends it: the main thread may be in a compiler, and an exception inside of another library may be
+swallowed, or abort the process.
 """
 
 import os
@@ -23,7 +24,7 @@ leftovers: list[str] = []
 
 
 def watch(command: str = "") -> None:
-    """Begins to listen, for a process that runs this command."""
+    """Begin to listen to signals, for a process that runs this command."""
     read, write = os.pipe()
     os.set_blocking(write, False)
     # A handler waits for what is not Python to end; what is written here does not.
@@ -58,7 +59,7 @@ def _enforce(read: int, command: str) -> None:
 
 
 def _next(read: int) -> int:
-    """The next of these signals."""
+    """Wait for the next of these signals, and return its number."""
     while True:
         if (number := os.read(read, 1)[0]) in ENDING:
             return number

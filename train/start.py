@@ -1,4 +1,4 @@
-"""How a run begins: its tokenizer, what the data decides about the model, and whether they fit."""
+"""The start of a run: its tokenizer, sizes of the model from the data, and checks that all fit."""
 
 import dataclasses
 import math
@@ -22,9 +22,9 @@ from heedful.train.tasks import task_of
 def start_run(
     directory: Path, model: ModelConfig, data: DataConfig, train: TrainConfig, console: Console
 ) -> Run:
-    """The run in `directory`: a new one, or the one that stands there if the config is the same.
+    """Return the run in `directory`: a new one, or the one that is there if the config is the same.
 
-    One that has no checkpoint yet is begun anew. Raises TrainError, DataError or ModelError where
+    A run without a checkpoint is begun anew. Raises TrainError, DataError or ModelError where
     the three configs do not fit together.
     """
     require_fit(model, data, train)
@@ -48,7 +48,7 @@ def start_run(
 
 
 def require_fit(model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:
-    """Raises TrainError where the model cannot learn the objective, or be chosen by the metric."""
+    """Raise TrainError where the model cannot learn the objective, or be chosen by the metric."""
     task = task_of(data)
     if not task.fits(model):
         raise TrainError(
@@ -86,9 +86,10 @@ def require_fit(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Non
 
 
 def _require_room(run: Run) -> None:
-    """Raises TrainError where not even the largest arrays have room on all devices together.
+    """Raise TrainError where not even the largest arrays have room on all devices together.
 
-    Before anything is made: what is too large by far may end the process, or the machine.
+    Call it before arrays are made: one that is too large by far may end the process, or the
+    machine.
     """
     from heedful.train.plan.report import capacity
 
@@ -131,7 +132,7 @@ def _tokenizer_of_source(init_from: str, data: DataConfig, console: Console) -> 
 
 
 def _sized(model: ModelConfig, data: DataConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """The model with the numbers that it takes from the tokenizer and the data."""
+    """Return the model with the sizes that the tokenizer and the data decide."""
     if model.vocab_size is None:
         model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
     elif model.vocab_size < tokenizer.vocab_size:

@@ -1,4 +1,4 @@
-"""What training changes: step, parameters, optimizer state; born sharded."""
+"""The state that training changes: step, parameters, optimizer state; sharded from the start."""
 
 from typing import Any, NamedTuple
 
@@ -19,33 +19,33 @@ from heedful.train.trainable import rate_factors, split
 
 @struct.dataclass
 class TrainState:
-    """Everything that a checkpoint must hold to go on, but for the data iterator."""
+    """The part of a checkpoint that training changes, without the position of the data iterator."""
 
     step: jax.Array
     params: Any
     opt_state: Any
-    """Of the parameters that train."""
+    """State of the optimizer for the parameters that train."""
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh) -> Any:
-    """Shapes, types and shardings of the parameters; nothing is computed."""
+    """Return shapes, types and shardings of the parameters; compute nothing."""
     boxed = jax.eval_shape(lambda: _init_params(config, jax.random.key(0)))
     return _placed(nn.unbox(boxed), parameter_shardings(boxed, mesh))
 
 
 class Setup(NamedTuple):
-    """What follows from the configs before anything is computed."""
+    """Mesh, optimizer and abstract state: all that follows from the configs alone."""
 
     mesh: Mesh
     factors: Any
-    """Of the learning rate, by parameter: `trainable.rate_factors`."""
+    """Factors of the learning rate, by parameter: `trainable.rate_factors`."""
     optimizer: optax.GradientTransformation
     abstract: TrainState
     """Shapes, types and shardings of the state."""
 
 
 def set_up(model: ModelConfig, config: TrainConfig, mesh: Mesh | None = None) -> Setup:
-    """The setup of a training run, on all devices unless `mesh` says on which."""
+    """Return the setup of a training run, on the devices of `mesh`, or on all devices."""
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     params = abstract_params(model, mesh)
     factors = rate_factors(params, model, config.optimizer)
@@ -66,7 +66,7 @@ def set_up(model: ModelConfig, config: TrainConfig, mesh: Mesh | None = None) ->
 
 
 def init_params(config: ModelConfig, mesh: Mesh, seed: int) -> Any:
-    """Fresh parameters, every array made where it stays; the same values on every mesh."""
+    """Make random parameters, sharded from the start; the values are the same on every mesh."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_params(config, mesh))
     make = lambda: nn.unbox(_init_params(config, jax.random.key(seed)))  # noqa: E731
     with jax.set_mesh(mesh):
@@ -74,7 +74,7 @@ def init_params(config: ModelConfig, mesh: Mesh, seed: int) -> Any:
 
 
 def first_state(setup: Setup, params: Any) -> TrainState:
-    """The state before the first step, from parameters that are random or were trained before."""
+    """Return the state before the first step, from parameters that are random or pretrained."""
     shardings = jax.tree.map(lambda x: x.sharding, setup.abstract.opt_state)
     with jax.set_mesh(setup.mesh):
         init = jax.jit(setup.optimizer.init, out_shardings=shardings)
@@ -84,6 +84,7 @@ def first_state(setup: Setup, params: Any) -> TrainState:
 
 
 def parameter_count(params: Any) -> int:
+    """Return the number of all elements."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 

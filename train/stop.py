@@ -1,4 +1,4 @@
-"""When to stop: a signal to any process, known to all of them at the same step."""
+"""Stops: a signal to any process, known to all processes at the same step."""
 
 import signal
 from collections import deque
@@ -16,10 +16,10 @@ from heedful.train.sharding import place, replicated
 
 
 class Stop:
-    """While entered, the first SIGINT or SIGTERM only asks to stop; the second acts as usual.
+    """Turns the first SIGINT or SIGTERM, while entered, into a request; the second acts as usual.
 
-    So does the first in a command that runs alone and has made no step yet: it has nothing to save.
-    `late`: steps after which all processes learn what was asked on one, so that none waits for it.
+    The first acts as usual, too, in a lone process before its first step: it has nothing to save.
+    All processes learn of a request `late` steps after it, so that none waits for another.
     """
 
     def __init__(self, mesh: Mesh, late: int):
@@ -48,7 +48,7 @@ class Stop:
         self._restore()
 
     def agreed(self) -> bool:
-        """Whether to stop after this step, the same on all processes; to be asked once a step."""
+        """Tell if to stop after this step, the same on all processes; call it once a step."""
         signals.is_saving = True
         asked = self._signal is not None
         if not is_multiprocess():
@@ -57,7 +57,7 @@ class Stop:
         return len(self._asked) > self._late and bool(self._asked.popleft())
 
     def is_asked(self) -> bool:
-        """Whether any process was asked, known to all at once: where they wait for one another."""
+        """Tell if any process was asked, at once; call it where processes wait for one another."""
         asked = self._signal is not None
         return bool(self._shared(asked)) if is_multiprocess() else asked
 
@@ -69,5 +69,5 @@ class Stop:
         return Interrupted(f"stopped at step {step:,}, saved", self._code())
 
     def _code(self) -> int:
-        """The exit code; of another process's signal that of SIGTERM."""
+        """Return the exit code; for a signal to another process, the code of SIGTERM."""
         return 128 + signal.SIGINT if self._signal == signal.SIGINT else signals.RESUMABLE

@@ -85,13 +85,13 @@ TASKS: dict[str, Task] = {
         use="generate",
         default_source="shakespeare",
     ),
-    "prefix_lm": Task(
-        objective=OBJECTIVES["prefix_lm"], architectures=("decoder_only",), use="generate"
-    ),
     "masked_lm": Task(
         objective=OBJECTIVES["masked_lm"],
         architectures=("encoder_only",),
         default_source="shakespeare",
+    ),
+    "prefix_lm": Task(
+        objective=OBJECTIVES["prefix_lm"], architectures=("decoder_only",), use="generate"
     ),
     "span_corruption": Task(
         objective=OBJECTIVES["span_corruption"], architectures=("encoder_decoder",)

@@ -1,4 +1,4 @@
-"""Which parameters train, and how fast: freezing, low-rank adaptation, rates by layer and head."""
+"""Rates of parameters: freezing, low-rank adaptation, factors by layer and for the head."""
 
 import re
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ STACKED = "blocks"  # below this name, arrays lead with the layers
 
 
 def named(params: Any) -> list[tuple[str, Any]]:
-    """(dotted name, leaf) of every parameter, in the order of the tree's leaves."""
+    """Return (dotted name, leaf) of every parameter, in the order of the tree's leaves."""
     return [
         (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -22,7 +22,7 @@ def named(params: Any) -> list[tuple[str, Any]]:
 
 
 def layer_names(name: str, shape: tuple[int, ...]) -> list[str]:
-    """The name of each layer's part of a stacked array, `encoder.blocks.3. ...`; else the name."""
+    """Return the names `encoder.blocks.3. ...` of the layers in a stacked array; else [name]."""
     stack, found, rest = name.partition(f".{STACKED}.")
     if not found:
         return [name]
@@ -30,7 +30,7 @@ def layer_names(name: str, shape: tuple[int, ...]) -> list[str]:
 
 
 def rate_factors(params: Any, model: ModelConfig, config: OptimizerConfig) -> Any:
-    """Factor of the learning rate, float or [L, 1, ...], for each parameter; 0: it is frozen.
+    """Return the factor of each parameter's learning rate, float or [L, 1, ...]; 0: it is frozen.
 
     Raises TrainError for a pattern of `config.freeze` that fits nothing, for a rate of the head
     where it has no parameters of its own, and when nothing is left.
@@ -79,9 +79,10 @@ def _factor(  # as arXiv:2106.08254 §3.1 counts layers: the top block is one be
 
 
 def _query_factor(name: str, model: ModelConfig) -> float:
-    """Of queries whose scores nothing scales: Adam's steps fit values larger by sqrt(H).
+    """Return the factor of queries in attention without a scale; 1 for all other parameters.
 
-    With it they learn as if their scores were scaled. T5's AdaFactor makes all steps relative to
+    Adam's steps fit values larger by sqrt(H). With the factor, queries learn as in attention with a
+    scale. T5's AdaFactor makes all steps relative to
     the size of the parameter (arXiv:1804.04235 §8).
     """
     is_small = re.search(r"attention\.query\.(kernel|bias|lora_b)$", name)
@@ -89,7 +90,7 @@ def _query_factor(name: str, model: ModelConfig) -> float:
 
 
 def split(params: Any, factors: Any) -> tuple[Any, Any]:
-    """(trainable, frozen): two trees that have None where the other has the parameter."""
+    """Return (trainable, frozen): trees that have None where the other has the parameter."""
     trains = jax.tree.map(lambda factor: bool(np.any(factor)), factors)
     return (
         jax.tree.map(lambda p, t: p if t else None, params, trains),
@@ -98,7 +99,7 @@ def split(params: Any, factors: Any) -> tuple[Any, Any]:
 
 
 def join(trainable: Any, frozen: Any) -> Any:
-    """The inverse of `split`."""
+    """Return the parameters of both trees: the inverse of `split`."""
     return jax.tree.map(
         lambda t, f: f if t is None else t, trainable, frozen, is_leaf=lambda x: x is None
     )

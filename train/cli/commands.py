@@ -263,7 +263,7 @@ def _adopted(model: ModelConfig, train: TrainConfig, arguments: list[str]) -> Mo
 def parse(default: Any, arguments: list[str], program: str, description: str = "") -> Any:
     """The flags over the defaults, with the home directory for each ~ that begins a path."""
     chosen, home = flags.parse(default, arguments, program, description), os.path.expanduser
-    from heedful.train.run import data_paths, train_paths
+    from heedful.train.paths import data_paths, train_paths
 
     changed: dict[str, Any] = {}
     for name, value in vars(chosen).items():

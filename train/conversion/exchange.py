@@ -14,11 +14,12 @@ from heedful.model import pretrained
 from heedful.model.config import ModelConfig
 from heedful.train.checkpoint import Checkpoints
 from heedful.train.config import DecodeConfig, MeshConfig, TrainConfig, TrainError
+from heedful.train.config_json import write_json
 from heedful.train.conversion.init_from import Source, print_notes
 from heedful.train.hosts import is_first, to_host
 from heedful.train.load import Trained
 from heedful.train.reproducibility.record import add_environment, environment
-from heedful.train.run import Run, is_begun, write_json
+from heedful.train.run import Run, is_begun
 from heedful.train.sharding import make_mesh
 from heedful.train.start import require_fit
 from heedful.train.state import abstract_params, parameter_count

@@ -20,10 +20,11 @@ from heedful.model import pretrained
 from heedful.model.config import LoraConfig, ModelConfig
 from heedful.model.pretrained.tensors import CONFIG, read_json
 from heedful.train.config import TrainError
+from heedful.train.config_json import differences, to_json
 from heedful.train.conversion import generation_config
 from heedful.train.hosts import to_host
 from heedful.train.load import load
-from heedful.train.run import Run, differences, to_json
+from heedful.train.run import Run
 from heedful.train.trainable import named
 
 TOKENIZERS = ("tokenizer.json", "vocab.txt")

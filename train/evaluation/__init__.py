@@ -1,1 +1,1 @@
-"""How good a trained model is: losses, perplexity, scores."""
+"""Evaluation of trained models: losses, perplexity, scores."""

@@ -15,13 +15,14 @@ from heedful.data.pipeline import Dataset
 from heedful.data.store import fingerprint
 from heedful.data.writing import write_whole
 from heedful.train.config import DecodeConfig, TrainError
+from heedful.train.config_json import to_json, write_json
 from heedful.train.evaluation.measure import describe, frequency_loss, measure
 from heedful.train.evaluation.perplexity import strided_loss
 from heedful.train.evaluation.translations import translate_test
 from heedful.train.hosts import is_first, primary_first
 from heedful.train.load import Trained
 from heedful.train.reproducibility.record import data_record
-from heedful.train.run import Run, to_json, write_json
+from heedful.train.run import Run
 from heedful.train.sharding import require_divisible
 from heedful.train.step import make_eval_step
 from heedful.train.tasks import task_of

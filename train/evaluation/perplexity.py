@@ -26,9 +26,9 @@ def strided_loss(
 ) -> float:
     """Return the mean loss in nats per token, in windows that move by `stride`.
 
-    Each token is predicted once. A window has data.max_length positions, of which all but the last `stride` are past that is only
-    read; the first window of a document counts whole. Raises TrainError for another objective, and
-    for a stride longer than a window.
+    Each token is predicted once. A window has data.max_length positions, of which all but the last
+    `stride` are past that is only read; the first window of a document counts whole. Raises
+    TrainError for an objective without windows, and for a stride longer than a window.
     """
     config = dataset.config
     if not task_of(config).has_stride:

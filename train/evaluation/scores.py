@@ -23,7 +23,7 @@ GLUE = {
 
 
 def classification(outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """Accuracy, F1 and Matthews correlation, of outputs [E, C] and classes [E].
+    """Return accuracy, F1 and Matthews correlation, of outputs [E, C] and classes [E].
 
     F1 is that of class 1 where there are two (GLUE), else the mean over classes.
     """
@@ -40,7 +40,7 @@ def classification(outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]
 
 
 def regression(outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """Pearson and Spearman correlation of outputs [E, 1] with numbers [E]; 0 if one is constant."""
+    """Return Pearson and Spearman correlation of outputs [E, 1] and numbers [E]; 0 if constant."""
     if len(targets) < 2:
         return {"pearson": 0.0, "spearman": 0.0}
     from scipy import stats  # as above
@@ -58,7 +58,7 @@ def regression(outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
 def translation(
     hypotheses: Sequence[str], references: Sequence[str], *, pretokenized: bool = False
 ) -> dict[str, tuple[float, str]]:
-    """Corpus BLEU and chrF with sacreBLEU's signatures (arXiv:1804.08771).
+    """Return corpus BLEU and chrF with sacreBLEU's signatures (arXiv:1804.08771).
 
     Text that is tokenised already is compared as it is.
     """
@@ -72,7 +72,7 @@ def translation(
 
 
 def main_scores(source: str, scores: dict[str, float]) -> list[str]:
-    """Names of the scores that the task of `source` is judged by; all, where nobody has said so."""
+    """Return the names of the scores that judge the task of `source`; all, where none is known."""
     if source.startswith("tfds:glue/"):
         task = source.removeprefix("tfds:glue/").split(":")[0].split("_")[0]
         return [name for name in GLUE.get(task, scores) if name in scores]

@@ -9,14 +9,14 @@ from rich.console import Console
 from heedful.data import sources
 from heedful.data.text_files import one_line
 from heedful.train.config import DecodeConfig
+from heedful.train.config_json import to_json
 from heedful.train.evaluation import scores
 from heedful.train.inference.translate import Translator
 from heedful.train.load import Trained
-from heedful.train.run import to_json
 
 
 class Translations(NamedTuple):
-    """What a model has made of the test data."""
+    """Translations of the test data, and their scores."""
 
     result: dict[str, Any]
     """Scores with their signatures, and how it was decoded."""

@@ -9,17 +9,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+from heedful.train.config_json import differences, write_json
+from heedful.train.growing_files import Lines, keep_damaged, read_lines
 from heedful.train.hosts import is_first
-from heedful.train.metrics import Lines, keep_damaged, read_lines
+from heedful.train.observers import Observer
 from heedful.train.renamed import with_new_names
-from heedful.train.run import Run, differences, write_json
+from heedful.train.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("model", "data", "train")
@@ -114,40 +116,35 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return sorted(differences(new, old))
 
 
-@runtime_checkable
-class RunObserver(Protocol):
-    """Receives the records of a run while it trains; may raise an exception to end the run."""
-
-    def environment(self, now: dict[str, Any]) -> None:
-        """Called before the first step."""
-
-    def fingerprint(self, line: dict[str, Any]) -> None: ...
-
-
-class FingerprintWriter:
-    """Writes `fingerprints.jsonl` on the first process; every process calls its observer.
+class FingerprintWriter(Observer):
+    """Writes `fingerprints.jsonl` on the first process; every process tells its observers.
 
     A line has the `step`, the bits of `loss` and `weight` (sums over the batch; not at step 0) and
     the fingerprint of each of the `parameters` by name; bits and fingerprints are hexadecimal.
     """
 
     def __init__(
-        self, run: Run, from_step: int, names: Sequence[str], observer: RunObserver | None
+        self, run: Run, from_step: int, names: Sequence[str], observers: Sequence[Observer]
     ):
         """Drop the lines of steps after `from_step`: the run repeats these steps."""
-        self._names, self._observer, self._lines = names, observer, None
+        self._names, self._observers, self._lines = names, observers, None
         if is_first():
             self._lines = Lines(run.fingerprints, from_step)
 
+    def on_step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        if "fingerprint" in metrics:
+            self.write(step, metrics["fingerprint"], metrics)
+
     def write(self, step: int, words: jax.Array, metrics: Mapping[str, Any] | None = None) -> None:
+        """Write the words of the parameters, with the sums of a step if there was one."""
         line: dict[str, Any] = {"step": step}
         for name in ("loss", "weight") if metrics else ():
             line[name] = np.asarray(metrics[name], ">f4").tobytes().hex()  # type: ignore[index]
         line["parameters"] = named_words(self._names, words)
         if self._lines is not None:
             self._lines.write(line)
-        if self._observer is not None:
-            self._observer.fingerprint(line)
+        for observer in self._observers:
+            observer.on_fingerprint(line)
 
     def close(self) -> None:
         if self._lines is not None:

@@ -15,6 +15,7 @@ from heedful.train.checkpoint import Checkpoints
 from heedful.train.config import Interrupted, TrainError
 from heedful.train.hosts import any_process, is_multiprocess, primary_first
 from heedful.train.loop import fit
+from heedful.train.observers import Observer
 from heedful.train.reproducibility.fingerprint import make_fingerprint
 from heedful.train.reproducibility.record import changes, environments, fingerprints, named_words
 from heedful.train.run import Run, is_begun
@@ -65,7 +66,7 @@ def verify(
         words = make_fingerprint(setup.mesh)(state.params)
     names = [name for name, _ in named(state.params)]
     try:
-        comparison.fingerprint({"step": first, "parameters": named_words(names, words)})
+        comparison.on_fingerprint({"step": first, "parameters": named_words(names, words)})
     except _Finished:
         console.print("the checkpoint differs from the fingerprint of its step")
         return comparison.verdict()
@@ -82,7 +83,7 @@ class _Finished(Exception):
     """Raised by the observer when the comparison is complete."""
 
 
-class _Comparison:
+class _Comparison(Observer):
     """Observer that compares a run with the record of the original run.
 
     The comparison begins at step `first` and ends after `steps` steps, or with the record.
@@ -120,7 +121,7 @@ class _Comparison:
         """Train the run; return True if all compared bits are the same."""
         primary_first(lambda: run.start(self.original.tokenizer()))
         try:
-            fit(run, self.console, start=start, witness=self)
+            fit(run, self.console, start=start, observers=[self])
         except _Finished:
             pass
         except Interrupted:
@@ -130,7 +131,7 @@ class _Comparison:
             ) from None
         return self.verdict()
 
-    def environment(self, now: dict[str, Any]) -> None:
+    def on_start(self, now: dict[str, Any]) -> None:
         # `now` has the config of the copy, whose directories differ from the original's.
         self.now = {**now, "config": self.original.values()}
         differing = self._changes(self.first + 1)
@@ -142,7 +143,7 @@ class _Comparison:
                 self.differs = 0, f"nothing was trained: data.{name} has changed"
                 raise _Finished
 
-    def fingerprint(self, line: dict[str, Any]) -> None:
+    def on_fingerprint(self, line: dict[str, Any]) -> None:
         step, recorded = line["step"], self.recorded.get(line["step"])
         if recorded is None:
             return
