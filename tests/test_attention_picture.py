@@ -64,7 +64,7 @@ def figures(monkeypatch) -> list:
 
 
 def picture(run: Trained, text: str, **options) -> Path:
-    return attention_picture(run, text, Console(file=io.StringIO()), **options)
+    return attention_picture(run, text, Console(markup=False, file=io.StringIO()), **options)
 
 
 # Numbers ----------------------------------------------------------------------------------------

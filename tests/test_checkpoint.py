@@ -89,7 +89,7 @@ def test_one_without_a_score_takes_no_place_of_another(tmp_path):
         for step in range(1, 6):
             save(checkpoints, step, 9.0 if step == 1 else float(step))
         save(checkpoints, 6, None, is_due=False)
-        assert checkpoints.steps == [1, 3, 4, 5, 6] and checkpoints.scored == [1, 3, 4, 5]
+        assert checkpoints.steps == [1, 3, 4, 5, 6] and checkpoints.with_score == [1, 3, 4, 5]
         save(checkpoints, 7, 7.0)
         assert checkpoints.steps == [1, 4, 5, 7]
 

@@ -175,7 +175,7 @@ def test_a_model_that_knows_nothing_is_told(text):
     _, tokens = document(text)
     _, counts = np.unique(tokens[1:], return_counts=True)
     known = -np.sum(counts / counts.sum() * np.log(counts / counts.sum()))
-    console = Console(file=io.StringIO(), width=500)
+    console = Console(markup=False, file=io.StringIO(), width=500)
     result = report(text, text.run.train.decode, console)
     assert result["valid_frequency_loss"] == pytest.approx(known)
     said = console.file.getvalue()  # type: ignore[attr-defined]
@@ -239,7 +239,7 @@ def test_other_settings_lie_elsewhere(text):
     before = (run.directory / "result.json").read_text()
     usual["stride"] = 5
     elsewhere = evaluation_directory(run, own, checkpoint=None, **usual)
-    console = Console(file=io.StringIO(), width=500)
+    console = Console(markup=False, file=io.StringIO(), width=500)
     report(text, own, console, stride=5, directory=elsewhere)
     assert (run.directory / "result.json").read_text() == before
     assert json.loads((elsewhere / "result.json").read_text())["stride"] == 5
@@ -255,11 +255,11 @@ def test_data_that_are_not_those_of_the_training(text, tmp_path):
     def measured(recorded: dict[str, str], **how: Any) -> str:
         environment = {"from_step": 0, "config": run.values(), "data": recorded}
         write_json(tmp_path / "environment.json", [environment])
-        console = Console(file=io.StringIO(), width=500)
+        console = Console(markup=False, file=io.StringIO(), width=500)
         report(moved, run.train.decode, console, **how)
         return console.file.getvalue()  # type: ignore[attr-defined]
 
-    report(moved, run.train.decode, console := Console(file=io.StringIO(), width=500))
+    report(moved, run.train.decode, console := Console(markup=False, file=io.StringIO(), width=500))
     assert "has no record of its training data" in console.file.getvalue()  # type: ignore[attr-defined]
     of_before = {name: sums[name] for name in ("train", "valid")}
     for recorded in (sums, of_before):
@@ -336,10 +336,10 @@ class GoneLater(Gone):
 def test_results_are_written_before_they_are_shown(translation):
     decode, folder = translation.run.train.decode, translation.run.directory
     with pytest.raises(UnicodeEncodeError):
-        report(translation, decode, Console(file=Gone()))
+        report(translation, decode, Console(markup=False, file=Gone()))
     assert {"valid_loss", "test_loss"} <= json.loads((folder / "result.json").read_text()).keys()
     with pytest.raises((BrokenPipeError, SystemExit)):
-        report(translation, decode, Console(file=GoneLater()))
+        report(translation, decode, Console(markup=False, file=GoneLater()))
     assert "test_bleu" in json.loads((folder / "result.json").read_text())
     assert len((folder / "translations.test.txt").read_text().splitlines()) == 7
 
@@ -349,7 +349,7 @@ def test_a_run_that_cannot_be_written_is_measured_all_the_same(translation, monk
         raise OSError(30, "Read-only file system", str(path))
 
     monkeypatch.setattr(evaluate, "write_json", refused)
-    console = Console(file=io.StringIO(), width=500)
+    console = Console(markup=False, file=io.StringIO(), width=500)
     assert "test_bleu" in report(translation, translation.run.train.decode, console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
     for words in (

@@ -92,7 +92,7 @@ def test_a_source_has_the_parameters_that_its_run_would_use(folder, source):
 
 def test_the_body_is_the_source_s_and_the_head_is_new(source):
     model = classifier(source)
-    start, out = fresh(model), Console(file=io.StringIO(), width=200)
+    start, out = fresh(model), Console(markup=False, file=io.StringIO(), width=200)
     random, given = bits(start), bits(source.params())
     found = init_from_pretrained(start, source, model, (), out)
     for name, ours in bits(found).items():
@@ -241,7 +241,7 @@ def test_an_exact_model_is_converted_to_windows(architecture: Any, source):
     np.testing.assert_allclose(np.asarray(logits)[ids > 0], expected[ids > 0], atol=1e-5)
 
     # Longer: positions repeat, and what was copied is listed.
-    out = Console(file=io.StringIO(), width=999)
+    out = Console(markup=False, file=io.StringIO(), width=999)
     model = converted(old, 3, 21, **WINDOWS[architecture])
     longer = init_from_pretrained(fresh(model), old_source, model, (), out)
     table, given = longer["inputs"]["positions"]["table"], params["inputs"]["positions"]["table"]

@@ -249,7 +249,14 @@ def printed(
     model: ModelConfig, data: DataConfig, train: TrainConfig = TRAIN, width: int = 120, **how
 ) -> str:
     out = io.StringIO()
-    inspect("mine", model, data, train, Console(file=out, width=width, soft_wrap=True), **how)
+    inspect(
+        "mine",
+        model,
+        data,
+        train,
+        Console(markup=False, file=out, width=width, soft_wrap=True),
+        **how,
+    )
     return out.getvalue()
 
 

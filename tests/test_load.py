@@ -36,7 +36,7 @@ def parameters(run: Run, step: int) -> list[np.ndarray]:
 
 
 def test_the_mean_of_the_newest(run):
-    out = Console(file=io.StringIO(), soft_wrap=True)
+    out = Console(markup=False, file=io.StringIO(), soft_wrap=True)
     trained = load(run.directory, out)
     assert trained.run == run and trained.steps == [7, 11]
     assert out.file.getvalue() == "parameters of step 7, 11 averaged\n"
@@ -76,7 +76,7 @@ def test_where_none_has_a_score_the_newest_is_used(tmp_path):
     run = toy.random_run(tmp_path / "run", toy.model("decoder_only"), data, train, {3: 0.0, 5: 0.0})
     (run.checkpoints / "scores.json").unlink()
     for which in (None, "best"):
-        out = Console(file=io.StringIO(), soft_wrap=True)
+        out = Console(markup=False, file=io.StringIO(), soft_wrap=True)
         assert load(run.directory, out, checkpoint=which).steps == [5]
         assert "no checkpoint has a score yet: the newest stands" in out.file.getvalue()
     train = dataclasses.replace(train, average_last=2)

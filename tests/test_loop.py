@@ -61,7 +61,10 @@ def test_a_warmup_that_is_longer_than_the_training_is_said(tmp_path):
     data = toy.data(toy.write_table(tmp_path), "classification")
     model = toy.model(head=toy.CLASSIFIER)
     said = io.StringIO()
-    fit(start_run(tmp_path / "run", model, data, config, toy.QUIET), Console(file=said, width=999))
+    fit(
+        start_run(tmp_path / "run", model, data, config, toy.QUIET),
+        Console(markup=False, file=said, width=999),
+    )
     assert (
         "train.optimizer.warmup_steps = 5 is more than train.steps = 2: the learning rate ends at "
         "0.2 and never comes to train.optimizer.peak_lr = 0.5; shorten the warmup"

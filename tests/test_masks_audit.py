@@ -443,8 +443,8 @@ def test_a_leak_is_exit_code_1_and_red_in_the_picture(monkeypatch, capsys, tmp_p
 
 
 def test_training_does_not_begin_with_a_leak(monkeypatch, capsys, run):
-    audit_before_training(run.model, run.data, Console())
+    audit_before_training(run.model, run.data, Console(markup=False))
     assert "masks: audited, 0 leaks" in capsys.readouterr().out
     monkeypatch.setattr(masks, "causal", masks.full)
     with pytest.raises(TrainError, match=r"--no-audit(.|\n)*leak: self-attention"):
-        audit_before_training(run.model, run.data, Console())
+        audit_before_training(run.model, run.data, Console(markup=False))

@@ -148,7 +148,7 @@ def test_a_disk_that_is_full_from_the_beginning_is_told(tmp_path, monkeypatch):
 
 def test_a_log_on_a_full_disk_ends_nothing(tmp_path):
     with Path("/dev/full").open("w") as full:
-        console = Console(file=full)
+        console = Console(markup=False, file=full)
         with lasting(console), Progress(console=console) as bar:
             task = bar.add_task("training", total=3)
             for step in range(3):

@@ -281,13 +281,16 @@ def test_an_out_of_memory_prints_the_table_and_three_ways_out(capsys):
     error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 3 bytes.\nx")
     with (
         pytest.raises(TrainError, match=r"out of memory: .*allocating 3 bytes\.$"),
-        explained(run, jax.devices(), Console()),
+        explained(run, jax.devices(), Console(markup=False)),
     ):
         raise error
     out = capsys.readouterr().out
     assert "optimizer state" in out and "2 x 16" not in out
     assert out.split("cheapest first:")[1].count("--") == 3
-    with pytest.raises(jax.errors.JaxRuntimeError), explained(run, jax.devices(), Console()):
+    with (
+        pytest.raises(jax.errors.JaxRuntimeError),
+        explained(run, jax.devices(), Console(markup=False)),
+    ):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 

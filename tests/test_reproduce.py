@@ -16,7 +16,7 @@ import toy
 
 from heedful.model.ops.dropout import mix
 from heedful.train import cli, loop
-from heedful.train.cli.commands import keep_compiled
+from heedful.train.cli.prepare import keep_compiled
 from heedful.train.config import MeshConfig, OptimizerConfig
 from heedful.train.reproducibility import record
 from heedful.train.reproducibility.fingerprint import make_fingerprint, words

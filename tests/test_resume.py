@@ -151,7 +151,7 @@ def test_a_stop_in_the_last_measurement_is_heard(patience: int | None, tmp_path,
     with pytest.raises(Interrupted, match=f"stopped at step {6 if patience else 12}, saved"):
         loop.fit(run, toy.QUIET)
     steps = [3, 6] if patience else [3, 6, 9, 12]
-    assert Checkpoints(run.checkpoints, run.tokenizer().fingerprint).scored == steps
+    assert Checkpoints(run.checkpoints, run.tokenizer().fingerprint).with_score == steps
 
 
 def test_a_checkpoint_is_on_disk_before_it_is_measured(tmp_path, monkeypatch):

@@ -79,7 +79,7 @@ def goes_on(folder: Path) -> None:
         assert "checkpoint saved" in saving.said()
         saving.score(4, 0.0)
         saving.settle()
-        assert checkpoints.scored == checkpoints.steps == [1, 4]
+        assert checkpoints.with_score == checkpoints.steps == [1, 4]
     for line in said:
         for words in ("File too large", "checkpoint 1 is intact", "training goes on"):
             assert words in line
@@ -107,7 +107,7 @@ def goes_on_without_the_place(folder: Path) -> None:
         saving.score(4, 0.0)
         saving.settle()
     assert len(said) == 2 and all("training goes on" in line for line in said)
-    assert Checkpoints(run.checkpoints, run.tokenizer().fingerprint).scored == [1, 4]
+    assert Checkpoints(run.checkpoints, run.tokenizer().fingerprint).with_score == [1, 4]
 
 
 def must_save_the_last(folder: Path) -> None:

@@ -123,7 +123,7 @@ def training(steps: int = 12, every: int = 4) -> list[str]:
     ]  # fmt: skip
 
 
-QUIET = Console(quiet=True)
+QUIET = Console(quiet=True, markup=False)
 CLASSIFIER = HeadConfig(kind="classifier", pooling="mean", pooler=False)
 
 

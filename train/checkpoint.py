@@ -102,15 +102,15 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     @property
-    def scored(self) -> list[int]:
+    def with_score(self) -> list[int]:
         """Return the steps of the checkpoints that have a score, oldest first."""
         return [step for step in self.steps if step in self.scores]
 
     def best(self) -> int:
         """Return the step of the highest score, the first of equals."""
-        if not self.scored:
+        if not self.with_score:
             raise TrainError(f"{self.directory} has no checkpoint with a score")
-        return max(self.scored, key=self.scores.__getitem__)
+        return max(self.with_score, key=self.scores.__getitem__)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Tell orbax which checkpoints stay when the last of `checkpoints` has been written.
@@ -119,11 +119,11 @@ class Checkpoints:
         checkpoint of a stop gets none, and goes with the next.
         """
         *older, newest = [checkpoint.step for checkpoint in checkpoints]
-        scored = [step for step in older if step in self.scores]
-        others = scored[::-1][: self._keep - self._is_due] if self._keep else older
+        with_score = [step for step in older if step in self.scores]
+        others = with_score[::-1][: self._keep - self._is_due] if self._keep else older
         kept = {newest, *others}
-        if scored:
-            kept.add(max(scored, key=self.scores.__getitem__))
+        if with_score:
+            kept.add(max(with_score, key=self.scores.__getitem__))
         return [checkpoint.step in kept for checkpoint in checkpoints]
 
     def add_score(self, step: int, score: float) -> None:
@@ -133,7 +133,7 @@ class Checkpoints:
 
     def _write_scores(self) -> None:
         if is_first():
-            kept = {str(step): self.scores[step] for step in self.scored}
+            kept = {str(step): self.scores[step] for step in self.with_score}
             if "://" in str(self.directory):  # A bucket has whole files only.
                 self._scores_path.write_text(json.dumps(kept))
             else:
@@ -260,10 +260,10 @@ class Checkpoints:
         if (path / "sums").exists():
             items["sums"] = ocp.args.JsonRestore()
         restored: dict[str, Any] = {}
-        for name, how in items.items():
+        for name, args in items.items():
             # orbax and tensorstore raise many kinds for a broken file
             with _shared(partial(CorruptCheckpoint, path, item=name)):
-                found = self._manager.restore(step, args=ocp.args.Composite(**{name: how}))
+                found = self._manager.restore(step, args=ocp.args.Composite(**{name: args}))
                 restored[name] = found[name]
         kept = restored.pop("sums", None)
         sums = _sums(restored)

@@ -45,7 +45,7 @@ def load(
     measured = partial(scores, run.metrics, run.train.metric)
     checkpoints = Checkpoints(run.checkpoints, tokenizer.fingerprint, measured=measured)
     which = checkpoint or ("average" if run.train.average_last > 1 else "best")
-    if which == "best" and checkpoints.steps and not checkpoints.scored:
+    if which == "best" and checkpoints.steps and not checkpoints.with_score:
         console.print("no checkpoint has a score yet: the newest stands for the best")
         which = "last"
     candidates, count = _candidates(checkpoints, which, run.train.average_last)
@@ -73,7 +73,7 @@ def _candidates(checkpoints: Checkpoints, which: str, average: int) -> tuple[lis
         raise TrainError(f"{checkpoints.directory} holds no checkpoint yet")
     if which == "average":
         # That of a stop is none of those that the run would have had without it.
-        regular = checkpoints.scored[::-1] or newest
+        regular = checkpoints.with_score[::-1] or newest
         return regular, min(average, len(regular))
     if which == "last":
         return newest, 1

@@ -8,25 +8,22 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
 from heedful.data.pipeline import Dataset, TrainIterator
-from heedful.model.attention import choose
-from heedful.model.config import ModelConfig
 from heedful.train.async_saver import Saving
 from heedful.train.checkpoint import Checkpoints, CorruptCheckpoint
-from heedful.train.config import TrainConfig, TrainError
+from heedful.train.config import TrainError
 from heedful.train.conversion.init_from import init_from_pretrained, open_source
+from heedful.train.describe import describe
 from heedful.train.evaluation.measure import measure
-from heedful.train.hosts import is_first, is_multiprocess, primary_first, require_same
+from heedful.train.hosts import is_first, primary_first, require_same
 from heedful.train.inference.translate import require_positions
 from heedful.train.messages import lasting
 from heedful.train.meter import AHEAD, Meter
 from heedful.train.metrics import MetricsWriter, scores
 from heedful.train.observers import Observer, ProgressBar
-from heedful.train.optimizer import learning_rate
 from heedful.train.patience import Patience
 from heedful.train.plan.oom_advice import explained
 from heedful.train.reproducibility.fingerprint import make_fingerprint
@@ -37,17 +34,11 @@ from heedful.train.reproducibility.record import (
 )
 from heedful.train.run import Run
 from heedful.train.sharding import require_divisible, rows_here, to_devices
-from heedful.train.state import Setup, TrainState, first_state, init_params, parameter_count, set_up
+from heedful.train.state import Setup, TrainState, first_state, init_params, set_up
 from heedful.train.step import make_eval_step, make_train_step
 from heedful.train.stop import Stop
 from heedful.train.tasks import task_of
-from heedful.train.trainable import named, split
-
-DETERMINISM = {
-    True: "deterministic: no atomic additions, no kernels chosen by timing them; that costs speed "
-    "(--train.no-deterministic)",
-    False: "not deterministic: another run gives other bits (--train.deterministic)",
-}
+from heedful.train.trainable import named
 
 
 def fit(
@@ -85,11 +76,7 @@ def fit(
         require_divisible(shape, config.accumulate, mesh)
     for shape in valid_data.eval_plan.shapes + test_data.eval_plan.shapes:
         require_divisible(shape, 1, mesh)
-    describe(run.model, run.data.max_length, setup, console)
-    if config.optimizer.warmup_steps > config.steps:
-        console.print(_unfinished(config), style="yellow")
-    if mesh.devices.flat[0].platform == "gpu":
-        console.print(DETERMINISM[config.deterministic])
+    describe(run, setup, console)
     splits = {"train": train_data, "valid": valid_data, "test": test_data}
     data = {name: dataset.data_fingerprint for name, dataset in splits.items()}
     del test_data, splits  # It is prepared again at the end.
@@ -138,17 +125,6 @@ def fit(
             training.go_on(state)
         share = saving.seconds / (time.perf_counter() - began)
         console.print(f"saving held training up for {saving.seconds:.2f} s ({share:.1%})")
-
-
-def _unfinished(config: TrainConfig) -> str:
-    """Return a warning about a warmup that is longer than the training."""
-    optimizer = config.optimizer
-    last = np.asarray(learning_rate(optimizer, config.steps)(config.steps - 1)).item()
-    return (
-        f"train.optimizer.warmup_steps = {optimizer.warmup_steps:,} is more than train.steps = "
-        f"{config.steps:,}: the learning rate ends at {last:.3g} and never comes to "
-        f"train.optimizer.peak_lr = {optimizer.peak_lr:.3g}; shorten the warmup, or train longer"
-    )
 
 
 def _require_room(run: Run, test_data: Dataset) -> None:
@@ -265,23 +241,6 @@ class _Training:
         self.console.print(f"step {step:,}: validation {listed}, {said()}")
 
 
-def describe(model: ModelConfig, length: int, setup: Setup, console: Console) -> None:
-    """Print the attention cores for rows of `length` tokens, the parameters and the devices."""
-    devices, params = setup.mesh.devices.ravel(), setup.abstract.params
-    sizes = ", ".join(f"{name} {size}" for name, size in setup.mesh.shape.items())
-    names = dict.fromkeys(model.attention.core_of(site) for site in model.sites)
-    platform, shards = devices[0].platform, setup.mesh.shape["seq"]
-    for core, reason in (choose(name, platform, length, shards=shards) for name in names):
-        console.print(f"attention core: {core} ({reason})")
-    count = f"{parameter_count(params):,}"
-    training = parameter_count(split(params, setup.factors)[0])
-    if training < parameter_count(params):
-        count += f", of which {training:,} train"
-    console.print(f"parameters: {count} ({model.architecture})")
-    hosts = f" on {jax.process_count()} processes" if is_multiprocess() else ""
-    console.print(f"devices: {devices.size} x {devices[0].device_kind}{hosts} (mesh: {sizes})")
-
-
 def _restore(
     checkpoints: Checkpoints,
     abstract: TrainState,
@@ -298,7 +257,7 @@ def _restore(
         except CorruptCheckpoint as error:
             if not fallback:
                 raise
-            console.print(str(error), style="yellow", markup=False)
+            console.print(str(error), style="yellow")
             corrupt.append(step)
             continue
         for each in corrupt:

@@ -56,10 +56,10 @@ def masks(
             require_fit(other, data, TrainConfig(label_smoothing=0.0))
             result = audit(Subject.of(other, data, length, trained))
         except (ModelError, TrainError) as error:
-            console.print(f"core {core}: cannot run this model: {error}", markup=False)
+            console.print(f"core {core}: cannot run this model: {error}")
             continue
         is_clean &= _print(result, console, began)
-    console.print(f"picture: {output}", markup=False)
+    console.print(f"picture: {output}")
     return is_clean
 
 
@@ -70,7 +70,7 @@ def audit_before_training(model: ModelConfig, data: DataConfig, console: Console
         result = audit(Subject.of(model, data), small=True)
     except ModelError as error:
         # The small model cannot run; the model to train may still be able to.
-        console.print(f"masks: not audited: {error}", style="yellow", markup=False)
+        console.print(f"masks: not audited: {error}", style="yellow")
         return
     if result.findings:
         listed = "\n".join(map(str, result.findings))
@@ -78,16 +78,16 @@ def audit_before_training(model: ModelConfig, data: DataConfig, console: Console
             "the audit of the masks failed: heedful masks shows the details, --no-audit skips the "
             f"audit\n{listed}"
         )
-    console.print(f"masks: audited, {_verdict(result, began)}", markup=False)
+    console.print(f"masks: audited, {_verdict(result, began)}")
 
 
 def _print(result: Audit, console: Console, began: float) -> bool:
-    console.print(f"{_description(result)}; audited: {', '.join(result.methods)}", markup=False)
+    console.print(f"{_description(result)}; audited: {', '.join(result.methods)}")
     for line in result.unsupported:
-        console.print(f"not audited: {line}", style="yellow", markup=False)
+        console.print(f"not audited: {line}", style="yellow")
     for finding in result.findings:
-        console.print(str(finding), style="red", markup=False)
-    console.print(f"masks: audited, {_verdict(result, began)}\n", markup=False)
+        console.print(str(finding), style="red")
+    console.print(f"masks: audited, {_verdict(result, began)}\n")
     return not result.findings
 
 

@@ -18,6 +18,7 @@ from heedful.model.config import ModelError
 from heedful.train import signals
 from heedful.train.cli import commands
 from heedful.train.cli.flags import take
+from heedful.train.cli.prepare import helps
 from heedful.train.config import Interrupted, TrainError
 from heedful.train.cpu_allocator import keep_memory
 
@@ -51,6 +52,7 @@ heedful COMMAND CONFIG|RUN --help lists every flag with its meaning; heedful --v
 
 
 def main() -> None:
+    """Run the command of this process, and end the process with its exit code."""
     signals.watch(*sys.argv[1:2])
     keep_memory()
     _quiet()
@@ -69,7 +71,7 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Runs a command and returns its exit code.
+    """Run a command and return its exit code.
 
     0; 1 where an audit finds something, bits differ, a plan does not fit, or another process of the
     run has died; 2 for a user's error; 75 (EX_TEMPFAIL: the same command resumes) when SIGTERM came
@@ -106,7 +108,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _of_several() -> bool:
-    """Whether there are other processes; without importing jax where nothing has."""
+    """Tell if there are other processes, without importing jax where nothing has."""
     return (
         "heedful.train.hosts" in sys.modules
         and sys.modules["heedful.train.hosts"].is_multiprocess()
@@ -114,7 +116,7 @@ def _of_several() -> bool:
 
 
 def _failed(error: Exception) -> int:
-    """Says what has gone wrong in one of several processes; returns the exit code."""
+    """Print the error of one of several processes; return the exit code."""
     if not _of_several():
         raise error
     if sys.modules["heedful.train.hosts"].is_peer_failure(error):
@@ -148,7 +150,7 @@ OF_SEVERAL = (
 
 
 def _join(arguments: list[str]) -> list[str]:
-    """Makes this process one of several where the flags or the environment say so; other flags."""
+    """Make this process one of several if flags or environment say so; return the other flags."""
     from heedful.train import hosts
 
     given, rest = take(arguments, hosts.FLAGS)
@@ -161,7 +163,7 @@ def _dispatch(arguments: list[str]) -> int:
         if not _is_unicode(argument):
             raise TrainError(f"the argument {argument!a} is not UTF-8: convert or rename it")
     command, rest = (arguments or ["--help"])[0], arguments[1:]
-    if command in OF_SEVERAL and not commands.helps(rest):
+    if command in OF_SEVERAL and not helps(rest):
         rest = _join(rest)
     known = ["configs", "cores", "train", "inspect", "masks", "plan", *COMMANDS]
     if command in ("--help", "-h"):
@@ -204,14 +206,14 @@ def _is_unicode(text: str) -> bool:
 
 
 def _speak_utf8() -> None:
-    """Files and pipes get UTF-8, and a terminal what it can show."""
+    """Write UTF-8 to files and pipes, and to a terminal the characters that it has."""
     for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors=errors)
 
 
 def _quiet() -> None:
-    """Leaves out what orbax and asyncio tell about a failure that is raised as well."""
+    """Silence messages of orbax and asyncio about a failure that is raised as well."""
     import absl.logging
 
     absl.logging.set_verbosity(absl.logging.FATAL)

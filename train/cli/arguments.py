@@ -26,7 +26,7 @@ class TrainArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadArguments:
-    """Which parameters of a run are used."""
+    """Choose the parameters of a run."""
 
     checkpoint: str | None = None
     """average (of the newest train.average_last), last, best, or a step; None: the average where
@@ -40,8 +40,8 @@ class ClassifyArguments(LoadArguments):
     """Name the classes of texts."""
 
     tab: Literal["trained", "pair", "text"] = "trained"
-    """What a tab is: it stands between the two texts of a pair, or is a part of the text; trained:
-    what it is in the training data."""
+    """Meaning of a tab: it stands between the two texts of a pair, or is a part of the text;
+    trained: its meaning in the training data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class DecodeArguments(LoadArguments):
     """Measure a run, or write with it."""
 
     seed: int = 0
-    """Of the sampling, with decode.temperature."""
+    """Seed of the sampling, with decode.temperature."""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
 
 
@@ -123,7 +123,7 @@ class ConfigMasksArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanArguments:
-    """What a training step needs on chips that need not be there, from their compiler."""
+    """Memory and time of a training step on chips that need not be there, from their compiler."""
 
     model: ModelConfig
     data: DataConfig
@@ -155,7 +155,7 @@ class VerifyArguments:
     steps: int | None = None
     """Train for so many steps; None: as many as lie between two checkpoints."""
     run_dir: Path | None = None
-    """Where it trains; None: in a temporary directory, which is deleted."""
+    """Directory of the new run; None: a temporary one, which is deleted."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def parse(default: T, arguments: list[str], program: str, description: str = "") -> T:
-    """The command line over the defaults; a mistake is a TrainError of one line."""
+    """Return the flags over the defaults; a mistake is a TrainError of one line."""
     import tyro
 
     require_new_flags(arguments)
@@ -34,7 +34,7 @@ def parse(default: T, arguments: list[str], program: str, description: str = "")
 
 
 def early(arguments: list[str], flag: str) -> str | None:
-    """The value of a flag that decides about the defaults of others; None: it is not given."""
+    """Return the value of a flag that decides about the defaults of others; None: not given."""
     value = None
     for argument, following in zip(arguments, [*arguments, None][1:], strict=True):
         name, found, inline = argument.partition("=")
@@ -44,7 +44,7 @@ def early(arguments: list[str], flag: str) -> str | None:
 
 
 def take(arguments: list[str], flags: Collection[str]) -> tuple[dict[str, str], list[str]]:
-    """(values of these flags, the other arguments)."""
+    """Return (values of these flags, the other arguments)."""
     values, others = {}, []
     following = iter(arguments)
     for argument in following:
@@ -59,7 +59,7 @@ def take(arguments: list[str], flags: Collection[str]) -> tuple[dict[str, str], 
 
 
 def _one_line(box: str) -> str:
-    """What tyro says in a box of several lines: what is wrong, and what was perhaps meant."""
+    """Return the text of tyro's box in one line: the mistake, and what was perhaps meant."""
     plain = re.sub(r"\x1b\[[\d;]*m", "", box)  # the colours of a terminal
     lines = [re.sub(r"[─│╭╮╰╯]", " ", line).strip() for line in plain.splitlines()]
     text = " ".join(" ".join(line for line in lines[1:] if line).split())

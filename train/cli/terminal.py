@@ -1,4 +1,4 @@
-"""What commands read from standard input and print; of several processes the first one does it."""
+"""Input and output of commands; of several processes the first one reads and prints."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from heedful.data.text_files import CR_ONLY, checked_text
 
 
 def console(stderr: bool = False) -> Any:
-    """Where commands print; brackets and colons of names and texts stay as they are."""
+    """Return a console for commands; brackets and colons of names and texts stay as they are."""
     from rich.console import Console
 
     from heedful.train.hosts import is_first
@@ -26,6 +26,7 @@ def console(stderr: bool = False) -> Any:
 
 
 def print_lines(lines: Iterable[str]) -> None:
+    """Print lines."""
     from heedful.train.hosts import is_first
 
     for line in lines:
@@ -34,7 +35,7 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 def read_lines() -> list[str]:
-    """The lines of standard input, in UTF-8; of several processes the first one reads."""
+    """Return the lines of standard input, in UTF-8; the same on all processes."""
     from heedful.train.hosts import from_first, is_first, primary_first
 
     lines = primary_first(lambda: _lines_here() if is_first() else [])

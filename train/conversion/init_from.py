@@ -259,7 +259,7 @@ def _place(value: Any, like: jax.Array) -> jax.Array:
 
 def print_notes(source: Source, console: Console) -> None:
     for note in source.notes:
-        console.print(f"{source.name}: {note}", markup=False)
+        console.print(f"{source.name}: {note}")
 
 
 def _print(name: str, rows: dict[str, list[tuple[str, int]]], console: Console) -> None:

@@ -33,8 +33,8 @@ def measure(eval_step: Callable, params: Any, dataset: Dataset, mesh: Mesh) -> d
             totals[name] += float(loss)
         total_weight += float(weight)
         if outputs is not None:
-            is_real = outputs.pop("weights") > 0
-            kept.append({name: array[is_real] for name, array in outputs.items()})
+            is_example = outputs.pop("weights") > 0
+            kept.append({name: array[is_example] for name, array in outputs.items()})
     if not total_weight:
         raise TrainError(NOTHING_TO_PREDICT.format(split=dataset.split))
     measured = {name: total / total_weight for name, total in totals.items()}

@@ -85,8 +85,8 @@ def attention_picture(
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, png.getvalue())
     for note in notes:
-        console.print(note, style="yellow", markup=False)
-    console.print(f"{what}, {rows} queries x {columns} keys: {output}", markup=False)
+        console.print(note, style="yellow")
+    console.print(f"{what}, {rows} queries x {columns} keys: {output}")
     return output
 
 

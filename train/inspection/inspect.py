@@ -60,12 +60,12 @@ def inspect(
         notes.append(f"the sizes of {train.init_from} (train.init_from) will replace these")
     setup = set_up(model, train, layout(train.mesh))
     for line in (f"{title}: {describe(model)}", *notes):
-        console.print(line, markup=False)
+        console.print(line)
     if names:
         console.print(_names_table(setup))
     found = parts(model, setup.abstract.params, length)
     console.print(_parts_table(found, model, parameter_count(setup.abstract.params), length))
-    console.print(_flops_text(found, model, data, train, setup) + "\n", markup=False)
+    console.print(_flops_text(found, model, data, train, setup) + "\n")
     console.print(_memory_table(memory(model, data, train, setup), model, data, train, setup))
     console.print(masks_drawn(model, data))
 

@@ -130,7 +130,7 @@ def _bytes(size: int | float) -> str:
 def print_advice(advice: list[Advice], console: Console) -> None:
     for one in advice:
         saves = f"saves about {_bytes(one.saves)}"
-        console.print(f"  {one.flags}    {one.price}; {saves}", markup=False)
+        console.print(f"  {one.flags}    {one.price}; {saves}")
 
 
 @contextmanager

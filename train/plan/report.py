@@ -123,7 +123,7 @@ def print_model(title: str, model: ModelConfig, data: DataConfig, console: Conso
     """Print a description of the model; return it with the sizes that its data would set."""
     model, notes = complete(model, data)
     for line in (f"{title}: {describe(model)}", *notes):
-        console.print(line, markup=False)
+        console.print(line)
     return model
 
 

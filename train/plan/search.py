@@ -136,10 +136,10 @@ def search(
             try:
                 plan = make_plan(one.model, data, one.train, devices)
             except TrainError as error:
-                console.print(f"{_flags(one)}: {error}", markup=False)
+                console.print(f"{_flags(one)}: {error}")
                 continue
         plans.append((one, plan))
-        console.print(f"{_flags(one)}: {_outcome(plan)}", markup=False)
+        console.print(f"{_flags(one)}: {_outcome(plan)}")
     if not plans:
         raise TrainError(
             f"--search: no layout fits {len(devices)} chips; change data.batch_multiple or "
@@ -149,7 +149,7 @@ def search(
     console.print(_table(plans, chip))
     best, plan = plans[0]
     if plan.compiled.memory.fits:
-        console.print(f"best: {_flags(best)}", markup=False)
+        console.print(f"best: {_flags(best)}")
     return plan.compiled.memory.fits
 
 
