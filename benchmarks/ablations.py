@@ -1,4 +1,4 @@
-"""What goes wrong without warmup, positions, residuals, norms, or with a wrong mask.
+"""Failures of training without warmup, positions, residuals or norms, or with a wrong mask.
 
 python -m benchmarks.ablations
 
@@ -31,7 +31,7 @@ class Demonstration(NamedTuple):
     right: str = ""
     wrong: str = ""
     is_leaking: bool = False
-    """Whether the wrong one has no causal mask."""
+    """True if the wrong training has no causal mask."""
 
 
 SHORT = "--train.steps 400 --train.checkpoint-every 25"
@@ -98,7 +98,7 @@ def ends(trained: Trained) -> str:
 
 
 def verdict(trained: Trained) -> str:
-    """What is said on the loss: the error, or the lines on the validation data."""
+    """Return what a training printed on its loss: the error, or the lines on validation data."""
     lines = trained.said.splitlines()
     first = [i for i, line in enumerate(lines) if line.startswith(("heedful: error", "validation"))]
     last = [i for i, line in enumerate(lines) if line.startswith("test loss")]

@@ -45,17 +45,17 @@ class Setting(NamedTuple):
     beam: int = 0
     """0: a step trains on all tokens; else it writes one for each row."""
     dtype: str = "float32"
-    """What is computed with; parameters are in float32 in any case."""
+    """Type of the computations; parameters are in float32 in any case."""
     core: str = "auto"
     """Attention core of this library."""
     product: int = 2048
     """Rows of the matrices whose product is the ceiling."""
     profile: str = ""
-    """Where this library leaves a profile of one sample."""
+    """Folder in which this library leaves a profile of one sample."""
 
     @property
     def tokens(self) -> int:
-        """That a step trains on or writes."""
+        """Number of tokens that a step trains on or writes."""
         return self.rows if self.beam else self.rows * self.length
 
 
@@ -90,7 +90,7 @@ def measure(name: str, setting: Setting, arguments: argparse.Namespace) -> dict[
 
 
 def _is_given(peer: str, arguments: argparse.Namespace) -> bool:
-    """Whether the command line says where it is."""
+    """Tell if the command line gives the path of a peer."""
     if peer.startswith("flax"):
         return bool(arguments.flax)
     return bool(arguments.peers and (arguments.nanogpt or "nanogpt" not in peer))

@@ -4,7 +4,7 @@ import argparse
 
 
 def parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """That of `python -m benchmarks.NAME`, whose help is the description as it stands."""
+    """Return the parser of `python -m benchmarks.NAME`; its help shows the description as it is."""
     return argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}",
         description=description,

@@ -53,7 +53,7 @@ def run(core: Callable, arrays: list[jax.Array], mask: AttentionMask) -> tuple[j
 
 
 def errors(found: tuple, exact: tuple) -> list[float]:
-    """Of output, dq, dk, dv; NaN where there is one."""
+    """Return the relative errors of output, dq, dk and dv; NaN where one of them is NaN."""
     return [
         float(jnp.max(jnp.abs(x.astype(jnp.float32) - y)) / jnp.max(jnp.abs(y)))
         for x, y in zip(found, exact, strict=True)

@@ -39,7 +39,7 @@ def prepare(given: dict[str, Any]) -> Ready:
         model = transformers.MarianMTModel(config)
     model.to(dtype).eval()
     tokens = torch.randint(4, vocab_size, (rows, length))
-    how = {"num_beams": given["beam"], "do_sample": False, "use_cache": True, "pad_token_id": 0}
+    search = {"num_beams": given["beam"], "do_sample": False, "use_cache": True, "pad_token_id": 0}
 
     def run() -> torch.Tensor:
         with torch.inference_mode():
@@ -48,7 +48,7 @@ def prepare(given: dict[str, Any]) -> Ready:
                 attention_mask=torch.ones_like(tokens),
                 max_new_tokens=new,
                 min_new_tokens=new,
-                **how,
+                **search,
             )
 
     before = 1 if model.config.is_encoder_decoder else length

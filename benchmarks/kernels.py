@@ -1,4 +1,4 @@
-"""Where the time of a profile went: `python -m benchmarks.kernels DIR`, kernel by kernel."""
+"""Time of each kernel in a profile: `python -m benchmarks.kernels DIR`."""
 
 import collections
 import gzip

@@ -1,4 +1,4 @@
-"""How far Performer's attention is from the exact one, by the number of random features.
+"""Error of Performer's attention against the exact one, by the number of random features.
 
 python -m benchmarks.performer_error    # a minute on two CPU cores
 

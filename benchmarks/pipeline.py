@@ -42,13 +42,13 @@ from heedful.train.trainable import named
 
 
 class Read(NamedTuple):
-    """What batches hold, padding left out, or what of it comes in a second."""
+    """Rows and tokens of batches without padding, or how many of them come in a second."""
 
     rows: float
     source: float
     """Positions of an encoder beside a decoder."""
     positions: float
-    """Those of the decoder, or of the only stack."""
+    """Positions of the decoder, or of the only stack."""
     targets: float
     """Tokens to predict, or rows that have a label."""
 
@@ -80,7 +80,7 @@ def learned(data: DataConfig, init_from: str | None) -> Tokenizer:
 
 @cache
 def rate(data: DataConfig, init_from: str | None, seconds: float) -> Read:
-    """What a second of reading gives, one batch after the other."""
+    """Return what a second of reading gives, one batch after the other."""
     dataset = pipeline.Dataset.prepare(data, learned(data, init_from), "train")
     batches = dataset.train_iterator()
     for _ in range(3):

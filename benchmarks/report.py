@@ -1,4 +1,4 @@
-"""What was measured, as tables of text and as a plot."""
+"""Tables and a plot of measurements."""
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 
 class Trained(NamedTuple):
-    """What a run left behind."""
+    """Results of a run that has ended."""
 
     said: str
-    """Its output."""
+    """Text that the command printed."""
     metrics: list[dict[str, Any]]
-    """Losses and others, on its way."""
+    """Losses and other metrics, by step."""
     result: dict[str, Any]
-    """Losses and scores in the end; empty if it did not come to its end."""
+    """Losses and scores at the end; empty if the run did not come to its end."""
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """Steps, and the metric `name` at each."""

@@ -63,7 +63,7 @@ def table(losses: Mapping[str, float]) -> str:
 
 
 def direction(moved: float, published: float, spread: float) -> str:
-    """Whether a loss moves as published, as far as the seeds tell."""
+    """Tell if a loss moves as published, as far as the seeds allow."""
     if abs(moved) <= 2 * spread:
         return "too small to tell"
     if published == 0:

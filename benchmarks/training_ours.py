@@ -79,7 +79,7 @@ def prepare(setting: Setting) -> Ready:
 
 
 def about_jax(dtype: str, size: int) -> dict[str, Any]:
-    """Its ceiling, version and device."""
+    """Return the ceiling, the version and the device of this library."""
     large, product = jnp.ones((size, size), dtype), jax.jit(jnp.matmul)
     best = ceiling(lambda: product(large, large).block_until_ready(), size)
     device = jax.devices()[0].device_kind

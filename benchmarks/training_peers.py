@@ -117,7 +117,7 @@ def prepare(given: dict[str, Any], library: str) -> Ready:
 
 
 def about_torch(dtype: torch.dtype, size: int) -> dict[str, Any]:
-    """Its ceiling, and what is installed."""
+    """Return the ceiling and the installed versions of a peer."""
     large = torch.ones(size, size, dtype=dtype)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     best = ceiling(lambda: (large @ large)[0, 0].item(), size)

@@ -23,7 +23,7 @@ Ready = tuple[Callable[[], dict[str, Any]], dict[str, Any]]
 
 
 class Program(NamedTuple):
-    """What is measured; `peak` runs it once and returns the bytes that this takes at most."""
+    """A program to measure; `peak` runs it once and returns the most bytes that it held."""
 
     run: Run
     peak: Callable[[], int]

@@ -11,7 +11,6 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("model", "data", "train", "configs", "benchmarks")
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 FILES += sorted((ROOT / "heedful").glob("*.py"))
-TESTS = sorted((ROOT / "tests").rglob("*.py"))
 MAX_LINES = 400
 
 # A docstring is an imperative or names a thing: it begins with none of these.
@@ -24,7 +23,12 @@ OLD_NAMES = {
     "one_first", "put_together", "scored", "several", "take_apart", "take_over",
 }  # fmt: skip
 
-PENDING = ("model/", "data/", "train/", "benchmarks/", "tests/")
+PENDING = (
+    "data/", "model/activations", "model/attention/", "model/axes", "model/cache",
+    "model/config/", "model/decoding/sampling", "model/heads", "model/linear", "model/masks",
+    "model/ops/dropout", "model/positions", "model/stack", "train/audit/declared",
+    "train/conversion/", "train/inference/", "train/inspection/",
+)  # fmt: skip
 """Files and folders that are not yet as these tests want them."""
 
 
@@ -67,7 +71,7 @@ def test_docstrings_begin_with_an_imperative_or_name_a_thing(path: Path):
     ] == []
 
 
-@parametrize(FILES + TESTS)
+@parametrize(FILES)
 def test_names_are_those_of_the_field(path: Path):
     assert [(line, name) for line, name in names(path) if name in OLD_NAMES] == []
 

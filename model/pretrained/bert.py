@@ -43,6 +43,7 @@ TABLE = {
 
 
 def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
+    """Translate the config of a BERT checkpoint; `names` are those of its tensors."""
     keys.only("is_decoder", False)
     keys.only("add_cross_attention", False)
     keys.only("position_embedding_type", "absolute")
@@ -85,6 +86,7 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """Translate a config to that of a BERT checkpoint."""
     head = config.head
     if head.kind == "language_model":
         name = "BertForMaskedLM"

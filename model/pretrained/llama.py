@@ -36,6 +36,7 @@ TABLE = {
 
 
 def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
+    """Translate the config of a LLaMA checkpoint; `names` are those of its tensors."""
     heads, width = keys.get("num_attention_heads", 32), keys.get("hidden_size", 4096)
     layers, types = keys.get("num_hidden_layers", 32), keys.value("layer_types")
     is_full = isinstance(types, list) and all(x == "full_attention" for x in types)
@@ -118,6 +119,7 @@ def _rotary(keys: Keys) -> RotaryConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """Translate a config to that of a LLaMA checkpoint."""
     heads, rotary = config.attention.heads, config.positions.rotary
     require(
         config.width % heads == 0,

@@ -60,12 +60,14 @@ POOLER = {"head/pooler": "longformer.pooler.dense"}
 
 
 def table(config: ModelConfig) -> dict[str, str]:
+    """Return the names of tensors by the paths of our parameters."""
     if config.head.kind == "language_model":
         return BODY | LANGUAGE_MODEL
     return BODY | (POOLER if config.head.outputs is None else CLASSIFIER)
 
 
 def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
+    """Translate the config of a Longformer checkpoint; `names` are those of its tensors."""
     keys.only("pad_token_id", PADDING)
     keys.only("tie_word_embeddings", True)
     keys.only("attention_mode", "longformer")
@@ -121,6 +123,7 @@ def _window(keys: Keys) -> int:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """Translate a config to that of a Longformer checkpoint."""
     head, attention = config.head, config.attention
     if head.kind == "language_model":
         name = "LongformerForMaskedLM"

@@ -16,6 +16,7 @@ from heedful.model.pretrained.keys import ACTIVATION_NAMES, ACTIVATIONS, Keys
 
 
 def table(config: ModelConfig) -> dict[str, str]:
+    """Return the names of tensors by the paths of our parameters."""
     table = {"embedding": "shared", "head/kernel": "lm_head.weight"}
     for stack in ("encoder", "decoder"):
         bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias"
@@ -39,6 +40,7 @@ def table(config: ModelConfig) -> dict[str, str]:
 
 
 def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
+    """Translate the config of a T5 checkpoint; `names` are those of its tensors."""
     keys.only("is_encoder_decoder", True)
     keys.only("is_decoder", False)
     encoder_layers = keys.get("num_layers", 6)
@@ -96,6 +98,7 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """Translate a config to that of a T5 checkpoint."""
     projection = ACTIVATION_NAMES[config.feed_forward.activation]
     if config.feed_forward.gated:
         projection = "gated-" + projection.removesuffix("_new")
