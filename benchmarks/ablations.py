@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def demonstrate(name: str, shown: Demonstration, out: Path, flags: Sequence[str]) -> None:
-    """Trains, plots OUT/NAME.png, and prints what the command line says of the wrong one."""
+    """Train, plots OUT/NAME.png, and prints what the command line says of the wrong one."""
     both, program = [*shown.both.split(), *flags], LEAKING if shown.is_leaking else ()
     right = train(shown.config, out / name / "right", [*both, *shown.right.split()])
     wrong_flags = [*both, *shown.wrong.split()]

@@ -65,7 +65,7 @@ def worker(case: Case, what: str, interpreter: str) -> Process:
 
 
 def measure(cases: Sequence[Case], interpreters: dict[str, str], rounds: int) -> Iterator[dict]:
-    """Yields what was measured of each case, after all have taken turns."""
+    """Yield what was measured of each case, after all have taken turns."""
     workers: dict[Case, Process] = {}
     points: dict[Case, dict[str, Any]] = {}
 
@@ -121,7 +121,7 @@ def available_memory() -> int:
 
 
 def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yields the results after each length, all so far."""
+    """Yield the results after each length, all so far."""
     interpreters = {name: sys.executable for name in arguments.core}
     if arguments.peers:
         interpreters |= {PEERS[name]: arguments.peers for name in arguments.core if name in PEERS}

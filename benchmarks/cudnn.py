@@ -61,7 +61,7 @@ def errors(found: tuple, exact: tuple) -> list[float]:
 
 
 def compare(lengths: list[int]) -> int:
-    """Prints the worst of each mask, and every failure; returns the number of failures."""
+    """Print the worst of each mask, and every failure; returns the number of failures."""
     failures = 0
     for name, make in MASKS.items():
         worst = np.zeros((2, 4))

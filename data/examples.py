@@ -1,4 +1,4 @@
-"""What all sources share: examples, the columns that hold their fields, and what is held out."""
+"""Examples, the columns of their fields, and held-out splits, for all sources."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from heedful.data.objectives import Objective
 Example = dict[str, str]
 SPLITS = ("train", "valid", "test")
 
-# The names that public tables and datasets use. Pairs first: one of a pair may look like a single.
+# Names in public tables and datasets. Pairs first: "text" may be the first of a pair.
 _PAIRS = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
@@ -27,15 +27,15 @@ _SINGLES = (("text",), ("sentence",))
 
 
 def fields_of(objective: Objective, n_columns: int) -> tuple[str, ...]:
-    """Return the names that this many columns of text have in an example, or the least of them."""
+    """Return the fields of an example for this many text columns, at least the required fields."""
     names = objective.fields + objective.optional_fields
     return names[: max(n_columns, len(objective.fields))]
 
 
 def text_columns(config: DataConfig, known: Sequence[str], has: str) -> tuple[str, ...]:
-    """Returns the columns, among the known ones, that hold the text: data.columns or usual names.
+    """Return the text columns: data.columns, or `known` columns with usual names.
 
-    `has` starts like "FILE has the columns"; it is part of the errors. Raises DataError.
+    `has` begins an error message: "FILE has the columns". Raises DataError where no columns fit.
     """
     has, objective = f"{has} {listed(known)}", config.objective_spec
     least = len(objective.fields)
@@ -60,11 +60,14 @@ def text_columns(config: DataConfig, known: Sequence[str], has: str) -> tuple[st
     for columns in usual:
         if set(columns) <= set(known):
             return columns
-    raise DataError(f"{has}, not {expected}: name those with the text in data.columns")
+    raise DataError(f"{has}, not {expected}: name the text columns in data.columns")
 
 
 def label_column(config: DataConfig, known: Sequence[str], has: str) -> str | None:
-    """Returns the column of the label, or None for an objective without labels."""
+    """Return the column of the label, or None for an objective without labels.
+
+    Raises DataError where the column is missing; `has` is as in `text_columns`.
+    """
     if config.objective_spec.label is None:
         return None
     for column in (config.label, "score") if config.label == "label" else (config.label,):
@@ -77,20 +80,20 @@ def label_column(config: DataConfig, known: Sequence[str], has: str) -> str | No
 
 
 def share(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone: the same on every machine."""
+    """Return a hash of the text in [0, 1), the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def shares(texts: Iterable[str]) -> np.ndarray:
-    """Returns the share of every text, float64 [E]."""
+    """Return the hash in [0, 1) of every text, float64 [E]."""
     return np.fromiter(map(share, texts), np.float64)
 
 
 def select(parts: np.ndarray, split: str, held: Sequence[str], holdout: float) -> np.ndarray:
-    """Returns the numbers of the examples of `split`, when the splits `held` are taken from train.
+    """Return the numbers of the examples of `split` if the splits `held` are taken from train.
 
-    parts [E] are the shares of the training examples. By the text alone: a text, however often and
-    however labelled or translated, is in one split only.
+    `parts` [E] are the hashes of the training texts. As only the text decides, all examples with
+    the same text are in one split.
     """
     first = holdout * (held.index(split) if split in held else len(held))
     last = first + holdout if split in held else 1
@@ -98,7 +101,7 @@ def select(parts: np.ndarray, split: str, held: Sequence[str], holdout: float) -
 
 
 class Subset(Sequence[Example]):
-    """The chosen examples of a sequence, by their numbers."""
+    """Examples of a sequence, chosen by their numbers."""
 
     def __init__(
         self, examples: Sequence[Example], chosen: np.ndarray, identity: str | None = None
@@ -115,7 +118,7 @@ class Subset(Sequence[Example]):
 
 
 class Joined(Sequence[Example]):
-    """Several sequences, one after the other."""
+    """Concatenation of several sequences."""
 
     def __init__(self, sequences: Sequence[Sequence[Example]]):
         self.sequences = sequences

@@ -1,4 +1,4 @@
-"""Labels as a model sees them: the number of a class, or the number to predict."""
+"""Labels as numbers: the index of a class, or the number to predict."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,28 +11,29 @@ from heedful.data.errors import DataError, listed, short
 
 
 def classes(config: DataConfig) -> tuple[str, ...]:
-    """Returns the classes of a classification, in the order of their numbers; () for other tasks.
+    """Return the names of the classes, in the order of their indices; () without classes.
 
-    They are those of the config, or else those that the source names in an order of its own, or
-    else those of the training data, sorted. Raises DataError when there are not at least two.
+    They come from the config, or else from the source, or else from the training data (sorted).
+    Raises DataError for fewer than two classes.
     """
     if config.objective_spec.label != "class":
         return ()
-    found = config.classes or sources.classes(config)
-    if not found:
-        found = tuple(sorted({example["label"] for example in sources.load(config, "train")}))
-    if len(found) < 2:
+    names = config.classes or sources.classes(config)
+    if not names:
+        names = tuple(sorted({example["label"] for example in sources.load(config, "train")}))
+    if len(names) < 2:
         raise DataError(
-            f"{', '.join(map(repr, found))} is the only class: give data.classes two or more, "
+            f"{', '.join(map(repr, names))} is the only class: give data.classes two or more, "
             "or training data with them"
         )
-    return found
+    return names
 
 
 def numbers(labels: Sequence[str], names: Sequence[str], split: str) -> np.ndarray:
-    """Returns the labels as numbers of classes, int32 [E]; without names as they are, float32 [E].
+    """Return labels as indices of classes, int32 [E], or, without `names`, as numbers, float32 [E].
 
-    Raises DataError for a class that is not among the names and for what is no finite number.
+    Raises DataError for a class that is not in `names`, and for a label that is not a finite
+    number.
     """
     if names:
         number = {name: i for i, name in enumerate(names)}
@@ -49,7 +50,7 @@ def numbers(labels: Sequence[str], names: Sequence[str], split: str) -> np.ndarr
             values[i] = float(label)
         if not np.isfinite(values[i]):
             raise DataError(
-                f"example {i} of split {split!r} has the label {short(label)!r}, which is no "
-                "finite number: correct it, or choose another data.objective"
+                f"example {i} of split {split!r} has the label {short(label)!r}, which is not "
+                "a finite number: correct it, or choose another data.objective"
             )
     return values

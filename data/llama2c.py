@@ -1,4 +1,4 @@
-"""The tokenizer of llama2.c (github.com/karpathy/llama2.c): SentencePiece's BPE of LLaMA."""
+"""Convert the tokenizer of llama2.c (github.com/karpathy/llama2.c), LLaMA's SentencePiece BPE."""
 
 import json
 import struct
@@ -8,15 +8,17 @@ from tokenizers import AddedToken, decoders, models, normalizers
 
 from heedful.data.errors import DataError
 
-SPACE = "\u2581"  # how SentencePiece writes one
-SPECIAL = ("<unk>", "<s>", "</s>")  # the first ids, which the file spells in other ways
+SPACE = "\u2581"
+"""The character for a space in SentencePiece."""
+SPECIAL = ("<unk>", "<s>", "</s>")
+"""Names of the first ids; the file has other names."""
 
 
 def read_llama2c(data: bytes, vocab_size: int) -> str:
-    """Returns the tokenizer.json of a tokenizer.bin with that many entries.
+    """Return the tokenizer.json for a tokenizer.bin with `vocab_size` entries.
 
-    int32: the longest entry; then for each its score (float32), length (uint32) and text in UTF-8.
-    Raises DataError where the data ends too early, or goes on.
+    The file has the length of the longest entry (int32), then the score (float32), length (uint32)
+    and UTF-8 text of each entry. Raises DataError where the data is too short or too long.
     """
     entries, scores, at = [], [], 4
     try:
@@ -27,17 +29,17 @@ def read_llama2c(data: bytes, vocab_size: int) -> str:
             at += 8 + length
     except (struct.error, UnicodeDecodeError) as error:
         raise DataError(
-            f"no tokenizer.bin of llama2.c with {vocab_size} entries: {error}"
+            f"tokenizer.bin is not one of llama2.c with {vocab_size} entries: {error}"
         ) from error
     if at != len(data):
         raise DataError(f"tokenizer.bin has {len(data) - at} bytes after {vocab_size} entries")
     entries[: len(SPECIAL)] = SPECIAL
     vocabulary = {entry: i for i, entry in enumerate(entries)}
     merges = []
-    # An entry is put together from any two others; the higher its score the sooner.
+    # Any two entries whose concatenation is an entry are merged, in the order of its score.
     for i in sorted(range(len(entries)), key=lambda i: (-scores[i], i)):
         entry = entries[i]
-        if i >= len(SPECIAL) + 256:  # behind the bytes
+        if i >= len(SPECIAL) + 256:  # After the special tokens and the bytes.
             pairs = [(entry[:k], entry[k:]) for k in range(1, len(entry))]
             known = [pair for pair in pairs if all(part in vocabulary for part in pair)]
             merges += sorted(known, key=lambda pair: tuple(vocabulary[part] for part in pair))

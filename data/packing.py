@@ -1,10 +1,10 @@
-"""Which tokens make up which row, and which rows which batch, planned ahead for a whole epoch.
+"""Plan the rows and batches of an epoch.
 
-Two ways. By length: rows of similar length share a batch, and batches come in a few shapes only,
-because every shape is compiled once. Packed: documents stand end to end, and rows of one length are
-cut from that. A plan is a pure function of the lengths, the config and the seed: any batch can be
-asked for by its number, so a run resumes where it stopped and any number of processes sees the same
-batches.
+There are two kinds of plans. By length: rows of similar length share a batch, and batches have few
+shapes, as every shape is compiled. Packed: all documents are concatenated, and rows of one length
+are cut from them. A plan is a pure function of the lengths, the config and the seed. Any batch can
+be computed from its number, so that a run can resume anywhere, and the batches do not depend on the
+number of processes.
 """
 
 import copy
@@ -18,7 +18,7 @@ from heedful.data.errors import DataError
 
 
 class Shape(NamedTuple):
-    """Rows of a batch, and their length on each side of the model: the encoder's comes first."""
+    """Number of rows of a batch, and their length on each side of the model (encoder first)."""
 
     rows: int
     lengths: tuple[int, ...]
@@ -34,37 +34,38 @@ class Plan(Protocol):
 
     batches_per_epoch: int
     padding_share: float
-    shapes: list[Shape]  # of all batches, by length
+    shapes: list[Shape]
+    """Shapes of the batches, in the order of their lengths."""
 
     def rows(self, index: int) -> tuple[Shape, np.ndarray]:
-        """Returns the shape and the row numbers of global batch `index`.
+        """Return the shape and the row numbers of global batch `index`.
 
-        There may be fewer row numbers than rows; the other rows are padding.
+        Rows without a number are padding.
         """
         ...
 
     def in_order(self) -> Self:
-        """Returns the plan for evaluation, where every epoch is the same, without any shuffling."""
+        """Return the plan for evaluation: not shuffled, the same in every epoch."""
         ...
 
 
 def choose_buckets(lengths: np.ndarray, config: DataConfig) -> list[int]:
-    """Returns at most `config.buckets` row lengths, ascending, that leave the least padding.
+    """Return at most `config.buckets` row lengths, ascending, with the least padding.
 
-    The candidates are all lengths, rounded up (see `round_up`). Dynamic programming over them: the
-    best way to cover the shortest j candidates with k buckets covers the shortest i < j with k - 1,
-    and the rest at length j.
+    The candidates are all lengths, rounded up by `round_up`. Dynamic programming: the best k
+    buckets for the shortest j candidates are the best k - 1 buckets for the shortest i < j, and one
+    bucket of length j for the rest.
     """
     counts = np.bincount(lengths)
     counts = np.bincount(round_up(np.arange(len(counts)), config), counts)
     candidates = np.flatnonzero(counts)
     examples = np.concatenate([[0], np.cumsum(counts[candidates])])
     n = len(candidates)
-    best = np.full(n + 1, np.inf)  # best[j]: fewest positions for the j shortest candidates.
+    best = np.full(n + 1, np.inf)  # best[j]: positions for the j shortest candidates.
     best[0] = 0
     choices = []
     for _ in range(min(config.buckets, n)):
-        # cost[i, j]: the first i as well as possible so far, then one bucket up to candidate j.
+        # cost[i, j]: the best buckets for the first i candidates, then one bucket up to j.
         width = np.concatenate([[0], candidates])[None, :]
         cost = best[:, None] + (examples[None, :] - examples[:, None]) * width
         cost[np.tril_indices(n + 1)] = np.inf
@@ -78,20 +79,19 @@ def choose_buckets(lengths: np.ndarray, config: DataConfig) -> list[int]:
 
 
 def round_up(lengths: np.ndarray, config: DataConfig) -> np.ndarray:
-    """Returns the next multiple of `config.length_multiple`, at most `config.max_length`."""
+    """Round lengths up to a multiple of `config.length_multiple`, at most `config.max_length`."""
     multiple = config.length_multiple
     return np.minimum(-(-lengths // multiple) * multiple, config.max_length)
 
 
 class BatchPlan:
-    """The batches of rows that are put together by length; the rows of a batch share a bucket.
+    """Plan of batches by length: all rows of a batch belong to one bucket.
 
-    The longer side of a row decides on its bucket; each side has a length of its own there. Where a
-    bucket does not fill a batch, its batch has fewer rows.
+    The longer side of a row decides about its bucket; each side has its own length in a bucket. A
+    bucket with few rows has batches of fewer rows.
 
     lengths: [sides, E] tokens of every row, on each side of the model.
-    shuffle: every epoch has its own order of rows and batches; otherwise there is one order, by
-    bucket.
+    shuffle: draw a new order of rows and batches in every epoch; otherwise the order is by bucket.
     """
 
     def __init__(self, lengths: np.ndarray, config: DataConfig, seed: int, *, shuffle: bool = True):
@@ -99,7 +99,7 @@ class BatchPlan:
         self.seed = seed
         self.shuffle = shuffle
         longest = choose_buckets(rows, config)
-        # 8 and 32 bits: there may be many millions of rows.
+        # Small integer types, as there may be many millions of rows.
         bucket_of = np.searchsorted(longest, np.arange(longest[-1] + 1))
         bucket = bucket_of.astype(np.min_scalar_type(len(longest)))[rows]
         numbers = np.min_scalar_type(-len(rows))
@@ -116,11 +116,11 @@ class BatchPlan:
             -(-len(m) // shape.rows) for m, shape in zip(self._members, self.shapes, strict=True)
         ]
         self.batches_per_epoch = sum(self._batches)
-        places = sum(
+        positions = sum(
             count * shape.rows * sum(shape.lengths)
             for count, shape in zip(self._batches, self.shapes, strict=True)
         )
-        self.padding_share = 1 - int(lengths.sum(dtype=np.int64)) / places
+        self.padding_share = 1 - int(lengths.sum(dtype=np.int64)) / positions
         self._epoch = _Recent(self._make_epoch)
 
     def rows(self, index: int) -> tuple[Shape, np.ndarray]:
@@ -136,7 +136,7 @@ class BatchPlan:
         return plan
 
     def _make_epoch(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """Returns the rows of every bucket in order, and the batches as (bucket, number)."""
+        """Return the row numbers of every bucket, and the batches as (bucket, number)."""
         members = self._members
         order = np.array([(b, i) for b, count in enumerate(self._batches) for i in range(count)])
         if self.shuffle:
@@ -192,18 +192,18 @@ class PackedPlan:
         return plan
 
     def spans(self, epoch: int, row: int) -> list[Span]:
-        """Returns what a row holds, in its order."""
+        """Return the parts of documents in a row, in order."""
         shift, _ = self._epoch(epoch if self.shuffle else 0)
         start = row * self.length
         stop = min(start + self.length, self._positions)
-        turn = self._positions - shift  # Where the stream goes on at its beginning.
+        turn = self._positions - shift  # Here the stream continues at its beginning.
         before = self._between(start + shift, min(stop, turn) + shift)
         return before + self._between(max(start, turn) - turn, stop - turn)
 
     def _between(self, start: int, stop: int) -> list[Span]:
-        """The documents between two places of the stream, which is none if start >= stop."""
+        """Return the parts of documents in [start, stop) of the stream; none if start >= stop."""
         spans, starts = [], self.starts
-        # The last one that starts there: those before it are empty.
+        # The last document that starts there; earlier ones are empty.
         document = int(np.searchsorted(starts, start, "right")) - 1
         while start < stop:
             first, end = int(starts[document]), min(int(starts[document + 1]), stop)
@@ -214,7 +214,7 @@ class PackedPlan:
         return spans
 
     def _make_epoch(self, epoch: int) -> tuple[int, np.ndarray]:
-        """Returns where in the stream the first row starts, and the order of the rows."""
+        """Return the start of the first row in the stream, and the order of the rows."""
         if not self.shuffle:
             return 0, np.arange(self._count)
         rng = np.random.default_rng((self.seed, epoch))
@@ -222,43 +222,43 @@ class PackedPlan:
 
 
 class Pieces:
-    """Documents cut into pieces of at most `longest` positions, to be numbered and put in batches.
+    """Documents cut into pieces of at most `max_positions` positions; `pieces[u]` is piece u.
 
-    starts: as for PackedPlan. Piece `u` is `pieces[u]`.
+    starts: as for PackedPlan.
     """
 
-    def __init__(self, starts: np.ndarray, longest: int):
-        self.starts, self.longest = starts, longest
+    def __init__(self, starts: np.ndarray, max_positions: int):
+        self.starts, self.max_positions = starts, max_positions
         counts = np.diff(starts)
-        counts += longest - 1
-        counts //= longest
-        self._first = np.zeros(len(starts), np.int64)  # The number of each document's first piece.
+        counts += max_positions - 1
+        counts //= max_positions
+        self._first = np.zeros(len(starts), np.int64)  # First piece of each document.
         np.cumsum(counts, out=self._first[1:])
 
     def lengths(self) -> np.ndarray:
-        """Returns the positions of every piece, int32 [U]."""
-        lengths = np.full(self._first[-1], self.longest, np.int32)
+        """Return the number of positions of every piece, int32 [U]."""
+        lengths = np.full(self._first[-1], self.max_positions, np.int32)
         is_last = np.zeros(len(lengths), bool)
-        is_last[self._first[1:] - 1] = True  # Of an empty document, the last piece before it.
+        is_last[self._first[1:] - 1] = True  # Empty documents mark the piece before them.
         rest = np.diff(self.starts)
         rest = rest[rest > 0]
         rest -= 1
-        rest %= self.longest
+        rest %= self.max_positions
         rest += 1
         lengths[is_last] = rest
         return lengths
 
     def __getitem__(self, number: int) -> Span:
         document = int(np.searchsorted(self._first, number, "right")) - 1
-        start = (number - int(self._first[document])) * self.longest
+        start = (number - int(self._first[document])) * self.max_positions
         size = int(self.starts[document + 1] - self.starts[document])
-        return Span(document, start, min(start + self.longest, size))
+        return Span(document, start, min(start + self.max_positions, size))
 
 
 def pack(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Joins rows of arrays [T] into one, in which each has its own segment id.
+    """Concatenate rows of arrays [T] into one row, in which each has its own segment id.
 
-    Its positions count from 0, unless the row has positions.
+    The positions of each row count from 0, unless it has positions.
     """
     lengths, joined = [len(row["inputs"]) for row in rows], rows[0]
     if len(rows) > 1:
@@ -271,25 +271,26 @@ def pack(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 class _Recent:
-    """A function of the epoch that keeps what it has made for the last one and its neighbour.
+    """Cache of a function of the epoch, for the last epoch and its neighbour.
 
-    Around the end of an epoch threads ask for both. They need no lock: at worst two make the same.
+    Threads need both around the end of an epoch. There is no lock: at worst two threads compute the
+    same value.
     """
 
     def __init__(self, make: Callable[[int], tuple]):
-        self.make, self.made = make, {}
+        self.make, self.values = make, {}
 
     def __call__(self, epoch: int) -> tuple:
-        made = self.made
-        if epoch not in made:
-            made = {e: value for e, value in made.items() if abs(e - epoch) == 1}
-            made[epoch] = self.make(epoch)
-            self.made = made
-        return made[epoch]
+        values = self.values
+        if epoch not in values:
+            values = {e: value for e, value in values.items() if abs(e - epoch) == 1}
+            values[epoch] = self.make(epoch)
+            self.values = values
+        return values[epoch]
 
 
 def batch_rows(length: int, config: DataConfig) -> int:
-    """Rows of a batch whose rows have this length, at most."""
+    """Return the largest number of rows of this length in a batch; raise DataError for none."""
     rows = config.batch_tokens // length // config.batch_multiple * config.batch_multiple
     if not rows:
         raise DataError(

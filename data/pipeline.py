@@ -1,4 +1,4 @@
-"""From a source to batches: tokens on disk, a plan over them, and grain reading ahead."""
+"""The data pipeline: tokens on disk, a plan of batches, and batches prepared ahead by grain."""
 
 import sys
 import weakref
@@ -19,18 +19,19 @@ from heedful.data.examples import Example
 from heedful.data.labels import classes
 from heedful.data.objectives import Arrays, ChunkingSpec
 from heedful.data.packing import PackedPlan, Pieces, Plan, pack
-from heedful.data.rows import SplitPlan, arrange
+from heedful.data.split_plan import SplitPlan, plan_split
 from heedful.data.store import TokenStore, fingerprint
-from heedful.data.tokenizer import Tokenizer, cut_text
+from heedful.data.text_parts import cut_text
+from heedful.data.tokenizer import Tokenizer
 
 Reader = Callable[[int, int], Generator[Arrays, None, None]]
 DevicePut = Callable[[Arrays], Any]
 
 
 def tokenizer_texts(config: DataConfig) -> Iterable[str]:
-    """Returns the training texts of all fields: what a shared vocabulary is learned from.
+    """Return the training texts of all fields, to learn a vocabulary from.
 
-    They can be read more than once. Long ones come in parts, which need less memory.
+    The texts can be iterated several times. Long texts come in parts, which need less memory.
     """
     return _Texts(config)
 
@@ -52,13 +53,12 @@ class _Texts:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The batches of one split. Example i is line i of the source, whether it is kept or not.
+    """The batches of a split. Example i is line i of the source, used or not.
 
-    The rows that the plans number are the kept examples, `pieces` of documents, or what a
-    PackedPlan cuts from all documents.
-    labels: the class or the number to predict of every example, [E]; None for other objectives.
-    characters, bytes: of the kept texts, in UTF-8.
-    target_count: positions that may be predicted, or examples with a label, in an epoch.
+    Row numbers of the plans refer to the `kept` examples, to `pieces` of documents, or to rows that
+    a PackedPlan cuts from all documents. labels: the class or the number to predict of every
+    example, [E]; None for other objectives. characters, bytes: size of the kept texts, in UTF-8.
+    target_count: positions with a target, or examples with a label, in an epoch.
     """
 
     config: DataConfig
@@ -82,9 +82,10 @@ class Dataset:
     def prepare(
         cls, config: DataConfig, tokenizer: Tokenizer, split: str, *, seed: int = 0
     ) -> Self:
-        """Reads and tokenises a split, leaves out what cannot be used, and plans its batches.
+        """Read and tokenise a split, leave out blank and long examples, and plan the batches.
 
-        Raises DataError when the source or the config does not work out, or nothing is left.
+        Raises DataError for a source, config or tokenizer that does not fit, and where no example
+        is left.
         """
         tokenizer.require(config.objective)
         examples = sources.load(config, split)
@@ -94,17 +95,17 @@ class Dataset:
         targets = None
         if config.objective_spec.label:
             targets = labels.numbers(store.labels(), names, split)
-        rows = arrange(config, tokenizer, store, split, seed)
+        split_plan = plan_split(config, tokenizer, store, split, seed)
         is_kept = np.zeros(len(store.blank), bool)
-        is_kept[rows.kept] = True
+        is_kept[split_plan.kept] = True
         characters, size = (int(n) for n in store.sizes.sum(1, where=is_kept))
-        report = _report(config, split, store, rows, characters)
-        report += _losses(config, split, store, tokenizer)
+        report = _report(config, split, store, split_plan, characters)
+        report += _tokenizer_warnings(config, split, store, tokenizer)
         if names and targets is not None:
-            counts = np.bincount(targets[rows.kept], minlength=len(names))
+            counts = np.bincount(targets[split_plan.kept], minlength=len(names))
             report.append(
                 f"{split}: {len(names)} classes, the largest {names[counts.argmax()]!r} with "
-                f"{counts.max() / len(rows.kept):.1%}"
+                f"{counts.max() / len(split_plan.kept):.1%}"
             )
         return cls(
             config=config,
@@ -115,13 +116,13 @@ class Dataset:
             classes=names,
             store=store,
             labels=targets,
-            kept=rows.kept,
-            pieces=rows.pieces,
-            train_plan=rows.plan,
-            eval_plan=rows.plan.in_order(),
+            kept=split_plan.kept,
+            pieces=split_plan.pieces,
+            train_plan=split_plan.plan,
+            eval_plan=split_plan.plan.in_order(),
             characters=characters,
             bytes=size,
-            target_count=rows.target_count,
+            target_count=split_plan.target_count,
             report=report,
         )
 
@@ -132,21 +133,21 @@ class Dataset:
     def train_iterator(
         self, parts: Sequence[int] = (0,), count: int = 1, place: DevicePut | None = None
     ) -> "TrainIterator":
-        """Returns the endless batches of a process, `{name: [B * len(parts) / count, ...]}`.
+        """Return endless training batches of a process, `{name: [B * len(parts) / count, ...]}`.
 
-        It reads these parts of the rows of each batch, out of `count`, in ascending order. With
-        `place` it gives place(batch), called ahead by a thread.
+        Each batch is divided into `count` parts of its rows; the process gets `parts` (ascending).
+        With `place` the iterator yields place(batch), which a thread calls ahead.
         """
         read = self._reader(self.train_plan, parts, count)
         return TrainIterator(read if place is None else partial(_one_ahead, read, place))
 
     def eval_batches(self, parts: Sequence[int] = (0,), count: int = 1) -> Iterator[Arrays]:
-        """Returns the batches of a process in a fixed order, every example exactly once."""
+        """Return the evaluation batches of a process: a fixed order, every example once."""
         read = self._reader(self.eval_plan, parts, count)
         return read(0, self.batches_per_epoch)
 
     def _reader(self, plan: Plan, parts: Sequence[int], count: int) -> Reader:
-        """Returns read(start, stop), which yields these parts of those global batches."""
+        """Return read(start, stop), which yields `parts` of global batches start to stop - 1."""
         if self.config.batch_multiple % count:
             raise DataError(
                 f"{count} parts do not divide data.batch_multiple "
@@ -156,21 +157,21 @@ class Dataset:
         return partial(_read_ahead, batch, self.config.workers)
 
     def batch(self, plan: Plan, index: int, parts: Sequence[int] = (0,), count: int = 1) -> Arrays:
-        """Returns these parts of the rows of global batch `index`."""
+        """Return `parts` of the rows of global batch `index`."""
         shape, numbers = plan.rows(index)
         size, lengths = shape.rows // count, shape.lengths[::-1]
-        mine = np.concatenate([numbers[part * size : (part + 1) * size] for part in parts])
+        local = np.concatenate([numbers[part * size : (part + 1) * size] for part in parts])
         n, epoch = size * len(parts), index // plan.batches_per_epoch
-        if len(mine):
-            return pad_and_stack([self._row(plan, epoch, int(i)) for i in mine], n, *lengths)
-        # The last batch of a bucket has rows for some parts only.
+        if len(local):
+            return pad_and_stack([self._row(plan, epoch, int(i)) for i in local], n, *lengths)
+        # In the last batch of a bucket some parts have no rows: all is padding.
         batch = pad_and_stack([self._row(plan, epoch, int(numbers[0]))], n, *lengths)
         return {name: np.zeros_like(array) for name, array in batch.items()}
 
     def _row(self, plan: Plan, epoch: int, number: int) -> Arrays:
         objective = self.config.objective_spec
-        if objective.cut:
-            examples = self._pieces(objective.cut, plan, epoch, number)
+        if objective.chunking:
+            examples = self._pieces(objective.chunking, plan, epoch, number)
         else:
             number = int(self.kept[number])
             examples = [self._example(number)]
@@ -182,30 +183,30 @@ class Dataset:
         example = self.store[number]
         return example if self.labels is None else {**example, "label": self.labels[number]}
 
-    def _pieces(self, cut: ChunkingSpec, plan: Plan, epoch: int, number: int) -> list[Arrays]:
+    def _pieces(self, chunking: ChunkingSpec, plan: Plan, epoch: int, number: int) -> list[Arrays]:
         if isinstance(plan, PackedPlan):
             spans = plan.spans(epoch, number)
         else:
             assert self.pieces is not None
             spans = [self.pieces[number]]
-        frame = self.tokenizer.frame if cut.framed else None
+        frame = self.tokenizer.frame if chunking.has_frame else None
         return [
-            {"text": self.store.text(document, start, stop + cut.overlap, frame)}
+            {"text": self.store.text(document, start, stop + chunking.overlap, frame)}
             for document, start, stop in spans
         ]
 
 
 def _report(
-    config: DataConfig, split: str, store: TokenStore, rows: SplitPlan, characters: int
+    config: DataConfig, split: str, store: TokenStore, split_plan: SplitPlan, characters: int
 ) -> list[str]:
-    """The lines that say what was read, left out, and put into batches."""
+    """Describe the examples that were read and left out, and the batches, a line each."""
     is_text = config.objective_spec.is_text
     noun = "documents" if is_text else "examples"
-    lines = [f"{split}: {len(rows.kept):,} {noun}, {rows.tokens:,} tokens"]
+    lines = [f"{split}: {len(split_plan.kept):,} {noun}, {split_plan.tokens:,} tokens"]
     if is_text:
         lines[0] += f", {characters:,} characters"
     blank = int(store.blank.sum())
-    too_long = len(store.blank) - blank - len(rows.kept)
+    too_long = len(store.blank) - blank - len(split_plan.kept)
     if too_long:
         lines.append(
             f"{split}: {too_long:,} examples left out, longer than {config.max_length} tokens "
@@ -214,27 +215,27 @@ def _report(
     if blank:
         where = " on a side" if len(store.fields) > 1 else ""
         lines.append(f"{split}: {blank:,} {noun} left out, blank{where}")
-    shapes = ", ".join(map(str, rows.plan.shapes))
+    shapes = ", ".join(map(str, split_plan.plan.shapes))
     lines.append(
-        f"{split}: {rows.plan.batches_per_epoch:,} batches of {shapes}, "
-        f"{rows.plan.padding_share:.1%} padding" + (", packed" if config.is_packed else "")
+        f"{split}: {split_plan.plan.batches_per_epoch:,} batches of {shapes}, "
+        f"{split_plan.plan.padding_share:.1%} padding" + (", packed" if config.is_packed else "")
     )
     return lines
 
 
-def _losses(
+def _tokenizer_warnings(
     config: DataConfig, split: str, store: TokenStore, tokenizer: Tokenizer
 ) -> Iterator[str]:
-    """Yields a line for each thing that the tokenizer does not keep of the texts."""
+    """Yield a line about unknown tokens, and a line about spaces that decoding changes."""
     total, unknown = store.count(tokenizer.unknown)
     if tokenizer.unknown is not None and unknown:
         yield (
             f"{split}: {unknown:,} of {total:,} tokens ({unknown / total:.2%}) are "
-            f"{tokenizer.name(tokenizer.unknown)}: the vocabulary lacks what the text has there"
+            f"{tokenizer.name(tokenizer.unknown)}: the vocabulary lacks these parts of the text"
         )
     if tokenizer.loses_spaces and config.objective_spec.writes:
         yield (
-            f"{split}: the tokenizer does not keep spaces: written texts have one around each "
+            f"{split}: the tokenizer does not keep spaces: generated texts have one around each "
             "punctuation mark, which lowers their scores"
         )
 
@@ -242,20 +243,20 @@ def _losses(
 def _read_ahead(
     batch: Callable[[int], Arrays], workers: int, start: int, stop: int
 ) -> Generator[Arrays, None, None]:
-    """Yields batch(start) ... batch(stop - 1), assembled ahead by a thread or worker processes."""
-    # Not at the top: grain imports jax where it is installed, and `import data.pipeline` must not.
+    """Yield batch(start) ... batch(stop - 1), prepared ahead by a thread or worker processes."""
+    # Imported here because grain imports jax, which importing heedful.data must not do.
     import grain
     from absl import flags
 
-    # Small numpy calls hold the interpreter lock: more threads make it slower.
+    # One thread: small numpy calls hold the interpreter lock, so that more threads are slower.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
     batches = grain.MapDataset.range(start, stop).map(batch).to_iter_dataset(options)
     if workers:
-        # grain reads absl flags when it starts processes, and only absl's own main parses those.
+        # grain reads absl flags when it starts processes; only absl's own main parses them.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers))
-        # Through the queue: arrays in shared memory would outlive the iterator and leak at exit.
+        # Use the queue: arrays in shared memory would outlive the iterator and leak at exit.
         queued = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
         batches = grain.experimental.WithOptionsIterDataset(batches, queued)
     ahead = iter(batches)
@@ -266,29 +267,29 @@ def _read_ahead(
 
 
 def _one_ahead(read: Reader, place: DevicePut, start: int, stop: int) -> Generator[Any, None, None]:
-    """Yields place(batch) for what `read` yields; a thread makes the next one in the meantime.
+    """Yield place(batch) for each batch of `read`; a thread prepares the next one meanwhile.
 
-    It begins when the caller has the last one and next lets go of the interpreter, and so takes
-    no turn from a caller that goes straight on to a long computation. A queue of grain does: to
-    read from it lets go of the interpreter.
+    The thread starts on the next batch when the caller has the previous one and releases the
+    interpreter lock, so it does not delay a caller that starts a long computation at once. Reading
+    from a queue of grain releases the lock, and would delay the caller.
     """
     batches = read(start, stop)
     wanted: SimpleQueue[bool] = SimpleQueue()
-    made: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+    results: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
 
     def work() -> None:
         while wanted.get():
             try:
-                made.put((place(next(batches)), None))
-            except BaseException as error:  # the caller's to raise
-                made.put((None, error))
+                results.put((place(next(batches)), None))
+            except BaseException as error:  # Raised again by the caller's thread.
+                results.put((None, error))
 
     thread = Thread(target=work, daemon=True)
     thread.start()
     wanted.put(True)
     try:
         for _ in range(start, stop):
-            batch, error = made.get()
+            batch, error = results.get()
             if error is not None:
                 raise error
             wanted.put(True)
@@ -300,7 +301,7 @@ def _one_ahead(read: Reader, place: DevicePut, start: int, stop: int) -> Generat
 
 
 class TrainIterator:
-    """Endless batches. The state is the number of the next one, whatever was read ahead."""
+    """Endless batches. The state is the number of the next batch that the caller gets."""
 
     def __init__(self, read: Reader):
         self._read = read
@@ -316,12 +317,12 @@ class TrainIterator:
         return batch
 
     def get_state(self) -> dict[str, int]:
-        """Returns what `set_state` takes to go on with the same batches, with any process count."""
+        """Return the state for `set_state`, valid for any number of processes."""
         return {"next_batch": self._next}
 
     def set_state(self, state: dict[str, int]) -> None:
         self.close()
         self._next = state["next_batch"]
         self._batches = self._read(self._next, 2**62)
-        # Also runs at interpreter exit, while threads and shared memory can still be released.
+        # Also called at interpreter exit, while threads and shared memory can be released.
         self.close = weakref.finalize(self, self._batches.close)

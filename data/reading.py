@@ -1,11 +1,11 @@
-"""JSON of other people: whatever is wrong with it is a short reason."""
+"""Parse JSON from users, with a short reason for each error."""
 
 import json
 from typing import Any
 
 
 def parse_json(text: str) -> Any:
-    """Returns the value of a JSON text; raises ValueError with a reason of a few words."""
+    """Return the value of a JSON text; raise ValueError with a short reason."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -17,7 +17,7 @@ def parse_json(text: str) -> Any:
 
 
 def require_characters(value: Any) -> None:
-    """Raises ValueError where a JSON value has half a character, which no text in UTF-8 has."""
+    """Raise ValueError for a JSON value with a lone surrogate, which UTF-8 cannot encode."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

@@ -1,6 +1,6 @@
-"""Special tokens as the files beside a tokenizer.json, and those of its model, name them.
+"""Special tokens from the files of a tokenizer and of its model.
 
-A tokenizer without such files knows its special tokens by their spelling.
+Without such files a tokenizer finds its special tokens by their names.
 """
 
 import json
@@ -13,10 +13,11 @@ from heedful.data.errors import DataError
 from heedful.data.reading import parse_json
 from heedful.data.writing import write_whole
 
-FILE = "special_tokens.json"  # Beside the tokenizer.json of a run.
+FILE = "special_tokens.json"
+"""File of a run, beside its tokenizer.json."""
 CONFIG = "tokenizer_config.json"
 MAP = "special_tokens_map.json"
-# How these files name the roles, BERT's names first.
+# Names of the roles in these files, BERT's names first.
 NAMES = {
     "pad": ("pad_token",),
     "bos": ("cls_token", "bos_token"),
@@ -24,62 +25,63 @@ NAMES = {
     "mask": ("mask_token",),
 }
 ROLES = (*NAMES, "unk")
-AS_IT_WAS = ("split_special_tokens",)  # Settings that an export writes back.
+EXPORTED = ("split_special_tokens",)
+"""Settings that an export writes unchanged."""
 LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Special:
-    """Ids of the special tokens of somebody else's tokenizer; None where no file names one."""
+    """Ids of special tokens that files name; None where no file names one."""
 
     pad: int | None = None
     bos: int | None = None
     eos: int | None = None
-    """The end that a row of training data has."""
+    """The end of a row of training data."""
     unk: int | None = None
     mask: int | None = None
     ends: tuple[int, ...] = ()
-    """All tokens that end what a model writes; empty: `eos` alone."""
+    """All tokens that end generation; empty: `eos` alone."""
     named: tuple[int, ...] = ()
-    """Tokens that the tokenizer's files call special."""
+    """Tokens that the tokenizer's files mark as special."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Contents of the files, by their names: an export writes them back."""
+    """Contents of the files by name: an export writes them again."""
 
     def changes(self, roles: Mapping[str, int | None], marked: Set[int]) -> dict[str, Any]:
-        """Returns what is otherwise than the spelling of the tokens tells: roles, ends, named.
+        """Return the roles, `ends` and `named` that differ from those found by names of tokens.
 
-        `marked` are the tokens that count as special by their spelling.
+        `roles` and `marked` are the roles and the special tokens found by names.
         """
         own = {role: getattr(self, role) for role in ROLES}
         now = dict(roles) | {role: id for role, id in own.items() if id is not None}
-        found: dict[str, Any] = {role: id for role, id in now.items() if id != roles[role]}
+        changes: dict[str, Any] = {role: id for role, id in now.items() if id != roles[role]}
         if self.ends not in ((), (now["eos"],)):
-            found["ends"] = self.ends
+            changes["ends"] = self.ends
         if named := set(self.named) - marked:
-            found["named"] = sorted(named)
-        return found
+            changes["named"] = sorted(named)
+        return changes
 
     def save(self, path: Path) -> None:
         write_whole(path, json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path, size: int) -> "Special":
-        """Reads what `save` has written, for `size` tokens; raises DataError for anything else."""
+        """Read a file of `save` for a vocabulary of `size`; raise DataError for any other file."""
         values = read_json(path)
         ids = [[values[role]] for role in ROLES if values.get(role) is not None]
         lists: dict[str, Any] = {name: values.get(name) for name in ("ends", "named")}
         is_whole = values.keys() == {entry.name for entry in fields(cls)}
         is_whole = is_whole and isinstance(values["files"], dict)
         if not is_whole or not all(_are_ids(some, size) for some in [*ids, *lists.values()]):
-            raise DataError(f"{path} does not hold the special tokens of a run: restore the file")
+            raise DataError(f"{path} is not the special_tokens.json of this run: restore the file")
         values |= {name: tuple(some) for name, some in lists.items()}
         return cls(**values)
 
 
 def named_beside(path: Path, vocabulary: Mapping[str, int], unknown: int | None) -> Special | None:
-    """Returns what the files beside a tokenizer name; None where there are no such files.
+    """Return the special tokens in the files of a tokenizer; None where there are no such files.
 
-    A name that the vocabulary lacks counts for nothing. `unknown` is what unknown text becomes.
+    Names that the vocabulary lacks are ignored. `unknown` is the id for unknown text.
     """
     if not any(path.with_name(file).is_file() for file in (MAP, CONFIG)):
         return None
@@ -89,7 +91,7 @@ def named_beside(path: Path, vocabulary: Mapping[str, int], unknown: int | None)
     pad, bos, eos, mask = (
         next((ids[k] for k in keys if k in ids), None) for keys in NAMES.values()
     )
-    kept = {key: values[key] for key in AS_IT_WAS if type(values.get(key)) is bool}
+    kept = {key: values[key] for key in EXPORTED if type(values.get(key)) is bool}
     named = {ids[key] for keys in NAMES.values() for key in keys if key in ids}
     listed = [some for key in LISTS if isinstance(some := values.get(key), list)]
     contents = [content for some in listed for token in some if (content := _content(token))]
@@ -106,25 +108,27 @@ def named_beside(path: Path, vocabulary: Mapping[str, int], unknown: int | None)
 
 
 def names_in(values: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the spelling of the special tokens in a tokenizer_config.json: eos_token, ..."""
+    """Return the names of special tokens in a tokenizer_config.json by key: eos_token, ..."""
     spelled = {key: _content(value) for key, value in values.items() if key.endswith("_token")}
     return {key: content for key, content in spelled.items() if content is not None}
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Returns the values of the files beside a tokenizer; {} where there are none."""
+    """Return the values of a tokenizer's config files; {} where there are none."""
     found = [path.with_name(file) for file in (MAP, CONFIG)]
     return {key: v for file in found if file.is_file() for key, v in read_json(file).items()}
 
 
-def of_model(
+def with_model_files(
     special: Special, files: Mapping[str, Mapping[str, Any]], size: int, *, architecture: str
 ) -> tuple[Special, list[str]]:
-    """Returns what the files of a model add, and lines on ids that `size` tokens do not have.
+    """Return `special` with the ids in the files of a model, and lines about ids that are too
+    large.
 
-    `files` holds the values of config.json and then of generation_config.json, which wins, as it
-    does in transformers. An encoder writes nothing: its tokenizer says how a text begins and ends,
-    and the model only what the tokenizer leaves open. Raises DataError for what is no id.
+    `files` has the values of config.json, then of generation_config.json, which overrides it, as in
+    transformers. For an encoder-only model the tokenizer overrides the model's ids; for the others
+    the model overrides the tokenizer. `size` is the size of the vocabulary. Raises DataError for a
+    value that is not an id.
     """
     ids, notes = {}, []
     for file, values in files.items():
@@ -135,7 +139,7 @@ def of_model(
             if not all(type(i) is int and i >= -1 for i in some):
                 raise DataError(f'{file} has "{key}": {value!r}: give an id, or a list of ids')
             outside = [i for i in some if not 0 <= i < size]
-            if outside not in ([], [-1]):  # -1 stands for none.
+            if outside not in ([], [-1]):  # -1 means none.
                 notes.append(
                     f"{file}: {key} {', '.join(map(str, outside))} is not used, the tokenizer has "
                     f"{size:,} tokens"
@@ -144,13 +148,13 @@ def of_model(
                 ids[key] = inside
     first = lambda *keys: next((ids[key][0] for key in keys if key in ids), None)  # noqa: E731
     begins = ("decoder_start_token_id",) if architecture == "encoder_decoder" else ()
-    theirs = {
+    of_files = {
         "pad": first("pad_token_id"),
         "bos": first(*begins, "bos_token_id"),
         "eos": special.eos if special.eos in ids.get("eos_token_id", []) else first("eos_token_id"),
     }
-    ours = {role: getattr(special, role) for role in theirs}
-    winner, other = (ours, theirs) if architecture == "encoder_only" else (theirs, ours)
+    own = {role: getattr(special, role) for role in of_files}
+    winner, other = (own, of_files) if architecture == "encoder_only" else (of_files, own)
     pad, bos, eos = (other[role] if id is None else id for role, id in winner.items())
     ends = tuple(ids.get("eos_token_id", ()))
     kept = special.files | {file: dict(values) for file, values in files.items()}
@@ -158,6 +162,7 @@ def of_model(
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Read the object in a JSON file; raise DataError for a missing or another file."""
     try:
         values = parse_json(path.read_text("utf-8"))
     except OSError as error:
@@ -165,12 +170,12 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{path} is not JSON: restore or delete it") from error
     if not isinstance(values, dict):
-        raise DataError(f"{path} is JSON, but no object: restore or delete it")
+        raise DataError(f"{path} is JSON, but not an object: restore or delete it")
     return values
 
 
 def _content(token: Any) -> str | None:
-    """The spelling of a token, which such a file gives as a text or as an object."""
+    """Return the name of a token, which is a text or the "content" of an object."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
 

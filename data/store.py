@@ -1,4 +1,4 @@
-"""The tokens of a split, computed once and kept on disk."""
+"""Tokenise a split once and store its tokens on disk."""
 
 import hashlib
 import json
@@ -13,16 +13,20 @@ from heedful.data import packages
 from heedful.data.examples import Example
 from heedful.data.tokenizer import Tokenizer
 
-CHUNK = 1 << 20  # Characters tokenised at a time: enough for all cores, little memory.
-LAYOUT = "3"  # Of the files. The cache may hold folders of another layout.
+CHUNK = 1 << 20
+"""Characters that are tokenised at a time: enough to use all cores, in little memory."""
+LAYOUT = "3"
+"""Version of the files' layout, a part of the key in the cache."""
 
 
 class TokenStore:
-    """The tokens of every example of a split, in files that are mapped into memory.
+    """Tokens of all examples of a split, in files that are mapped into memory.
 
-    FIELD.ids holds the ids of all examples end to end, raw int32; FIELD.offsets.npy where each one
-    starts, int64 [E + 1]; sizes.npy the characters and UTF-8 bytes of all fields, int64 [2, E];
-    blank.npy whether a field is blank, bool [E]; labels.json the labels, if there are any.
+    FIELD.ids: concatenated ids of all examples, raw int32.
+    FIELD.offsets.npy: start of each example in FIELD.ids, int64 [E + 1].
+    sizes.npy: numbers of characters and of UTF-8 bytes of each example, int64 [2, E].
+    blank.npy: whether any field of an example is blank, bool [E].
+    labels.json: labels, if there are any.
     """
 
     def __init__(self, folder: Path, fields: tuple[str, ...]):
@@ -31,7 +35,7 @@ class TokenStore:
         self.blank, self.sizes = load("blank"), load("sizes")
         self.offsets = {field: load(f"{field}.offsets") for field in fields}
         self.ids = {
-            # An empty file cannot be mapped; a plain view because slicing a memmap is slow.
+            # An empty file cannot be mapped. Slicing a plain view is faster than slicing a memmap.
             field: np.memmap(folder / f"{field}.ids", np.int32, "r").view(np.ndarray)
             if offsets[-1]
             else np.empty(0, np.int32)
@@ -45,7 +49,10 @@ class TokenStore:
     def build(
         cls, examples: Sequence[Example], fields: tuple[str, ...], tokenizer: Tokenizer, text: str
     ) -> Self:
-        """Tokenises the examples, whose fingerprint is `text`, unless the cache has them."""
+        """Tokenise the examples, unless the cache has their tokens.
+
+        `text` is the fingerprint of the examples.
+        """
         key = hashlib.sha256(
             f"{LAYOUT} {fields} {text} {tokenizer.fingerprint}".encode()
         ).hexdigest()
@@ -53,19 +60,19 @@ class TokenStore:
         return cls(packages.build_once(packages.cache() / "tokens" / key, write), fields)
 
     def counts(self) -> dict[str, np.ndarray]:
-        """Returns the token counts of all examples, field -> [E]."""
+        """Return the number of tokens of each example, {field: [E]}."""
         return {field: np.diff(offsets) for field, offsets in self.offsets.items()}
 
     def count(self, token: int | None) -> tuple[int, int]:
-        """Returns how many tokens there are, and how often this one, counted part by part."""
-        found = 0
+        """Return the number of all tokens, and the number of occurrences of `token`."""
+        occurrences = 0
         for ids in self.ids.values() if token is not None else ():
             parts = (ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK))
-            found += sum(int(np.count_nonzero(part == token)) for part in parts)
-        return sum(map(len, self.ids.values())), found
+            occurrences += sum(int(np.count_nonzero(part == token)) for part in parts)
+        return sum(map(len, self.ids.values())), occurrences
 
     def labels(self) -> list[str]:
-        """Returns the label of every example, as the source has it."""
+        """Return the label of each example, as in the source."""
         return json.loads((self.folder / "labels.json").read_text("utf-8"))
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
@@ -74,7 +81,7 @@ class TokenStore:
     def text(
         self, index: int, start: int, stop: int, frame: tuple[Any, Any] | None = None
     ) -> np.ndarray:
-        """Returns tokens [start, stop) of a document; with a frame, of begin + document + end."""
+        """Return tokens [start, stop) of a document, or of begin + document + end with a frame."""
         ids = self._ids("text", index)
         if frame is None:
             return np.array(ids[start:stop])
@@ -88,7 +95,7 @@ class TokenStore:
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """Returns the sha256 (hex) of the texts in their order, or of the identity of a fixed set."""
+    """Return the sha256 (hex) of all texts in order, or of `examples.identity` if it exists."""
     identity = getattr(examples, "identity", None)
     if identity is not None:
         return hashlib.sha256(identity.encode()).hexdigest()
@@ -130,7 +137,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _chunks(examples: Sequence[Example], fields: tuple[str, ...]) -> Iterator[list[Example]]:
-    """Yields the examples in lists of about CHUNK characters."""
+    """Yield the examples in lists of about CHUNK characters."""
     chunk, size = [], 0
     for example in examples:
         chunk.append(example)
@@ -143,7 +150,7 @@ def _chunks(examples: Sequence[Example], fields: tuple[str, ...]) -> Iterator[li
 
 
 def _encode(texts: list[str], tokenizer: Tokenizer) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (number of a text, the ids of its next part), about CHUNK characters at a time."""
+    """Yield (number of a text, ids of its next part); tokenise about CHUNK characters at a time."""
     numbers, parts, size = [], [], 0
     for number, text in enumerate(texts):
         for part in tokenizer.parts(text):

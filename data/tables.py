@@ -1,4 +1,4 @@
-"""Tables on disk: .tsv and .csv with a header, .jsonl with keys; rows by number."""
+"""Tables on disk: .tsv and .csv with a header, and .jsonl with keys."""
 
 import csv
 import json
@@ -14,18 +14,19 @@ from heedful.data.examples import Example
 from heedful.data.reading import parse_json
 from heedful.data.text_files import CR_ONLY, TextFile, checked_lines
 
-# Each takes lines with their ends and takes no more of them than a row needs.
+# Each reader takes lines with their line ends, and only as many as the next row needs.
 _READERS: dict[str, Callable[[Iterable[str]], Iterator[Any]]] = {
     ".tsv": lambda lines: (line.rstrip("\r\n").split("\t") for line in lines),  # No quoting.
     ".csv": lambda lines: _csv_rows(lines),
     ".jsonl": lambda lines: map(_json_value, lines),
 }
 SUFFIXES = ", ".join(_READERS)
-csv.field_size_limit(1 << 30)  # Characters of a cell; 131,072 unless told.
-_HALF = re.compile("[\ud800-\udfff]")  # JSON can write these alone; UTF-8 cannot.
+csv.field_size_limit(1 << 30)  # Characters of a cell; the default is 131,072.
+_HALF = re.compile("[\ud800-\udfff]")  # Lone surrogates: JSON can express them, UTF-8 cannot.
 
 
 def is_table(path: str) -> bool:
+    """Tell if a path has the suffix of a table."""
     return Path(path).suffix.lower() in _READERS
 
 
@@ -34,12 +35,12 @@ def _is_json(path: str) -> bool:
 
 
 def _rows(path: str, lines: Iterable[str]) -> Iterator[Any]:
-    """Yields lists of cells, or the values of JSON."""
+    """Yield rows: lists of cells, or values of JSON."""
     return _READERS[Path(path).suffix.lower()](lines)
 
 
 class _RowError(Exception):
-    """A fault of a row, and what to do, without its file and line."""
+    """Problem of a row and its fix; the caller adds file and line."""
 
 
 def _csv_rows(lines: Iterable[str]) -> Iterator[list[str]]:
@@ -49,8 +50,8 @@ def _csv_rows(lines: Iterable[str]) -> Iterator[list[str]]:
         if "new-line character" in str(error):
             raise _RowError(f"{CR_ONLY}, or quote the cells that have them") from error
         raise _RowError(
-            f"begins a row that is no CSV ({error}): quote a cell that has a comma, a quote or a "
-            "line end, and double the quotes in it"
+            f"begins a row that is not CSV ({error}): quote cells with a comma, a quote or a line "
+            "end, and double the quotes in them"
         ) from error
 
 
@@ -58,11 +59,14 @@ def _json_value(line: str) -> Any:
     try:
         return parse_json(line)
     except ValueError as error:
-        raise _RowError(f"is no JSON ({error}): give one object a line") from error
+        raise _RowError(f"is not JSON ({error}): write one object per line") from error
 
 
 def header(path: str) -> tuple[str, ...]:
-    """Returns the names of the columns: the first row, or the keys of the first object."""
+    """Return the names of the columns: the first row, or the keys of the first object.
+
+    Raises DataError, which names the file, for a missing, empty or wrong header.
+    """
     lines = (line.decode("utf-8-sig") for line in checked_lines(path))
     try:
         names = next(_rows(path, lines), ())
@@ -71,7 +75,7 @@ def header(path: str) -> tuple[str, ...]:
     if names == ():
         raise DataError(f"{path} is empty: give it rows")
     if _is_json(path) and not isinstance(names, dict):
-        raise DataError(f"{path}, line 1 is no JSON object: give one object a line")
+        raise DataError(f"{path}, line 1 is not a JSON object: write one object per line")
     if len(set(names)) < len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
         raise DataError(f"{path} names a column twice, {short(twice)!r}: rename one")
@@ -83,10 +87,10 @@ def header(path: str) -> tuple[str, ...]:
 
 
 class Table(Sequence[Example]):
-    """The rows of a table, read from disk when asked for; all are checked once, at the start.
+    """Rows of a table as examples, read from disk on access; all rows are checked at the start.
 
-    `columns` maps the fields of an example to columns; a field "label" may not be blank, and must
-    be a finite number where `numbers` says so. Raises DataError that names file and line.
+    `columns` maps the fields of an example to columns. A field "label" must not be blank, and with
+    `numbers` must be a finite number. Raises DataError, which names file and line.
     """
 
     def __init__(self, path: str, columns: Mapping[str, str], *, numbers: bool):
@@ -110,7 +114,7 @@ class Table(Sequence[Example]):
         return self._example(next(_rows(self.path, [self.lines.span(start, stop)])), start)
 
     def _check(self) -> Iterator[int]:
-        """Yields the line where each row starts, and the one after the last."""
+        """Check all rows; yield the line where each row starts, and the line after the last row."""
         n_taken = 0
 
         def take() -> Iterator[str]:
@@ -134,7 +138,7 @@ class Table(Sequence[Example]):
         yield n_taken
 
     def _last(self) -> int:
-        """Returns the line after the last row: blank lines at the end are none."""
+        """Return the number of lines without blank lines at the end."""
         last = len(self.lines)
         is_row = len(self.header) == 1 and Path(self.path).suffix.lower() == ".tsv"
         while last and not is_row and not self.lines.span(last - 1, last).strip(" \r\n"):
@@ -147,11 +151,11 @@ class Table(Sequence[Example]):
                 raise self._error(
                     line,
                     f"has {len(row)} columns, the header has {len(self.header)}: "
-                    "give every row the same",
+                    "give all rows the same number",
                 )
             row = dict(zip(self.header, row, strict=True))
         elif not isinstance(row, dict):
-            raise self._error(line, "is no JSON object: give one object a line")
+            raise self._error(line, "is not a JSON object: write one object per line")
         example = {}
         for field, column in self.columns.items():
             if column not in row:
@@ -169,7 +173,9 @@ class Table(Sequence[Example]):
         return example
 
     def _label(self, value: Any, column: str, line: int) -> str:
-        no_label = isinstance(value, float) and not math.isfinite(value)  # JSON has no such number.
+        no_label = isinstance(value, float) and not math.isfinite(
+            value
+        )  # Not valid JSON, but Python reads it.
         if no_label or isinstance(value, (dict, list)):
             raise self._error(line, f"has {_shown(value)} as {column!r}: give a class or number")
         label = (
@@ -188,7 +194,7 @@ class Table(Sequence[Example]):
 
 
 def _shown(value: Any) -> str:
-    """A JSON value in an error."""
+    """Return a JSON value for an error message."""
     try:
         return short(json.dumps(value))
     except RecursionError:
@@ -196,6 +202,7 @@ def _shown(value: Any) -> str:
 
 
 def is_finite(label: str) -> bool:
+    """Tell if a text is a finite number."""
     try:
         return math.isfinite(float(label))
     except ValueError:

@@ -1,4 +1,4 @@
-"""Text on disk: lines by number, two parallel files, and files that are a document each."""
+"""Text files on disk: lines by number, parallel files, and documents."""
 
 import hashlib
 import os
@@ -14,14 +14,14 @@ import numpy as np
 from heedful.data.errors import DataError
 from heedful.data.examples import Example, select
 
-# A longer file is several documents: a tokenizer needs a hundred times the memory of its text.
 DOCUMENT_BYTES = 1 << 24
-# So many files are held out as a whole; of fewer, a share would be none or far from its size.
+"""Size of a document at most: a tokenizer needs a hundred times the memory of a document."""
 MANY_FILES = 500
-_BOM = "\ufeff"  # Some editors mark UTF-8 with a byte order mark; it is no part of the text.
-_LOOK = 1 << 16  # bytes that are searched for the end of a line
-_HEAD = 1024  # bytes that say what a file is
-# How files begin that are often given for text, and what to do with them.
+"""From this number on whole files are held out; a share of fewer files would be too inexact."""
+_BOM = "\ufeff"  # Byte order mark, which some editors write before UTF-8.
+_LOOK = 1 << 16  # Bytes in which the end of a line is searched.
+_HEAD = 1024  # Bytes from which the kind of a file is recognised.
+# First bytes of files that are not text, and the fix.
 _SIGNATURES = {
     b"\x1f\x8b": "is compressed with gzip: decompress it",
     b"\x28\xb5\x2f\xfd": "is compressed with Zstandard: decompress it",
@@ -42,12 +42,12 @@ _BREAK = re.compile("\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 
 
 def one_line(text: str) -> str:
-    """Returns the text with a space in place of each line break, of whatever kind."""
+    """Replace each line break, of any kind, by a space."""
     return _BREAK.sub(" ", text)
 
 
 def checked_lines(path: str) -> Iterator[bytes]:
-    """Yields the lines of a file, ends included; raises DataError unless they are UTF-8."""
+    """Yield the lines of a file with their line ends; raise DataError unless they are UTF-8."""
     line, head = 0, b""
     try:
         with open(path, "rb") as file:
@@ -63,7 +63,7 @@ def checked_lines(path: str) -> Iterator[bytes]:
 
 
 def checked_text(text: bytes, name: str) -> str:
-    """Returns a text in UTF-8 without its byte order mark; raises DataError, naming the line."""
+    """Decode UTF-8 without its byte order mark; raise DataError, which names the line."""
     _require_text(text[:_HEAD], name)
     try:
         return text.decode("utf-8-sig")
@@ -74,7 +74,7 @@ def checked_text(text: bytes, name: str) -> str:
 
 
 def _head(file: BinaryIO, path: str) -> bytes:
-    """Returns the first bytes of a file, and goes back to its begin."""
+    """Return the first bytes of a file, and seek back to its beginning."""
     head = file.read(_HEAD)
     file.seek(0)
     _require_text(head, path)
@@ -82,29 +82,32 @@ def _head(file: BinaryIO, path: str) -> bytes:
 
 
 def _require_text(head: bytes, name: str) -> None:
-    """Raises DataError where zeros among the first bytes say that this is no UTF-8."""
-    what = _what(head) if 0 in head else None
-    if what or head.count(0) > len(head) // 4:
-        raise DataError(f"{name} {what or 'is UTF-16 or no text: convert it to UTF-8'}")
+    """Raise DataError where zeros among the first bytes show that this is not UTF-8."""
+    kind = _kind(head) if 0 in head else None
+    if kind or head.count(0) > len(head) // 4:
+        raise DataError(f"{name} {kind or 'is UTF-16 or not text: convert it to UTF-8'}")
 
 
 def _not_utf8(name: str, head: bytes, error: UnicodeDecodeError, line: int, at: int) -> DataError:
-    """The error for byte `at` of a line; where the first bytes say what it is, that is said."""
-    if what := _what(head):
-        return DataError(f"{name} {what}")
+    """Return the error for byte `at` of a line, or for a known kind of file that is not text."""
+    if kind := _kind(head):
+        return DataError(f"{name} {kind}")
     return DataError(
         f"{name}, line {line}: byte {at + 1} of the line ({error.object[error.start]:#04x}) is not "
         "valid UTF-8; convert it to UTF-8"
     )
 
 
-def _what(head: bytes) -> str | None:
-    """Name the kind of a file by its first bytes, and what to do, where the kind is known."""
-    return next((what for start, what in _SIGNATURES.items() if head.startswith(start)), None)
+def _kind(head: bytes) -> str | None:
+    """Return the kind of a file from its first bytes, with the fix; None for an unknown kind."""
+    return next((kind for start, kind in _SIGNATURES.items() if head.startswith(start)), None)
 
 
 class TextFile(Sequence[str]):
-    """The lines of a UTF-8 file by number, read from disk when asked for (any size fits)."""
+    """Lines of a UTF-8 file of any size, read from disk on access.
+
+    Raises DataError, which names the file and the line, for a file that is not UTF-8.
+    """
 
     def __init__(self, path: str):
         self.starts = array("q", [0])
@@ -122,13 +125,16 @@ class TextFile(Sequence[str]):
         return self.span(index, index + 1).rstrip("\r\n")
 
     def span(self, start: int, stop: int) -> str:
-        """Returns the lines from `start` to before `stop`, with their line ends."""
+        """Return lines [start, stop) as one text with line ends."""
         text = self.bytes[self.starts[start] : self.starts[stop]].decode("utf-8")
         return text.removeprefix(_BOM if start == 0 else "")
 
 
 class Parallel(Sequence[Example]):
-    """Line i of one file with line i of the other."""
+    """Pairs of line i of one file and line i of the other.
+
+    Raises DataError for empty files and for files of different lengths.
+    """
 
     def __init__(self, paths: Sequence[str]):
         self.source, self.target = map(TextFile, paths)
@@ -154,7 +160,7 @@ class Parallel(Sequence[Example]):
 
 
 class Documents(Sequence[Example]):
-    """Pieces (path, first byte, last byte + 1) of files, each read when asked for."""
+    """Documents (path, first byte, last byte + 1) in files, read from disk on access."""
 
     def __init__(self, pieces: Sequence[tuple[str, int, int]]):
         self.pieces = pieces
@@ -170,22 +176,23 @@ class Documents(Sequence[Example]):
         try:
             decoded = text.decode("utf-8")
         except UnicodeDecodeError:
-            for _ in checked_lines(path):  # Finds the line, and raises.
+            for _ in checked_lines(path):  # Raises an error with the line.
                 pass
             raise
         return {"text": decoded.removeprefix(_BOM if start == 0 else "").replace("\r\n", "\n")}
 
 
 def documents(paths: Sequence[str], split: str, held: Sequence[str], holdout: float) -> Documents:
-    """Returns the text files, and those in the folders, of `split`; one document each.
+    """Return the documents of `split` in files and folders, one per file.
 
-    Folders are read to their depths in the order of the names, without names that begin with a dot
-    and without following links to folders. Windows line ends become \\n. A file of more than 16 MiB
+    Folders are read recursively in the order of names, without names that begin with a dot, and
+    without following links to folders. Windows line ends become \\n. A file of more than 16 MiB
     is several documents, cut at line ends.
 
-    The splits `held` are taken from these files: of 500 or more, whole files, by a hash of their
-    text; of fewer, the end of each one, cut at a line end. The last share is valid's and the one
-    before it test's, so that valid is the same with a test file and without.
+    The splits `held` are taken from these files. Of 500 or more files, whole files are chosen by a
+    hash of their text; of fewer files, the end of each is taken, cut at a line end. The last share
+    is valid's and the one before it is test's, so that valid is the same with and without a test
+    file.
     """
     files = [file for path in paths for file in _files_under(Path(path))]
     pieces = []
@@ -233,10 +240,10 @@ def _share_of_file(path: str) -> float:
 
 
 def _cut(file: BinaryIO, at: int) -> int:
-    """Returns where the first line starts at byte `at` or after it, or at least the first word.
+    """Return the start of the first line at or after byte `at`, or else of the first word.
 
-    The last line may lack its end. Looks 64 KiB ahead, and for a line before the last one as far
-    back, and then gives up: there are corpora of one line, and texts without spaces.
+    The last line may lack its line end. The search ends after 64 KiB, as a corpus may be one line,
+    and a text may have no spaces; then any start of a character is returned.
     """
     if at <= 0:
         return 0
@@ -248,5 +255,5 @@ def _cut(file: BinaryIO, at: int) -> int:
     for mark in (b"\n", b" "):
         if (found := ahead.find(mark)) >= 0:
             return at + found
-    # No end of the file and no character's second to fourth byte.
+    # Not the end of the file, and not inside of a character.
     return at + next((i for i, byte in enumerate(ahead[1:]) if byte & 0xC0 != 0x80), len(ahead) - 1)

@@ -1,4 +1,4 @@
-"""Learning a vocabulary from texts, with the trainers of the `tokenizers` library."""
+"""Learn a vocabulary from texts with the `tokenizers` library."""
 
 import json
 from collections import Counter
@@ -16,15 +16,18 @@ from heedful.data.special import names_in
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 UNKNOWN = SPECIAL[3]
 MASK = "<mask>"
-SENTINELS = [f"<extra_id_{i}>" for i in range(100)]  # As many as T5 has.
-ALPHABET = 1000  # Most characters that a WordPiece vocabulary knows.
-LONGEST = 1000  # Longest word that is learned from; the time grows with the square of its length.
+SENTINELS = [f"<extra_id_{i}>" for i in range(100)]  # As in T5.
+MAX_ALPHABET = 1000
+"""Largest number of characters in a WordPiece vocabulary."""
+MAX_WORD = 1000
+"""Bytes of the longest word to learn from: the time is quadratic in its length."""
 
 
 def learn(texts: Iterable[str], config: TokenizerConfig, objective: str | None = None) -> str:
-    """Returns the tokenizer.json learned from the texts: special tokens first, then the others.
+    """Return a tokenizer.json learned from the texts; special tokens come first.
 
-    The same texts give the same tokenizer, in whatever order they come.
+    The order of the texts does not matter. Raises DataError for a vocab_size below that of the
+    alphabet.
     """
     special = list(SPECIAL)
     if objective is not None and OBJECTIVES[objective].needs_mask:
@@ -35,8 +38,8 @@ def learn(texts: Iterable[str], config: TokenizerConfig, objective: str | None =
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise DataError(
             f"data.tokenizer.vocab_size is {config.vocab_size}, but the {len(special)} special "
-            f"tokens and the alphabet of kind {config.kind} are {tokenizer.get_vocab_size():,} "
-            "entries: give at least as many, or another data.tokenizer.kind"
+            f"tokens and the alphabet of kind {config.kind} need {tokenizer.get_vocab_size():,} "
+            "entries: increase it, or choose another data.tokenizer.kind"
         )
     tokenizer.add_special_tokens(special)
     contents = json.loads(tokenizer.to_str())
@@ -45,12 +48,12 @@ def learn(texts: Iterable[str], config: TokenizerConfig, objective: str | None =
 
 
 def read_wordpiece(text: str, config: Mapping[str, Any]) -> str:
-    """Returns the tokenizer.json of a vocab.txt, which has one entry a line, line i being id i.
+    """Return the tokenizer.json for a vocab.txt, whose line i is the entry with id i.
 
-    Of an entry on several lines the last one counts, as in transformers. `config` holds the values
-    of its tokenizer_config.json. Where do_lower_case is not among them, case is folded if no entry
-    has a capital letter: every capitalised word would be unknown otherwise. Raises DataError, to be
-    completed by a path.
+    If several lines have one entry, the last one counts, as in transformers. `config` has the
+    values of tokenizer_config.json. Without do_lower_case, case is folded if no entry has a capital
+    letter, as otherwise every capitalised word would be unknown. Raises DataError; the caller adds
+    the path.
     """
     entries = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     vocabulary = {entry: i for i, entry in enumerate(entries)}
@@ -67,9 +70,8 @@ def read_wordpiece(text: str, config: Mapping[str, Any]) -> str:
     kept = set(config.get("never_split") or ()) - named
     if kept:
         raise DataError(
-            f"stands beside a tokenizer_config.json with never_split {sorted(kept)}, which is not "
-            "supported: take it out there to split these words like others, or give a "
-            "tokenizer.json"
+            f"has a tokenizer_config.json with never_split {sorted(kept)}, which is not supported: "
+            "take it out to split these words like others, or give a tokenizer.json"
         )
     tokenizer = _bert(
         models.WordPiece(vocabulary, unk_token=unknown),
@@ -84,18 +86,15 @@ def read_wordpiece(text: str, config: Mapping[str, Any]) -> str:
 def _flag(config: Mapping[str, Any], key: str, default: bool | None) -> bool | None:
     value = config.get(key)
     if value is not None and not isinstance(value, bool):
-        raise DataError(
-            f"stands beside a tokenizer_config.json with {key} {value!r}: give true or false"
-        )
+        raise DataError(f"has a tokenizer_config.json with {key} {value!r}: give true or false")
     return default if value is None else value
 
 
 def framed(text: str, architecture: str, begin: str | None, end: str) -> str:
-    """Returns a tokenizer.json that puts begin and end around a text by itself, as transformers
-    wants it, and joins tokens as this library does.
+    """Return a tokenizer.json that adds begin and end to a text itself, as transformers needs it.
 
-    A model reads a text as it was trained: an encoder begin and end, the encoder of a translation
-    the end, a decoder the begin.
+    An encoder-only model reads begin and end, the encoder of an encoder-decoder model the end, and
+    a decoder-only model the begin.
     """
     tokenizer = tokenizers.Tokenizer.from_str(text)
     before = f"{begin} " if begin and architecture != "encoder_decoder" else ""
@@ -108,7 +107,7 @@ def framed(text: str, architecture: str, begin: str | None, end: str) -> str:
         special_tokens=[(name, tokenizer.token_to_id(name)) for name in names],
     )
     if isinstance(tokenizer.model, models.WordLevel) and tokenizer.decoder is None:
-        # A space before each token, and none within words of pieces.
+        # A space before each token, but none before further pieces of a word.
         tokenizer.decoder = decoders.Sequence([
             decoders.WordPiece(prefix=" ", cleanup=False),
             decoders.Fuse(),
@@ -136,16 +135,16 @@ def _bpe(texts: Iterable[str], config: TokenizerConfig, special: list[str]):
 
 
 def _bounded(words: Any) -> Any:
-    """Words for the trainer: longer ones are cut into pieces of LONGEST."""
-    return pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(LONGEST)])
+    """Cut words into pieces of at most MAX_WORD for the trainer."""
+    return pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(MAX_WORD)])
 
 
 def _wordpiece(texts: Iterable[str], config: TokenizerConfig, special: list[str]):
-    if iter(texts) is texts:  # They are read twice, which an iterator cannot.
+    if iter(texts) is texts:  # An iterator can be read only once, but two passes are needed.
         texts = list(texts)
     tokenizer = _bert(models.WordPiece(unk_token=UNKNOWN), lowercase=config.lowercase)
-    # The trainer numbers the pieces inside of words in a random order and breaks ties by number. As
-    # special tokens they have fixed numbers, and the same texts give the same vocabulary.
+    # The trainer numbers continuing characters in a random order and breaks ties by number. As
+    # special tokens they have fixed numbers, so that the same texts give the same vocabulary.
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
@@ -153,7 +152,7 @@ def _wordpiece(texts: Iterable[str], config: TokenizerConfig, special: list[str]
     for raw, count in counts.items():
         for character in tokenizer.normalizer.normalize_str(raw).replace(" ", ""):
             alphabet[character] += count
-    kept = sorted(sorted(alphabet, key=lambda c: (-alphabet[c], c))[:ALPHABET])
+    kept = sorted(sorted(alphabet, key=lambda c: (-alphabet[c], c))[:MAX_ALPHABET])
     split = tokenizer.pre_tokenizer.pre_tokenize_str
     inside = ["##" + c for c in kept if len(split("a" + c)) == 1]
     trainer = trainers.WordPieceTrainer(
@@ -170,7 +169,7 @@ def _wordpiece(texts: Iterable[str], config: TokenizerConfig, special: list[str]
 
 
 def _bert(model: models.WordPiece, **normalizer: Any):
-    """A WordPiece tokenizer with BERT's rules for what a word is (arXiv:1810.04805)."""
+    """Return a WordPiece tokenizer that splits words as BERT does (arXiv:1810.04805)."""
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = normalizers.BertNormalizer(**normalizer)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -196,7 +195,7 @@ def _bytes(texts: Iterable[str], config: TokenizerConfig, special: list[str]):
 
 
 def _alphabet_only(entries: list[str], unknown: str | None = None) -> models.BPE:
-    """BPE without merges: each character is a token."""
+    """Return a BPE model without merges: each character is a token."""
     vocabulary = {entry: i for i, entry in enumerate(entries)}
     return models.BPE(vocab=vocabulary, merges=[], unk_token=unknown)
 
@@ -226,9 +225,10 @@ KINDS = {
 
 
 def _byte_names() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary, as in GPT-2's.
+    """Return the byte of each character in a byte-level vocabulary, as in GPT-2.
 
-    Bytes that print in Latin-1 stand for themselves, the others for the characters from 256 on.
+    Bytes that are printable in Latin-1 are written as they are, the others as characters from 256
+    on.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     rest = [byte for byte in range(256) if byte not in printable]

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and never through a link."""
+"""Write files atomically, and never through a link."""
 
 import os
 import secrets
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def write_whole(path: Path, contents: bytes | str) -> None:
-    """Replaces the file at `path`, or makes it; raises OSError and leaves what was there.
+    """Write a file atomically; after an OSError the previous file is unchanged.
 
-    It is written beside its place, put on disk, and renamed. What stands at `path` may be a link:
-    the link is replaced, and never what it leads to.
+    The contents are written to a temporary file in the same folder, synced, and renamed. A link at
+    `path` is replaced; the file that it points to is not changed.
     """
     draft = path.with_name(f".tmp-{secrets.token_hex(8)}")
     try:
@@ -21,7 +21,7 @@ def write_whole(path: Path, contents: bytes | str) -> None:
         draft.replace(path)
         sync(path.parent)
     except OSError as error:
-        # The name of the draft would tell nobody what was to be written.
+        # Name the file, not the temporary file.
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         with suppress(OSError):
@@ -29,7 +29,7 @@ def write_whole(path: Path, contents: bytes | str) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Puts the names in a folder on disk, where the file system can do that."""
+    """Sync a file or folder to disk, where the file system supports it."""
     with suppress(OSError):
         opened = os.open(folder, os.O_RDONLY)
         try:

@@ -81,15 +81,15 @@ def test_each_side_has_a_length_of_its_own():
         assert array.shape == (3, 13 if name.startswith("encoder_") else 7)
     assert batch["encoder_inputs"][0].tolist() == [5] * 12 + [2]
     batch = {name: a[:2] if name.startswith("encoder_") else a for name, a in batch.items()}
-    with pytest.raises(DataError, match=r"encoder_inputs has the shape \(2, 13\)"):
+    with pytest.raises(DataError, match=r"encoder_inputs has shape \(2, 13\)"):
         check(batch)
 
 
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("positions", lambda a: a[:3], r"positions has the shape \(3, 7\) beside inputs \(5, 7\)"),
-        ("prefix_len", lambda a: a, r"prefix_len has the shape \(5, 7\)"),
+        ("positions", lambda a: a[:3], r"positions has shape \(3, 7\) beside inputs \(5, 7\)"),
+        ("prefix_len", lambda a: a, r"prefix_len has shape \(5, 7\)"),
         ("prefix_len", lambda a: a[:, 0] + 1, "prefix_len is not 0 at a padding"),
         ("targets", lambda a: a.astype(np.int64), "targets has dtype int64: use int32"),
         ("targets", lambda a: a.astype(np.float32), "targets has dtype float32: use int32"),
@@ -112,7 +112,7 @@ def test_check_finds_what_breaks_the_contract(batch, name, change, message):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("weights", lambda a: np.ones((5, 7), np.float32), r"weights has the shape \(5, 7\)"),
+        ("weights", lambda a: np.ones((5, 7), np.float32), r"weights has shape \(5, 7\)"),
         ("weights", lambda a: a + 1, "weights is not 0 at a padding"),
         ("targets", lambda a: a.astype(np.float64), "targets has dtype float64"),
         ("targets", lambda a: a.astype(np.int32) - 7, "targets has a negative"),

@@ -354,7 +354,7 @@ STDIN = [
 NO_STDIN = [
     (gzip.compress(b"red cat\n", mtime=0), "standard input is compressed with gzip: decompress it"),
     ("red cat\n".encode("utf-16"), "standard input is UTF-16: convert it to UTF-8"),
-    ("red cat\n".encode("utf-16-le"), "standard input is UTF-16 or no text"),
+    ("red cat\n".encode("utf-16-le"), "standard input is UTF-16 or not text"),
     ("\ufeffred\nschön".encode().replace(b"\xc3\xb6", b"\xf6"), "line 2: byte 4"),
     (b"red cat\rblue dog\r", "standard input has line ends of \\r alone"),
 ]

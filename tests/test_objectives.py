@@ -224,19 +224,20 @@ def test_longest_piece_fills_a_row_and_no_more(tokenizers, max_length, noise):
     config = DataConfig(
         source="tfds:x", objective="span_corruption", max_length=max_length, noise=noise
     )
-    longest = objective.cut.longest(config, tokenizers["span_corruption"])
+    longest = objective.chunking.max_positions(config, tokenizers["span_corruption"])
     sides = objective.lengths({"text": np.arange(1, longest + 2)}, config)
     assert sides[:, :-1].max() <= max_length < sides[:, -1].max()
     assert (np.diff(sides, axis=1) >= 0).all()
 
 
 def test_spans_that_cannot_be(tokenizers):
-    longest = OBJECTIVES["span_corruption"].cut.longest
+    longest = OBJECTIVES["span_corruption"].chunking.max_positions
     config = DataConfig(source="tfds:x", objective="span_corruption", max_length=2)
-    with pytest.raises(DataError, match=r"data\.max_length 2 has no room for a span: give 3"):
+    with pytest.raises(DataError, match=r"data\.max_length = 2: no room for a span; give 3"):
         longest(config, tokenizers["span_corruption"])
     config = DataConfig(source="tfds:x", objective="span_corruption", max_length=2048)
-    with pytest.raises(DataError, match=r"data\.max_length 2048 makes 1\d\d spans.* 100 sentinels"):
+    expected = r"data\.max_length = 2048: rows have 1\d\d spans.* 100 sentinels"
+    with pytest.raises(DataError, match=expected):
         longest(config, tokenizers["span_corruption"])
 
 

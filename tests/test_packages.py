@@ -57,7 +57,7 @@ def test_members_and_extraction_of_each_kind_of_archive(cache, monkeypatch, name
     assert packages.members(name) == list(members)
     folder = packages.extract(name, "texts", lambda member: member.endswith(".txt"))
     found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
-    assert found == {"top/a/ä.txt", "top/b.txt", packages.SUMS}
+    assert found == {"top/a/ä.txt", "top/b.txt", packages.CHECKSUMS}
     assert (folder / "top/a/ä.txt").read_text("utf-8") == "grün"
     with pytest.raises(LookupError, match=r"nothing for 'none'"):
         packages.extract(name, "none", lambda member: False)
@@ -173,7 +173,7 @@ def test_build_once_is_atomic_and_the_first_one_wins(tmp_path):
         packages.build_once(target, lambda other: (other / "theirs").write_text("x") and None)
 
     assert packages.build_once(target, build_while_another_finishes) == target
-    assert {path.name for path in target.iterdir()} == {"theirs", packages.SUMS}
+    assert {path.name for path in target.iterdir()} == {"theirs", packages.CHECKSUMS}
 
 
 def test_unwritable_cache_is_named(tmp_path):

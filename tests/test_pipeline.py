@@ -445,7 +445,7 @@ def test_tokenizer_that_does_not_fit_the_objective(config, tokenizer):
 
 
 def test_long_texts_come_to_the_tokenizer_in_parts(prepare, monkeypatch):
-    monkeypatch.setattr("heedful.data.tokenizer.PART", 29)
+    monkeypatch.setattr("heedful.data.text_parts.PART", 29)
     dataset = prepare("causal_lm")
     parts = list(tokenizer_texts(dataset.config))
     assert "".join(parts) == "".join(DOCUMENTS)

@@ -80,7 +80,7 @@ def test_sizes_labels_and_blanks(tokenizer):
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_long_documents_are_tokenised_in_parts(chunk, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", chunk)
-    monkeypatch.setattr("heedful.data.tokenizer.PART", 5)
+    monkeypatch.setattr("heedful.data.text_parts.PART", 5)
     texts = ["", "abcdefghijklmnop" * 3, "abc", "", "ponm" * 5]
     chars = Tokenizer.train(texts, TokenizerConfig(kind="chars", vocab_size=31))
     store = TokenStore.build([{"text": text} for text in texts], ("text",), chars, f"{chunk}")
@@ -126,7 +126,7 @@ def test_a_damaged_store_is_made_again(tokenizer, capfd, name, damage):
     wanted = [wanted[i]["source"].tolist() for i in range(5)], wanted.sizes.tolist()
     (folder,) = (path.parent for path in packages.cache().rglob("blank.npy"))
     damage(folder / name)
-    for said in (f"{name} is not what was written): it is made again", ""):
+    for said in (f"{name} differs from its checksum): building it again", ""):
         store = TokenStore.build(examples, SIDES, tokenizer, "damaged")
         assert [store[i]["source"].tolist() for i in range(5)] == wanted[0]
         assert store.sizes.tolist() == wanted[1] and store.counts()["target"].tolist() == [1] * 5

@@ -96,7 +96,7 @@ def test_columns_make_documents_of_a_table(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"body": "one"}\n{"body": "two"}\n')
     rows = load(path, objective="causal_lm", columns=("body",))
     assert rows == [{"text": "one"}, {"text": "two"}]
-    with pytest.raises(DataError, match=r"data.train has the table .*a.jsonl: give the column"):
+    with pytest.raises(DataError, match=r"data.train has the table .*a.jsonl: name its text col"):
         load(path, objective="causal_lm")  # Nobody wants to learn its braces.
 
 
@@ -128,14 +128,14 @@ def test_tables_are_joined_and_held_out_by_text(tmp_path):
         ("a.tsv", "", r"a.tsv is empty"),
         ("a.tsv", "\n", r"a.tsv has no header"),
         ("a.csv", 'text,label\n"a\nb",c\n"d",e,f\n', r"a.csv, line 4 has 3 columns"),
-        ("a.csv", 'text,label\n"a"b,c\n', r"line 2 begins a row that is no CSV"),
-        ("a.csv", 'text,label\na,b\n"a,c\nd,e\n', r"line 3 begins a row that is no CSV"),
+        ("a.csv", 'text,label\n"a"b,c\n', r"line 2 begins a row that is not CSV"),
+        ("a.csv", 'text,label\na,b\n"a,c\nd,e\n', r"line 3 begins a row that is not CSV"),
         ("a.jsonl", '{"text": "a", "label": "b"}\n{"text": "a"}\n', r"line 2 has no 'label', only"),
-        ("a.jsonl", '{"text": "a", "label": "b"}\n{"text"\n', r"line 2 is no JSON \("),
-        ("a.jsonl", '{"text": "a", "label": "b"}\n[1]\n', r"line 2 is no JSON object"),
-        ("a.jsonl", '["text", "label"]\n', r"line 1 is no JSON object"),
-        ("a.jsonl", "null\n", r"line 1 is no JSON object"),
-        ("a.jsonl", "text\n", r"a.jsonl, line 1 is no JSON \("),
+        ("a.jsonl", '{"text": "a", "label": "b"}\n{"text"\n', r"line 2 is not JSON \("),
+        ("a.jsonl", '{"text": "a", "label": "b"}\n[1]\n', r"line 2 is not a JSON object"),
+        ("a.jsonl", '["text", "label"]\n', r"line 1 is not a JSON object"),
+        ("a.jsonl", "null\n", r"line 1 is not a JSON object"),
+        ("a.jsonl", "text\n", r"a.jsonl, line 1 is not JSON \("),
         ("a.jsonl", '{"text": 5, "label": "b"}\n', r"line 1 has 5 as 'text'"),
         ("a.jsonl", '{"text": "a", "label": null}\n', r"line 1 has no label"),
         ("a.jsonl", '{"text": "a", "label": {}}\n', r"line 1 has {} as 'label'"),
@@ -143,18 +143,18 @@ def test_tables_are_joined_and_held_out_by_text(tmp_path):
         ("a.jsonl", '{"text": "a", "label": NaN}\n', r"line 1 has NaN as 'label': give a class"),
         ("a.jsonl", '{"text": "a", "label": -1e999}\n', r"line 1 has -Infinity as 'label'"),
         ("a.jsonl", '{"text": NaN, "label": "b"}\n', r"line 1 has NaN as 'text': give a text"),
-        ("a.jsonl", '{"text": %s}\n' % ("[" * 99_999), r"line 1 is no JSON \(it has too many"),
+        ("a.jsonl", '{"text": %s}\n' % ("[" * 99_999), r"line 1 is not JSON \(it has too many"),
         (
             "a.jsonl",
             '{"text": "a", "label": %s}\n' % ("9" * 5000),
-            r"line 1 is no JSON \(it has a num",
+            r"line 1 is not JSON \(it has a num",
         ),
         (
             "a.jsonl",
             '{"text": "a", "label": "b"}\n{"n": %s}' % ("9" * 5000),
-            r"line 2 is no JSON \(it has a num",
+            r"line 2 is not JSON \(it has a num",
         ),
-        ("a.jsonl", '{"text": "a", "label": "b"}\n\n{}\n', r"line 2 is no JSON \("),
+        ("a.jsonl", '{"text": "a", "label": "b"}\n\n{}\n', r"line 2 is not JSON \("),
         ("a.tsv", "text\tlabel\ra\tb\r", r"a.tsv, line 1 has line ends of \\r alone: convert them"),
         ("a.csv", "text,label\ra,b\r", r"a.csv, line 1 has line ends of \\r alone: convert them"),
         (
@@ -162,7 +162,7 @@ def test_tables_are_joined_and_held_out_by_text(tmp_path):
             "text,label\na,b\rc,d\r",
             r"a.csv, line 2 has line ends of \\r alone: convert them",
         ),
-        ("a.txt", "text\tlabel\n", r"a.txt is no table \(.tsv, .csv, .jsonl\)"),
+        ("a.txt", "text\tlabel\n", r"a.txt is not a table \(.tsv, .csv, .jsonl\)"),
     ],
 )
 def test_broken_tables_name_file_line_and_what_there_is(tmp_path, name, text, names):

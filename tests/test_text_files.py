@@ -121,7 +121,7 @@ FOREIGN = {
     "zip archive": b"PK\x03\x04\x14\x00\x00\x00\x08\x00" + bytes(range(256)),
     "Parquet": b"PAR1\x15\x04\x15\xb8\x01\x15" + bytes(range(256)),
     "UTF-16": TEXT.encode("utf-16"),
-    "UTF-16 or no text": TEXT.encode("utf-16-le"),
+    "UTF-16 or not text": TEXT.encode("utf-16-le"),
 }
 
 

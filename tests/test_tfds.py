@@ -72,9 +72,9 @@ def test_columns_name_the_languages_too():
         (
             "tiny_pairs/de-en",
             {"objective": "classification", "columns": ("de",), "label": "both"},
-            r"'both' of .* is no single value",
+            r"'both' of .* is not a single value",
         ),
-        ("tiny_glue/sst2", {"objective": "regression"}, r"is no number: .*classification"),
+        ("tiny_glue/sst2", {"objective": "regression"}, r"is not a number: .*classification"),
     ],
 )
 def test_errors_name_what_there_is(source, more, names):
@@ -98,7 +98,7 @@ def test_errors_name_what_there_is(source, more, names):
 )
 def test_a_name_that_may_run_code_is_refused_before_anything_is_imported(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)  # importing it would fail
-    with pytest.raises(DataError, match="may run code of others") as error:
+    with pytest.raises(DataError, match="may run code of the data") as error:
         sources.load(config(name), "valid")
     assert repr(f"tfds:{name}") in str(error.value)
 

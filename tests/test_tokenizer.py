@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from heedful.data import tokenizer as module
+from heedful.data import text_parts
 from heedful.data.config import TokenizerConfig
 from heedful.data.errors import DataError
 from heedful.data.tokenizer import BOS, EOS, PAD, SPECIAL, UNK, Tokenizer
@@ -194,7 +194,7 @@ def test_wordpiece_splits_like_bert():
 
 
 def test_wordpiece_knows_the_most_frequent_characters(monkeypatch):
-    monkeypatch.setattr("heedful.data.vocabulary.ALPHABET", 3)
+    monkeypatch.setattr("heedful.data.vocabulary.MAX_ALPHABET", 3)
     tokenizer = learn("wordpiece", texts=["aaab bbc cd", "d d"])
     assert [UNK in ids for ids in tokenizer.encode_batch(["abd", "c"])] == [False, True]
 
@@ -370,7 +370,7 @@ def test_vocab_txt_is_split_as_its_config_says(tmp_path, config, text, expected)
         ('{"never_split": ["foo-bar"]}', r"never_split \['foo-bar'\].*take it out"),
         ('{"do_lower_case": "yes"}', r"do_lower_case 'yes': give true or false"),
         ("{", r"tokenizer_config\.json is not JSON"),
-        ("[]", r"tokenizer_config\.json is JSON, but no object"),
+        ("[]", r"tokenizer_config\.json is JSON, but not an object"),
     ],
 )
 def test_config_that_cannot_be_followed(tmp_path, config, message):
@@ -434,7 +434,7 @@ def test_parts_of_a_text_have_its_tokens(kind, request, monkeypatch):
     tokenizer = request.getfixturevalue(kind) if is_fixture else learn(kind, texts=[LONG])
     (whole,) = tokenizer.encode_batch([LONG])
     for size in (1, 7, 97):
-        monkeypatch.setattr(module, "PART", size)
+        monkeypatch.setattr(text_parts, "PART", size)
         parts = list(tokenizer.parts(LONG))
         assert "".join(parts) == LONG
         assert len(parts) > len(LONG) / (size + 20)
@@ -442,7 +442,7 @@ def test_parts_of_a_text_have_its_tokens(kind, request, monkeypatch):
 
 
 def test_a_text_without_borders_and_a_tokenizer_without_them_stay_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PART", 7)
+    monkeypatch.setattr(text_parts, "PART", 7)
     assert list(learn("bpe").parts("x" * 97)) == ["x" * 97]
     assert max(map(len, learn("chars").parts("x" * 97))) == 7
     llama = other(
@@ -515,9 +515,9 @@ def test_tokenizers_that_lose_spaces_are_for_no_texts_that_are_written(bert, gpt
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
 def test_long_words_are_learned_from_in_pieces(kind, monkeypatch):
     ordinary = learn(kind)
-    monkeypatch.setattr("heedful.data.vocabulary.LONGEST", 29)
+    monkeypatch.setattr("heedful.data.vocabulary.MAX_WORD", 29)
     assert learn(kind).fingerprint == ordinary.fingerprint
-    monkeypatch.setattr("heedful.data.vocabulary.LONGEST", 3)
+    monkeypatch.setattr("heedful.data.vocabulary.MAX_WORD", 3)
     shorter = learn(kind)
     assert shorter.fingerprint != ordinary.fingerprint
     longest = max(len(shorter.name(int(i)).removeprefix("##")) for i in shorter.ordinary)

@@ -1,4 +1,4 @@
-"""Where examples come from: a source's name and a split in, random-access text examples out."""
+"""Load the examples of a source and a split, with access by number."""
 
 from collections.abc import Sequence
 
@@ -19,29 +19,29 @@ SOURCES: dict[str, Source] = {
 
 
 def fields(config: DataConfig) -> tuple[str, ...]:
-    """Returns the names of the text fields that the examples of this config have, in order.
+    """Return the names of the text fields of the examples, in order.
 
-    They are those of the objective. Where it has optional ones, like the second text of a pair,
-    this reads the header of the training table, or the names of the features of tfds.
+    For an objective with optional fields, such as the second text of a pair, the header of the
+    training table, or the features of a tfds dataset, decide.
     """
     return _source(config).fields(config)
 
 
 def classes(config: DataConfig) -> tuple[str, ...]:
-    """Returns the classes that a source has in an order of its own; () for the others."""
+    """Return the classes of a source that defines their order; () for other sources."""
     return _source(config).classes(config)
 
 
 def load(config: DataConfig, split: str) -> Sequence[Example]:
-    """Returns the examples of a split in their order.
+    """Return the examples of a split in their order.
 
-    An example is a dict of text by field: those of the objective, and `label`, the name of a class
-    or a finite number, for one that has labels.
+    An example is a dict of texts by field. If the objective has labels, `label` is the name of a
+    class or a finite number, as text.
 
-    Nothing is left out here, blank lines included, so that line i of a test file is example i.
-    A sequence whose texts are fixed by a version has them named in its attribute `identity`.
-    Raises DataError for an unknown source, an objective that does not fit it, missing or broken
-    data, and an empty split.
+    No example is left out, so that line i of a test file is example i. If a version fixes the
+    texts, the attribute `identity` of the sequence names the version. Raises DataError for an
+    unknown source, an objective that the source does not serve, missing or damaged data, and an
+    empty split.
     """
     if split not in SPLITS:
         raise DataError(f"unknown split {split!r}: give one of {', '.join(SPLITS)}")
@@ -80,5 +80,5 @@ def _source(config: DataConfig) -> Source:
 
 
 def _either(names: list[str]) -> str:
-    """Join names as in "a, b or c"."""
+    """Join names as "a, b or c"."""
     return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -1,4 +1,4 @@
-"""The source `files`: parallel texts, tables and documents of the user's own."""
+"""The source `files`: the user's parallel texts, tables and documents."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ from heedful.data.text_files import Parallel, documents
 
 
 def fields(config: DataConfig) -> tuple[str, ...]:
-    """Returns the text fields; for a pair of texts or one, the training table says which."""
+    """Return the text fields; for one text or a pair, the training table decides."""
     objective = config.objective_spec
     if objective.optional_fields:
         return tuple(name for name in _columns(config, config.train[0]) if name != "label")
@@ -28,7 +28,7 @@ def fields(config: DataConfig) -> tuple[str, ...]:
 
 
 def load(config: DataConfig, split: str) -> Sequence[Example]:
-    """Returns the examples of data.SPLIT, or those of data.train that are held out for it."""
+    """Return the examples of data.SPLIT, or those that are held out of data.train for it."""
     paths = getattr(config, split) or config.train
     held = [name for name in ("valid", "test") if not getattr(config, name)]
     if split != "train" and split not in held:
@@ -37,8 +37,8 @@ def load(config: DataConfig, split: str) -> Sequence[Example]:
     if objective.is_text and not config.columns:
         if tables := [path for path in paths if is_table(path)]:
             raise DataError(
-                f"data.{split} has the table {tables[0]}: give the column that holds its text to "
-                "data.columns, or name it .txt to learn from the file as it stands"
+                f"data.{split} has the table {tables[0]}: name its text column in data.columns, or "
+                "rename the file to .txt to read it as plain text"
             )
         return documents(paths, split, held, config.holdout)
     if objective.is_parallel and len(paths) == 2:
@@ -49,7 +49,7 @@ def load(config: DataConfig, split: str) -> Sequence[Example]:
             )
         examples = Parallel(paths)
     else:
-        # Where the training text is no table, translations have other columns, but no other fields.
+        # Without a training table (parallel texts) each split has its own columns, same fields.
         named = config.train[0] if is_table(config.train[0]) else paths[0]
         columns, numbers = _columns(config, named), objective.label == "number"
         examples = Joined([Table(_table(path), columns, numbers=numbers) for path in paths])
@@ -61,7 +61,7 @@ def load(config: DataConfig, split: str) -> Sequence[Example]:
 
 
 def _columns(config: DataConfig, path: str) -> dict[str, str]:
-    """Returns field -> column, as the header of this table has them."""
+    """Return the column of each field, from the header of a table."""
     known, has = header(_table(path)), f"{path} has the columns"
     texts = text_columns(config, known, has)
     label = label_column(config, known, has)
@@ -72,8 +72,8 @@ def _columns(config: DataConfig, path: str) -> dict[str, str]:
 def _table(path: str) -> str:
     if not is_table(path):
         raise DataError(
-            f"{path} is no table ({SUFFIXES}): translation takes two files of plain lines or one "
-            "table, classification and regression take tables, and so do texts with data.columns"
+            f"{path} is not a table ({SUFFIXES}): translation takes two files of plain lines or "
+            "one table; classification, regression and data.columns need tables"
         )
     return path
 

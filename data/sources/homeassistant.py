@@ -1,4 +1,4 @@
-"""The source `homeassistant`: translated texts of a user interface, from PyPI (Apache-2.0)."""
+"""The source `homeassistant`: translations of user-interface texts, from PyPI (Apache-2.0)."""
 
 import json
 import re
@@ -14,19 +14,19 @@ from heedful.data.sources.source import Source
 _PLACEHOLDER = re.compile(r"\{.*?\}|\[%.*?%\]")
 _MARKUP = re.compile(r"<[^>]+>|\[[^\]]*\]\(|`|\*\*|__|\n|^#|^[-*] ")
 _URL = re.compile(r"://|\bwww\.")
-# Chinese and Japanese do not separate words: there every character counts as one.
+# Chinese and Japanese do not separate words: each character counts as a word.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+")
 
 
 def load(config: DataConfig, split: str) -> list[Example]:
-    """Returns the sentence pairs of a split, each pair once."""
+    """Return the sentence pairs of a split, each pair once."""
     source, target = (_translations(language) for language in config.languages)
     owners: dict[tuple[str, str], str] = {}
     for component in sorted(source):
         for key, text in source[component].items():
             translation = target.get(component, {}).get(key)
             if translation is not None:
-                # The first component keeps a pair, so that no pair is in two splits.
+                # A pair belongs to its first component only, so that it is in one split.
                 owners.setdefault((text, translation), component)
     return [
         {"source": text, "target": translation}
@@ -36,7 +36,10 @@ def load(config: DataConfig, split: str) -> list[Example]:
 
 
 def split_of(component: str) -> str:
-    """Whole components, because the texts of one resemble each other: 5 % valid, 5 % test."""
+    """Return the split of a component: 5 % valid, 5 % test.
+
+    Whole components are held out, as the texts of a component are similar.
+    """
     part = share(component)
     return "valid" if part < 0.05 else "test" if part < 0.1 else "train"
 
@@ -46,12 +49,12 @@ def _is_sentence_pair(source: str, target: str) -> bool:
         if unwanted.search(source) or unwanted.search(target):
             return False
     short, long = sorted(len(_WORD.findall(text)) for text in (source, target))
-    # The longer side decides: a German compound is one word where English has three.
+    # The longer text decides: a German compound is one word where English has three.
     return source != target and 3 <= long <= 50 and long <= 2.2 * short
 
 
 def _translations(language: str) -> dict[str, dict[str, str]]:
-    """Returns component -> key -> text, for every component that has this language."""
+    """Return {component: {key: text}} for every component with this language."""
     file = re.compile(rf"homeassistant/components/\w+/translations/{re.escape(language)}\.json")
     try:
         folder = packages.extract("homeassistant", language, file.fullmatch)

@@ -1,10 +1,10 @@
-"""The source `listops`: nested operations on digits, whose value is one of ten classes; made here.
+"""The source `listops`: generated nested operations on digits; the result is one of ten classes.
 
 ListOps (arXiv:1804.06028) in the long form of Long Range Arena (arXiv:2011.04006 §2.2.1), with the
 distribution of its generator (github.com/google-research/long-range-arena, data/listops.py).
-`[MAX 2 9 [MIN 4 7 ] 0 ]` has the value 9. Each of its 10 words is a token; there are 15 in all:
-`[MIN`, `[MAX`, `[MED`, `[SM`, `]` and the digits. There are no parentheses: the generator of Long
-Range Arena writes some around every pair, and its pipeline takes them out again.
+`[MAX 2 9 [MIN 4 7 ] 0 ]` has the value 9, and 10 tokens. There are 15 different tokens: `[MIN`,
+`[MAX`, `[MED`, `[SM`, `]` and the digits. There are no parentheses: Long Range Arena's generator
+writes them around every pair, and its pipeline removes them.
 """
 
 import hashlib
@@ -20,12 +20,14 @@ from heedful.data.errors import DataError
 from heedful.data.sources.source import Source
 from heedful.data.tables import Table
 
-OPERATION = 0.25  # Probability that an argument is an operation and not a digit.
-PATIENCE = 100_000  # Draws in a row that may give nothing new that fits.
+OPERATION = 0.25
+"""Probability that an argument is an operation, not a digit."""
+PATIENCE = 100_000
+"""Largest number of draws without a new expression of allowed length."""
 
 
 def _median(values: list[int]) -> int:
-    """Of an even number of values, the mean of the middle two, rounded down."""
+    """Return the median; of an even number of values the mean of the middle two, rounded down."""
     values, n = sorted(values), len(values)
     return (values[(n - 1) // 2] + values[n // 2]) // 2
 
@@ -44,10 +46,10 @@ class _TooLongError(Exception):
 
 
 def load(config: DataConfig, split: str) -> Table:
-    """Returns the expressions of a split, which are computed once for the same config.listops.
+    """Return the expressions of a split, generated once for each config.listops.
 
-    No expression is there twice, in whatever split. Those of valid and test do not depend on the
-    number of training examples, and fewer of these are the first of more.
+    All expressions of all splits are different. Those of valid and test do not depend on the number
+    of training examples; a smaller training set is the beginning of a larger one.
     """
     name = "-".join(map(str, astuple(config.listops)))
     folder = packages.build_once(
@@ -72,7 +74,7 @@ def _write(config: ListOpsConfig, folder: Path) -> None:
 
 
 def _new(rng: random.Random, config: ListOpsConfig, seen: set[bytes]) -> tuple[str, int]:
-    """Draws until an expression fits and has not been seen, which it is from then on."""
+    """Draw an expression of allowed length that is not in `seen`, and add its hash to `seen`."""
     for _ in range(PATIENCE):
         try:
             text, value = draw(rng, config)
@@ -83,20 +85,20 @@ def _new(rng: random.Random, config: ListOpsConfig, seen: set[bytes]) -> tuple[s
             seen.add(key)
             return text, value
     raise DataError(
-        f"{PATIENCE:,} draws gave no new expression of more than data.listops.min_length "
+        f"{PATIENCE:,} draws gave no new expression with more than data.listops.min_length "
         f"{config.min_length} and fewer than data.listops.max_length {config.max_length} tokens: "
-        "set them farther apart, ask for fewer examples, or raise data.listops.max_depth or "
-        "data.listops.max_arguments"
+        "set them farther apart, choose fewer data.listops.examples, or raise "
+        "data.listops.max_depth or data.listops.max_arguments"
     )
 
 
 def draw(rng: random.Random, config: ListOpsConfig) -> tuple[str, int]:
-    """Draws an operation and returns it with its value; raises _TooLongError at max_length tokens.
+    """Draw an expression and return it with its value; raise _TooLongError at max_length tokens.
 
-    Operators, their number of arguments and digits are uniform; digits are at most `max_depth`
-    deep, the outermost operation being at depth 1.
+    Operators, their number of arguments, and digits are uniform. The outermost operation has depth
+    1, digits have at most depth `max_depth`.
     """
-    uniform = rng.random  # The other methods may change with the version of Python.
+    uniform = rng.random  # Other methods may change between versions of Python.
     tokens: list[str] = []
 
     def operation(depth: int) -> int:

@@ -1,7 +1,7 @@
-"""The source `sentiment`: sentences and how positive people found them, from PyPI (MIT).
+"""The source `sentiment`: sentences with human ratings of sentiment, from PyPI (MIT).
 
-The human ratings that VADER was tested with (C. J. Hutto and E. Gilbert, ICWSM 2014): tweets, and
-sentences of film reviews, product reviews and editorials, each rated by 20 people from -4 to 4.
+These are the test data of VADER (C. J. Hutto and E. Gilbert, ICWSM 2014): tweets, and sentences of
+film reviews, product reviews and editorials, each rated by 20 people from -4 to 4.
 """
 
 import html
@@ -16,16 +16,16 @@ from heedful.data.sources.source import Source
 
 _ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 _ENDING = "_GroundTruth.txt"
-# A mean rating nearer to 0 is neither positive nor negative: it would be a class by chance.
 NEUTRAL = 0.5
+"""Sentences with a smaller absolute mean rating are neither positive nor negative."""
 
 
 def load(config: DataConfig, split: str) -> list[Example]:
-    """Returns the sentences of a split, each text once.
+    """Return the sentences of a split, each text once.
 
-    The label of regression is the mean rating; that of classification is positive or negative, and
-    sentences with a mean rating nearer to 0 than 0.5 are left out. Sentences of one review or
-    article are in one split: 10 % of these are valid, 10 % test.
+    For regression the label is the mean rating; for classification it is positive or negative, and
+    neutral sentences are left out. All sentences of a review or article are in one split: 10 % of
+    the reviews and articles are valid, 10 % test.
     """
     examples = []
     for group, rating, text in _ratings():
@@ -43,7 +43,7 @@ def load(config: DataConfig, split: str) -> list[Example]:
 
 
 def _ratings() -> Iterator[tuple[str, str, str]]:
-    """Yields group, mean rating and text of every sentence; the group is a review or an article."""
+    """Yield (group, mean rating, text) of each sentence; a group is a review or an article."""
     folder = packages.extract("sentiment", "ratings", lambda path: path.endswith(_ARCHIVE))
     (path,) = folder.rglob(Path(_ARCHIVE).name)
     seen = set()
@@ -55,7 +55,7 @@ def _ratings() -> Iterator[tuple[str, str, str]]:
             collection = Path(member).name.removesuffix(_ENDING)
             for line in file.read().decode("utf-8").splitlines():
                 identifier, rating, text = line.split("\t")
-                text = html.unescape(text).strip()  # The tweets have &amp; where people saw &.
+                text = html.unescape(text).strip()  # Tweets are stored with HTML entities.
                 if text not in seen:
                     seen.add(text)
                     # 12_3 is sentence 3 of review 12; tweets and film reviews have one each.

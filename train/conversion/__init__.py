@@ -1,1 +1,1 @@
-"""Runs from other models and other models from runs: import, export, fine-tuning."""
+"""Run from other models and other models from runs: import, export, fine-tuning."""

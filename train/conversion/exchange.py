@@ -1,4 +1,4 @@
-"""Runs from the models of other libraries, and models for them from runs."""
+"""Run from the models of other libraries, and models for them from runs."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -92,7 +92,7 @@ def _classes(source: Source, data: DataConfig) -> tuple[str, ...]:
 
 
 def export_run(trained: Trained, directory: Path, console: Console) -> None:
-    """Writes safetensors, config.json and the tokenizer, as transformers reads them.
+    """Write safetensors, config.json and the tokenizer, as transformers reads them.
 
     Raises TrainError for a directory that holds something, and ModelError for a model that no
     known architecture expresses.

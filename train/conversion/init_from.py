@@ -14,7 +14,7 @@ from rich.table import Table
 
 from heedful.data import packages
 from heedful.data.llama2c import read_llama2c
-from heedful.data.special import Special, of_model
+from heedful.data.special import Special, with_model_files
 from heedful.data.tokenizer import Tokenizer
 from heedful.model import pretrained
 from heedful.model.config import LoraConfig, ModelConfig
@@ -104,7 +104,7 @@ def _open_directory(name: str, directory: Path) -> Source:
     ids = {CONFIG: {key: config[key] for key in config if key.endswith("_token_id")}}
     if writes and (directory / generation_config.FILE).is_file():
         ids[generation_config.FILE] = generation
-    special, unused = of_model(
+    special, unused = with_model_files(
         tokenizer.special or Special(), ids, tokenizer.vocab_size, architecture=model.architecture
     )
     notes += unused

@@ -42,7 +42,7 @@ def attention_picture(
     mean: bool = False,
     output: Path | None = None,
 ) -> Path:
-    """Writes the picture of a text and returns where it lies; see `heedful attention --help`.
+    """Write the picture of a text and returns where it lies; see `heedful attention --help`.
 
     Raises TrainError for a text that is empty or too long to be read, a layer or an attention that
     the model lacks, and an output that is there and is no former picture.
@@ -222,7 +222,7 @@ def _require_readable(name: str, length: int) -> None:
 
 
 def require_ours(path: Path) -> None:
-    """Raises TrainError where writing to `path` fails, or loses what is no former picture."""
+    """Raise TrainError where writing to `path` fails, or loses what is no former picture."""
     from PIL import Image, UnidentifiedImageError
 
     require(path.suffix == ".png", f"--output {path} must end with .png")

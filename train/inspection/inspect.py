@@ -48,7 +48,7 @@ def inspect(
     length: int | None = None,
     names: bool = False,
 ) -> None:
-    """Prints the tables and the masks; allocates nothing, whatever the size of the model.
+    """Print the tables and the masks; allocates nothing, whatever the size of the model.
 
     Raises TrainError where the mesh does not divide a parameter or a pattern fits none.
     """

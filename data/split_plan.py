@@ -1,4 +1,4 @@
-"""What the rows of a split are made of, and how they are planned."""
+"""Plan the rows and batches of a split."""
 
 from typing import NamedTuple
 
@@ -12,19 +12,24 @@ from heedful.data.tokenizer import Tokenizer
 
 
 class SplitPlan(NamedTuple):
-    """What the rows of a split are made of; `tokens` is the sum of their lengths on all sides."""
+    """Examples and batches of a split."""
 
     plan: Plan
+    """Training batches."""
     kept: np.ndarray
+    """Numbers of the examples that are used."""
     pieces: Pieces | None
+    """Pieces of documents, one per row; None for other rows."""
     tokens: int
+    """Sum of the lengths of all rows, on all sides of the model."""
     target_count: int
+    """Positions with a target, or examples with a label, in an epoch."""
 
 
-def arrange(
+def plan_split(
     config: DataConfig, tokenizer: Tokenizer, store: TokenStore, split: str, seed: int
 ) -> SplitPlan:
-    """Plan the training batches of a split; raise DataError when nothing of it can be used."""
+    """Plan the training batches of a split; raise DataError if no example can be used."""
     plan = _documents if config.objective_spec.is_text else _examples
     return plan(config, tokenizer, store, split, seed)
 
@@ -32,7 +37,7 @@ def arrange(
 def _examples(
     config: DataConfig, tokenizer: Tokenizer, store: TokenStore, split: str, seed: int
 ) -> SplitPlan:
-    """One row for each example that is not blank or too long."""
+    """Plan one row for each example that is neither blank nor too long."""
     objective = config.objective_spec
     lengths = objective.lengths(store.counts(), config)
     fits = lengths.max(0) <= config.max_length
@@ -42,7 +47,7 @@ def _examples(
         raise DataError(
             f"no example of split {split!r} is left: {blank:,} are blank and "
             f"{len(fits) - blank:,} have more than data.max_length {config.max_length} tokens; "
-            "give a larger one"
+            "give a larger data.max_length"
         )
     lengths = lengths[:, kept]
     count = len(kept) if objective.label else int(lengths[-1].sum())
@@ -53,24 +58,26 @@ def _examples(
 def _documents(
     config: DataConfig, tokenizer: Tokenizer, store: TokenStore, split: str, seed: int
 ) -> SplitPlan:
-    """All documents that are not blank, end to end, or one row for each of their pieces."""
+    """Plan packed rows of all documents that are not blank, or one row for each of their pieces."""
     objective = config.objective_spec
-    assert objective.cut is not None
+    assert objective.chunking is not None
     positions = store.counts()["text"]
-    positions += 2 * objective.cut.framed - objective.cut.overlap
+    positions += 2 * objective.chunking.has_frame - objective.chunking.overlap
     positions[store.blank] = 0
     starts = np.zeros(len(positions) + 1, np.int64)
     np.cumsum(positions, out=starts[1:])
     del positions  # There may be many millions of documents.
     kept = np.flatnonzero(~store.blank)
     if not starts[-1]:
-        raise DataError(f"all {len(store.blank):,} documents of split {split!r} are blank")
+        raise DataError(
+            f"all {len(store.blank):,} documents of split {split!r} are blank: give text"
+        )
     if config.is_packed:
         count = int(starts[-1])
         return SplitPlan(PackedPlan(starts, config, seed), kept, None, count, count)
-    pieces = Pieces(starts, objective.cut.longest(config, tokenizer))
-    # The lengths of a row follow from that of its piece, which has few values.
-    sizes = np.arange(pieces.longest + 1) + objective.cut.overlap
+    pieces = Pieces(starts, objective.chunking.max_positions(config, tokenizer))
+    # Row lengths depend on the piece's length only: compute them once per length.
+    sizes = np.arange(pieces.max_positions + 1) + objective.chunking.overlap
     lengths = objective.lengths({"text": sizes}, config).astype(np.int32)[:, pieces.lengths()]
     tokens, count = int(lengths.sum(dtype=np.int64)), int(lengths[-1].sum(dtype=np.int64))
     return SplitPlan(BatchPlan(lengths, config, seed), kept, pieces, tokens, count)
