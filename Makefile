@@ -1,8 +1,10 @@
 # make train: install and train the default experiment; make test: install and run the tests;
-# make coverage: the same, and the lines that no test runs;
-# make test-slow: the long ones: kills, damaged inputs, every mesh, core and config.
+# make test-slow: the long ones: kills, damaged inputs, every mesh, core and config;
+# make coverage: both, and the lines that no test runs.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile # a file's tests share the runs that they train
+OWN := --ignore tests/parity # which compares with PyTorch
 
 .PHONY: train test test-slow coverage parity check clean
 
@@ -10,16 +12,16 @@ train: .venv/installed
 	$(BIN)/heedful train translate_tiny
 
 test: .venv/installed-dev
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(PYTEST) $(OWN)
 
 test-slow: .venv/installed-dev
-	$(BIN)/pytest -n 2 -m slow
+	$(PYTEST) $(OWN) -m slow
 
 coverage: .venv/installed-dev
-	$(BIN)/pytest -n 2 --cov --cov-report=term:skip-covered
+	$(PYTEST) $(OWN) -m "" --cov --cov-report=term:skip-covered
 
 parity: .venv/installed-parity
-	$(BIN)/pytest tests/parity
+	$(PYTEST) tests/parity
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .

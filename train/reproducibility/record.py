@@ -1,5 +1,6 @@
 """Record the environment of a run and fingerprints of its parameters."""
 
+import functools
 import hashlib
 import json
 import os
@@ -189,6 +190,7 @@ def _git(*arguments: str) -> str | None:
     return result.stdout.strip() if result.returncode == 0 else None
 
 
+@functools.cache  # To read all metadata takes half a second.
 def _packages() -> dict[str, str]:
     versions = {dist.name.lower().replace("_", "-"): dist.version for dist in distributions()}
     matters = lambda name: name in PACKAGES or name.startswith(PACKAGE_FAMILIES)  # noqa: E731
