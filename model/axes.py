@@ -1,7 +1,7 @@
 """The closed set of logical axis names, on parameters and on activations.
 
-The model says what an axis means; `train/sharding.py` says which mesh axis it is split over. Flax
-replicates an unknown name silently, so a name outside this set is an error here.
+The model says what an axis means; `train/sharding.py` says over which mesh axis it is sharded.
+Flax replicates an unknown name silently, so a name outside of this set is an error here.
 """
 
 import math
@@ -39,13 +39,13 @@ AXES = frozenset(PARAMETER_AXES + ACTIVATION_AXES)
 
 
 def partitioned(init: Any, *names: str) -> Any:
-    """Wraps an initializer so that its parameter carries one axis name per dimension."""
+    """Wrap an initializer so that its parameter carries one axis name per dimension."""
     _check(names)
     return nn.with_logical_partitioning(init, names)
 
 
 def constrain(x: jax.Array, *names: str) -> jax.Array:
-    """Asks that `x` be sharded by its axis names; the identity where no rules are in force."""
+    """Ask that `x` be sharded by its axis names; the identity where no rules are in force."""
     _check(names)
     if x.ndim != len(names):
         raise ValueError(f"{len(names)} axis names {names} for an array of shape {x.shape}")
@@ -53,9 +53,10 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
 
 
 def mesh_axes(*names: str) -> tuple[tuple[str, ...], ...]:
-    """The axes of the mesh, of more than one device each, over which `constrain` splits these.
+    """Return for each name the mesh axes over which `constrain` shards it.
 
-    None where no rules or no mesh are in force. For what the compiler cannot split by itself.
+    Mesh axes of one device do not count; without rules or a mesh in force there are none. This is
+    for computations that the compiler cannot shard by itself.
     """
     _check(names)
     sizes = jax.sharding.get_abstract_mesh().shape
@@ -67,13 +68,13 @@ def mesh_axes(*names: str) -> tuple[tuple[str, ...], ...]:
 
 
 def shards(name: str) -> int:
-    """Devices over which `constrain` splits an axis of this name; 1 where it does not."""
+    """Return the number of devices over which `constrain` shards an axis of this name."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return math.prod(sizes[axis] for axes in mesh_axes(name) for axis in axes)
 
 
 def target_platform() -> str:
-    """What the computation will run on, "cpu", "gpu" or "tpu": the mesh in force, or the default.
+    """Return "cpu", "gpu" or "tpu": the platform of the mesh in force, or the default one.
 
     A mesh may be of devices that are not there, for which only a compiler is.
     """

@@ -1,4 +1,4 @@
-"""What self-attention remembers of earlier tokens while decoding, one kind for each kind of core.
+"""Caches of earlier tokens for self-attention while decoding, one kind for each kind of core.
 
 All arrays lead with the batch, so that a stack can lead with its layers and a search can reorder
 its rows.
@@ -18,9 +18,9 @@ from heedful.model.ops.caches import MAX_SHARED_BEAMS, read_filled, write_at
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of all positions. A row writes over its padding before it could see it.
+    """Keys and values of all positions. A row overwrites its padding before it could see it.
 
-    Each head's lie together, as a product with one query reads them.
+    The keys of a head lie side by side, as a product with one query reads them.
     """
 
     k: Float[Array, "B K S H"]
@@ -35,7 +35,7 @@ class KVCache:
         return cls(k=jnp.swapaxes(k, 1, 2), v=jnp.swapaxes(v, 1, 2))
 
     def rows(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-        """Keys and values as they were given."""
+        """Return keys and values as `of` takes them."""
         return jnp.swapaxes(self.k, 1, 2), jnp.swapaxes(self.v, 1, 2)
 
     def attend(
@@ -56,7 +56,7 @@ class KVCache:
         return self.k.shape[2]
 
     def write(self, k: jax.Array, v: jax.Array, offset: jax.Array) -> "KVCache":
-        """The cache with rows `k`, `v` [B, t, K, H] written from position `offset` ([] or [B])."""
+        """Write `k`, `v` [B, t, K, H] from position `offset` ([] or [B]) on."""
         new = KVCache.of(k, v)
         return KVCache(
             k=write_at(self.k, new.k, offset, axis=-2), v=write_at(self.v, new.v, offset, axis=-2)
@@ -67,20 +67,20 @@ class KVCache:
 class BeamCache:
     """Keys and values of all positions of W hypotheses of each of B texts, for R = B W queries.
 
-    Each hypothesis writes in a place of its own. What it wrote stays there whatever becomes of it;
-    the living differ in whose keys they see. Products of W queries with all M = S W keys take less
+    Each hypothesis writes in a place of its own, and what it wrote stays there. The living
+    hypotheses differ in whose keys they see. Products of W queries with all M = S W keys take less
     time than copies of the keys of each hypothesis for each token.
     """
 
     k: Float[Array, "B K H M"]
-    """Those of all hypotheses at a position lie side by side."""
+    """The keys of all hypotheses at a position lie side by side."""
     v: Float[Array, "B K M H"]
     writer: Int[Array, "B W S"]
-    """Which hypothesis wrote what hypothesis w sees at a position."""
+    """Number of the hypothesis whose key hypothesis w sees at a position."""
 
     @classmethod
     def of(cls, cache: KVCache, width: int) -> "BeamCache":
-        """Hypotheses with the same past."""
+        """Return the cache of `width` hypotheses with the same past."""
         batch, length = cache.k.shape[0], cache.k.shape[2]
         own = jnp.arange(width)[None, :, None]
         return cls(
@@ -92,7 +92,7 @@ class BeamCache:
     def attend(
         self, core: Core, call: AttentionCall, cache_write_mask: Bool[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T N H"], "BeamCache"]:
-        """Dense, whatever the core: those that read a KVCache compute the same."""
+        """Attend densely, whatever the core: all cores that read a KVCache compute the same."""
         (batch, width, length), (rows, new) = self.writer.shape, call.k.shape[:2]
         if (rows, new) != (batch * width, 1):
             raise ValueError(
@@ -108,7 +108,7 @@ class BeamCache:
         writer = jnp.where(is_new, hypotheses[:, None], self.writer)
 
         def spread(x: jax.Array) -> jax.Array:
-            """From one query a row and S positions to W queries a text and M places."""
+            """Turn [R, n, 1, S], one query per row, into [B, n, W, M], W queries per text."""
             x = x.reshape(-1, width if len(x) == rows else 1, *x.shape[1:])
             x = jnp.swapaxes(x[:, :, :, 0], 1, 2)
             x = jnp.broadcast_to(x, (*x.shape[:2], width, length))
@@ -138,13 +138,13 @@ class BeamCache:
 class WindowCache:
     """Keys and values of the last positions, as many as a window needs, in constant memory.
 
-    Position p stands in slot p modulo their number. A row may go back by one token, no further.
+    Position p is in slot p modulo the number of slots. A row may go back by one token, no further.
     """
 
     k: Float[Array, "B W K H"]
     v: Float[Array, "B W K H"]
     end: Int[Array, " B"]
-    """Real tokens seen so far, which stand at positions 0 to end - 1."""
+    """Number of tokens seen so far, at positions 0 to end - 1, without padding."""
 
     @classmethod
     def zeros(cls, config: ModelConfig, batch: int, length: int) -> "WindowCache":
@@ -203,7 +203,7 @@ class WindowCache:
 
 
 def new_cache(config: ModelConfig, batch: int, length: int) -> Cache:
-    """An empty cache of one layer for `length` positions, of the kind that its core reads."""
+    """Return an empty cache of one layer for `length` positions, as its core reads it."""
     own = spec_of(config.attention.core_of(config.decoding_site)).new_cache
     if own is not None:
         return own(config, batch)
@@ -214,14 +214,14 @@ def new_cache(config: ModelConfig, batch: int, length: int) -> Cache:
 
 
 def repeat(cache: Cache, times: int) -> Cache:
-    """For `times` hypotheses of each text, which stand side by side."""
+    """Repeat the cache for `times` hypotheses of each text, which are side by side."""
     if isinstance(cache, KVCache) and times <= MAX_SHARED_BEAMS:
         return BeamCache.of(cache, times)
     return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), cache)
 
 
 def reorder(cache: Cache, parents: Int[Array, "B W"]) -> Cache:
-    """Each hypothesis of a text continues the one of the same text that `parents` names."""
+    """Let each hypothesis continue the one of the same text whose number is in `parents`."""
     if isinstance(cache, BeamCache):
         writer = jnp.take_along_axis(cache.writer, parents[..., None], axis=1)
         return cache.replace(writer=writer)  # type: ignore[attr-defined]
@@ -231,7 +231,7 @@ def reorder(cache: Cache, parents: Int[Array, "B W"]) -> Cache:
 
 
 def remembered(config: ModelConfig) -> int | None:
-    """How many of the last positions a cache keeps; None: all."""
+    """Return how many of the last positions a cache keeps; None: all."""
     attention = config.attention
     if attention.window is None or attention.global_tokens:
         return None
@@ -239,13 +239,13 @@ def remembered(config: ModelConfig) -> int | None:
 
 
 def _zeros(config: ModelConfig, batch: int, length: int) -> tuple[jax.Array, jax.Array]:
-    """Keys and values [B, S, K, H]."""
+    """Return empty keys and values [B, S, K, H]."""
     array = jnp.zeros((batch, length, config.kv_heads, config.head_dim), config.dtype)
     return array, array
 
 
 def _offset(mask: AttentionMask) -> jax.Array:
-    """Position of the first new token."""
+    """Return the position of the first new token."""
     if mask.q_offset is None:
         raise ValueError("decoding with a cache needs a mask with a position: .at(t)")
     return mask.q_offset

@@ -1,4 +1,4 @@
-"""What stands on top of a stack."""
+"""The heads, which turn the hidden states of a stack into logits."""
 
 import math
 from dataclasses import replace
@@ -16,7 +16,7 @@ from heedful.model.ops.products import add_wide_bias, matmul
 
 
 class LanguageModelHead(nn.Module):
-    """Scores for each entry of the vocabulary, with the embedding's matrix or its own."""
+    """Logits for each entry of the vocabulary, from the embedding's matrix or one of its own."""
 
     config: ModelConfig
 
@@ -52,7 +52,7 @@ class LanguageModelHead(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Scores for each class, or one number, in float32, from the pooled hidden states of a row."""
+    """Logits for each class, or one number, in float32, from the pooled hidden states of a row."""
 
     config: ModelConfig
 
@@ -81,7 +81,10 @@ class Classifier(nn.Module):
 def pool(
     x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None, pooling: str
 ) -> Float[Array, "B D"]:
-    """One vector per row: the first hidden state, the mean of those of tokens, or the last."""
+    """Return one vector per row: the first hidden state, the last one, or the mean.
+
+    `pooling` is "first", "last" or "mean"; the latter two do not count padding (segment 0).
+    """
     if pooling == "first":
         return x[:, 0]
     real = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids > 0

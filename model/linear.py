@@ -19,9 +19,9 @@ from heedful.model.ops.products import matmul, transpose_for_decoding, transpose
 class Linear(nn.Module):
     """A linear map from the axes `inputs` to the axes `outputs`, each a mapping name -> size.
 
-    Initial values follow `config.init`, over the true fan-in and fan-out whatever the number of
-    axes, times `gain`. Adapted by a low-rank update where `config.lora` names it. The collection
-    "decode" may hold the kernel as a matrix `transposed` [out, in], see `split_kernels`.
+    Initial values follow `config.init`, with the fan-in and fan-out of all axes together, times
+    `gain`. Where `config.lora` names the map, a low-rank update is added. The collection "decode"
+    may hold the kernel as a matrix `transposed` [out, in] instead; see `split_kernels`.
     """
 
     config: ModelConfig
@@ -80,7 +80,7 @@ def split_kernels(blocks: Any) -> tuple[Any, Any]:
 
 
 def _initializer(kind: str, gain: float, inputs: int, outputs: int) -> Callable:
-    """Of a kernel whose first `inputs` axes come in and whose other `outputs` axes go out."""
+    """Return the initializer of a kernel with so many axes of inputs, then so many of outputs."""
     if kind != "glorot":
         return nn.initializers.normal(0.02 * gain)
     axes = range(inputs), range(inputs, inputs + outputs)

@@ -5,7 +5,7 @@ import jax
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from heedful.model.attention import CORES, AttentionCall, Cache, Core, CoreSpec, choose
+from heedful.model.attention import CORES, AttentionCall, Cache, Core, CoreSpec, choose_here
 from heedful.model.attention.dense import attention_weights, dense
 from heedful.model.attention.projections import (
     global_call,
@@ -14,7 +14,7 @@ from heedful.model.attention.projections import (
     queries,
     scale,
 )
-from heedful.model.axes import constrain, shards, target_platform
+from heedful.model.axes import constrain
 from heedful.model.cache import KVCache
 from heedful.model.config import AttentionSite, ModelConfig
 from heedful.model.layers import residual_gain
@@ -111,7 +111,7 @@ class MultiHeadAttention(nn.Module):
         name, length = self.config.attention.core_of(self.site), k.shape[1]
         if cache is not None and self.site != "cross":
             length = cache.keys(length)
-        name, _ = choose(name, target_platform(), length, q.shape[1], shards("act_length"))
+        name = choose_here(name, length, q.shape[1])
         core = CORES[name].make(self.config, shared.core_params)
         if self.is_initializing() and not isinstance(core, nn.Module):
             core = dense  # it has no parameters, and may need a mesh or a device that is not there

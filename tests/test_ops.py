@@ -173,7 +173,7 @@ def test_layers_per_iteration(asked, remat: bool, decodes: bool, expected: tuple
     assert tuple(form(asked, remat=remat, decodes=decodes) for form in forms) == expected
 
 
-PLACES = ["ops", "attention", "axes.py", "multi_head_attention.py"]
+PLACES = ["ops", "attention", "axes.py"]
 """In model/, the files that may ask for the platform; the cores say on which they run."""
 
 

@@ -14,11 +14,12 @@ from heedful.model.attention import (
     splash,
 )
 from heedful.model.attention.core import FEATURES, AttentionCall, Cache, Core, CoreSpec
+from heedful.model.axes import shards, target_platform
 from heedful.model.config import AttentionSite, ModelConfig, ModelError
 
 __all__ = [
-    "CORES", "FEATURES", "AttentionCall", "Cache", "Core", "CoreSpec", "choose", "redraw_steps",
-    "saves_memory", "spec_of", "specs",
+    "CORES", "FEATURES", "AttentionCall", "Cache", "Core", "CoreSpec", "choose", "choose_here",
+    "redraw_steps", "saves_memory", "spec_of", "specs",
 ]  # fmt: skip
 
 CORES: dict[str, CoreSpec] = {
@@ -85,3 +86,8 @@ def choose(
     if shards > 1:
         return "dense", f"exact, and takes what the mesh splits over {shards} devices"
     return "dense", f"exact, and runs every mask on {platform}"
+
+
+def choose_here(core: str, length: int, queries: int) -> str:
+    """Return the name of the core for the platform and the mesh for which a program is traced."""
+    return choose(core, target_platform(), length, queries, shards("act_length"))[0]

@@ -1,7 +1,7 @@
-"""Dropout whose randomness is a hash of position and key: one pass, the same on every mesh.
+"""Dropout by a hash of an element's coordinates and a key: one pass, the same on every mesh.
 
-jax.random on a CPU writes and reads the array many times for its bits; here they are computed where
-they are used. An element's fate depends on its coordinates only, so a core may draw it by tiles.
+On a CPU jax.random writes and reads the array many times for its random bits; the hash is computed
+where it is used. It depends on the coordinates only, so an attention core may compute it by tiles.
 """
 
 import math
@@ -14,13 +14,16 @@ from jaxtyping import Array, Bool, Float, UInt32
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: jax.Array | None) -> Float[Array, "..."]:
-    """Zeroes a share `rate` of the elements and divides the others by 1 - rate."""
+    """Set a share `rate` of the elements to 0 and divide the others by 1 - rate."""
     words = dropout_words(rate, key)
     return x if words is None else jnp.where(keep(words, x.shape, rate), x / (1 - rate), 0)
 
 
 def dropout_words(rate: float, key: jax.Array | None) -> UInt32[Array, "2"] | None:
-    """What `keep` needs of the key; None where nothing is dropped."""
+    """Return the words of the key that `keep` takes; None where nothing is dropped.
+
+    Raises ValueError where something is dropped and there is no key.
+    """
     if rate == 0.0:
         return None
     if key is None:
@@ -29,7 +32,7 @@ def dropout_words(rate: float, key: jax.Array | None) -> UInt32[Array, "2"] | No
 
 
 def keep(words: UInt32[Array, "2"], shape: tuple[int, ...], rate: float) -> Bool[Array, "..."]:
-    """True where an element of an array of this shape stays."""
+    """Return True for the elements of an array of this shape that stay."""
     return keep_at(words, indices(shape), shape, rate)
 
 
@@ -39,7 +42,7 @@ def keep_at(
     shape: Sequence[int],
     rate: float,
 ) -> Bool[Array, "..."]:
-    """What `keep` gives for an array of `shape`, at one index array for each of its axes."""
+    """Return elements of `keep(words, shape, rate)`, given one index array for each axis."""
     first, second = words
     # Of an array of more than 2^32 elements, the last axes that count no further, and the others.
     sizes = [math.prod(shape[axis:]) for axis in range(len(shape))]
@@ -51,12 +54,12 @@ def keep_at(
 
 
 def indices(shape: tuple[int, ...]) -> list[jax.Array]:
-    """For each axis the index along it, everywhere."""
+    """Return for each axis an array of this shape with the index along that axis."""
     return [jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(len(shape))]
 
 
 def place(index: Sequence[jax.Array | np.ndarray], shape: Sequence[int]) -> UInt32[Array, "..."]:
-    """Where elements of an array of `shape` stand, counted row by row, modulo 2^32."""
+    """Return the numbers of elements in an array of `shape`, counted row by row, modulo 2^32."""
     flat, stride = jnp.uint32(0), 1
     for along, size in zip(reversed(index), reversed(shape), strict=True):
         flat += jnp.asarray(along).astype(jnp.uint32) * jnp.uint32(stride % 2**32)
@@ -65,9 +68,9 @@ def place(index: Sequence[jax.Array | np.ndarray], shape: Sequence[int]) -> UInt
 
 
 def mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """A bijection of 32 bits in which each bit of the input flips half of the output.
+    """Return a hash of 32 bits: a bijection in which each bit flips half of the output bits.
 
-    The constants are `lowbias32` of Wellons' hash-prospector.
+    The constants are those of `lowbias32` in Wellons' hash-prospector.
     """
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)

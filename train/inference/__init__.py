@@ -1,1 +1,1 @@
-"""What a trained model is used for: translation, generation, classification."""
+"""Uses of a trained model: translation, generation, classification."""

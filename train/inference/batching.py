@@ -1,4 +1,4 @@
-"""Token sequences of different lengths, put together into few shapes of arrays."""
+"""Batches of token sequences of different lengths, in arrays of few different shapes."""
 
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -19,11 +19,11 @@ class PromptBatch(NamedTuple):
     inputs: Int[Array, "B T"]
     lengths: Int[Array, " B"]
     lines: UInt32[Array, " B"]
-    """Number of each sequence, for its random key: that must not depend on its neighbours."""
+    """Number of each sequence, from which its random key is made, whatever its neighbours."""
 
 
 def require_length(what: str, length: int, decode: DecodeConfig) -> None:
-    """Raises TrainError for a text that would take too long: attention grows with its square."""
+    """Raise TrainError for a text that would take too long: time grows with its square."""
     if length > decode.batch_tokens:
         raise TrainError(
             f"{what} has {length:,} tokens, more than decode.batch_tokens = "
@@ -37,11 +37,11 @@ def batches(
     mesh: Mesh,
     longest: int | None = None,
 ) -> Iterator[tuple[list[int], PromptBatch]]:
-    """Yields (numbers of sequences, their rows on the devices), sorted by length.
+    """Yield (numbers of sequences, their rows on the devices), sorted by length.
 
     A batch holds at most `decode.batch_tokens` positions, but at least one row per device, and is
-    no wider than `longest`. On a CPU hypotheses count: it takes as long for rows that have ended as
-    for the others, and the fewer there are in a batch the fewer wait for its last one.
+    no wider than `longest`. On a CPU the hypotheses of a beam count as rows. A CPU takes as long
+    for rows that have ended as for the others, and in a small batch few rows wait for the last.
     """
     is_cpu = mesh.devices.flat[0].platform == "cpu"
     positions = decode.batch_tokens // (decode.beam if is_cpu else 1)
@@ -59,7 +59,7 @@ def batches(
 def shapes(
     lengths: Mapping[int, int], positions: int, mesh: Mesh, longest: int | None = None
 ) -> Iterator[tuple[list[int], int, int]]:
-    """Yields (numbers of sequences, rows, length of a row) of batches; see `batches`."""
+    """Yield (numbers of sequences, rows, length of a row) of batches; see `batches`."""
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     buckets: dict[int, list[int]] = {}
     for i in sorted(lengths, key=lengths.__getitem__):

@@ -1,4 +1,4 @@
-"""From texts to classes, or to numbers."""
+"""Classify texts, or give each a number, with a trained run."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -20,7 +20,7 @@ from heedful.train.sharding import replicated, whole_to_devices
 
 
 def trained_on_pairs(trained: Trained) -> bool | None:
-    """Whether the run has learned from pairs of texts; None: it was trained elsewhere, or its data
+    """Tell if the run has learned from pairs of texts; None: it was trained elsewhere, or its data
     is gone.
     """
     if trained.steps == [0]:  # as imported
@@ -32,10 +32,11 @@ def trained_on_pairs(trained: Trained) -> bool | None:
 
 
 class Classifier:
-    """Classifies texts with a run: sorted by length and batched, order kept.
+    """A classifier of texts with the parameters of a run.
 
-    A tab stands between the two texts of a pair where `pairs`, else it is a part of the text. None:
-    as in the training data, where it is known; where it is not, it stands between two texts.
+    Texts are sorted by length and batched; the results keep the order of the texts. With `pairs` a
+    tab separates the two texts of a pair, without it is a part of the text. None: as in the
+    training data, and with a pair where these are not known.
     """
 
     def __init__(self, trained: Trained, pairs: bool | None = None):
@@ -53,7 +54,7 @@ class Classifier:
         )
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
-        """One line per text: class and probability, or the number of a regression."""
+        """Return one line per text: class and probability, or the number of a regression."""
         outputs = self.outputs(texts)
         if self.config.objective_spec.label == "number":
             return [f"{number:.4f}" for number in outputs[:, 0]]
@@ -70,7 +71,7 @@ class Classifier:
         return trained_on_pairs(self.trained) is not False if self._pairs is None else self._pairs
 
     def outputs(self, texts: Sequence[str]) -> np.ndarray:
-        """The model's outputs, float32 [E, C].
+        """Return the model's outputs, float32 [E, C].
 
         Raises TrainError, naming the line, for a text that is longer than the model was trained on.
         """

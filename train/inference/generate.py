@@ -1,4 +1,4 @@
-"""Going on with a text: token by token to a terminal, or many prompts at once."""
+"""Continue texts: one token by token to a terminal, or many prompts at once."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -14,14 +14,9 @@ from heedful.data.tokenizer import Tokenizer
 from heedful.model.config import ModelConfig
 from heedful.model.decoding.beam_search import beam_search
 from heedful.model.decoding.parameters import DecodeParams, prepare
-from heedful.model.decoding.sampling import (
-    Decoded,
-    DecodeState,
-    Sampling,
-    decode_until,
-    init_decode,
-)
+from heedful.model.decoding.sampling import Decoded, DecodeState, decode_until, init_decode
 from heedful.train.config import DecodeConfig, TrainError, require_tokens
+from heedful.train.inference import rules
 from heedful.train.inference.batching import PromptBatch, batches, require_length
 from heedful.train.inference.text import Text
 from heedful.train.sharding import replicated
@@ -31,14 +26,15 @@ PIECE = 16  # tokens that a batch writes between two looks for stop strings
 
 
 class Generator:
-    """Goes on with prompts, with one set of parameters of a decoder.
+    """A writer that continues prompts, with the parameters of one decoder.
 
-    `prefix` says that the model was trained to see its prompt as a whole (prefix_lm), `longest` how
-    long the rows of its training were; `tell` is called with what a user should know of a text.
+    `prefix` tells that the model was trained to see its prompt as a whole (prefix_lm). `longest` is
+    the length of the rows in its training, in tokens. `tell` is called with warnings.
 
     A text that goes beyond a table of L learned positions slides: before its first token, and again
-    after every L / 4, its last 3 L / 4 + 1 tokens are read anew, from position 0 on. So each token
-    is written from the last 3 L / 4 + 1 to L. nanoGPT reads the last L anew for every token.
+    after every L / 4 tokens, its last 3 L / 4 + 1 tokens are read anew, from position 0 on. So each
+    token follows from the last 3 L / 4 + 1 to L tokens. nanoGPT reads the last L tokens anew for
+    every token.
     """
 
     def __init__(
@@ -71,7 +67,7 @@ class Generator:
         self._search = jax.jit(self._beam_search, out_shardings=replicated(mesh))
 
     def stream(self, prompt: str) -> Iterator[str]:
-        """Yields the text after `prompt` piece by piece, as it is written.
+        """Yield the text after `prompt` piece by piece, as it is written.
 
         Pieces are whole characters and hold nothing of a stop string. Together they are the text
         that `self([prompt])` gives.
@@ -87,7 +83,7 @@ class Generator:
         return (piece for (piece,) in pieces if piece)
 
     def __call__(self, prompts: Sequence[str]) -> list[str]:
-        """The text after each prompt, in their order; an empty prompt begins a new text.
+        """Return the text after each prompt; an empty prompt begins a new text.
 
         A text does not depend on the other prompts, except that line i has its own random key.
         Raises TrainError, naming the line, for a prompt of more than decode.batch_tokens tokens,
@@ -104,7 +100,7 @@ class Generator:
         return texts
 
     def _encode(self, prompts: Sequence[str]) -> list[np.ndarray]:
-        """Each prompt's tokens after the begin token, as a document is in training.
+        """Return the tokens of each prompt after the begin token, as in training.
 
         A prompt may begin with that token itself, where special tokens are read.
         """
@@ -147,11 +143,11 @@ class Generator:
 
     @property
     def _stride(self) -> int:
-        """Tokens that a text which slides writes between two readings."""
+        """Number of tokens that a sliding text gets between two readings."""
         return max((self._table or 0) // 4, 1)
 
     def _batches(self, prompts: Sequence[np.ndarray]) -> Iterator[tuple[list[int], PromptBatch]]:
-        """Those whose texts slide apart from the others, which must not depend on them."""
+        """Yield batches of prompts; texts that slide are in batches of their own."""
         slide, stay = {}, {}
         for i, ids in enumerate(prompts):
             (slide if self._slides(len(ids)) else stay)[i] = ids
@@ -162,7 +158,7 @@ class Generator:
     def _write(
         self, prompts: Sequence[np.ndarray], rows: PromptBatch, every: int
     ) -> Iterator[list[str]]:
-        """Yields the next piece of each text, after every `every` tokens."""
+        """Yield the next piece of each text, after every `every` tokens."""
         texts = [Text(self.tokenizer, prompt, self.decode.stop) for prompt in prompts]
         for decoded in self._decode(rows, every):
             tokens, lengths, _ = jax.device_get(decoded)
@@ -173,7 +169,7 @@ class Generator:
         yield [text.rest() for text in texts]
 
     def _decode(self, rows: PromptBatch, every: int) -> Iterator[Decoded]:
-        """Yields all tokens written so far; the devices are a piece ahead of the caller."""
+        """Yield all tokens written so far; the devices are a piece ahead of the caller."""
         if self.decode.beam > 1:
             with jax.set_mesh(self.mesh):
                 decoded = self._search(self.params, rows)
@@ -205,14 +201,16 @@ class Generator:
         keys = lines(rows.lines) if self.decode.temperature > 0 else None
         state = init_decode(**self._prompts(params, rows), keys=keys)
         slides = self._slides(rows.inputs.shape[1])
-        return self._moved(params, state, rows) if slides else state
+        return self._read_anew(params, state, rows) if slides else state
 
     def _read_end(self, params: DecodeParams, state: DecodeState, rows: PromptBatch) -> DecodeState:
-        move = lambda: self._moved(params, state, rows)  # noqa: E731
+        move = lambda: self._read_anew(params, state, rows)  # noqa: E731
         return jax.lax.cond(jnp.all(state.done), lambda: state, move)
 
-    def _moved(self, params: DecodeParams, state: DecodeState, rows: PromptBatch) -> DecodeState:
-        """The same texts, of which the last tokens stand at the beginning of the table."""
+    def _read_anew(
+        self, params: DecodeParams, state: DecodeState, rows: PromptBatch
+    ) -> DecodeState:
+        """Read the last tokens of each text anew, from the beginning of the table on."""
         inputs, lengths, _ = rows
         table = self._table or 0
         kept, end = table - self._stride + 1, lengths + state.time
@@ -230,9 +228,8 @@ class Generator:
     def _write_on(
         self, params: DecodeParams, state: DecodeState, until: jax.Array
     ) -> tuple[DecodeState, Decoded]:
-        sampling = Sampling(**{name: getattr(self.decode, name) for name in Sampling._fields})
-        ends = self.tokenizer.ends
-        state = decode_until(params.step, state, until, eos_id=ends, sampling=sampling)
+        options = {"eos_id": self.tokenizer.ends, "sampling": rules.sampling(self.decode)}
+        state = decode_until(params.step, state, until, **options)
         return state, state.decoded
 
     def _beam_search(self, params: DecodeParams, rows: PromptBatch) -> Decoded:
@@ -240,16 +237,11 @@ class Generator:
             params.step,
             **self._prompts(params, rows),
             eos_id=self.tokenizer.ends,
-            width=self.decode.beam,
-            exponent=self.decode.length_penalty,
-            offset=self.decode.length_penalty_offset,
-            early_stopping=self.decode.early_stopping,
-            repetition_penalty=self.decode.repetition_penalty,
-            never=self.decode.never,
+            **rules.beam(self.decode),
         )
 
     def _prompts(self, params: DecodeParams, rows: PromptBatch) -> dict[str, Any]:
-        """The prompts as both ways of decoding begin with them."""
+        """Read the prompts: return the arguments that `init_decode` and `beam_search` share."""
         inputs, lengths, _ = rows
         index, last = jnp.arange(len(lengths)), jnp.maximum(lengths - 1, 0)
         seen = None
@@ -278,10 +270,10 @@ class Generator:
         size: int,
         prefix_len: Int[Array, " B"],
     ) -> Any:
-        """A cache of `size` positions with all tokens of each row but the last.
+        """Return a cache of `size` positions with all tokens of each row but the last.
 
         It is filled chunk by chunk, so that attention needs memory for chunk x length pairs. The
-        last chunk may begin with tokens that were read before; each is remembered once.
+        last chunk may begin with tokens that were read before; the cache remembers each once.
         """
         length = inputs.shape[1]
         # A token that sees the whole prompt cannot be read before the rest of it.

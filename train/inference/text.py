@@ -1,4 +1,4 @@
-"""The text of tokens that arrive one after the other."""
+"""Text from tokens that arrive one after the other."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,10 @@ from heedful.data.tokenizer import Tokenizer
 
 
 class Text:
-    """The text of tokens that arrive one after the other, as far as it is certain.
+    """The part that is certain of a text whose tokens arrive one after the other.
 
-    The tokens of a character that is not complete wait for the rest of it, and what may be the
-    beginning of a stop string waits until it is not; the text ends before a stop string.
+    The tokens of an incomplete character wait for the rest of the character. Text that may be the
+    beginning of a stop string waits until it is none. The text ends before a stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray, stop: Sequence[str]):
@@ -23,7 +23,7 @@ class Text:
         self._waiting = ""
 
     def read(self, tokens: np.ndarray) -> str:
-        """What the tokens, all that are written so far, add to the text."""
+        """Return what the text gains, given all tokens so far."""
         certain = ""
         for token in tokens[self._count :].tolist():
             if self.ended:
@@ -33,7 +33,7 @@ class Text:
         return certain
 
     def rest(self) -> str:
-        """What waited for a stop string that has not come."""
+        """Return the text that waited for a stop string that has not come."""
         waiting, self._waiting = self._waiting, ""
         return waiting
 
@@ -60,6 +60,6 @@ class Text:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are the beginning of `stop`."""
+    """Return how many characters at the end of `text` are the beginning of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""From sentences to sentences: encode once, decode on the device, one line out per line in."""
+"""Translate sentences: encode once, decode on the device, one line out per line in."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -14,17 +14,18 @@ from heedful.data.tokenizer import Tokenizer
 from heedful.model.config import ModelConfig, ModelError
 from heedful.model.decoding.beam_search import beam_search
 from heedful.model.decoding.parameters import DecodeParams, prepare
-from heedful.model.decoding.sampling import Decoded, Sampling, sample
+from heedful.model.decoding.sampling import Decoded, sample
 from heedful.train.config import DecodeConfig, TrainError, require_tokens
+from heedful.train.inference import rules
 from heedful.train.inference.batching import PromptBatch, batches, require_length
 from heedful.train.sharding import replicated
 
 
 class Translator:
-    """Translates with one set of parameters, sorted by length and batched, order kept.
+    """A translator with the parameters of one model.
 
-    `longest` says how long the texts of its training were; `tell` is called with what a user should
-    know of a text.
+    Texts are sorted by length and batched; the translations keep the order of the texts. `longest`
+    is the length of the longest texts in its training, in tokens. `tell` is called with warnings.
     """
 
     def __init__(
@@ -55,10 +56,10 @@ class Translator:
         self._run = jax.jit(self._translate, out_shardings=replicated(mesh))
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
-        """The translation of each text; of a blank one, a blank one.
+        """Return the translation of each text; a blank text gives a blank one.
 
-        Raises TrainError, naming the line, when a text is longer than the model's positions, or has
-        more tokens than decode.batch_tokens.
+        Raises TrainError, naming the line, for a text with more tokens than the model has positions
+        for, or than decode.batch_tokens.
         """
         special = self.decode.special_tokens
         encoded = self.tokenizer.encode_batch(texts, special_tokens=special)
@@ -81,7 +82,7 @@ class Translator:
         return results
 
     def tokens(self, sources: Mapping[int, np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields (number of a source, the tokens of its translation), end included, by length."""
+        """Yield (number of a source, tokens of its translation, the end included), by length."""
         longest = longest_source(self.model, self.decode)
         for numbers, rows in batches(sources, self.decode, self.mesh, longest):
             with jax.set_mesh(self.mesh):
@@ -90,7 +91,7 @@ class Translator:
                 yield i, tokens[row, : lengths[row]]
 
     def _translate(self, params: DecodeParams, rows: PromptBatch) -> Decoded:
-        """Sources, of length 0 for an empty row, to tokens [B, T]."""
+        """Translate sources; a row of length 0 is empty and stays so."""
         config = self.decode
         inputs, lengths, lines = rows
         batch, length = inputs.shape
@@ -122,25 +123,13 @@ class Translator:
         if config.repetition_penalty != 1:
             common["seen"] = jnp.zeros((batch, self.model.vocab_size or 0), bool)
         if config.beam > 1:
-            return beam_search(
-                step,
-                last,
-                cache,
-                width=config.beam,
-                exponent=config.length_penalty,
-                offset=config.length_penalty_offset,
-                early_stopping=config.early_stopping,
-                repetition_penalty=config.repetition_penalty,
-                never=config.never,
-                **common,
-            )
+            return beam_search(step, last, cache, **common, **rules.beam(config))
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(self.seed), i))(lines)
-        sampling = Sampling(**{name: getattr(config, name) for name in Sampling._fields})
-        return sample(step, last, cache, sampling=sampling, keys=keys, **common)
+        return sample(step, last, cache, sampling=rules.sampling(config), keys=keys, **common)
 
 
 def longest_source(model: ModelConfig, decode: DecodeConfig) -> int | None:
-    """Most source tokens, where positions are learned: the output needs room there too."""
+    """Return the most source tokens where positions are learned, for the output needs room, too."""
     if model.positions.kind != "learned":
         return None
     return model.positions.max_length - decode.extra_length
@@ -149,9 +138,9 @@ def longest_source(model: ModelConfig, decode: DecodeConfig) -> int | None:
 def require_positions(
     model: ModelConfig, decode: DecodeConfig, sizes: Sequence[int], what: str = "sentences"
 ) -> None:
-    """Raises TrainError, naming the line, where a source is longer than the model's positions.
+    """Raise TrainError, naming the line, for a source that is too long.
 
-    Or than decode.batch_tokens.
+    The limits are the model's positions, and decode.batch_tokens.
     """
     for line, size in enumerate(sizes, 1):
         require_length(f"line {line} of the {what}", size, decode)
