@@ -1,6 +1,7 @@
-"""What is between the two matrices of a feed-forward layer, or at its gate.
+"""Activations of the feed-forward layer.
 
-Both forms of gelu are computed in float32, whatever the type of x: 1 + erf is coarse near 0.
+Both forms of gelu are computed in float32, whatever the type of x: 1 + erf is coarse near 0 in
+bfloat16.
 """
 
 import math
@@ -14,9 +15,9 @@ from jaxtyping import Array, Float
 
 @jax.custom_vjp
 def gelu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """x Phi(x), Phi the normal distribution (arXiv:1606.08415 §2).
+    """Return x Phi(x), Phi the normal distribution (arXiv:1606.08415 §2).
 
-    It keeps x alone for its derivative, and takes `erf`, which is faster than flax's `erfc`.
+    The derivative keeps x alone. `erf` is faster than flax's `erfc`.
     """
     y = x.astype(jnp.float32)
     return (y * _normal_cdf(y)).astype(x.dtype)
@@ -38,7 +39,7 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 @jax.custom_vjp
 def gelu_tanh(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """GPT-2's approximation of gelu (arXiv:1606.08415 §2), which keeps x alone as well."""
+    """Return GPT-2's approximation of gelu (arXiv:1606.08415 §2); its derivative keeps x alone."""
     y = x.astype(jnp.float32)
     return (0.5 * y * (1 + jnp.tanh(_inner(y)))).astype(x.dtype)
 

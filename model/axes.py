@@ -76,7 +76,7 @@ def shards(name: str) -> int:
 def target_platform() -> str:
     """Return "cpu", "gpu" or "tpu": the platform of the mesh in force, or the default one.
 
-    A mesh may be of devices that are not there, for which only a compiler is.
+    The devices of a mesh may be absent, when a program is only compiled for them.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform

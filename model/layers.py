@@ -37,10 +37,10 @@ def normalise(
     centred: bool,
     epsilon: float,
 ) -> Float[Array, "B T D"]:
-    """scale (x - mean) / deviation + bias, in float32; the mean is 0 unless `centred`.
+    """Return scale (x - mean) / deviation + bias, in float32; the mean is 0 unless `centred`.
 
-    For its derivative it keeps x and two numbers of each row; derived automatically it would keep
-    what it computes on the way as well, three times the size of x.
+    The derivative keeps x and two numbers of each row; derived automatically it would keep
+    intermediate results too, of three times the size of x.
     """
     return _normalise_forward(x, scale, bias, centred, epsilon)[0]
 
@@ -89,7 +89,7 @@ class Norm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """activation(x W1) W2, or (activation(x W_gate) * x W1) W2 if gated."""
+    """Two linear maps, activation(x W1) W2, or if gated (activation(x W_gate) * x W1) W2."""
 
     config: ModelConfig
 
@@ -112,7 +112,8 @@ class FeedForward(nn.Module):
 
 
 def residual_gain(config: ModelConfig) -> float:
-    """Gain of a sublayer's last matrix: the residual sum grows with the layers (GPT-2 §2.3)."""
+    """Return the initial gain of a sublayer's last matrix: the residual sum grows with the layers
+    (GPT-2 §2.3)."""
     return (2 * config.layers) ** -0.5 if config.init == "scaled_normal" else 1.0
 
 
@@ -141,5 +142,5 @@ class Embedding(nn.Module):
         return x * math.sqrt(self.config.width) if self.config.scale_embeddings else x
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Return the products with all rows of the matrix, in float32."""
+        """Return logits in float32: products with each row of the matrix."""
         return tied_logits(x, jnp.asarray(self.table, x.dtype))

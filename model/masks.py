@@ -1,4 +1,4 @@
-"""Who may look at whom: one value that every attention core obeys.
+"""Attention masks: one value says which queries may look at which keys, to every core.
 
 An `AttentionMask` holds static facts and arrays of one entry per token, O(B * T) memory in all. Its
 meaning is the single predicate `tile`. Masks are combined with `&` only, so adding a mask can only
@@ -50,16 +50,16 @@ class AttentionMask:
     """Position of query row 0, for decoding with a cache; None: 0."""
 
     def at(self, offset: jax.Array | int) -> "AttentionMask":
-        """The same mask for queries whose first row stands at position `offset` ([] or [B])."""
+        """Return the mask for queries whose first row stands at position `offset` ([] or [B])."""
         return self.replace(q_offset=jnp.asarray(offset))  # type: ignore[attr-defined]
 
     @property
     def is_full(self) -> bool:
-        """Whether every pair is allowed."""
+        """True where every pair is allowed."""
         return not self.causal and self.window is None and self.q_segment_ids is None
 
     def tile(self, q_index: Int[Array, " t"], kv_index: Int[Array, " s"]) -> Bool[Array, "b n t s"]:
-        """Which of these query rows may look at which of these keys.
+        """Return True for each pair of these query rows and keys that is allowed.
 
         b is B, or 1 if all rows agree; n is the number of query heads, or 1 if all heads agree.
         `q_index` counts rows of the query array (`q_offset` is added here), `kv_index` positions.
@@ -97,10 +97,11 @@ class AttentionMask:
     def blocks(
         self, q_length: int, kv_length: int, q_size: int, kv_size: int
     ) -> tuple[Bool[Array, "b i j"], Bool[Array, "c i j"]]:
-        """Which blocks of `q_size` queries and `kv_size` keys hold an allowed pair, and no other.
+        """Return for blocks of `q_size` queries and `kv_size` keys if they hold an allowed pair,
+        and if they hold no other.
 
-        Of the first, False is certain: such a block need not be computed. Of the second, True is
-        certain: such a block needs no mask. The last blocks may be shorter. b and c are B, or 1
+        False in the first array is certain: such a block need not be computed. True in the second
+        is certain: such a block needs no mask. The last blocks may be shorter. b and c are B, or 1
         if all rows agree.
         """
         self.require_lengths(q_length, kv_length)
@@ -143,13 +144,13 @@ class AttentionMask:
         return some, every
 
     def has_one_segment(self) -> Bool[Array, " B"]:
-        """Which rows hold one segment and padding; of a mask that has segments."""
+        """Return True for rows of one segment and padding; the mask must have segments."""
         assert self.q_segment_ids is not None and self.kv_segment_ids is not None
         ids = jnp.concatenate([self.q_segment_ids, self.kv_segment_ids], 1)
         return jnp.all((ids == 0) | (ids == jnp.max(ids, 1, keepdims=True)), 1)
 
     def require_lengths(self, q_length: int, kv_length: int) -> None:
-        """Raises ValueError where the mask was made for other lengths."""
+        """Raise ValueError where the mask was made for other lengths."""
         for name, length in (("q", q_length), ("kv", kv_length)):
             ids = getattr(self, f"{name}_segment_ids")
             # Indexing would repeat the last entry for those that are missing.
@@ -159,7 +160,7 @@ class AttentionMask:
                 )
 
     def to_bool(self, q_length: int, kv_length: int) -> Bool[Array, "b n T S"]:
-        """The whole mask as an array, as in `tile`: for pictures, tests and dense attention.
+        """Return the whole mask as an array: for pictures, tests and dense attention.
 
         Raises ValueError where the mask was made for other lengths.
         """
@@ -167,7 +168,7 @@ class AttentionMask:
         return self.tile(jnp.arange(q_length), jnp.arange(kv_length))
 
     def __and__(self, other: "AttentionMask") -> "AttentionMask":
-        """Pairs that both masks allow.
+        """Return the mask of the pairs that both masks allow.
 
         Raises ValueError where the result is not an AttentionMask: global tokens or a dilation
         against another window, and queries at two different positions.
@@ -182,33 +183,33 @@ class AttentionMask:
 
 
 def full() -> AttentionMask:
-    """Everyone looks at everyone."""
+    """Allow all pairs."""
     return AttentionMask()
 
 
 def causal() -> AttentionMask:
-    """Nobody looks at what comes later."""
+    """Allow keys up to the query."""
     return AttentionMask(causal=True)
 
 
 def prefix(lengths: Int[Array, " B"]) -> AttentionMask:
-    """Causal, but the first `lengths` positions are visible to all (arXiv:1910.10683 §3.2.1)."""
+    """Allow keys up to the query, and the first `lengths` positions (arXiv:1910.10683 §3.2.1)."""
     return AttentionMask(causal=True, prefix_len=_counts("prefix lengths", lengths))
 
 
 def padding(lengths: Int[Array, " B"], length: int) -> AttentionMask:
-    """Rows of `length` tokens of which the first `lengths` are real and the rest padding."""
+    """Allow the first `lengths` tokens of rows of `length`; the others are padding."""
     lengths = _counts("padding lengths", lengths)
     return packed((jnp.arange(length)[None] < lengths[:, None]).astype(jnp.int32))
 
 
 def packed(segment_ids: Int[Array, "B T"]) -> AttentionMask:
-    """Several documents in a row: a token looks at its own document only; id 0 is padding."""
+    """Allow keys of the query's own document, of several in a row; id 0 is padding."""
     return cross(segment_ids, segment_ids)
 
 
 def cross(q_segments: Int[Array, "B T"], kv_segments: Int[Array, "B S"]) -> AttentionMask:
-    """Queries and keys from two sequences: only equal segment ids meet; id 0 is padding."""
+    """Allow keys of equal segment ids, for queries and keys of two sequences; id 0 is padding."""
     q_segments, kv_segments = jnp.asarray(q_segments), jnp.asarray(kv_segments)
     if q_segments.ndim != 2 or kv_segments.ndim != 2:
         raise ValueError(
@@ -221,7 +222,7 @@ def cross(q_segments: Int[Array, "B T"], kv_segments: Int[Array, "B S"]) -> Atte
 def sliding(
     left: int | None, right: int | None, dilation: Sequence[int] | None = None
 ) -> AttentionMask:
-    """At most `left` positions back and `right` ahead, self not counted; None for no limit.
+    """Allow at most `left` positions back and `right` ahead, self not counted; None: no limit.
 
     `dilation` has a step for each query head: with d, every d-th position (arXiv:2004.05150 §3.1).
     """
@@ -237,7 +238,7 @@ def sliding(
 def longformer(
     window: int, global_index: Int[Array, "B g"], dilation: Sequence[int] | None = None
 ) -> AttentionMask:
-    """`window` positions to each side; global tokens see and are seen by all (arXiv:2004.05150).
+    """Allow `window` positions to each side, and all pairs with a global token (arXiv:2004.05150).
 
     `global_index` holds their positions, filled up with -1.
     """
@@ -252,7 +253,7 @@ def longformer(
 
 
 def all_of(masks: Sequence[AttentionMask]) -> AttentionMask:
-    """The conjunction of several masks."""
+    """Return the mask of the pairs that all masks allow."""
     result = full()
     for mask in masks:
         result = result & mask
@@ -327,18 +328,18 @@ def _both_offsets(a: AttentionMask, b: AttentionMask) -> jax.Array | None:
 
 
 def _range_of_ids(ids: Int[Array, "B T"], size: int) -> tuple[jax.Array, jax.Array]:
-    """Lowest and highest id in each block [B, blocks], padding not counted; (max, 0) if none."""
+    """Return lowest and highest id in each block [B, blocks] without padding; (max, 0) if none."""
     blocks, most = _blocks_of(ids, size), jnp.iinfo(ids.dtype).max
     return jnp.min(jnp.where(blocks == 0, most, blocks), -1), jnp.max(blocks, -1)
 
 
 def _only_id(ids: Int[Array, "B T"], size: int) -> jax.Array:
-    """The id that a whole block [B, blocks] has, or 0."""
+    """Return the id that a whole block [B, blocks] has, or 0."""
     blocks = _blocks_of(ids, size)
     return jnp.where((blocks == blocks[..., :1]).all(-1), blocks[..., 0], 0)
 
 
 def _blocks_of(ids: Int[Array, "B T"], size: int) -> Int[Array, "B i C"]:
-    """Filled up with padding."""
+    """Cut ids into blocks, the last one filled up with padding."""
     filled = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % size)))
     return filled.reshape(ids.shape[0], -1, size)

@@ -5,7 +5,7 @@ import jax
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from heedful.model.attention import CORES, AttentionCall, Cache, Core, CoreSpec, choose_here
+from heedful.model.attention import AttentionCall, Cache, Core, CoreSpec, spec_here
 from heedful.model.attention.dense import attention_weights, dense
 from heedful.model.attention.projections import (
     global_call,
@@ -108,14 +108,14 @@ class MultiHeadAttention(nn.Module):
         self, q: jax.Array, k: jax.Array, cache: Cache | None, shared: StackContext
     ) -> tuple[CoreSpec, Core]:
         """Return the core of this site for these lengths."""
-        name, length = self.config.attention.core_of(self.site), k.shape[1]
+        length = k.shape[1]
         if cache is not None and self.site != "cross":
             length = cache.keys(length)
-        name = choose_here(name, length, q.shape[1])
-        core = CORES[name].make(self.config, shared.core_params)
+        spec = spec_here(self.config.attention.core_of(self.site), length, q.shape[1])
+        core = spec.make(self.config, shared.core_params)
         if self.is_initializing() and not isinstance(core, nn.Module):
             core = dense  # it has no parameters, and may need a mesh or a device that is not there
-        return CORES[name], core
+        return spec, core
 
     def _attend(
         self,

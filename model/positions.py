@@ -1,4 +1,4 @@
-"""Position signals: what tells the model in which order its tokens stand.
+"""Position signals: they tell the model the order of its tokens.
 
 Vectors added to the embeddings (sinusoidal, learned), rotations of queries and keys (rotary), or
 a bias on the scores that depends on the distance (ALiBi, T5's relative bias).
@@ -19,7 +19,7 @@ SPAN = 1024  # Rows in a table of sinusoids.
 
 
 def sinusoidal(positions: Int[Array, "b T"], width: int) -> Float[Array, "b T D"]:
-    """sin(p / 10000^(2i/D)) in the first half of the features, cos in the second.
+    """Return sin(p / 10000^(2i/D)) in the first half of the features, cos in the second.
 
     arXiv:1706.03762 §3.5 interleaves the two; halves, as in the authors' code, differ from that by
     a fixed permutation of features. Angles in float32 are off by 6e-5 at position 1,000, so rows of
@@ -34,13 +34,13 @@ def sinusoidal(positions: Int[Array, "b T"], width: int) -> Float[Array, "b T D"
 
 
 def sinusoids(positions: np.ndarray, width: int) -> np.ndarray:
-    """The vectors of `sinusoidal` for these positions, made in float64, float32 [T, D]."""
+    """Compute the vectors of `sinusoidal` in float64; return them as float32 [T, D]."""
     angles = positions[:, None] / 10_000.0 ** (np.arange(0, width, 2) / width)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)
 
 
 def lookup(table: Float[Array, "V D"], ids: Int[Array, "*b"]) -> Float[Array, "*b D"]:
-    """Rows of a table; NaN for an id that has none, which is not known while tracing."""
+    """Return rows of a table; NaN for an id without a row, which is not known while tracing."""
     return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
@@ -78,7 +78,7 @@ class Rotation:
     sin: Float[Array, "b T h"]
 
     def __call__(self, x: Float[Array, "B T n H"]) -> Float[Array, "B T n H"]:
-        """Turns the pairs (i, i + H/2) of each head, in float32 (arXiv:2104.09864 §3.2.2).
+        """Turn the pairs (i, i + H/2) of each head, in float32 (arXiv:2104.09864 §3.2.2).
 
         The paper pairs neighbours; halves differ from that by a fixed permutation of features.
         """
@@ -89,13 +89,13 @@ class Rotation:
 
 
 def rotation(positions: Int[Array, "b T"], head_dim: int, config: RotaryConfig) -> Rotation:
-    """The rotation of each position."""
+    """Return the rotation of each position."""
     angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(head_dim, config)
     return Rotation(cos=jnp.cos(angles), sin=jnp.sin(angles))
 
 
 def rotary_frequencies(head_dim: int, config: RotaryConfig) -> np.ndarray:
-    """base^(-2i/H), float32 [H/2], scaled for longer inputs as `config` says.
+    """Return base^(-2i/H), float32 [H/2], scaled for longer inputs as `config` says.
 
     Powers in float32 would be off in their last bit, and angles by that times the position.
     """
@@ -118,9 +118,9 @@ def rotary_frequencies(head_dim: int, config: RotaryConfig) -> np.ndarray:
 
 @struct.dataclass
 class PositionBias:
-    """What is added to the score of a query and a key, by head and distance.
+    """The bias of the score of a query and a key, by head and distance.
 
-    Like a mask it is a predicate over rows and columns, of which a core asks for the tile it needs.
+    Like a mask it is a function of rows and columns; a core asks for the tile that it needs.
     Distances count rows of one sequence: inside a packed document they are those of the document.
     """
 
@@ -128,14 +128,14 @@ class PositionBias:
     """ALiBi: slopes [N]; relative: a table [buckets, N]."""
     bidirectional: bool = struct.field(pytree_node=False, default=False)
     max_distance: int | None = struct.field(pytree_node=False, default=None)
-    """Of a relative bias; None: ALiBi."""
+    """Distance from which a relative bias is constant; None: ALiBi."""
     q_offset: Int[Array, ""] | Int[Array, " B"] | None = None
     """Position of query row 0, as in AttentionMask."""
 
     def tile(
         self, q_index: Int[Array, " t"], kv_index: Int[Array, " s"]
     ) -> Float[Array, "b N t s"]:
-        """The bias of these query rows and keys; b is B, or 1 if all rows agree."""
+        """Return the bias of these query rows and keys; b is B, or 1 if all rows agree."""
         rows = q_index[None, :, None]
         if self.q_offset is not None:
             rows = rows + jnp.reshape(self.q_offset, (-1, 1, 1))
@@ -149,10 +149,10 @@ class PositionBias:
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
-    """A geometric sequence from 2^(-8/N), [N] (arXiv:2108.12409 §3).
+    """Return the slopes [N], a geometric sequence from 2^(-8/N) (arXiv:2108.12409 §3).
 
-    For N that is no power of two: those of the power below, then every second of the power above,
-    as the authors do.
+    If N is no power of two, they are the slopes of the power below, then every second slope of the
+    power above, as in the authors' code.
     """
     power = 2 ** math.floor(math.log2(heads))
     slopes = 2.0 ** (-8.0 * np.arange(1, power + 1) / power)
@@ -163,7 +163,7 @@ def alibi_slopes(heads: int) -> np.ndarray:
 def relative_buckets(
     distance: Int[Array, "*d"], buckets: int, max_distance: int, bidirectional: bool
 ) -> Int[Array, "*d"]:
-    """Bucket of each distance (key minus query): near ones exactly, then by logarithm.
+    """Return the bucket of each distance (key minus query): near ones exactly, then by logarithm.
 
     arXiv:1910.10683 §2.1. If bidirectional half of the buckets are for keys that come later;
     otherwise those share the bucket of distance 0.

@@ -323,7 +323,7 @@ def test_weights_with_a_cache_are_refused():
 def test_auto_chooses_by_the_keys_of_the_cache(window: int | None, expected: int, monkeypatch):
     chosen = []
     spy = lambda *given: chosen.append(given) or ("dense", "")  # noqa: E731
-    monkeypatch.setattr("heedful.model.multi_head_attention.choose", spy)
+    monkeypatch.setattr("heedful.model.attention.choose", spy)
     config = tiny("decoder_only", attention_window=window)
     x, mask = jnp.float32(random(B, 2, WIDTH)), decoder_mask(config, None, offset=0)
     module = MultiHeadAttention(config)

@@ -43,7 +43,6 @@ from heedful.train.audit.report import audit_before_training
 from heedful.train.audit.subject import Subject, with_core
 from heedful.train.config import TrainError
 
-# The package has a function of the same name.
 DENSE = importlib.import_module("heedful.model.attention.dense")
 LM = DataConfig(source="shakespeare", objective="causal_lm")
 PREFIX = dataclasses.replace(LM, objective="prefix_lm")

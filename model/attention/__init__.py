@@ -18,8 +18,8 @@ from heedful.model.axes import shards, target_platform
 from heedful.model.config import AttentionSite, ModelConfig, ModelError
 
 __all__ = [
-    "CORES", "FEATURES", "AttentionCall", "Cache", "Core", "CoreSpec", "choose", "choose_here",
-    "redraw_steps", "saves_memory", "spec_of", "specs",
+    "CORES", "FEATURES", "AttentionCall", "Cache", "Core", "CoreSpec", "choose", "redraw_steps",
+    "saves_memory", "spec_here", "spec_of", "specs",
 ]  # fmt: skip
 
 CORES: dict[str, CoreSpec] = {
@@ -57,6 +57,12 @@ def redraw_steps(config: ModelConfig) -> int | None:
     return min((steps for steps in asked if steps is not None), default=None)
 
 
+def spec_here(core: str, length: int, queries: int) -> CoreSpec:
+    """Return the spec of the core that `choose` names for the platform and the mesh in force."""
+    name, _ = choose(core, target_platform(), length, queries, shards("act_length"))
+    return CORES[name]
+
+
 def saves_memory(platform: str, shards: int) -> str:
     """Return the core to choose where a quadratic one runs out of memory."""
     return next(
@@ -86,8 +92,3 @@ def choose(
     if shards > 1:
         return "dense", f"exact, and takes what the mesh splits over {shards} devices"
     return "dense", f"exact, and runs every mask on {platform}"
-
-
-def choose_here(core: str, length: int, queries: int) -> str:
-    """Return the name of the core for the platform and the mesh for which a program is traced."""
-    return choose(core, target_platform(), length, queries, shards("act_length"))[0]

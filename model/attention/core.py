@@ -87,19 +87,19 @@ class CoreSpec:
 
     # What it computes.
     is_exact: bool = True
-    """Whether it computes softmax attention, as reference.py does."""
+    """True: it computes softmax attention, as reference.py does; False: an approximation."""
     has_weights: bool = True
-    """Whether attention weights explain its output."""
+    """True: its output is the mean of the values by attention weights, which can be shown."""
     refusal: Callable[[AttentionCall], str | None] = lambda call: None
-    """Why it cannot express the mask, the bias or the dropout of a call; None: it can."""
+    """Reason why it cannot express the mask, bias or dropout of a call; None: it can."""
     one_document_at: tuple[AttentionSite, ...] = ()
     """Sites at which it cannot tell the documents of a packed row apart: such a row becomes NaN."""
 
     # Where it runs.
     platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
-    """The first one is the one that it is made for."""
+    """Platforms that can run it; it is made for the first."""
     length: Literal["any", "whole", "split"] = "any"
-    """Whether the mesh may or must split the sequence."""
+    """The mesh may split the sequence (any), must not (whole), or must (split)."""
     head_sizes: range | None = None
     """Sizes H of a head; None: all."""
     dtypes: tuple[str, ...] = ()
@@ -110,7 +110,7 @@ class CoreSpec:
     """{platform: length from which it is faster than dense, forward and backward}: auto takes it
     from there on."""
     is_quadratic: bool = False
-    """Whether its memory grows with the square of the length."""
+    """True: its memory grows with the square of the length."""
     saves_memory_on: tuple[str, ...] = ()
     """Platforms on which it is the first choice where a quadratic core runs out of memory."""
     keys: Callable[[ModelConfig], int] | None = None
@@ -136,7 +136,7 @@ class CoreSpec:
 
     @property
     def is_here(self) -> bool:
-        """Whether the platform and the mesh in force can run it."""
+        """True where the platform and the mesh in force can run it."""
         return target_platform() in self.platforms and self._fits_mesh
 
     @property

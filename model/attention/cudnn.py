@@ -22,7 +22,7 @@ def cudnn(call: AttentionCall) -> Float[Array, "B T N H"]:
 
 
 def refusal(call: AttentionCall) -> str | None:
-    """Why the mask is none of cuDNN's."""
+    """Return the reason why cuDNN cannot express the mask; None: it can."""
     reason = band_refusal(call)
     if reason is not None:
         return reason
@@ -71,7 +71,7 @@ def attend(call: AttentionCall, implementation: str) -> Float[Array, "B T N H"]:
 
 
 def _is_one_segment(q_ids: Int[Array, "B T"], kv_ids: Int[Array, "B S"]) -> Bool[Array, " B"]:
-    """Where all that is real has one id, and padding comes after it."""
+    """Return True for rows in which all tokens have one id, and padding comes after them."""
     one = cross(q_ids, kv_ids).has_one_segment()
     for ids in (q_ids, kv_ids):
         one &= jnp.all((ids[:, :-1] != 0) | (ids[:, 1:] == 0), axis=1)

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention that computes every pair: the reference for all other cores."""
+"""Scaled dot-product attention that computes every pair of a query and a key."""
 
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ def dense(call: AttentionCall) -> Float[Array, "B T N H"]:
 def pairs_of(
     mask: AttentionMask, bias: PositionBias | None, q_length: int, kv_length: int
 ) -> tuple[Bool[Array, "b n T S"] | None, Float[Array, "c N T S"] | None]:
-    """What each query may look at, None: everything; and the bias of each score, None: 0."""
+    """Return the pairs that are allowed, None: all; and the bias of each score, None: 0."""
     allowed = None if mask.is_full else mask.to_bool(q_length, kv_length)
     added = None if bias is None else bias.tile(jnp.arange(q_length), jnp.arange(kv_length))
     return allowed, added
@@ -60,7 +60,7 @@ def _scores(
     allowed: Bool[Array, "b n T S"] | None,
     bias: Float[Array, "c N T S"] | None,
 ) -> tuple[Float[Array, "B K R S"], Bool[Array, "b k R S"] | None]:
-    """What goes into the softmax, in float32, and where it counts; None: everywhere.
+    """Return attention scores in float32, and the pairs that count; None: all.
 
     The R rows of a key/value head are its G query heads' T queries, one head after the other.
     """
@@ -83,7 +83,7 @@ def _scores(
 
 @jax.custom_vjp
 def _products(q: Float[Array, "B K R H"], k: Float[Array, "B K S H"]) -> Float[Array, "B K R S"]:
-    """Scalar products in float32, whose derivatives sum over queries by `_over_queries`."""
+    """Compute scalar products in float32; their derivatives sum over queries by `_over_queries`."""
     return _products_forward(q, k)[0]
 
 
@@ -103,7 +103,7 @@ _products.defvjp(_products_forward, _products_backward)
 def _over_queries(
     pairs: Float[Array, "B K R S"], queries: Float[Array, "B K R H"]
 ) -> Float[Array, "B K S H"]:
-    """A sum over R with the larger factor second: a CPU would turn it around if it were first."""
+    """Sum over R with the larger factor second: a CPU would transpose it if it were first."""
     return jnp.swapaxes(jnp.einsum("BKRH,BKRS->BKHS", queries, pairs), 2, 3)
 
 
@@ -115,7 +115,7 @@ def _average(
     kept: Bool[Array, "B K R S"] | None,
     v: Float[Array, "B K S H"],
 ) -> Float[Array, "B K R H"]:
-    """`v` weighted by the softmax of scores, of whose weights some are dropped.
+    """Average `v` by the softmax of the scores, some of whose weights are dropped.
 
     The derivative of the softmax takes its sum over all keys from the result, which has H numbers
     a query in place of S (arXiv:2205.14135 appendix B.2).
@@ -150,9 +150,9 @@ def _dropped(weights: jax.Array, kept: jax.Array | None, rate: float) -> jax.Arr
 def masked_softmax(
     scores: Float[Array, "*b T S"], allowed: Bool[Array, "*#b T S"] | None
 ) -> Float[Array, "*b T S"]:
-    """Softmax over the allowed entries of the last axis; 0 for the others, and for an empty row.
+    """Compute the softmax over the allowed entries of the last axis.
 
-    `allowed` None: all.
+    The others, and all of a row without allowed entries, get 0. `allowed` None: all.
     """
     if allowed is None:
         return jax.nn.softmax(scores)

@@ -1,4 +1,4 @@
-"""Exact attention by blocks: what `dense` computes, in memory linear in the length.
+"""Exact attention by blocks, in memory linear in the length.
 
 Scores exist for one block of queries and one of keys at a time. Forward, each block of queries
 keeps the maximum and the sum of its softmax so far and rescales when the maximum grows
@@ -17,12 +17,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from heedful.model.attention.core import AttentionCall, CoreSpec
+from heedful.model.attention.online_softmax import OnlineSoftmax, bias_gradient, score_gradients
 from heedful.model.axes import shards, target_platform
 from heedful.model.masks import AttentionMask
 from heedful.model.ops.dropout import dropout_words, keep_at
 from heedful.model.positions import PositionBias
-
-LOWEST = jnp.finfo(jnp.float32).min
 
 # Queries and keys of a tile, for rows of less than 8,192 and of more. On a CPU all cores share a
 # product of 2**23 multiplications (these have as many with heads of 64), and larger products are
@@ -37,9 +36,9 @@ def flash(
 ) -> Float[Array, "B T N H"]:
     """Compute `dense` by tiles; dropout takes the same weights away.
 
-    Inputs of any type are computed with in float32. Memory: some copies of the arguments and a few
-    tiles [b, N, q_block, kv_block] of b rows at a time. The sizes, of which no more is used than
-    the lengths need, change rounding only. Can be differentiated once, in reverse. Raises
+    All is computed in float32, whatever the type of the inputs. Memory: some copies of the inputs
+    and a few tiles [b, N, q_block, kv_block] of b rows at a time. The sizes of a tile, which are
+    cut to the lengths, change rounding only. Can be differentiated once, in reverse. Raises
     ModelError where the mesh splits the length: each device would gather and compute all of it.
     """
     SPEC.require(call)
@@ -71,7 +70,8 @@ def flash(
 
 
 def _in_turn(f: Callable, held: int, name: str, axis: int, *arrays: jax.Array) -> jax.Array:
-    """f(*arrays), along this axis for at most `held` (at least one) of each device at a time."""
+    """Compute f(*arrays), along this axis for at most `held` (at least one) of each device at a
+    time."""
     size, devices = arrays[0].shape[axis], shards(name)
     if size % devices:
         return f(*arrays)
@@ -92,7 +92,7 @@ def _in_turn(f: Callable, held: int, name: str, axis: int, *arrays: jax.Array) -
 
 
 class Part(NamedTuple):
-    """Which rows of the batch, and which key/value heads."""
+    """The rows of the batch and the key/value heads that are computed at a time."""
 
     rows: Int[Array, " b"]
     heads: Int[Array, " k"]
@@ -101,7 +101,7 @@ class Part(NamedTuple):
 def _of_part(
     tiles: "Tiles", part: Part, q, k, v, mask: AttentionMask, bias: PositionBias | None, key
 ) -> Float[Array, "b T k G H"]:
-    """Attention of a part, in float32."""
+    """Compute attention of a part, in float32."""
     q = _cut(q, tiles.q_block)
     out = _attend(
         tiles,
@@ -119,12 +119,12 @@ def _of_part(
 
 
 def _equal(length: int, most: int) -> int:
-    """Blocks of at most that size, nearly equal: little is padded."""
+    """Return the size of nearly equal blocks of at most `most`: little is padded."""
     return math.ceil(length / math.ceil(length / most))
 
 
 def _cut(x: Float[Array, "B T *heads H"], size: int) -> Float[Array, "i B *heads C H"]:
-    """Blocks of positions, the last one filled up with zeros."""
+    """Cut positions into blocks, the last one filled up with zeros."""
     x = jnp.pad(x, [(0, -x.shape[1] % size if axis == 1 else 0) for axis in range(x.ndim)])
     x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
     return jnp.moveaxis(x, (1, 2), (0, -2))
@@ -132,16 +132,16 @@ def _cut(x: Float[Array, "B T *heads H"], size: int) -> Float[Array, "i B *heads
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the scores are cut, and what is added to, taken from and multiplied with a tile."""
+    """The tiles of the attention scores: their places, masks, biases and dropout."""
 
     shape: tuple[int, int, int, int, int]
-    """Of all scores: B, K, G, T, S."""
+    """B, K, G, T, S of all scores."""
     q_block: int
     kv_block: int
     dropout_rate: float
 
     def visits(self, mask: AttentionMask, by_key: bool = False) -> "Visits":
-        """For each block of queries (or keys) which of the others to visit."""
+        """Return the blocks of keys to visit for each block of queries, or the reverse."""
         T, S = self.shape[3:]
         some, every = mask.blocks(T, S, self.q_block, self.kv_block)
         some, every = some.any(0), every.all(0)
@@ -153,21 +153,22 @@ class Tiles:
         return Visits(order, jnp.sum(rank == 0, axis=1), jnp.sum(rank < 2, axis=1))
 
     def indices(self, i, j) -> tuple[jax.Array, jax.Array]:
-        """Query rows and keys of a tile, which may lie beyond the end."""
+        """Return query rows and keys of a tile, which may lie beyond the end."""
         rows = i * self.q_block + jnp.arange(self.q_block)
         return rows, j * self.kv_block + jnp.arange(self.kv_block)
 
     def allowed(self, i, j, part: Part, mask: AttentionMask) -> jax.Array:
-        """Which pairs count; the mask is that of the part's rows."""
+        """Return the pairs of a tile that count; the mask is that of the part's rows."""
         rows, columns = self.indices(i, j)
         return self._by_group(mask.tile(rows, columns) & (columns < self.shape[4]), part)
 
     def bias(self, i, j, part: Part, bias: PositionBias, values: jax.Array) -> jax.Array:
+        """Return the bias of a tile, with these values."""
         tile = bias.replace(values=values).tile(*self.indices(i, j))  # type: ignore[attr-defined]
         return self._by_group(tile if len(tile) == 1 else tile[part.rows], part)
 
     def kept(self, i, j, part: Part, key: jax.Array) -> jax.Array:
-        """What dropout multiplies the weights of a tile with."""
+        """Return the factors by which dropout multiplies the weights of a tile."""
         B, K, G, T, S = self.shape
         rows, columns = self.indices(i, j)
         rows = (jnp.arange(G)[:, None] * T + rows).reshape(-1)
@@ -176,7 +177,7 @@ class Tiles:
         return jnp.where(stay, 1 / (1 - self.dropout_rate), 0.0)
 
     def _by_group(self, tile: jax.Array, part: Part) -> jax.Array:
-        """[b, N or 1, C, C] as [b, k or 1, G C, C]."""
+        """Reshape [b, N or 1, C, C] to [b, k or 1, G C, C]."""
         b, n, rows, columns = tile.shape
         G = self.shape[2]
         tile = tile.reshape(b, -1, G if n > 1 else 1, rows, columns)
@@ -192,7 +193,7 @@ class Visits(NamedTuple):
     count: Int[Array, " i"]
 
     def loop(self, step: Callable, state: Any) -> Any:
-        """step(other, state, is_whole) for each, where these are the visits of one block."""
+        """Run step(other, state, is_whole) for each, where these are the visits of one block."""
         for is_whole, first, last in ((True, 0, self.whole), (False, self.whole, self.count)):
             one = partial(lambda is_whole, n, state: step(self.order[n], state, is_whole), is_whole)
             state = jax.lax.fori_loop(first, last, one, state)
@@ -200,7 +201,7 @@ class Visits(NamedTuple):
 
 
 def _at(blocks: jax.Array, i: jax.Array) -> jax.Array:
-    """Block i in float32, in which all that is done with a tile is done."""
+    """Return block i in float32, the type of all computations."""
     return jax.lax.dynamic_index_in_dim(blocks, i, keepdims=False).astype(jnp.float32)
 
 
@@ -209,40 +210,32 @@ def _transpose(x: jax.Array) -> jax.Array:
 
 
 def _forward(tiles: Tiles, q, k, v, values, part: Part, mask: AttentionMask, bias, key):
-    """Output [i, B, K, R, H] and the logarithm of the softmax' sum [i, B, K, R]."""
+    """Return the output [i, B, K, R, H] and the logarithm of the softmax' sum [i, B, K, R]."""
 
     def row(row):
         i, q, visits = row
 
-        def step(j, state, is_whole):
-            out, highest, total = state
+        def step(j, softmax, is_whole):
             scores = jnp.einsum("BKRH,BKSH->BKRS", q, _at(k, j))
             if bias is not None:
                 scores += tiles.bias(i, j, part, bias, values)
             if not is_whole:
                 scores = jnp.where(tiles.allowed(i, j, part, mask), scores, -jnp.inf)
-            new_highest = jnp.maximum(highest, jnp.max(scores, axis=-1))
-            weights = jnp.exp(scores - new_highest[..., None])
-            shrink = jnp.exp(highest - new_highest)
-            total = total * shrink + jnp.sum(weights, axis=-1)
-            if key is not None:
-                weights *= tiles.kept(i, j, part, key)
-            added = jnp.einsum("BKRS,BKSH->BKRH", weights, _at(v, j))
-            return out * shrink[..., None] + added, new_highest, total
 
-        zeros = jnp.zeros(q.shape, jnp.float32)
-        # The lowest number and not -inf, whose difference from itself is no number.
-        start = zeros, jnp.full(q.shape[:-1], LOWEST), zeros[..., 0]
-        out, highest, total = visits.loop(step, start)
-        # Rows that see nothing: 0 here, and exp(-inf) as weights backward.
-        out = out / jnp.where(total > 0, total, 1.0)[..., None]
-        return out, jnp.where(total > 0, highest + jnp.log(total), jnp.inf)
+            def weigh(weights):
+                if key is not None:
+                    weights *= tiles.kept(i, j, part, key)
+                return jnp.einsum("BKRS,BKSH->BKRH", weights, _at(v, j))
+
+            return softmax.add(scores, weigh)
+
+        return visits.loop(step, OnlineSoftmax.start(q.shape)).finish()
 
     return jax.lax.map(row, (jnp.arange(len(q)), q, tiles.visits(mask)))
 
 
 def _backward(tiles: Tiles, saved, g):
-    """Tiles lie here with keys first, in which four of five products need no transposed copy."""
+    """Compute gradients by tiles with keys first: four of five products need no transposed copy."""
     q, k, v, out, lse, values, part, mask, bias, key = saved
     delta = jnp.sum(g * out, axis=-1)
     q_blocks, g_blocks = q, g
@@ -262,18 +255,12 @@ def _backward(tiles: Tiles, saved, g):
             if not is_whole:
                 weights = jnp.where(_transpose(tiles.allowed(i, j, part, mask)), weights, 0.0)
             dweights = jnp.einsum("BKSH,BKRH->BKSR", v, g)
-            used = weights
-            if key is not None:
-                kept = _transpose(tiles.kept(i, j, part, key))
-                used, dweights = weights * kept, dweights * kept
+            kept = None if key is None else _transpose(tiles.kept(i, j, part, key))
+            used, dscores = score_gradients(weights, dweights, _at(delta, i)[..., None, :], kept)
             dv += jnp.einsum("BKSR,BKRH->BKSH", used, g)
-            dscores = weights * (dweights - _at(delta, i)[..., None, :])
             if bias is not None:
-                tile, pull = jax.vjp(lambda x: tiles.bias(i, j, part, bias, x), values)
-                given = _transpose(dscores)
-                if tile.shape[0] == 1:
-                    given = jnp.sum(given, axis=0, keepdims=True)
-                dvalues += pull(given.astype(tile.dtype))[0]
+                tile = partial(tiles.bias, i, j, part, bias)
+                dvalues += bias_gradient(tile, values, _transpose(dscores))
             dk += jnp.einsum("BKSR,BKRH->BKSH", dscores, q)
             added = _at(dqT, i) + jnp.einsum("BKHS,BKSR->BKHR", kT, dscores)
             dqT = jax.lax.dynamic_update_index_in_dim(dqT, added, i, axis=0)

@@ -32,7 +32,7 @@ def band(mask: AttentionMask) -> Window:
 
 
 def band_refusal(call: AttentionCall) -> str | None:
-    """Why a band and segments are not all that the call asks for; None: they are."""
+    """Return the reason why the call asks for more than a band and segments; None: it does not."""
     mask = call.mask
     reasons = {
         "its scores take no bias by position (ALiBi, T5)": call.bias is not None,

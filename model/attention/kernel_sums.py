@@ -1,4 +1,4 @@
-"""Sums over keys by their features: all that a query needs of its keys, chunk by chunk.
+"""Sums over keys by their features, chunk by chunk: a query needs nothing else of its keys.
 
 Features are kept as logarithms, and scaled just before they are multiplied: for a query by one
 number, for keys by one for each feature. That changes no quotient, and needs no epsilon.
@@ -18,16 +18,16 @@ HEADROOM = 60.0  # exp(HEADROOM), times keys and values, is far from the end of 
 
 
 class KernelSums(NamedTuple):
-    """Of each query over the keys that it sees, divided by exp(log_scale); 0 where it sees none."""
+    """Sums of each query over the keys that it sees (0 without any), divided by exp(log_scale)."""
 
     values: Float[Array, "B K G t H"]
-    """Of phi(q) phi(k) v."""
+    """Sum of phi(q) phi(k) v."""
     total: Float[Array, "B K G t"]
-    """Of phi(q) phi(k)."""
+    """Sum of phi(q) phi(k)."""
     log_scale: Float[Array, "B K G t"]
 
     def join(self, other: "KernelSums") -> "KernelSums":
-        """Over the keys of both."""
+        """Return the sums over the keys of both."""
         logs = [jnp.where(x.total > 0, x.log_scale, -jnp.inf) for x in (self, other)]
         log_scale = _finite(jnp.maximum(*logs))
         a, b = (jnp.exp(x - log_scale) for x in logs)
@@ -35,7 +35,7 @@ class KernelSums(NamedTuple):
         return KernelSums(values, a * self.total + b * other.total, log_scale)
 
     def mean(self, dtype: Any) -> Float[Array, "B t N H"]:
-        """What attention gives."""
+        """Return the output of attention."""
         mean = self.values / jnp.where(self.total > 0, self.total, 1)[..., None]
         B, K, G, t, H = mean.shape
         return jnp.moveaxis(mean, 3, 1).reshape(B, t, K * G, H).astype(dtype)
@@ -43,18 +43,18 @@ class KernelSums(NamedTuple):
 
 @struct.dataclass
 class FeatureState:
-    """What queries need of all keys so far: a cache of one size for any number of tokens."""
+    """Sums over all keys so far: a cache of one size for any number of tokens."""
 
     values: Float[Array, "B K R H"]
     """Sum of phi(k) v^T over the keys, of which feature r is divided by exp(log_scale[r])."""
     total: Float[Array, "B K R"]
-    """The same of phi(k)."""
+    """Sum of phi(k), divided likewise."""
     log_scale: Float[Array, "B K R"]
     """-inf where there is no key yet."""
 
     @classmethod
     def zeros(cls, batch: int, heads: int, features: int, head_dim: int) -> "FeatureState":
-        """Of no key."""
+        """Return the sums of no keys."""
         total = jnp.zeros((batch, heads, features))
         values = jnp.zeros((*total.shape, head_dim))
         return cls(values=values, total=total, log_scale=jnp.full_like(total, -jnp.inf))
@@ -70,37 +70,37 @@ class FeatureState:
         return extend(self, call, cache_write_mask)
 
     def keys(self, new: int) -> int:
-        """As `model.cache.Cache` says: all but the new ones are in the sums."""
+        """Return `new`: the sums hold all other keys."""
         return new
 
     def scaled(self, log_scale: Float[Array, "B K R"]) -> "FeatureState":
-        """The same sums, divided by exp(log_scale)."""
+        """Return the same sums, divided by exp(log_scale)."""
         factor = jnp.exp(self.log_scale - _finite(log_scale))
         return FeatureState(factor[..., None] * self.values, factor * self.total, log_scale)
 
     def add(self, keys: Float[Array, "B K s R"], v: Float[Array, "B K s H"]) -> "FeatureState":
-        """With more keys, by their features, which are scaled as these sums are."""
+        """Add keys by their features, which are scaled as these sums are."""
         values = self.values + jnp.einsum("BKsR,BKsH->BKRH", keys, v)
         return FeatureState(values, self.total + jnp.sum(keys, 2), self.log_scale)
 
     def seen_by(
         self, queries: Float[Array, "B K G t R"], log_scale: Float[Array, "B K G t"]
     ) -> KernelSums:
-        """Of queries, by their features times those of the scale of these sums."""
+        """Return the sums of queries, by their features times exp(log_scale) of these sums."""
         values = jnp.einsum("BKGtR,BKRH->BKGtH", queries, self.values)
         return KernelSums(values, jnp.einsum("BKGtR,BKR->BKGt", queries, self.total), log_scale)
 
 
 class Rows(NamedTuple):
-    """Inputs by head, and what the mask says of them."""
+    """Inputs by head, with the keys that count and the segments."""
 
     q: Float[Array, "B K G T H"]
     k: Float[Array, "B K S H"]
     v: Float[Array, "B K S H"]
     is_key: Bool[Array, "B S"]
-    """Which keys count."""
+    """True for keys that count."""
     segment: Int[Array, "B S"]
-    """Of causal attention: keys of a query's own segment are seen. A segment has no gaps."""
+    """Segment of each token, without gaps: causal attention sees keys of the query's own."""
 
     @classmethod
     def of(cls, call: AttentionCall) -> "Rows":
@@ -112,7 +112,7 @@ class Rows(NamedTuple):
         return cls(q, k, v, ones > 0, ones)
 
     def flip(self) -> "Rows":
-        """Last token first."""
+        """Return the rows with the last token first."""
         return Rows(*(jnp.flip(x, axis) for x, axis in zip(self, LENGTH_AXES, strict=True)))
 
 
@@ -123,7 +123,7 @@ LENGTH_AXES = (3, 2, 2, 1, 1)  # the axis T or S of each
 
 
 def remember(rows: Rows, features: Features, size: int, state: FeatureState) -> FeatureState:
-    """The state with all real keys."""
+    """Return the state with all keys that count."""
 
     @jax.checkpoint
     def step(state: FeatureState, chunk: tuple[jax.Array, ...]):
@@ -142,7 +142,7 @@ def remember(rows: Rows, features: Features, size: int, state: FeatureState) -> 
 
 
 def read(rows: Rows, features: Features, size: int, state: FeatureState) -> KernelSums:
-    """Over all keys in `state`."""
+    """Return the queries' sums over all keys in `state`."""
 
     @jax.checkpoint
     def step(_: None, q: jax.Array):
@@ -160,8 +160,8 @@ def causal(
     state: FeatureState | None = None,
     strict: bool = False,
 ) -> tuple[KernelSums, FeatureState]:
-    """Over real keys up to a query (if strict, before it) in its segment, and `state`, which is of
-    the first segment; the state of the last one."""
+    """Return sums over the keys up to a query (before it if `strict`) in its segment, and the state
+    of the last segment; `state` holds earlier keys of the first segment."""
     B, K, _, H = rows.k.shape
     state = state or FeatureState.zeros(B, K, len(features.matrix), H)
 
@@ -210,7 +210,7 @@ def causal(
 
 
 def _chunks(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """[chunks, ...]: the axis in parts of `size`, the last filled up with what is not real."""
+    """Cut the axis into chunks of `size`, the last one filled up with keys that do not count."""
     size = min(size, x.shape[axis])
     widths = [(0, -x.shape[i] % size if i == axis else 0) for i in range(x.ndim)]
     x = jnp.pad(x, widths, mode="constant" if x.dtype == bool else "edge")
@@ -218,7 +218,7 @@ def _chunks(x: jax.Array, axis: int, size: int) -> jax.Array:
 
 
 def _whole(sums: KernelSums, length: int) -> KernelSums:
-    """Chunks put together again along the axis t."""
+    """Join the chunks along the axis t."""
 
     def one(x: jax.Array) -> jax.Array:
         x = jnp.moveaxis(x, 0, 3)
@@ -228,11 +228,11 @@ def _whole(sums: KernelSums, length: int) -> KernelSums:
 
 
 def _scaled(logs: Float[Array, "*b R"]) -> tuple[Float[Array, "*b R"], Float[Array, "*b"]]:
-    """exp(logs - log_scale) whose largest entry is 1, and log_scale."""
+    """Return exp(logs - log_scale), whose largest entry is 1, and log_scale."""
     log_scale = jax.lax.stop_gradient(jnp.max(logs, -1))
     return jnp.exp(logs - log_scale[..., None]), log_scale
 
 
 def _finite(log_scale: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """0 where there is nothing to scale."""
+    """Replace -inf, where there is nothing to scale, by 0."""
     return jnp.where(jnp.isneginf(log_scale), 0, log_scale)

@@ -60,7 +60,7 @@ class Linformer(nn.Module):
         return out if mask.q_segment_ids is None else _only_known(out, mask)
 
     def _projections(self, heads: int) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        """Those of keys and of values: [max_length, R], or [max_length, K, R] by head."""
+        """Return the projections [max_length, R], or [max_length, K, R], of keys and of values."""
         config = self.config
         if self.projection is not None:
             return self.projection, self.projection
@@ -86,7 +86,7 @@ def _attend(
     words: jax.Array | None,
     dropout_rate: float,
 ) -> Float[Array, "B T K G H"]:
-    """By blocks of queries, whose weights [B, K, G, C, R] are computed again backward."""
+    """Attend by blocks of queries, whose weights [B, K, G, C, R] are computed again backward."""
     B, T, K, G, _ = q.shape
     R = k.shape[1]
     C = math.ceil(T / math.ceil(T / BLOCK))
@@ -111,19 +111,18 @@ def _attend(
 
 
 def projection_init(config: LinformerConfig, *axes: str):
-    """Normal of variance 1 / R, as in the proof of arXiv:2006.04768 §4, Theorem 2."""
+    """Return a normal initializer of variance 1 / R (proof of arXiv:2006.04768 §4, Theorem 2)."""
     return partitioned(nn.initializers.normal(config.rank**-0.5), *axes)
 
 
 def _only_known(out: Float[Array, "B T N H"], mask: AttentionMask) -> Float[Array, "B T N H"]:
-    """0 for queries that are padding, NaN for rows of several documents."""
+    """Replace queries that are padding by 0, and rows of several documents by NaN."""
     assert mask.q_segment_ids is not None
     out = jnp.where((mask.q_segment_ids != 0)[:, :, None, None], out, 0)
     return jnp.where(mask.has_one_segment()[:, None, None, None], out, jnp.nan)
 
 
 def _refusal(call: AttentionCall) -> str | None:
-    """Each projected key is a mixture of all positions."""
     if call.mask.causal:
         return (
             "its keys mix what comes later with what came before: for a decoder choose another "

@@ -86,7 +86,7 @@ Heads = tuple[tuple[int, ...], ...]
 
 
 def _groups(steps: tuple[int, ...], kv_heads: int) -> list[tuple[int, Heads]]:
-    """Query heads [k, g] of each step; a row shares a key head, and rows are equally long."""
+    """Return query heads [k, g] of each step; a row shares a key head, rows are equally long."""
     found: dict[tuple[int, int], list[tuple[int, ...]]] = {}
     for row in np.arange(len(steps)).reshape(kv_heads, -1).tolist():
         for step in sorted({steps[n] for n in row}):
@@ -99,7 +99,7 @@ def _groups(steps: tuple[int, ...], kv_heads: int) -> list[tuple[int, Heads]]:
 
 
 class Band(NamedTuple):
-    """What some heads look at: every `step`-th position, so many of them to each side."""
+    """The window of some heads: every `step`-th position, so many of them to each side."""
 
     step: int
     left: int
@@ -115,7 +115,7 @@ def _in_windows(
     rule: "Rule",
     bias: PositionBias | None,
 ) -> Float[Array, "B T n H"]:
-    """Attention of these heads' queries to their windows and to the global keys."""
+    """Attend from these heads' queries to their windows and to the global keys."""
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     mask, step, heads = rule.mask, band.step, np.array(band.heads)
     if step > 1:
@@ -126,7 +126,7 @@ def _in_windows(
     before, rows = band.left * step, (band.left + blocks * size + band.right) * step
 
     def around(x: jax.Array) -> jax.Array:
-        """Keys from the first one of the first window on: [B, r, k, s, H]."""
+        """Return keys [B, r, k, s, H] from the first one of the first window on."""
         x = x if len(serving) == K else x[:, :, serving]
         if mask.q_offset is None:
             pads = [(0, 0, 0), (before, rows - before - S, 0), (0, 0, 0), (0, 0, 0)]
@@ -148,7 +148,7 @@ def _in_windows(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _slide(band, q, k, v, far, bias, rule):
-    """Attention of block after block [i, B, r, k, g, t, H] along keys [B, r, k, s, H].
+    """Attend from block after block [i, B, r, k, g, t, H] along keys [B, r, k, s, H].
 
     Derived automatically, what a block gives to its keys would be padded to the whole length and
     added, once for each block; here it is added where it belongs.
@@ -191,14 +191,14 @@ _slide.defvjp(_slide_forward, _slide_backward)
 
 
 def _near(band: Band, i: jax.Array, q: jax.Array, *keys: jax.Array) -> list[jax.Array]:
-    """The keys in reach of block i."""
+    """Return the keys in reach of block i."""
     size = q.shape[-2]
     length = band.left + size + band.right
     return [jax.lax.dynamic_slice_in_dim(x, i * size, length, axis=3) for x in keys]
 
 
 def _block(band, rule, i, q, k, v, far, bias):
-    """Attention of block i to the keys near it and to the global ones, neither twice."""
+    """Attend from block i to the keys near it and to the global ones, neither twice."""
     (size, _), step = q.shape[-2:], band.step
     sequence = jnp.arange(step)[None, :, None]
     rows = (i * size + jnp.arange(size)) * step + sequence
@@ -216,7 +216,7 @@ def _block(band, rule, i, q, k, v, far, bias):
 
 
 def _join(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """One after the other along `axis`, repeated along the others where sizes are 1."""
+    """Concatenate along `axis`; along the others, sizes of 1 are repeated."""
     shape = np.maximum(np.delete(a.shape, axis), np.delete(b.shape, axis)).tolist()
     fit = lambda x: jnp.broadcast_to(x, (*shape[:axis], x.shape[axis], *shape[axis:]))  # noqa: E731
     return jnp.concatenate([fit(a), fit(b)], axis)
@@ -226,7 +226,7 @@ def _join(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
 
 
 def _with_global_rows(y, q, k, v, rule, bias):
-    """Global queries see all keys that causality and segments leave them."""
+    """Replace rows of global queries, which see all keys that causality and segments leave them."""
     (B, _, N, H), (S, K) = q.shape, k.shape[1:3]
     rows = rule.mask.global_index - rule.offset
     keys = (x.swapaxes(1, 2)[:, None] for x in (k, v))
@@ -246,14 +246,14 @@ def _with_global_rows(y, q, k, v, rule, bias):
 
 @struct.dataclass
 class Rule:
-    """What decides about a pair of a query and a key beside their product and their distance."""
+    """The mask, the dropout and the scale of pairs of a query and a key."""
 
     mask: AttentionMask
     key: jax.Array | None
     scale: float = struct.field(pytree_node=False)
     rate: float = struct.field(pytree_node=False)
     shape: tuple[int, int, int, int, int] = struct.field(pytree_node=False)
-    """[B, K, G, T, S] of the whole."""
+    """B, K, G, T, S of the whole."""
 
     @property
     def offset(self) -> Int[Array, "b 1"]:
@@ -272,7 +272,7 @@ def _attend(
     columns: Int[Array, "#b r s"],
     counted: Bool[Array, "#b r s"],
 ) -> Float[Array, "B r k g t H"]:
-    """Attention of query rows to the keys at `columns`, counted from the position of row 0."""
+    """Attend from query rows to the keys at `columns`, counted from the position of row 0."""
     numbers = np.array(heads)
     scores = jnp.einsum("BrkgtH,BrksH->Brkgts", q, k, preferred_element_type=jnp.float32)
     scores *= rule.scale
@@ -293,7 +293,7 @@ def _attend(
 def _tiles(
     of: AttentionMask | None, tile: Callable, rows: jax.Array, columns: jax.Array
 ) -> jax.Array:
-    """`tile(of, rows, columns)` by row of the batch and interleaved sequence: [b, r, n, t, s]."""
+    """Compute tile(of, rows, columns) [b, r, n, t, s] by row of the batch and sequence r."""
     arrays = jax.tree.map(jnp.atleast_1d, (of, rows, columns))
     batch = max(map(len, jax.tree.leaves(arrays)))
     of, rows, columns = jax.tree.map(partial(repeat_batch, batch=batch), arrays)

@@ -95,7 +95,7 @@ class Performer(nn.Module):
 def _attention(
     rows: Rows, mask: AttentionMask, features: Features, size: int
 ) -> Float[Array, "B T N H"]:
-    """The mean over what `mask` allows."""
+    """Return the output of attention over the pairs that `mask` allows."""
     dtype, T, (B, S) = rows.v.dtype, rows.q.shape[3], rows.is_key.shape
     if mask.q_segment_ids is None:
         return _sums(rows, mask, features, size).mean(dtype)
@@ -124,7 +124,7 @@ def _attention(
 
 
 def _sums(rows: Rows, mask: AttentionMask, features: Features, size: int) -> KernelSums:
-    """Over all real keys or, if causal, over a query's own and the prefix."""
+    """Sum over all keys that count or, if causal, over those up to the query and in the prefix."""
     B, K, _, H = rows.k.shape
     state = FeatureState.zeros(B, K, len(features.matrix), H)
     if not mask.causal:
@@ -138,14 +138,13 @@ def _sums(rows: Rows, mask: AttentionMask, features: Features, size: int) -> Ker
 
 
 def _packed(rows: Rows, features: Features, size: int) -> KernelSums:
-    """Over all keys in a query's segment: those up to it, and those after it."""
+    """Sum over all keys in a query's segment: those up to it, and those after it."""
     before, _ = causal(rows, features, size)
     after, _ = causal(rows.flip(), features, size, strict=True)
     return before.join(jax.tree.map(partial(jnp.flip, axis=3), after))
 
 
 def _refusal(call: AttentionCall) -> str | None:
-    """Sums over keys know nothing of pairs."""
     if call.mask.window is not None:
         return (
             f"a sum over keys has no window {call.mask.window}: leave model.attention.window out, "

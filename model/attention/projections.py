@@ -20,7 +20,7 @@ Rotate = Callable[[Float[Array, "B T n h"]], Float[Array, "B T n h"]]
 def queries(
     config: ModelConfig, x: Float[Array, "B T D"], rotation: Rotate | None, prefix: str = ""
 ) -> Float[Array, "B T N H"]:
-    """Project and rotate; the parameters are those of the layer that calls, after `prefix`."""
+    """Project to queries and rotate them; the parameters belong to the layer that calls."""
     attention = config.attention
     # Scores that nothing scales need smaller queries, or the softmax begins saturated.
     gain = 1.0 if attention.scaled else config.key_dim**-0.5
@@ -32,7 +32,7 @@ def queries(
 def keys_values(
     config: ModelConfig, x: Float[Array, "B S D"], rotation: Rotate | None, prefix: str = ""
 ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-    """As `queries`; values are not rotated."""
+    """Project to keys, which are rotated like queries, and to values, which are not."""
     heads = {"kv_heads": config.kv_heads}
     k = _linear(config, heads | {"head_dim": config.key_dim}, f"{prefix}key")(x)
     k = _padded(k if rotation is None else rotation(k), config.head_dim)

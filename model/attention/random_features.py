@@ -17,7 +17,7 @@ EPSILON = 1e-3  # least ReLU feature, as in the authors' code
 
 @dataclass(frozen=True)
 class Features:
-    """phi: from queries or keys to the logarithms of their features, in float32."""
+    """The map phi from queries or keys to the logarithms of their features, in float32."""
 
     matrix: Float[Array, "R H"]
     factor: float
@@ -25,7 +25,7 @@ class Features:
     kernel: str
 
     def __call__(self, x: Float[Array, "*n H"]) -> Float[Array, "*n R"]:
-        """But for what all features of all x share, as it changes no quotient.
+        """Return the logarithms, up to a number that all features of all x share.
 
         softmax: phi(x) = exp(w x - |x|^2 / 2) for each row w of the matrix (arXiv:2009.14794
         §2.3); for normal w, E[phi(q) phi(k)] = exp(q k). relu: phi(x) = max(w x, 0), one of the
@@ -40,14 +40,14 @@ class Features:
 
 
 def draw_features(config: PerformerConfig, head_dim: int, key: jax.Array) -> Float[Array, "R H"]:
-    """Random rows, each normal; orthogonal among each H of them if so configured (§2.4)."""
+    """Draw normal rows; if so configured, each H of them are orthogonal to one another (§2.4)."""
     keys = iter(jax.random.split(key))
     return _draw(config, head_dim, lambda *shape: jax.random.normal(next(keys), shape), jnp)
 
 
 @lru_cache
 def fixed_features(config: PerformerConfig, head_dim: int) -> np.ndarray:
-    """One such draw, the same wherever it is made."""
+    """Return one such draw, the same on every machine."""
     rng = np.random.default_rng(0)
     return _draw(config, head_dim, lambda *shape: rng.normal(size=shape), np).astype(np.float32)
 

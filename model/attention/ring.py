@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from heedful.model.attention.core import AttentionCall, CoreSpec
+from heedful.model.attention.online_softmax import OnlineSoftmax, bias_gradient, score_gradients
 from heedful.model.axes import mesh_axes, shards
 from heedful.model.config import require
 from heedful.model.masks import AttentionMask
@@ -52,7 +53,7 @@ def ring(call: AttentionCall) -> Float[Array, "B T N H"]:
             "train.mesh or the length",
         )
 
-    how = Ring(
+    layout = Ring(
         batch=batch,
         length=length,
         heads=heads,
@@ -65,7 +66,7 @@ def ring(call: AttentionCall) -> Float[Array, "B T N H"]:
     by_token = PartitionSpec(batch, length, heads)
     by_row = lambda x: PartitionSpec(batch if x.ndim and len(x) == B else None)  # noqa: E731
     return jax.shard_map(
-        partial(_on_device, how),
+        partial(_on_device, layout),
         in_specs=(
             by_token,
             by_token,
@@ -81,21 +82,21 @@ def ring(call: AttentionCall) -> Float[Array, "B T N H"]:
 
 @dataclass(frozen=True)
 class Ring:
-    """What is the same on all devices and in all steps."""
+    """The layout of the sequence, the same on all devices and in all steps."""
 
     batch: tuple[str, ...]
     length: tuple[str, ...]
     heads: tuple[str, ...]
     devices: int
-    """In the ring."""
+    """Devices in the ring."""
     shape: tuple[int, ...]
-    """Of all weights: B, K, G, T, S."""
+    """B, K, G, T, S of all weights."""
     scale: float
     dropout_rate: float
     is_balanced: bool
 
     def index(self, device: jax.Array, length: int) -> jax.Array:
-        """Positions of the `length` tokens on which a device works."""
+        """Return the positions of the `length` tokens on which a device works."""
         if not self.is_balanced:
             return device * length + jnp.arange(length)
         mirror = 2 * self.devices - 1 - device
@@ -105,7 +106,7 @@ class Ring:
         return jnp.concatenate([chunk * (length // 2) + within for chunk in (even, odd)])
 
     def exchange(self, x: Float[Array, "b t *rest"], back: bool = False) -> jax.Array:
-        """From the order of the model to that of `index`, or back.
+        """Exchange tokens from the order of the model to that of `index`, or back.
 
         Device i has the chunks 2i and 2i + 1. Even ones go to different devices, and so do odd
         ones: chunk c to c or, in the second half, to the mirror of c.
@@ -121,24 +122,27 @@ class Ring:
         return jnp.concatenate(halves, axis=1)
 
     def rotate(self, tree: Any) -> Any:
-        """Everything to the next device."""
+        """Send everything to the next device."""
         moves = [(i, (i + 1) % self.devices) for i in range(self.devices)]
         return jax.tree.map(lambda x: jax.lax.ppermute(x, self.length, moves), tree)
 
     def scores(self, q, k, rows, columns, values, mask: AttentionMask, bias) -> jax.Array:
-        """Scores [b, k, G, t, s] of a tile, -inf where nothing may be seen."""
+        """Return the attention scores [b, k, G, t, s] of a tile, -inf where nothing may be seen."""
         scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)
         scores *= self.scale
         if bias is not None:
-            tile = bias.replace(values=values).tile(rows, columns)
-            scores += self.own_heads(tile, k.shape[1])
+            scores += self.bias(rows, columns, k.shape[1], bias, values)
         if mask.is_full:
             return scores
         allowed = self.own_heads(mask.tile(rows, columns), k.shape[1])
         return jnp.where(allowed, scores, -jnp.inf)
 
+    def bias(self, rows, columns, kv_heads: int, bias: PositionBias, values) -> jax.Array:
+        """Return the bias of this device's heads for a tile, with these values."""
+        return self.own_heads(bias.replace(values=values).tile(rows, columns), kv_heads)  # type: ignore[attr-defined]
+
     def own_heads(self, tile: jax.Array, kv_heads: int) -> jax.Array:
-        """[b, N or 1, t, s] to this device's [b, k, G, t, s] or [b, 1, 1, t, s]."""
+        """Take this device's [b, k, G, t, s] or [b, 1, 1, t, s] out of [b, N or 1, t, s]."""
         if tile.shape[1] == 1:
             return tile[:, None]
         tile = tile.reshape(tile.shape[0], *self.shape[1:3], *tile.shape[2:])
@@ -146,7 +150,7 @@ class Ring:
         return jax.lax.dynamic_slice_in_dim(tile, first, kv_heads, axis=1)
 
     def kept(self, shape: tuple[int, ...], rows, columns, key: jax.Array) -> jax.Array:
-        """What dropout multiplies the weights of a tile with, by their place among all."""
+        """Return the factors by which dropout multiplies the weights of a tile."""
         own = []
         for axes, size in ((self.batch, shape[0]), (self.heads, shape[1])):
             own.append((jax.lax.axis_index(axes) * size if axes else 0) + jnp.arange(size))
@@ -155,60 +159,56 @@ class Ring:
         return jnp.where(stay, 1 / (1 - self.dropout_rate), 0.0)
 
 
-def _on_device(how: Ring, q, k, v, mask: AttentionMask, bias: PositionBias | None, key) -> Any:
-    """Attention of this device's queries, in the order of the model."""
+def _on_device(layout: Ring, q, k, v, mask: AttentionMask, bias: PositionBias | None, key) -> Any:
+    """Compute attention of this device's queries, in the order of the model."""
     b, t, n, H = q.shape
-    q, k, v = (how.exchange(x) for x in (q, k, v))
+    q, k, v = (layout.exchange(x) for x in (q, k, v))
     q = q.reshape(b, t, k.shape[2], -1, H)
     values = None if bias is None else bias.values
-    out: Any = _attend(how, q, k, v, values, mask, bias, key)
-    return how.exchange(out.reshape(b, t, n, H), back=True)
+    out: Any = _attend(layout, q, k, v, values, mask, bias, key)
+    return layout.exchange(out.reshape(b, t, n, H), back=True)
 
 
-def _blocks(how: Ring, x: jax.Array) -> jax.Array:
-    """[b, t, k, ...] to [blocks, b, k, ..., t, H]: heads before positions; [t] to [blocks, t]."""
+def _blocks(layout: Ring, x: jax.Array) -> jax.Array:
+    """Cut [b, t, k, ...] into blocks [blocks, b, k, ..., t, H], and [t] into [blocks, t]."""
     axis = 0 if x.ndim == 1 else 1
-    chunk = x.shape[axis] // (2 if how.is_balanced else 1)
+    chunk = x.shape[axis] // (2 if layout.is_balanced else 1)
     size = _block(chunk)
     x = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
     return x if axis == 0 else jnp.moveaxis(x, (1, 2), (0, -2))
 
 
 def _block(chunk: int) -> int:
-    """The largest divisor up to 512; a chunk that divides badly stays whole."""
+    """Return the largest divisor from 64 to 512; a chunk without one stays whole."""
     return next((size for size in range(512, 63, -1) if chunk % size == 0), chunk)
 
 
 def _unblocked(x: jax.Array) -> jax.Array:
-    """[blocks, b, k, ..., t, H] back to [b, t, k, ...]."""
+    """Join [blocks, b, k, ..., t, H] to [b, t, k, ...]."""
     x = jnp.moveaxis(x, (0, -2), (1, 2))
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _forward(how: Ring, q, k, v, values, mask: AttentionMask, bias, key):
-    """Output, and the logarithm of the softmax' sum [blocks, b, k, G, t], inf where it is empty."""
+def _forward(layout: Ring, q, k, v, values, mask: AttentionMask, bias, key):
+    """Return the output, and the logarithm of the softmax' sum [blocks, b, k, G, t]."""
     # Nothing may seem to be the same for all layers: it would be computed before the loop over them
     # and kept for each tile of the mask and each head, T S of them.
-    q, mask, me = jax.lax.optimization_barrier((q, mask, jax.lax.axis_index(how.length)))
-    q_rows, q_blocks = _blocks(how, how.index(me, q.shape[1])), _blocks(how, q)
+    q, mask, me = jax.lax.optimization_barrier((q, mask, jax.lax.axis_index(layout.length)))
+    q_rows, q_blocks = _blocks(layout, layout.index(me, q.shape[1])), _blocks(layout, q)
 
-    def tile(state, q, rows, k, v, columns):
-        out, highest, total = state
-        scores = how.scores(q, k, rows, columns, values, mask, bias)
-        new = jnp.maximum(highest, jnp.max(scores, axis=-1))
-        weights = jnp.exp(scores - new[..., None])
-        shrink = jnp.exp(highest - new)
-        total = total * shrink + jnp.sum(weights, axis=-1)
-        if how.dropout_rate:
-            weights *= how.kept(weights.shape, rows, columns, key)
-        weights = weights.astype(v.dtype)
-        added = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v, preferred_element_type=jnp.float32)
-        return out * shrink[..., None] + added, new, total
+    def tile(softmax, q, rows, k, v, columns):
+        def weigh(weights):
+            if layout.dropout_rate:
+                weights *= layout.kept(weights.shape, rows, columns, key)
+            weights = weights.astype(v.dtype)
+            return jnp.einsum("BKGTS,BKSH->BKGTH", weights, v, preferred_element_type=jnp.float32)
+
+        return softmax.add(layout.scores(q, k, rows, columns, values, mask, bias), weigh)
 
     def visit(state, k, v, step):
-        """All queries of this device look at the keys that came in `step`."""
-        columns = _blocks(how, how.index((me - step) % how.devices, k.shape[1]))
-        arrived = _blocks(how, k), _blocks(how, v), columns
+        """Attend from all queries of this device to the keys that came in `step`."""
+        columns = _blocks(layout, layout.index((me - step) % layout.devices, k.shape[1]))
+        arrived = _blocks(layout, k), _blocks(layout, v), columns
 
         def row(block):
             state, q, rows = block
@@ -226,52 +226,45 @@ def _forward(how: Ring, q, k, v, values, mask: AttentionMask, bias, key):
 
     def step(carry, number):
         k, v, state = carry
-        following = how.rotate((k, v))  # they travel while these are looked at
+        following = layout.rotate((k, v))  # they travel while these are looked at
         return (*following, visit(state, k, v, number)), None
 
-    zeros = jnp.zeros(q_blocks.shape, jnp.float32)
-    state = zeros, jnp.full(zeros.shape[:-1], jnp.finfo(jnp.float32).min), zeros[..., 0]
-    (k, v, state), _ = jax.lax.scan(step, (k, v, state), jnp.arange(how.devices - 1))
-    out, highest, total = visit(state, k, v, how.devices - 1)
-    out = out / jnp.where(total > 0, total, 1.0)[..., None]
-    lse = jnp.where(total > 0, highest + jnp.log(total), jnp.inf)
+    state = OnlineSoftmax.start(q_blocks.shape)
+    (k, v, state), _ = jax.lax.scan(step, (k, v, state), jnp.arange(layout.devices - 1))
+    out, lse = visit(state, k, v, layout.devices - 1).finish()
     return _unblocked(out).astype(q.dtype), lse
 
 
-def _backward(how: Ring, saved, g):
+def _backward(layout: Ring, saved, g):
     q, k, v, out, lse, values, mask, bias, key = saved
-    me = jax.lax.axis_index(how.length)
+    me = jax.lax.axis_index(layout.length)
     delta = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     queries = (
-        *(_blocks(how, x) for x in (q, g, delta)),
+        *(_blocks(layout, x) for x in (q, g, delta)),
         lse[..., None],
-        _blocks(how, how.index(me, q.shape[1])),
+        _blocks(layout, layout.index(me, q.shape[1])),
     )
     dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def tile(grads, query, k, v, columns):
         dk, dv, dvalues = grads
         q, g, delta, lse, rows = query
-        weights = jnp.exp(how.scores(q, k, rows, columns, values, mask, bias) - lse)
+        weights = jnp.exp(layout.scores(q, k, rows, columns, values, mask, bias) - lse)
         dweights = dot("BKGTH,BKSH->BKGTS", g, v)
-        used = weights
-        if how.dropout_rate:
-            kept = how.kept(weights.shape, rows, columns, key)
-            used, dweights = weights * kept, dweights * kept
+        drops = layout.dropout_rate > 0
+        kept = layout.kept(weights.shape, rows, columns, key) if drops else None
+        used, dscores = score_gradients(weights, dweights, delta, kept)
         dv += dot("BKGTS,BKGTH->BKSH", used.astype(g.dtype), g)
-        dscores = weights * (dweights - delta)
         if values is not None:
-            added = lambda x: how.own_heads(bias.replace(values=x).tile(rows, columns), k.shape[1])  # noqa: E731
-            shape, pull = jax.vjp(added, values)
-            total = dscores if shape.shape[0] > 1 else jnp.sum(dscores, 0, keepdims=True)
-            dvalues += pull(total.astype(shape.dtype))[0]
-        dscores = (dscores * how.scale).astype(q.dtype)
+            added = partial(layout.bias, rows, columns, k.shape[1], bias)
+            dvalues += bias_gradient(added, values, dscores)
+        dscores = (dscores * layout.scale).astype(q.dtype)
         dk += dot("BKGTS,BKGTH->BKSH", dscores, q)
         return (dk, dv, dvalues), dot("BKGTS,BKSH->BKGTH", dscores, k)
 
     def visit(state, k, v, step):
-        """Adds to dq and the bias of this device, and gives dk and dv of the keys of `step`."""
-        columns = _blocks(how, how.index((me - step) % how.devices, k.shape[1]))
+        """Add to dq and the bias of this device; return dk and dv of the keys of `step`."""
+        columns = _blocks(layout, layout.index((me - step) % layout.devices, k.shape[1]))
 
         def column(state, keys):
             dq, dvalues = state
@@ -289,29 +282,31 @@ def _backward(how: Ring, saved, g):
             (dk, dv, dvalues), added = jax.lax.scan(one, (zeros, zeros, dvalues), queries)
             return (dq + added, dvalues), (dk, dv)
 
-        state, grads = jax.lax.scan(column, state, (_blocks(how, k), _blocks(how, v), columns))
+        state, grads = jax.lax.scan(
+            column, state, (_blocks(layout, k), _blocks(layout, v), columns)
+        )
         return state, tuple(map(_unblocked, grads))
 
     def step(carry, number):
         k, v, dk, dv, state = carry
         state, (more_dk, more_dv) = visit(state, k, v, number)
-        return (*how.rotate((k, v, dk + more_dk, dv + more_dv)), state), None
+        return (*layout.rotate((k, v, dk + more_dk, dv + more_dv)), state), None
 
     state = jnp.zeros(queries[0].shape, jnp.float32), jax.tree.map(jnp.zeros_like, values)
     zeros = jnp.zeros(k.shape, jnp.float32)
-    carry, _ = jax.lax.scan(step, (k, v, zeros, zeros, state), jnp.arange(how.devices))
+    carry, _ = jax.lax.scan(step, (k, v, zeros, zeros, state), jnp.arange(layout.devices))
     _, _, dk, dv, (dq, dvalues) = carry  # home again
     dq, dk, dv = _unblocked(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
     return dq, dk, dv, dvalues, None, None, None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(how: Ring, q, k, v, values, mask, bias, key):
-    return _forward(how, q, k, v, values, mask, bias, key)[0]
+def _attend(layout: Ring, q, k, v, values, mask, bias, key):
+    return _forward(layout, q, k, v, values, mask, bias, key)[0]
 
 
-def _attend_forward(how: Ring, q, k, v, values, mask, bias, key):
-    out, lse = _forward(how, q, k, v, values, mask, bias, key)
+def _attend_forward(layout: Ring, q, k, v, values, mask, bias, key):
+    out, lse = _forward(layout, q, k, v, values, mask, bias, key)
     return out, (q, k, v, out, lse, values, mask, bias, key)
 
 

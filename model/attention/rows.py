@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 
 def take_rows(x: Shaped[Array, "#B T *n"], rows: Int[Array, "#B g"]) -> Shaped[Array, "#B g *n"]:
-    """Rows of each sequence by index; the nearest one for an index beyond its ends."""
+    """Take rows of each sequence by index; beyond its ends, the nearest one."""
     rows = jnp.clip(rows, 0, x.shape[1] - 1)
     x, rows = (repeat_batch(z, max(len(x), len(rows))) for z in (x, rows))
     return jax.vmap(lambda x, rows: x[rows])(x, rows)
@@ -15,7 +15,7 @@ def take_rows(x: Shaped[Array, "#B T *n"], rows: Int[Array, "#B g"]) -> Shaped[A
 def put_rows(
     x: Shaped[Array, "B T *n"], rows: Int[Array, "#B g"], new: Shaped[Array, "B g *n"]
 ) -> Shaped[Array, "B T *n"]:
-    """`x` with these rows in place of its own; those beyond its ends are left out."""
+    """Return `x` with its rows replaced by these; those beyond its ends are left out."""
     rows = repeat_batch(jnp.where((rows < 0) | is_repeated(rows), x.shape[1], rows), len(x))
 
     def put(x: jax.Array, rows: jax.Array, new: jax.Array) -> jax.Array:
@@ -28,10 +28,10 @@ def put_rows(
 
 
 def is_repeated(rows: Int[Array, "b g"]) -> Bool[Array, "b g"]:
-    """Where an index stands that stood before."""
+    """Return True for each index that stood before in its row."""
     return jnp.tril(rows[:, :, None] == rows[:, None], k=-1).any(-1)
 
 
 def repeat_batch(x: jax.Array, batch: int) -> jax.Array:
-    """One row, or as many as there are, for each of a batch."""
+    """Repeat a single row for each of the batch."""
     return jnp.broadcast_to(x, (batch, *x.shape[1:]))

@@ -52,7 +52,7 @@ def _splash(
     window: Window,
     interpret: bool,
 ) -> Float[Array, "B T N H"]:
-    """Unscaled attention; a query that sees nothing gives anything, but no gradient for 0."""
+    """Compute unscaled attention; the output of a query that sees nothing is not defined."""
     T, N = q.shape[1:3]
     q, k, v = (jnp.swapaxes(fill(x), 1, 2) for x in (q, k, v))
     shape = q.shape[2], k.shape[2]
@@ -79,7 +79,7 @@ def _splash(
 
 
 def _sees(mask: AttentionMask, q_length: int, kv_length: int) -> Bool[Array, "b T"]:
-    """Which queries see anything, by blocks: the compiler writes out the whole mask otherwise."""
+    """Return True for queries that see any key; by blocks, or the compiler writes out the mask."""
     rows = jnp.arange(q_length + -q_length % TILE).reshape(-1, TILE)
     columns = jnp.arange(kv_length)
     seen = jax.lax.map(lambda rows: mask.tile(rows, columns)[:, 0].any(-1), rows)  # [i, b, TILE]
@@ -87,7 +87,7 @@ def _sees(mask: AttentionMask, q_length: int, kv_length: int) -> Bool[Array, "b 
 
 
 def _block(length: int) -> int:
-    """The largest block that divides a padded length."""
+    """Return the largest block that divides a padded length."""
     return next(TILE * n for n in (4, 3, 2, 1) if length % (TILE * n) == 0)
 
 
