@@ -23,14 +23,17 @@ __all__ = [
 ]  # fmt: skip
 
 CORES: dict[str, CoreSpec] = {
-    "dense": dense.SPEC,
-    "flash": flash.SPEC,
-    "longformer": longformer.SPEC,
-    "linformer": linformer.SPEC,
-    "performer": performer.SPEC,
-    "cudnn": cudnn.SPEC,
-    "splash": splash.SPEC,
-    "ring": ring.SPEC,
+    spec.name: spec
+    for spec in (
+        dense.SPEC,
+        flash.SPEC,
+        longformer.SPEC,
+        linformer.SPEC,
+        performer.SPEC,
+        cudnn.SPEC,
+        splash.SPEC,
+        ring.SPEC,
+    )
 }
 
 
@@ -86,8 +89,7 @@ def choose(
     pairs = length * (length if queries is None else queries)
     for name, spec in CORES.items():
         least = spec.faster_from.get(platform)
-        can_run = spec.length == "any" or (spec.length == "split") == (shards > 1)
-        if least is not None and can_run and pairs >= least**2:
+        if least is not None and spec.fits(platform, shards) and pairs >= least**2:
             return name, f"exact, and faster than dense on {platform} from {least} keys on"
     if shards > 1:
         return "dense", f"exact, and takes what the mesh splits over {shards} devices"

@@ -9,12 +9,15 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from heedful.model.axes import mesh_axes, target_platform
-from heedful.model.config import AttentionConfig, AttentionSite, ModelConfig, require
+from heedful.model.config import AttentionConfig, AttentionSite, ModelConfig, ModelError
 from heedful.model.masks import AttentionMask, MaskNotSupported
 from heedful.model.positions import PositionBias
 
 FEATURES = "features"
 """The stream of keys from which cores draw random numbers: a training step may give it."""
+
+
+DEVICES = {"cpu": "a CPU", "gpu": "a GPU", "tpu": "a TPU"}
 
 
 class AttentionCall(struct.PyTreeNode):
@@ -134,14 +137,10 @@ class CoreSpec:
     cached: str = "keys and values"
     """The content of its cache, in words."""
 
-    @property
-    def is_here(self) -> bool:
-        """True where the platform and the mesh in force can run it."""
-        return target_platform() in self.platforms and self._fits_mesh
-
-    @property
-    def _fits_mesh(self) -> bool:
-        return self.length == "any" or (self.length == "split") == any(mesh_axes("act_length"))
+    def fits(self, platform: str, shards: int) -> bool:
+        """Return True if the platform runs it, with the length split over so many devices."""
+        can_split = {"any": True, "whole": shards == 1, "split": shards > 1}[self.length]
+        return platform in self.platforms and can_split
 
     def require(self, call: AttentionCall) -> None:
         """Raise an error unless the core can do what the call asks for, where it is to run.
@@ -153,32 +152,36 @@ class CoreSpec:
         reason = self.refusal(call)
         if reason is not None:
             raise MaskNotSupported(self.name, reason)
-        (length,) = mesh_axes("act_length")
-        H, dtype, platform = call.q.shape[3], str(call.q.dtype), target_platform()
-        device = {"cpu": "a CPU", "gpu": "a GPU", "tpu": "a TPU"}[self.platforms[0]]
-        sizes = self.head_sizes
-        require(
-            sizes is None or H in sizes,
-            f"core {self.name} needs heads of a multiple of {sizes and sizes.step} up to "
-            f"{sizes and sizes[-1]}, not model.attention.head_dim = {H}",
-        )
-        require(
-            not self.dtypes or dtype in self.dtypes,
-            f"core {self.name} needs {device} and model.dtype {' or '.join(self.dtypes)}, not "
-            f"{dtype}",
-        )
-        require(
-            platform in self.platforms,
-            f"core {self.name} needs {device}, not {platform}: choose model.attention.core auto",
-        )
-        require(
-            self._fits_mesh or self.length == "split",
-            f"core {self.name} needs whole sequences, and the mesh splits them over "
-            f"{length}: set train.mesh.seq to 1, or choose model.attention.core "
-            "ring or dense",
-        )
-        require(
-            self._fits_mesh,
-            f"core {self.name} splits the sequence over devices: set train.mesh.seq to at least 2, "
-            "or choose model.attention.core flash",
-        )
+        self._require_array(call.q.shape[3], str(call.q.dtype))
+        self._require_here()
+
+    def _require_array(self, head_dim: int, dtype: str) -> None:
+        sizes, device = self.head_sizes, DEVICES[self.platforms[0]]
+        if sizes is not None and head_dim not in sizes:
+            raise ModelError(
+                f"core {self.name} needs heads of a multiple of {sizes.step} up to {sizes[-1]}, "
+                f"not model.attention.head_dim = {head_dim}"
+            )
+        if self.dtypes and dtype not in self.dtypes:
+            raise ModelError(
+                f"core {self.name} needs {device} and model.dtype {' or '.join(self.dtypes)}, "
+                f"not {dtype}"
+            )
+
+    def _require_here(self) -> None:
+        platform, (length,) = target_platform(), mesh_axes("act_length")
+        if platform not in self.platforms:
+            raise ModelError(
+                f"core {self.name} needs {DEVICES[self.platforms[0]]}, not {platform}: choose "
+                "model.attention.core auto"
+            )
+        if self.length == "whole" and length:
+            raise ModelError(
+                f"core {self.name} needs whole sequences, and the mesh splits them over {length}: "
+                "set train.mesh.seq to 1, or choose model.attention.core ring or dense"
+            )
+        if self.length == "split" and not length:
+            raise ModelError(
+                f"core {self.name} splits the sequence over devices: set train.mesh.seq to at "
+                "least 2, or choose model.attention.core flash"
+            )

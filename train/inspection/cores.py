@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from heedful.model import masks
 from heedful.model.attention import CORES
 from heedful.model.attention_masks import cross_mask, decoder_mask, encoder_mask
+from heedful.model.axes import shards, target_platform
 from heedful.model.cache import new_cache
 from heedful.model.config import AttentionConfig, AttentionSite, ModelConfig, ModelError
 from heedful.model.masks import AttentionMask, MaskNotSupported
@@ -107,7 +108,7 @@ def refusal(core: str, row: Row) -> str | None:
     except MaskNotSupported as error:
         return error.reason
     except ModelError:
-        if CORES[core].is_here:
+        if CORES[core].fits(target_platform(), shards("act_length")):
             raise
     return NAN if row.what in DOCUMENTS and row.site in CORES[core].one_document_at else None
 
