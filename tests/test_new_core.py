@@ -180,7 +180,7 @@ def test_the_audit_finds_a_leak_in_it_and_nothing_else(monkeypatch):
     config = ModelConfig(architecture="decoder_only", layers=1, attention=attention)
     result = audit(Subject.of(config, data))
     assert [str(finding) for finding in result.findings] == []
-    assert result.left_out == []
+    assert result.unsupported == []
 
     class Leaky(Kernel):
         def __call__(self, call: AttentionCall) -> jax.Array:
