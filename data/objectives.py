@@ -46,7 +46,7 @@ class RowTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class ChunkingSpec:
-    """How a long document is cut into pieces."""
+    """Rule by which a long document is cut into pieces."""
 
     has_frame: bool
     """The document gets begin and end tokens."""
@@ -72,7 +72,7 @@ class Objective:
     draws: bool = False
     """Rows are random, and drawn again in every epoch."""
     chunking: ChunkingSpec | None = None
-    """How documents are cut into pieces; None: examples are not cut."""
+    """Rule by which documents are cut into pieces; None: examples are not cut."""
     fields: tuple[str, ...] = ("text",)
     """Text fields that every example has."""
     optional_fields: tuple[str, ...] = ()

@@ -21,7 +21,7 @@ Step = Callable[[Int[Array, "R 1"], Any, Position], tuple[Float[Array, "R V"], A
 
 
 class Sampling(NamedTuple):
-    """How the next token is chosen."""
+    """Rules by which the next token is chosen."""
 
     temperature: float = 0.0
     """Divisor of the logits; 0: the likeliest token."""

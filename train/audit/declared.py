@@ -14,9 +14,9 @@ from heedful.model.config import ModelConfig
 Batch = Mapping[str, np.ndarray]
 """Arrays by the names of data/batch.py."""
 Pairs = Bool[np.ndarray, "B N T S"]
-"""Whether a query may attend to a key, by head."""
+"""True where a query may attend to a key, by head."""
 Reach = Bool[np.ndarray, "B T S"]
-"""Whether an output may depend on an input."""
+"""True where an output may depend on an input."""
 
 
 def attentions(config: ModelConfig, batch: Batch) -> dict[str, Pairs]:
