@@ -1,1 +1,1 @@
-"""What a model consists of, costs and attends to."""
+"""Inspection of a model: its parts, its costs and its attention."""

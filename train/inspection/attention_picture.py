@@ -1,4 +1,4 @@
-"""`heedful attention`: who looks at whom, as the attention weights of a model, drawn."""
+"""`heedful attention`: a picture of the attention weights of a model."""
 
 import math
 import os
@@ -96,7 +96,7 @@ def attention_picture(
 def model_inputs(
     trained: Trained, text: str, target: str | None, *, needs_target: bool = True
 ) -> dict[str, jax.Array]:
-    """The arrays [1, T] that the model reads for a text, framed as in training; nothing is masked.
+    """Return the arrays [1, T] that the model reads for a text, framed as in training, none masked.
 
     The target of an encoder-decoder is its own output where it is not given but needed. Raises
     TrainError for texts that are empty, too long for a picture, or one too many.
@@ -142,7 +142,7 @@ def _encode(trained: Trained, name: str, text: str) -> np.ndarray:
 
 
 def _own_output(trained: Trained, source: np.ndarray) -> np.ndarray:
-    """The tokens that the model writes for a source, as `heedful translate` does; no end."""
+    """Translate a source as `heedful translate` does; return the tokens without the end."""
     run = trained.run
     translator = Translator(
         run.model, run.train.decode, trained.tokenizer, trained.params, trained.mesh
@@ -162,7 +162,7 @@ def draw(
     title: str,
     heads: Sequence[str],
 ) -> tuple[Any, list[str]]:
-    """A matplotlib figure with a panel for each head, and notes about what it cannot show.
+    """Return a matplotlib figure with a panel for each head, and notes on what it cannot show.
 
     Queries go down, keys across. All share one colour scale from 0 to 1; pairs that are not allowed
     are hatched; n is N, or 1 where all heads agree.
@@ -207,7 +207,7 @@ def draw(
 
 
 def _origin(steps: Sequence[int]) -> str:
-    """Which checkpoints the parameters come from."""
+    """Name the checkpoints that the parameters come from."""
     if len(steps) == 1:
         return f"checkpoint of step {steps[0]:,}"
     return f"mean of {len(steps)} checkpoints, steps {min(steps):,} to {max(steps):,}"

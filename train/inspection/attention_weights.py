@@ -1,4 +1,4 @@
-"""Who looks at whom in a model: its attention weights, and the masks that it applies."""
+"""Attention weights of a model, and the masks that it applies."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -13,11 +13,11 @@ from heedful.model.config import ModelConfig, ModelError
 from heedful.model.masks import AttentionMask
 from heedful.model.transformer import build
 
-Inputs = Mapping[str, jax.Array]  # what the model is called with, by the names of data/batch.py
+ModelInputs = Mapping[str, jax.Array]  # by the names of data/batch.py
 
 
 def attention_kinds(config: ModelConfig) -> dict[str, str]:
-    """The attentions of a model and what they are called."""
+    """Return the kinds of attention in a model, with their names for people."""
     if config.architecture == "encoder_decoder":
         return {
             "encoder": "encoder self-attention",
@@ -28,9 +28,9 @@ def attention_kinds(config: ModelConfig) -> dict[str, str]:
 
 
 def attention_weights(
-    config: ModelConfig, params: Any, inputs: Inputs
+    config: ModelConfig, params: Any, inputs: ModelInputs
 ) -> dict[str, Float[Array, "_L _B _N _T _S"]]:
-    """What share each query takes of each key, by attention, layer and head; nothing is dropped.
+    """Return the weight of each key for each query, by attention, layer and head, without dropout.
 
     Raises ModelError for cores that have no such weights.
     """
@@ -60,8 +60,8 @@ def _sown(config: ModelConfig, params: Any, inputs: dict[str, Any]) -> Any:
     return sown["intermediates"]
 
 
-def attention_masks(config: ModelConfig, inputs: Inputs) -> dict[str, AttentionMask]:
-    """The masks that the model applies to a batch, by attention."""
+def attention_masks(config: ModelConfig, inputs: ModelInputs) -> dict[str, AttentionMask]:
+    """Return the masks that the model applies to a batch, by attention."""
     segment_ids = inputs.get("segment_ids")
     if config.architecture == "encoder_only":
         return {"self": encoder_mask(config, segment_ids)}

@@ -28,7 +28,7 @@ GLOBAL = {**WINDOW, "global_tokens": 1}
 
 @dataclass(frozen=True)
 class Row:
-    """What a core is asked for."""
+    """Row of the table of cores: an attention that a core may run or not."""
 
     where: str
     what: str
@@ -115,7 +115,7 @@ def refusal(core: str, row: Row) -> str | None:
 
 @cache
 def _params(core: str) -> Any:
-    """Shapes of the parameters of an attention, which no row changes."""
+    """Return shapes of the parameters of an attention, the same for all rows."""
     attention = AttentionConfig(heads=2, core=core)
     layer = MultiHeadAttention(ModelConfig(width=16, attention=attention))
     x = jnp.zeros((1, T, 16))

@@ -1,4 +1,4 @@
-"""What a model costs, from shapes alone: parameters, memory and arithmetic."""
+"""Costs of a model, from shapes alone: parameters, memory and arithmetic."""
 
 import math
 from dataclasses import dataclass
@@ -47,11 +47,11 @@ class Part:
     name: str
     parameters: int
     flops: float
-    """Of one forward pass, per token."""
+    """FLOPs of one forward pass, per token."""
 
 
 def parts(config: ModelConfig, params: Any, length: int) -> list[Part]:
-    """Parameters and FLOPs by part, in the order in which a token passes them.
+    """Return parameters and FLOPs by part, in the order in which a token passes them.
 
     FLOPs are two for each multiply-add of a matrix product, per token of a row of `length` tokens
     (arXiv:2001.08361 §2.1); lookups, norms, softmax and activations are left out. Every query is
@@ -89,7 +89,7 @@ def parts(config: ModelConfig, params: Any, length: int) -> list[Part]:
 
 
 def recomputed(config: ModelConfig, found: list[Part]) -> float:
-    """FLOPs per token that the backward pass does again, as `config.remat` says."""
+    """Return the FLOPs per token that the backward pass does again, by `config.remat`."""
     scores = ("self-attention scores", "cross-attention scores")
     again = {"none": (), "dots": scores, "attention": (*scores, "feed-forward"), "full": ORDER}
     names = again[config.remat]
@@ -138,7 +138,7 @@ class Memory:
     parameters: int
     gradients: int
     moments: int
-    """Of the optimizer, with its counters."""
+    """Bytes of the optimizer's state, with its counters."""
     outputs: int
     """Scores that exist at once, in float32: [B, T, V], or [B, C] of a classifier."""
     cache: int
@@ -186,20 +186,20 @@ def memory(config: ModelConfig, data: DataConfig, train: TrainConfig, setup: Set
 
 
 def scored_at_once(positions: float, data: DataConfig, train: TrainConfig) -> int:
-    """How many of the positions of a batch have scores for the vocabulary at the same time."""
+    """Return how many positions of a batch have logits at the same time."""
     chunk = min(train.loss_chunk or data.max_length, data.max_length)
     return math.ceil(positions * chunk / data.max_length)
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of the part of each array that one device holds."""
+    """Return the bytes of the parts of all arrays that one device holds."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
 
 
 def _cache(config: ModelConfig, params: Any) -> BlockCache | None:
-    """Shapes of the cache after one token of the target, and of the source if there is one."""
+    """Return shapes of the cache after one token of the target, and one of the source if any."""
     if config.architecture == "encoder_only":
         return None
     encoded = ()

@@ -71,7 +71,7 @@ def inspect(
 
 
 def complete(model: ModelConfig, data: DataConfig) -> tuple[ModelConfig, list[str]]:
-    """The model with the sizes that it will take from the data, and what was assumed about them."""
+    """Return the model with the sizes that the data decide, and what was assumed about them."""
     notes = []
     if model.vocab_size is None:
         if data.tokenizer.path is not None:
@@ -95,14 +95,14 @@ def complete(model: ModelConfig, data: DataConfig) -> tuple[ModelConfig, list[st
 
 
 def layout(config: MeshConfig) -> Mesh:
-    """The mesh of a config without its devices, which need not exist; data = -1 counts as 1."""
+    """Return the mesh of a config without devices, which need not exist; data = -1 counts as 1."""
     sizes = tuple(max(getattr(config, axis), 1) for axis in MESH_AXES)
     mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     return cast(Mesh, mesh)  # all that is asked of it is to divide shapes
 
 
 def describe(model: ModelConfig) -> str:
-    """The sizes of a model in a line."""
+    """Describe the sizes of a model in a line."""
     layers = f"{model.layers} layers"
     if model.architecture == "encoder_decoder":
         layers = f"{model.encoder_layers or model.layers} + {model.layers} layers"
@@ -195,8 +195,8 @@ def _memory_table(
     if model.head.kind == "classifier":
         what = f"of a batch: {batch:,} positions in rows, x {model.head.outputs} scores"
     else:
-        scored = scored_at_once(batch, data, train)
-        what = f"at once: {scored:,} positions x {model.vocab_size:,} scores"
+        count = scored_at_once(batch, data, train)
+        what = f"at once: {count:,} positions x {model.vocab_size:,} scores"
     table.add_row(f"outputs {what}, float32", number(sizes.outputs, 1024) + "B")
     if sizes.cache:
         of = " of the target" if sizes.source_cache else ""
@@ -244,7 +244,7 @@ def number(value: float, base: int = 1000) -> str:
 
 
 def masks_drawn(model: ModelConfig, data: DataConfig) -> Group:
-    """The masks of a row of 16 tokens with block characters, side by side where there is room.
+    """Draw the masks of a row of 16 tokens with block characters, side by side if there is room.
 
     Where heads differ, a pair is drawn as allowed that any of them allows.
     """
@@ -263,7 +263,7 @@ def masks_drawn(model: ModelConfig, data: DataConfig) -> Group:
 
 
 def example(model: ModelConfig, data: DataConfig) -> tuple[Mapping[str, jax.Array], str]:
-    """A row of 16 tokens, as the objective makes them, and what is in it."""
+    """Return a row of 16 tokens, as the objective makes them, and a description of it."""
 
     def row(*lengths: int) -> jax.Array:
         ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)

@@ -14,7 +14,7 @@ PLAIN = "DejaVu Sans"  # comes with matplotlib
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> list[str]:
-    """The text of each token: spaces visible, special tokens by name, a part of a character as hex.
+    """Return the text of each token: visible spaces, names of special tokens, bytes as hex.
 
     Pieces of words keep the marks of their tokenizer, ## or @@. An id beyond the vocabulary, of a
     model that has more outputs, is #id.
@@ -41,7 +41,7 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> list[str]:
 
 
 def drawable(labels: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """The labels, the font families to draw them with, and what there is to say about them.
+    """Return the labels, the font families to draw them with, and notes about them.
 
     Characters that no installed font has are written as code points, and that is said.
     """
