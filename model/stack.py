@@ -1,17 +1,16 @@
-"""Blocks, and stacks of equal blocks."""
+"""Blocks, and stacks of blocks."""
 
-from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from heedful.model.attention import FEATURES, spec_of
 from heedful.model.axes import constrain
-from heedful.model.cache import Cache, KVCache, reorder, repeat
 from heedful.model.config import AttentionSite, ModelConfig
+from heedful.model.layer_pattern import Layer, apply_pattern
 from heedful.model.layers import Dropout, FeedForward, Norm
 from heedful.model.masks import AttentionMask
 from heedful.model.multi_head_attention import MultiHeadAttention, StackContext
@@ -22,6 +21,7 @@ from heedful.model.positions import (
     alibi_slopes,
     rotation,
 )
+from heedful.model.stack_cache import BlockCache, PatternCache, StackCache
 
 OF_ATTENTION = ("query", "key", "value", "out", "global_query", "global_key", "global_value")
 KEPT = {
@@ -30,26 +30,6 @@ KEPT = {
     "dots": (*OF_ATTENTION, "up", "gate", "down"),
 }
 """Linear maps whose outputs the backward pass finds, by `config.remat`."""
-
-
-@struct.dataclass
-class BlockCache:
-    """What a block remembers while decoding; in a stack each array leads with the layers."""
-
-    self_attention: Cache
-    cross_attention: KVCache | None = None
-
-    def repeat(self, times: int) -> "BlockCache":
-        """For `times` hypotheses of each text, side by side; they share their source."""
-        return self._each(lambda kept: repeat(kept, times))
-
-    def reorder(self, parents: Int[Array, "B W"]) -> "BlockCache":
-        """Each hypothesis of a text continues the one of the same text that `parents` names."""
-        return self._each(lambda kept: reorder(kept, parents))
-
-    def _each(self, change: Callable[[Cache], Cache]) -> "BlockCache":
-        kept = jax.vmap(change)(self.self_attention)
-        return self.replace(self_attention=kept)  # type: ignore[attr-defined]
 
 
 class Block(nn.Module):
@@ -111,9 +91,10 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Equal blocks, one after the other, scanned: parameters lead with the axis `layers`.
+    """Blocks, one after the other: parameters lead with the axis `layers` [L, ...].
 
-    The collection "intermediates", where it is mutable, gets `hidden` [L, B, T, D] (each block's
+    Blocks are equal, or differ as `config.pattern` says; their parameters have the same shapes. The
+    collection "intermediates", where it is mutable, gets `hidden` [L, B, T, D] (each block's
     output) and the attention weights [L, B, N, T, S].
     """
 
@@ -127,28 +108,34 @@ class Stack(nn.Module):
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "b T"],
-        mask: AttentionMask,
+        masks: tuple[AttentionMask, ...],
         *,
         encoded: Float[Array, "B S D"] | None = None,
         cross_mask: AttentionMask | None = None,
-        cache: BlockCache | None = None,
+        cache: StackCache | None = None,
         cache_write_mask: Bool[Array, "B T"] | None = None,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T D"], BlockCache | None]:
-        scanned = nn.scan(
-            self._block(),
-            variable_axes={"params": 0, "decode": 0, "intermediates": 0},
-            split_rngs={"params": True, "dropout": True, FEATURES: True},
-            in_axes=(0, *[nn.broadcast] * 5),  # type: ignore[arg-type]
-            length=self.layers,
-            unroll=min(self._unroll(cache is not None), self.layers),
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        blocks = scanned(self.config, self.has_cross, name="blocks")
-        shared = self._shared(positions, mask).replace(  # type: ignore[attr-defined]
-            cache_write_mask=cache_write_mask, core_params=self._core_params()
-        )
-        x, cache = blocks(x, cache, mask, shared, encoded, cross_mask, deterministic)
+    ) -> tuple[Float[Array, "B T D"], StackCache | None]:
+        """Return hidden states and the cache; `masks` has one for each layer of the period."""
+        unroll = min(self._unroll(cache is not None), self.layers)
+        contexts = self._contexts(positions, masks[0], cache_write_mask)
+        rest = encoded, cross_mask, deterministic
+        if len(self.config.period) == 1 or self.is_initializing():
+            assert not isinstance(cache, PatternCache)
+            scanned = nn.scan(
+                self._block(),
+                variable_axes={"params": 0, "decode": 0, "intermediates": 0},
+                split_rngs={"params": True, "dropout": True, FEATURES: True},
+                in_axes=(0, *[nn.broadcast] * 5),  # type: ignore[arg-type]
+                length=self.layers,
+                unroll=unroll,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            blocks = scanned(self.config.period[0], self.has_cross, name="blocks")
+            x, cache = blocks(x, cache, masks[0], contexts[0], *rest)
+        else:
+            assert not isinstance(cache, BlockCache)
+            x, cache = self._by_pattern(x, cache, masks, contexts, rest, unroll)
         if self.config.norm.position == "pre":
             x = Norm(self.config, name="norm")(x)
         return x, cache
@@ -157,10 +144,48 @@ class Stack(nn.Module):
         """With what `config.remat` leaves of it for the backward pass."""
         if self.config.remat == "none":
             return Block
-        policy = jax.checkpoint_policies.save_only_these_names(*KEPT[self.config.remat])
         # Between two loops XLA shares nothing; without them it would, and keep all after all.
         is_looped = self._unroll(decodes=False) < self.layers
-        return nn.remat(Block, policy=policy, prevent_cse=not is_looped, static_argnums=7)
+        return nn.remat(Block, policy=self._policy(), prevent_cse=not is_looped, static_argnums=7)
+
+    def _policy(self) -> Any:
+        return jax.checkpoint_policies.save_only_these_names(*KEPT[self.config.remat])
+
+    def _by_pattern(
+        self,
+        x: Float[Array, "B T D"],
+        cache: PatternCache | None,
+        masks: tuple[AttentionMask, ...],
+        contexts: list[StackContext],
+        rest: tuple[Any, ...],
+        unroll: int,
+    ) -> tuple[Float[Array, "B T D"], PatternCache | None]:
+        """Apply the blocks as pure functions of the parameters that equal blocks would have."""
+        is_sown = self.is_mutable_collection("intermediates")
+        mutable = ["intermediates"] if is_sown else []
+
+        def make_layer(i: int, is_looped: bool) -> Layer:
+            block = Block(self.config.period[i], self.has_cross, parent=None)
+
+            def layer(variables: Any, x: jax.Array, cache: BlockCache | None, rngs: Any):
+                arguments = x, cache, masks[i], contexts[i], *rest
+                (x, cache), sown = block.apply(variables, *arguments, rngs=rngs, mutable=mutable)
+                return x, cache, sown.get("intermediates", {})
+
+            if self.config.remat == "none":
+                return layer
+            return jax.checkpoint(layer, policy=self._policy(), prevent_cse=not is_looped)
+
+        stacked = {
+            name: nn.unbox(self.variables[name]["blocks"])
+            for name in ("params", "decode")
+            if "blocks" in self.variables.get(name, {})
+        }
+        rngs = {name: self.make_rng(name) for name in ("dropout", FEATURES) if self.has_rng(name)}
+        x, cache, sown = apply_pattern(make_layer, len(masks), stacked, x, cache, rngs, unroll)
+        if is_sown:
+            self.put_variable("intermediates", "blocks", sown)
+        return x, cache
 
     def _unroll(self, decodes: bool) -> int:
         config = self.config
@@ -175,21 +200,35 @@ class Stack(nn.Module):
                 made[name] = jnp.asarray(self.param(name, init, shape))
         return made
 
-    def _shared(self, positions: Int[Array, "b T"], mask: AttentionMask) -> StackContext:
-        """What self-attention adds or turns, where the config asks for it."""
+    def _contexts(
+        self, positions: Int[Array, "b T"], mask: AttentionMask, cache_write_mask: jax.Array | None
+    ) -> list[StackContext]:
+        """Return what self-attention is given in each layer of the period."""
+        bias = self._bias(mask)
+        core_params = self._core_params()
+
+        def context(layer: ModelConfig) -> StackContext:
+            kind, rotary = layer.positions.kind, layer.positions.rotary
+            return StackContext(
+                rotation=rotation(positions, layer.key_dim, rotary) if kind == "rotary" else None,
+                bias=None if kind == "none" else bias,
+                core_params=core_params,
+                cache_write_mask=cache_write_mask,
+            )
+
+        return [context(layer) for layer in self.config.period]
+
+    def _bias(self, mask: AttentionMask) -> PositionBias | None:
+        """Return what is added to attention scores, where the config asks for it."""
         config, kind = self.config, self.config.positions.kind
-        if kind == "rotary":
-            rotary = rotation(positions, config.key_dim, config.positions.rotary)
-            return StackContext(rotation=rotary)
         if kind == "alibi":
             slopes = jnp.asarray(alibi_slopes(config.attention.heads))
-            return StackContext(bias=PositionBias(slopes, q_offset=mask.q_offset))
+            return PositionBias(slopes, q_offset=mask.q_offset)
         if kind == "relative":
-            bias = PositionBias(
+            return PositionBias(
                 RelativeBias(config, name="relative_bias")(),
                 bidirectional=not self.is_causal,
                 max_distance=config.positions.max_distance,
                 q_offset=mask.q_offset,
             )
-            return StackContext(bias=bias)
-        return StackContext()
+        return None

@@ -12,13 +12,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from heedful.model.attention_masks import cross_mask, decoder_mask, encoder_mask
 from heedful.model.axes import constrain, partitioned
-from heedful.model.cache import new_cache
 from heedful.model.config import ModelConfig, ModelError
 from heedful.model.heads import HEADS
 from heedful.model.layers import Dropout, Embedding, Norm
 from heedful.model.masks import AttentionMask
 from heedful.model.positions import PositionEmbedding, lookup
-from heedful.model.stack import BlockCache, Stack
+from heedful.model.stack import Stack
+from heedful.model.stack_cache import StackCache, new_stack_cache
 
 Tokens = Int[Array, "B T"]
 Positions = Int[Array, "b T"]  # b is B, or 1 where all rows agree
@@ -91,12 +91,13 @@ class Transformer(nn.Module):
         offset: jax.Array | int | None = None,
         deterministic: bool,
         **options: Any,
-    ) -> tuple[Float[Array, "B T D"], BlockCache | None]:
+    ) -> tuple[Float[Array, "B T D"], StackCache | None]:
         """Return hidden states of tokens, and the cache; `options` are those of the stack."""
         _require_cache(offset, options.get("cache"))
         positions = _or_range(positions, inputs, offset)
         x = embed(self.embedding(inputs), positions, type_ids, deterministic=deterministic)
-        return stack(x, positions, mask(stack.config), deterministic=deterministic, **options)
+        masks = tuple(map(mask, stack.config.period))
+        return stack(x, positions, masks, deterministic=deterministic, **options)
 
 
 class EncoderOnly(Transformer):
@@ -190,12 +191,12 @@ class DecoderOnly(Transformer):
         positions: Tokens | None = None,
         type_ids: Tokens | None = None,
         prefix_len: Int[Array, " B"] | None = None,
-        cache: BlockCache | None = None,
+        cache: StackCache | None = None,
         cache_write_mask: Bool[Array, "B T"] | None = None,
         offset: jax.Array | int | None = None,
         deterministic: bool = True,
         return_logits: bool = True,
-    ) -> tuple[Float[Array, "B *T C"], BlockCache | None]:
+    ) -> tuple[Float[Array, "B *T C"], StackCache | None]:
         """Return logits for the token after each of `inputs`, and the cache with these added.
 
         `inputs` start at position `offset`. The cache remembers those in `cache_write_mask`, None:
@@ -228,7 +229,8 @@ class EncoderDecoder(Transformer):
         self.encoder_inputs = InputEmbedding(config)
         self.decoder_inputs = InputEmbedding(config)
         depth = config.encoder_layers or config.layers  # which `init` looks at, too
-        self.encoder = Stack(replace(config, layers=depth), depth)
+        encoder = replace(config, layers=depth, pattern=config.pattern[:depth])
+        self.encoder = Stack(encoder, depth)
         self.decoder = Stack(config, config.layers, is_causal=True, has_cross=True)
 
     def __call__(
@@ -281,12 +283,12 @@ class EncoderDecoder(Transformer):
         *,
         segment_ids: Tokens | None = None,
         positions: Tokens | None = None,
-        cache: BlockCache | None = None,
+        cache: StackCache | None = None,
         cache_write_mask: Bool[Array, "B T"] | None = None,
         offset: jax.Array | int | None = None,
         deterministic: bool = True,
         return_logits: bool = True,
-    ) -> tuple[Float[Array, "B T C"], BlockCache | None]:
+    ) -> tuple[Float[Array, "B T C"], StackCache | None]:
         """Return logits for the token after each of `inputs`, and the cache with these added.
 
         As `DecoderOnly.decode`. With a cache, its first call takes `encoded` and later ones None:
@@ -320,7 +322,7 @@ def build(config: ModelConfig) -> nn.Module:
     return ARCHITECTURES[config.architecture](config)
 
 
-def empty_cache(config: ModelConfig, batch: int, length: int) -> BlockCache:
+def empty_cache(config: ModelConfig, batch: int, length: int) -> StackCache:
     """Return a cache for `length` decoder positions.
 
     Raises ModelError for more positions than a learned table has.
@@ -331,12 +333,10 @@ def empty_cache(config: ModelConfig, batch: int, length: int) -> BlockCache:
             f"cannot decode {length} positions: model.positions.max_length is {limit}, "
             "and learned positions end there"
         )
-    one = new_cache(config, batch, length)
-    repeat = lambda x: jnp.broadcast_to(x, (config.layers, *x.shape))  # noqa: E731
-    return BlockCache(self_attention=jax.tree.map(repeat, one))
+    return new_stack_cache(config, batch, length)
 
 
-def _require_cache(offset: jax.Array | int | None, cache: BlockCache | None) -> None:
+def _require_cache(offset: jax.Array | int | None, cache: StackCache | None) -> None:
     if offset is not None and cache is None:
         raise ValueError(
             "tokens at an offset need a cache of those before them: give `cache`, or `positions` "

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from heedful.model.config import ModelConfig, RotaryConfig
+from heedful.model.config import LayerConfig, ModelConfig, RotaryConfig
 
 erf = np.vectorize(math.erf)
 ACTIVATIONS = {
@@ -116,14 +116,14 @@ class Plain:
         return 0.0
 
     def attention(
-        self, p: dict, x, context, allowed, bias: Any = 0.0, positions=None
+        self, p: dict, x, context, allowed, bias: Any = 0.0, positions: Any = None, rotary=None
     ) -> np.ndarray:
         q, k, v = (
             self.linear(p[name], z)
             for name, z in (("query", x), ("key", context), ("value", context))
         )
-        if self.config.positions.kind == "rotary" and positions is not None:
-            q, k = (turn(z, positions, self.config.positions.rotary) for z in (q, k))
+        if self.config.positions.kind == "rotary" and rotary is not None:
+            q, k = (turn(z, positions, rotary) for z in (q, k))
         k, v = (np.repeat(z, q.shape[2] // k.shape[2], axis=2) for z in (k, v))
         scores = np.einsum("btnh,bsnh->bnts", q, k)
         scores = scores / (math.sqrt(q.shape[-1]) if self.config.attention.scaled else 1) + bias
@@ -140,12 +140,27 @@ class Plain:
         h = h * activation(self.linear(p["gate"], x)) if config.gated else activation(h)
         return self.linear(p["down"], h)
 
+    def layer(self, index: int, length: int) -> tuple[np.ndarray, RotaryConfig, bool]:
+        """Pairs [t, t] in a layer's window, its rotary frequencies, and if it has positions."""
+        pattern, attention = self.config.pattern, self.config.attention
+        own = pattern[index % len(pattern)] if pattern else LayerConfig()
+        window = attention.window if own.window is None else own.window
+        rows = np.arange(length)
+        near = np.abs(rows[:, None] - rows) <= (np.inf if window in (None, "all") else window)
+        return near, own.rotary or self.config.positions.rotary, own.positions
+
+    def attend_self(self, p: dict, x, allowed, signals: tuple) -> np.ndarray:
+        return self.attention(p, x, x, allowed, *signals)
+
     def stack(self, p: dict, x, allowed, positions, bidirectional, context=None, cross=None):
         bias = self.bias(p, positions, bidirectional)
         for layer in range(p["blocks"]["self_attention"]["out"]["kernel"].shape[0]):
             block = jax.tree.map(lambda z: z[layer], p["blocks"])  # noqa: B023
+            near, rotary, has_positions = self.layer(layer, x.shape[1])
+            seen = allowed & near
+            signals = (bias, positions, rotary) if has_positions else ()
             sublayers: dict[str, Any] = {
-                "self_attention": lambda p, x: self.attention(p, x, x, allowed, bias, positions),
+                "self_attention": partial(self.attend_self, allowed=seen, signals=signals),
                 "cross_attention": lambda p, x: self.attention(p, x, context, cross),
                 "feed_forward": self.feed_forward,
             }

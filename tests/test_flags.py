@@ -1,5 +1,6 @@
 """Flags from dataclasses: what decides early is found, and a mistake is one line."""
 
+import dataclasses
 import os
 import pty
 import re
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from heedful.model.config import LayerConfig, ModelConfig, PositionConfig, RotaryConfig
 from heedful.train.cli.flags import early, parse
 from heedful.train.config import OptimizerConfig, TrainConfig, TrainError
 
@@ -41,6 +43,44 @@ def test_flags_change_what_they_name_and_nothing_else():
     expected = TrainConfig(optimizer=OptimizerConfig(freeze=("embedding", "blocks.0")))
     assert parse(Arguments(), flags, "x") == Arguments(train=expected, stride=7)
     assert parse(Arguments(), [], "x") == Arguments()
+
+
+PATTERN = (
+    LayerConfig(window=16, rotary=RotaryConfig(base=1e6, scaling="linear", factor=8)),
+    LayerConfig(window="all", positions=False),
+    LayerConfig(),
+)
+
+
+def test_a_layer_of_a_pattern_is_a_word_that_says_what_differs():
+    words = [str(layer) for layer in PATTERN]
+    assert words == [
+        "window=16,rotary.base=1000000.0,rotary.scaling=linear,rotary.factor=8",
+        "window=all,positions=False",
+        "model",
+    ]
+    model = ModelConfig(positions=PositionConfig(kind="rotary"))
+    assert parse(model, ["--pattern", *words], "x") == dataclasses.replace(model, pattern=PATTERN)
+    given = dataclasses.replace(model, pattern=PATTERN)
+    assert (parse(given, [], "x"), parse(given, ["--pattern"], "x")) == (given, model)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("16", "16: give field=value, such as window=16, or model"),
+        ("width=3", "pattern.width is unknown"),
+        ("window=wide", "pattern.window = 'wide': it must be of type int"),
+        ("window=-1", "pattern.window = -1: give at least 0, all, or None"),
+        ("rotary.base=0", "positions.rotary.base must be positive, not 0"),
+        ("rotary=3", "pattern.rotary is no object"),
+        ("rotary=3,rotary.base=2", "rotary"),
+    ],
+)
+def test_a_layer_that_cannot_be_is_named(word, said):
+    with pytest.raises(TrainError) as error:
+        parse(ModelConfig(), ["--pattern", "model", word], "heedful x")
+    assert said in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,13 @@ from heedful.model.config import (
     AttentionConfig,
     FeedForwardConfig,
     HeadConfig,
+    LayerConfig,
     LinformerConfig,
     ModelConfig,
     ModelError,
     NormConfig,
     PositionConfig,
+    RotaryConfig,
 )
 from heedful.model.multi_head_attention import MultiHeadAttention
 from heedful.model.ops.products import matmul
@@ -75,7 +77,12 @@ CLASSIFIER = dataclasses.replace(
 MASKED = dataclasses.replace(
     MODEL, architecture="encoder_only", head=HeadConfig(transform=True, bias=True)
 )
-MODELS = {"translation": MODEL, "packed": PACKED, "classifier": CLASSIFIER}
+PATTERN = dataclasses.replace(
+    PACKED,
+    layers=5,
+    pattern=(LayerConfig(window=2, rotary=RotaryConfig(base=7)), LayerConfig(positions=False)),
+)
+MODELS = {"translation": MODEL, "packed": PACKED, "classifier": CLASSIFIER, "pattern": PATTERN}
 TRAIN = TrainConfig(optimizer=OptimizerConfig(peak_lr=0.01, warmup_steps=3))
 EVERY_AXIS = MeshConfig(data=1, fsdp=2, seq=2, tensor=2)
 MESHES = [
@@ -86,6 +93,7 @@ MESHES = [
     ("translation", EVERY_AXIS),
     ("packed", EVERY_AXIS),
     ("classifier", EVERY_AXIS),
+    ("pattern", EVERY_AXIS),
 ]
 
 

@@ -31,9 +31,12 @@ def from_json(cls: Any, value: Any, name: str = "") -> Any:
         if not isinstance(value, list):
             raise TypeError(f"{name} = {value!r}: it must be a list")
         return tuple(from_json(choices[0], item, name) for item in value)
-    if isinstance(cls, types.UnionType):
+    if typing.get_origin(cls) in (types.UnionType, typing.Union):
+        literals = [choice for choice in choices if typing.get_origin(choice) is typing.Literal]
+        if value is None or any(value in typing.get_args(choice) for choice in literals):
+            return value
         inner = next(choice for choice in choices if choice is not type(None))
-        return value if value is None else from_json(inner, value, name)
+        return from_json(inner, value, name)
     kinds = {float: (int, float), int: int, str: str, bool: bool}
     is_other = isinstance(value, bool) and cls is not bool
     if cls in kinds and (is_other or not isinstance(value, kinds[cls])):

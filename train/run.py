@@ -223,3 +223,14 @@ def _has_steps(checkpoints: epath.Path) -> bool:
         return checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
     except (ImportError, OSError) as error:
         raise TrainError(f"train.checkpoints {checkpoints} cannot be reached: {error}") from error
+
+
+def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the three configs of another version, as JSON values, with the fields of today.
+
+    Where this version cannot read them, only renamed fields change.
+    """
+    try:
+        return Run.of(Path(), values).values()
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return with_new_names(values)

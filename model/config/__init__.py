@@ -9,6 +9,7 @@ from heedful.model.config.attention import (
 from heedful.model.config.checks import ModelError, require, require_choices
 from heedful.model.config.model import Architecture, ModelConfig
 from heedful.model.config.parts import FeedForwardConfig, HeadConfig, LoraConfig, NormConfig
+from heedful.model.config.pattern import LayerConfig
 from heedful.model.config.positions import PositionConfig, RotaryConfig
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "AttentionSite",
     "FeedForwardConfig",
     "HeadConfig",
+    "LayerConfig",
     "LinformerConfig",
     "LoraConfig",
     "ModelConfig",

@@ -8,7 +8,7 @@ from heedful.model.config.checks import require, require_choices, require_rate
 AttentionSite = Literal["self", "decoder", "cross"]
 """Self-attention alone in its stack, self-attention beside cross-attention, or cross-attention."""
 
-MOST_GLOBAL = 100_000
+MAX_GLOBAL_TOKENS = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,17 +16,17 @@ class PerformerConfig:
     """The core `performer`: attention by random features (arXiv:2009.14794)."""
 
     features: int = 256
-    """Random features (R): the error falls as 1 / sqrt(R)."""
+    """Number of random features (R); the error falls as 1 / sqrt(R)."""
     kernel: Literal["softmax", "relu"] = "softmax"
     """softmax: an unbiased estimate of softmax attention (§2.3); relu: another attention (§4)."""
     orthogonal: bool = True
-    """Whether features are orthogonal in blocks (§2.4), or independent."""
+    """Make features orthogonal in blocks (§2.4), not independent."""
     redraw_steps: int | None = None
-    """Training steps between two draws of the features; None: drawn once, from a fixed key, which
-    measuring and generating use in any case. A model adapts to the draw that it trains with: in
-    hundreds of steps on one draw it becomes worse with others."""
+    """Training steps between two draws of the features; None: one draw, from a fixed key, which
+    evaluation and generation always use. A model adapts to its draw: after hundreds of steps with
+    one draw, the model is worse with others."""
     chunk: int = 128
-    """Positions per block of the causal prefix sum: memory and time, not the result."""
+    """Positions per block of the causal prefix sum; changes memory and time, not the result."""
 
     def __post_init__(self):
         require_choices("attention.performer", self)
@@ -46,10 +46,11 @@ class LinformerConfig:
     rank: int = 256
     """Rows to which keys and values are projected (k in the paper)."""
     max_length: int = 4096
-    """Columns of the projections: no longer input is accepted."""
+    """Columns of the projections, the longest input that is accepted."""
     sharing: Literal["none", "heads", "key_value", "layers"] = "heads"
-    """none: projections of each head, for keys and for values; heads: one pair for all heads;
-    key_value: one for all heads and both; layers: one for the whole stack (§4)."""
+    """none: a projection for keys and one for values in each head; heads: one such pair for all
+    heads; key_value: one projection for all heads, keys and values; layers: one projection for the
+    whole stack (§4)."""
 
     def __post_init__(self):
         require_choices("attention.linformer", self)
@@ -65,34 +66,34 @@ class AttentionConfig:
     """Multi-head attention (arXiv:1706.03762 §3.2), with grouped key/value heads."""
 
     core: str = "auto"
-    """Attention core: auto, or a name from model/attention."""
+    """Attention core: auto, or a name that `heedful cores` lists."""
     decoder_core: str | None = None
     """Core of the decoder's self-attention in an encoder_decoder; None: `core`."""
     cross_core: str | None = None
     """Core of cross-attention; None: `core`."""
     window: int | None = None
-    """Self-attention sees so many positions to each side; None: all (arXiv:2004.05150 §3.1, whose
-    w is twice that)."""
+    """Positions to each side that self-attention sees; None: all (arXiv:2004.05150 §3.1, whose w is
+    twice that)."""
     dilation: tuple[int, ...] = ()
     """Steps between the positions of the window, one for each head; none: 1 (§3.1)."""
     global_tokens: int = 0
-    """So many tokens at the beginning of each row see all, and are seen by all (§3.1)."""
+    """Tokens at the beginning of each row that see all tokens, and that all tokens see (§3.1)."""
     global_projections: bool = False
-    """Whether what global tokens see has query, key and value projections of its own (§3.1)."""
+    """Give the attention of global tokens its own query, key and value projections (§3.1)."""
     heads: int = 8
-    """Query heads (N)."""
+    """Number of query heads (N)."""
     kv_heads: int | None = None
-    """Key and value heads (K), a divisor of the query heads; None: as many (arXiv:2305.13245)."""
+    """Number of key and value heads (K), a divisor of `heads`; None: heads (arXiv:2305.13245)."""
     head_dim: int | None = None
     """Size of one head (H); None: width / heads."""
     key_dim: int | None = None
-    """Size of a head's queries and keys (d_k); None: head_dim, which its values have. Cores get
-    them filled up with zeros: a smaller one saves parameters, not time."""
+    """Size of a head's queries and keys (d_k); None: head_dim, the size of its values. Cores get
+    queries and keys padded with zeros to head_dim: a smaller size saves parameters, not time."""
     bias: bool = True
-    """Whether the four projections have a bias."""
+    """Give the four projections a bias."""
     scaled: bool = True
-    """Whether scores are divided by sqrt(head_dim); T5's are not, its queries start smaller, and
-    learn in steps smaller by as much."""
+    """Divide attention scores by sqrt(head_dim). T5 does not: its queries begin smaller, and learn
+    in steps that are smaller by the same factor."""
     dropout: float = 0.0
     """Share of attention weights dropped in training."""
     performer: PerformerConfig = field(default_factory=PerformerConfig)
@@ -106,8 +107,9 @@ class AttentionConfig:
             f"attention.window must be None or at least 0, not {self.window}",
         )
         require(
-            0 <= self.global_tokens <= MOST_GLOBAL,
-            f"attention.global_tokens must lie in [0, {MOST_GLOBAL}], not {self.global_tokens}",
+            0 <= self.global_tokens <= MAX_GLOBAL_TOKENS,
+            f"attention.global_tokens must lie in [0, {MAX_GLOBAL_TOKENS}], not "
+            f"{self.global_tokens}",
         )
         for name in ("dilation", "global_tokens"):
             require(

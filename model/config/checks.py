@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args, get_origin
 
 
 class ModelError(ValueError):
-    """A model that cannot be built, or an input that it cannot take; one line, with the fix."""
+    """The error of a model that cannot be built, or of its input; one line, with the fix."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -15,8 +15,10 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_choices(section: str, config: Any, error: type[ValueError] = ModelError) -> None:
-    """An unknown choice would silently mean whichever branch comes last, and a lower limit lets
-    infinity pass."""
+    """Raise `error` for a value that no Literal has, and for a number that is not finite.
+
+    An unknown choice would silently take the last branch, and infinity passes a lower limit.
+    """
     for entry in fields(config):
         value, choices = getattr(config, entry.name), get_args(entry.type)
         if isinstance(value, float) and not math.isfinite(value):
@@ -27,7 +29,7 @@ def require_choices(section: str, config: Any, error: type[ValueError] = ModelEr
 
 
 def require_idle(section: str, config: Any, names: tuple[str, ...], need: str) -> None:
-    """Fields that do nothing without `need` stand at their defaults: who sets one expects more."""
+    """Raise ModelError where one of these fields, which act only with `need`, is set."""
     for entry in fields(config):
         value = getattr(config, entry.name)
         require(

@@ -1,11 +1,13 @@
 """A whole model."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, get_args
 
 from heedful.model.config.attention import AttentionConfig, AttentionSite
 from heedful.model.config.checks import require, require_choices, require_rate
 from heedful.model.config.parts import FeedForwardConfig, HeadConfig, LoraConfig, NormConfig
+from heedful.model.config.pattern import LayerConfig
 from heedful.model.config.positions import PositionConfig
 
 Architecture = Literal["encoder_only", "decoder_only", "encoder_decoder"]
@@ -22,9 +24,13 @@ class ModelConfig:
     width: int = 512
     """Width of the residual stream (D)."""
     layers: int = 6
-    """Blocks in the stack, the decoder's where there are two."""
+    """Number of blocks in the stack; in the decoder of an encoder_decoder."""
     encoder_layers: int | None = None
-    """Blocks in the encoder of an encoder-decoder; None: as many as the decoder."""
+    """Number of blocks in the encoder of an encoder_decoder; None: layers."""
+    pattern: tuple[LayerConfig, ...] = ()
+    """Layers of a period, which repeats in each stack from its first layer on. A layer is written
+    as window=16,rotary.base=10000,positions=False with the fields that it changes, window=all for
+    no window, or model where it changes none. No layers: all layers are equal."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     feed_forward: FeedForwardConfig = field(default_factory=FeedForwardConfig)
     norm: NormConfig = field(default_factory=NormConfig)
@@ -32,32 +38,31 @@ class ModelConfig:
     head: HeadConfig = field(default_factory=HeadConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     type_vocab_size: int = 0
-    """Rows of the table of token types: BERT's 2 tell the sentences of a pair apart; 0: none."""
+    """Rows of the table of token types: BERT has 2, for the sentences of a pair; 0: no table."""
     residuals: bool = True
-    """Whether a sublayer adds to its input. Without, to show what they are for: deep stacks do not
-    learn."""
+    """Add each sublayer's input to its output. False is an ablation: deep stacks do not learn."""
     dropout: float = 0.1
     """Share dropped of each sublayer's output and of the embedding sum, in training (§5.4)."""
     tie_embeddings: bool = True
-    """Whether the output projection is the embedding matrix (§3.4)."""
+    """Use the embedding matrix as the output projection too (§3.4)."""
     scale_embeddings: bool = True
-    """Whether embeddings are multiplied by sqrt(width) (§3.4)."""
+    """Multiply embeddings by sqrt(width) (§3.4)."""
     init: Literal["glorot", "normal", "scaled_normal"] = "glorot"
-    """Initial matrices: glorot (uniform); normal, of deviation 0.02 (BERT); scaled_normal: the last
-    matrix of each sublayer smaller by sqrt(2 layers of its stack) (GPT-2)."""
+    """Initial matrices: glorot: uniform; normal: of standard deviation 0.02 (BERT); scaled_normal:
+    normal, with the last matrix of each sublayer divided by sqrt(2 layers of its stack) (GPT-2)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute type; parameters, softmax, norms and loss stay in float32."""
+    """Type of computation; parameters, softmax, norms and loss stay in float32."""
     remat: Literal["none", "dots", "attention", "full"] = "none"
-    """What the backward pass computes again to save memory: none; dots: all but what linear maps
-    give; attention: all but what those of attention give; full: all but each block's input, a third
-    more time (arXiv:1604.06174)."""
+    """Values that the backward pass computes again to save memory: none; dots: all but the outputs
+    of linear maps; attention: all but the outputs of attention's linear maps; full: all but the
+    inputs of blocks, for a third more time (arXiv:1604.06174)."""
     unroll: int | None = None
-    """Layers per iteration of the loop over layers: more is faster, compiles longer and needs the
-    memory of their parameters once more; None: 12 on CPUs without remat, where the loop can cost as
-    much as what is in it, 1 elsewhere. In decoding on CPUs at least 12."""
+    """Layers per iteration of the loop over layers. More layers are faster, compile longer, and
+    need memory for a copy of their parameters. None: 12 on CPUs without remat, where the loop can
+    cost as much as the layers, else 1. Decoding on CPUs takes at least 12."""
 
     def __post_init__(self):
-        if isinstance(self.remat, bool):  # in runs from before it had names
+        if isinstance(self.remat, bool):  # Runs of old versions have a bool.
             object.__setattr__(self, "remat", "full" if self.remat else "none")
         require_choices("model", self)
         heads = self.attention.heads
@@ -135,6 +140,31 @@ class ModelConfig:
             "and belongs to an encoder_decoder only",
         )
         require_rate("model.dropout", self.dropout)
+        most = max(self.layers, self.encoder_layers or 0)
+        require(
+            len(self.pattern) <= most,
+            f"model.pattern has {len(self.pattern)} layers, but a stack has {most} at most: leave "
+            "out the last ones, or add layers",
+        )
+        for i, layer in enumerate(self.pattern):
+            self._require_fitting(layer, f"model.pattern[{i}]")
+
+    def _require_fitting(self, layer: LayerConfig, name: str) -> None:
+        attention, kind = self.attention, self.positions.kind
+        require(
+            layer.window != "all" or not (attention.dilation or attention.global_tokens),
+            f"{name}.window = all: attention.dilation and attention.global_tokens need a window in "
+            "each layer; leave them out, or give a number",
+        )
+        require(
+            layer.rotary is None or kind == "rotary",
+            f"{name}.rotary is set, but model.positions.kind is {kind}: choose rotary",
+        )
+        require(
+            layer.positions or kind in ("rotary", "alibi", "relative"),
+            f"{name}.positions = False: model.positions.kind = {kind} acts on no single layer; "
+            "choose rotary, alibi or relative",
+        )
 
     @property
     def head_dim(self) -> int:
@@ -157,3 +187,26 @@ class ModelConfig:
     @property
     def kv_heads(self) -> int:
         return self.attention.kv_heads or self.attention.heads
+
+    @cached_property
+    def period(self) -> tuple["ModelConfig", ...]:
+        """The shortest period of the pattern: for each layer of it, a model of such layers only."""
+        pattern = self.pattern or (LayerConfig(),)
+        sizes = range(1, len(pattern) + 1)
+        repeats = (n for n in sizes if pattern == pattern[:n] * (len(pattern) // n))
+        return tuple(map(self._with_layer, pattern[: next(repeats)]))
+
+    def layer(self, index: int) -> "ModelConfig":
+        """Return the model whose layers are all as layer `index`, from 0, of each stack is here."""
+        return self.period[index % len(self.period)]
+
+    def _with_layer(self, layer: LayerConfig) -> "ModelConfig":
+        attention, positions = self.attention, self.positions
+        if layer.window is not None:
+            window = None if layer.window == "all" else layer.window
+            attention = replace(attention, window=window)
+        if layer.rotary is not None:
+            positions = replace(positions, rotary=layer.rotary)
+        if not layer.positions:
+            positions = PositionConfig(kind="none", max_length=positions.max_length)
+        return replace(self, pattern=(), attention=attention, positions=positions)

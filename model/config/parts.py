@@ -15,9 +15,9 @@ class FeedForwardConfig:
     activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "relu"
     """Non-linearity; gelu_tanh is GPT-2's approximation of gelu (arXiv:1606.08415 §2)."""
     gated: bool = False
-    """Whether a third matrix is the gate: silu and gated is SwiGLU (arXiv:2002.05202)."""
+    """Multiply by a gate, a third matrix: silu and gated is SwiGLU (arXiv:2002.05202)."""
     bias: bool = True
-    """Whether the matrices have a bias."""
+    """Give the matrices a bias."""
     dropout: float = 0.0
     """Share of inner activations dropped in training."""
 
@@ -32,15 +32,15 @@ class NormConfig:
     """Normalisation of each sublayer."""
 
     kind: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
-    """layernorm (arXiv:1607.06450), rmsnorm (arXiv:1910.07467), or none, to show what it is for."""
+    """layernorm (arXiv:1607.06450), rmsnorm (arXiv:1910.07467), or none, for an ablation."""
     position: Literal["post", "pre"] = "post"
     """post: norm(x + f(x)), the original; pre: x + f(norm(x)) and one last norm."""
     epsilon: float = 1e-6
     """Added to the variance."""
     bias: bool = True
-    """Whether a layernorm has a bias."""
+    """Give each layernorm a bias."""
     embeddings: bool = False
-    """Whether the sum of embeddings is normalised too (BERT)."""
+    """Normalise the sum of embeddings too (BERT)."""
 
     def __post_init__(self):
         require_choices("norm", self)
@@ -49,22 +49,22 @@ class NormConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
-    """What stands on top of the stack."""
+    """The head on top of the stack."""
 
     kind: Literal["language_model", "classifier"] = "language_model"
-    """Scores for each entry of the vocabulary, or for each class."""
+    """Logits for the entries of the vocabulary, or for classes."""
     transform: bool = False
-    """For language_model: a dense layer, activation and norm before the scores (BERT)."""
+    """For language_model: apply a dense layer, activation and norm before the logits (BERT)."""
     bias: bool = False
-    """For language_model: whether each entry of the vocabulary has a bias (BERT, Marian)."""
+    """For language_model: give each entry of the vocabulary a bias (BERT, Marian)."""
     scale: bool = False
-    """For language_model: whether the input is multiplied by width^-0.5 (T5, tied)."""
+    """For language_model: multiply the input by width^-0.5 (T5, tied)."""
     outputs: int | None = None
-    """For classifier: classes, or 1 for a regression; None: as many as the data has."""
+    """For classifier: number of classes, or 1 for a regression; None: classes of the data."""
     pooling: Literal["first", "mean", "last"] = "first"
-    """For classifier: which hidden states are summed up: the first (BERT), all, or the last."""
+    """For classifier: the hidden state of a row: the first (BERT), the mean, or the last."""
     pooler: bool = True
-    """For classifier: whether a dense layer and tanh follow the pooling (BERT)."""
+    """For classifier: apply a dense layer and tanh after the pooling (BERT)."""
     dropout: float = 0.1
     """For classifier: share of the pooled features dropped in training."""
 
@@ -87,11 +87,11 @@ class LoraConfig:
     """Low-rank adaptation (arXiv:2106.09685): W + alpha / rank A B, where only A and B train."""
 
     rank: int = 0
-    """Rank of the update (R); 0: none."""
+    """Rank of the update (R); 0: no update."""
     alpha: float = 16.0
     """Strength of the update."""
     targets: tuple[str, ...] = ("query", "value")
-    """Linear maps that are adapted: query, key, value, out, up, gate, down."""
+    """Linear maps to adapt, among query, key, value, out, up, gate, down."""
 
     def __post_init__(self):
         require_choices("lora", self)

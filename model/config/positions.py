@@ -11,18 +11,18 @@ class RotaryConfig:
     """Frequencies of rotary positions."""
 
     base: float = 10_000.0
-    """Wavelengths are 2 pi base^(2i/H)."""
+    """Base of the wavelengths 2 pi base^(2i/H)."""
     scaling: Literal["none", "linear", "llama3"] = "none"
-    """linear: positions are divided by `factor` (arXiv:2306.15595); llama3: only the long
-    wavelengths are (LLaMA 3.1)."""
+    """linear: divide all positions by `factor` (arXiv:2306.15595); llama3: divide them for long
+    wavelengths only (LLaMA 3.1)."""
     factor: float = 1.0
-    """How much longer inputs may be than `original_length`."""
+    """Ratio of the longest input to `original_length`."""
     low_frequency_factor: float = 1.0
-    """For llama3: wavelengths above original_length / this are scaled in full."""
+    """For llama3: wavelengths above original_length / this factor are scaled in full."""
     high_frequency_factor: float = 4.0
-    """For llama3: wavelengths below original_length / this are not scaled."""
+    """For llama3: wavelengths below original_length / this factor are not scaled."""
     original_length: int = 8192
-    """For llama3: longest input before the scaling."""
+    """For llama3: the longest input before the scaling."""
 
     def __post_init__(self):
         require_choices("positions.rotary", self)
@@ -51,18 +51,19 @@ class RotaryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PositionConfig:
-    """How the model knows the order of its input."""
+    """Position signals, from which the model knows the order of its input."""
 
     kind: Literal["none", "sinusoidal", "learned", "rotary", "alibi", "relative"] = "sinusoidal"
     """none, sinusoidal (arXiv:1706.03762 §3.5), learned (arXiv:1705.03122), rotary
     (arXiv:2104.09864), alibi (arXiv:2108.12409) or relative, T5's bias (arXiv:1910.10683 §2.1)."""
     max_length: int = 512
-    """Rows in the table of learned positions: no longer input is accepted. Of others, only what a
-    file for transformers or llama2.c says."""
+    """Rows in the table of learned positions, the longest input that is accepted. For other kinds
+    only a figure that exported files state."""
     buckets: int = 32
-    """For relative: distances that are told apart, half of them exactly, the rest by logarithm."""
+    """For relative: buckets of distances, half of them for one distance each, the others growing
+    with the logarithm."""
     max_distance: int = 128
-    """For relative: distances from here on share a bucket."""
+    """For relative: the distance from which on all distances share a bucket."""
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
 
     def __post_init__(self):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 from flax import struct
 from jaxtyping import Array, Float, Int
 
@@ -9,6 +10,7 @@ from heedful.model.config import ModelConfig
 from heedful.model.decoding.sampling import Position
 from heedful.model.linear import split_kernels
 from heedful.model.ops.loops import layers_per_iteration, restack_layers, unstack_layers
+from heedful.model.stack_cache import BlockCache
 from heedful.model.transformer import build, empty_cache
 
 
@@ -51,7 +53,10 @@ class DecodeParams:
         return logits[:, -1], cache
 
     def _arrange(self, cache: Any) -> Any:
-        return cache if layers_are_looped(self.config) else unstack_layers(cache)
+        if layers_are_looped(self.config):
+            return cache
+        is_block = lambda cache: isinstance(cache, BlockCache)  # noqa: E731
+        return jax.tree.map(unstack_layers, cache, is_leaf=is_block)
 
 
 def prepare(config: ModelConfig, params: Any) -> DecodeParams:

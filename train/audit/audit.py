@@ -24,7 +24,11 @@ from heedful.train.audit.measured import (
     through_cache,
 )
 from heedful.train.audit.subject import Subject
-from heedful.train.inspection.attention_weights import attention_masks
+from heedful.train.inspection.attention_weights import (
+    Attention,
+    attention_masks,
+    attention_weights,
+)
 from heedful.train.model_loss import model_inputs
 
 MIN_DROPOUT = 0.1
@@ -38,7 +42,7 @@ class Audit:
     subject: Subject
     dependence: Dependence
     """Dependence of the outputs on the inputs, without dropout."""
-    masks: dict[str, declared.Pairs]
+    masks: dict[Attention, declared.Pairs]
     """Pairs that the model's masks allow; {} in a small audit."""
     findings: list[Finding]
     methods: list[str]
@@ -60,13 +64,18 @@ def audit(subject: Subject, *, small: bool = False) -> Audit:
     findings += [*_other_rows(subject, probe), *_packed(subject, probe)]
     findings += _with_dropout(subject, dropping, bits_only=small)
     methods, unsupported, masks = ["the data", "dropout off", "dropout on"], [], {}
+    if len(model.period) > 1:
+        try:
+            findings += _weights(subject)
+            methods.append("weights of each layer")
+        except ModelError as error:
+            unsupported.append(f"weights of each layer: {error}")
     if not small:
         masks = _masks(subject)
-        for kind, mask in masks.items():
-            allowed = np.broadcast_to(subject.pairs[kind], mask.shape)
-            findings += compare_pairs(
-                subject.names[kind], "mask", mask, allowed, *_ids(batch, kind)
-            )
+        for attention, mask in masks.items():
+            name, ids = subject.attentions[attention], _ids(batch, attention.kind)
+            allowed = np.broadcast_to(subject.pairs[attention], mask.shape)
+            findings += compare_pairs(name, "mask", mask, allowed, *ids)
         findings += _extreme_scores(subject)
         methods += ["masks", "extreme scores"]
         for schedule in _schedules(subject):
@@ -257,19 +266,40 @@ def _whole_rows(subject: Subject, schedule: DecodingSchedule) -> declared.Batch:
 # Masks and cores --------------------------------------------------------------------------------
 
 
-def _masks(subject: Subject) -> dict[str, declared.Pairs]:
+def _masks(subject: Subject) -> dict[Attention, declared.Pairs]:
     """Return the pairs that the masks of the model's attention cores allow."""
-    lengths = {
-        kind: tuple(ids.shape[1] for ids in _ids(subject.batch, kind)) for kind in subject.pairs
-    }
 
     def all_pairs(batch: dict) -> dict:
-        masks = attention_masks(subject.model, batch)
-        return {kind: mask.to_bool(*lengths[kind]) for kind, mask in masks.items()}
+        pairs = {}
+        for kind, layer in subject.attentions:
+            lengths = (ids.shape[1] for ids in _ids(subject.batch, kind))
+            mask = attention_masks(subject.model, batch, layer)[kind]
+            pairs[Attention(kind, layer)] = mask.to_bool(*lengths)
+        return pairs
 
     masks = jax.jit(all_pairs, compiler_options=FAST)(model_inputs(subject.model, subject.batch))
     rows = len(subject.batch["inputs"])
-    return {k: np.broadcast_to(masks[k], (rows, *masks[k].shape[1:])) for k in subject.names}
+    return {k: np.broadcast_to(masks[k], (rows, *masks[k].shape[1:])) for k in subject.attentions}
+
+
+def _weights(subject: Subject) -> Iterator[Finding]:
+    """Find layers of a pattern that give weight to other keys than declared.
+
+    Outputs do not show that: after a layer that attends to all positions, they depend on all.
+    """
+    model, batch = subject.model, subject.batch
+    inputs = {name: jax.numpy.asarray(x) for name, x in model_inputs(model, batch).items()}
+    for kind, layers in attention_weights(model, subject.params, inputs).items():
+        for layer, weights in enumerate(np.asarray(layers)):
+            allowed = declared.attentions(model, batch, layer)[kind]
+            yield from compare_pairs(
+                f"{subject.names[kind]} of layer {layer + 1}",
+                "weights",
+                weights > 0,
+                np.broadcast_to(allowed, weights.shape),
+                *_ids(batch, kind),
+                can_be_blind=not subject.is_trained,  # whose weights may be rounded to 0
+            )
 
 
 def _ids(batch: declared.Batch, kind: str) -> tuple[np.ndarray, np.ndarray]:
@@ -287,13 +317,16 @@ def _extreme_scores(subject: Subject) -> Iterator[Finding]:
         "self": (stack, "self_attention", "decoder" if "encoder" in subject.names else "self"),
         "cross": ("decoder", "cross_attention", "cross"),
     }
-    masks = attention_masks(model, {name: jax.numpy.asarray(x) for name, x in batch.items()})
-    for kind, mask in masks.items():
+    inputs = {name: jax.numpy.asarray(x) for name, x in batch.items()}
+    for (kind, layer), where in subject.attentions.items():
         stack, attention, site = sites[kind]
-        params = jax.tree.map(lambda x: x[0], subject.params[stack]["blocks"][attention])
+        mask = attention_masks(model, inputs, layer)[kind]
+        params = jax.tree.map(lambda x, i=layer: x[i], subject.params[stack]["blocks"][attention])
         shared = spec_of(model.attention.core_of(site)).shared_params(model)
         core_params = {name: subject.params[stack][name] for name in shared}
-        allowed = np.asarray(subject.pairs[kind].any(1))
-        wrong = leaks_at_extreme_scores(model, params, site, mask, allowed, core_params)
+        allowed = np.asarray(subject.pairs[Attention(kind, layer)].any(1))
+        wrong = leaks_at_extreme_scores(
+            model.layer(layer), params, site, mask, allowed, core_params
+        )
         reason = "forbidden keys with extreme scores change the result"
-        yield from finding_at(subject.names[kind], "extreme scores", wrong, reason, "leak")
+        yield from finding_at(where, "extreme scores", wrong, reason, "leak")

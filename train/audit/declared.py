@@ -4,7 +4,7 @@ This second implementation shares no code with model/masks.py and model/transfor
 the audit notices mistakes there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -19,23 +19,38 @@ Reach = Bool[np.ndarray, "B T S"]
 """True where an output may depend on an input."""
 
 
-def attentions(config: ModelConfig, batch: Batch) -> dict[str, Pairs]:
-    """Return the allowed pairs by the names of `attention_weights.attention_kinds`."""
+def attentions(config: ModelConfig, batch: Batch, layer: int = 0) -> dict[str, Pairs]:
+    """Return the pairs that a layer allows by the names of `attention_weights.attention_kinds`.
+
+    Layers count from 0 in each stack.
+    """
+    window = window_of(config, layer)
     own, prefix = batch["segment_ids"], batch.get("prefix_len", np.zeros(1, int))
     if config.architecture == "encoder_only":
-        return {"self": self_pairs(config, own)}
+        return {"self": self_pairs(config, window, own)}
     if config.architecture == "decoder_only":
-        return {"self": self_pairs(config, own, prefix)}
+        return {"self": self_pairs(config, window, own, prefix)}
     source = batch["encoder_segment_ids"]
     return {
-        "encoder": self_pairs(config, source),
-        "self": self_pairs(config, own, prefix),
+        "encoder": self_pairs(config, window, source),
+        "self": self_pairs(config, window, own, prefix),
         "cross": same_document(own, source)[:, None],
     }
 
 
+def window_of(config: ModelConfig, layer: int) -> int | None:
+    """Return the window of a layer's self-attention; None: no limit."""
+    window = config.pattern[layer % len(config.pattern)].window if config.pattern else None
+    if window is None:
+        return config.attention.window
+    return window if isinstance(window, int) else None
+
+
 def self_pairs(
-    config: ModelConfig, segments: Int[np.ndarray, "B T"], prefix: np.ndarray | None = None
+    config: ModelConfig,
+    window: int | None,
+    segments: Int[np.ndarray, "B T"],
+    prefix: np.ndarray | None = None,
 ) -> Pairs:
     """Return the allowed pairs of self-attention: the same document, and the window if any.
 
@@ -46,9 +61,9 @@ def self_pairs(
     allowed = same_document(segments, segments)[:, None]
     if prefix is not None:
         allowed = allowed & ((distance >= 0) | (position < prefix[:, None, None, None]))
-    if attention.window is not None:
+    if window is not None:
         step = np.reshape(attention.dilation or (1,), (-1, 1, 1))
-        near = (abs(distance) <= attention.window * step) & (distance % step == 0)
+        near = (abs(distance) <= window * step) & (distance % step == 0)
         is_global = position < attention.global_tokens
         allowed = allowed & (near | is_global | is_global[:, None])
     return allowed
@@ -62,15 +77,22 @@ def same_document(queries: np.ndarray, keys: np.ndarray) -> Reach:
 def reaches(config: ModelConfig, batch: Batch) -> dict[tuple[str, str], Reach]:
     """Return what each output may depend on through all layers, {(output, input): pairs}.
 
-    In each layer a position depends on itself and on the positions that it attends to: L layers
-    give the L-th power of this relation. The logits of a classifier are one position.
+    In each layer a position depends on itself and on the positions that it attends to: layers give
+    the product of these relations. The logits of a classifier are one position.
     """
-    pairs = {name: np.asarray(heads.any(1)) for name, heads in attentions(config, batch).items()}
-    own = closure(pairs["self"], config.layers)
+    period = [attentions(config, batch, layer) for layer in range(len(config.pattern) or 1)]
+
+    def pairs(kind: str, layers: int) -> list[Reach]:
+        return [np.asarray(period[i % len(period)][kind].any(1)) for i in range(layers)]
+
+    layers = pairs("self", config.layers)
+    own = through(layers, itself(batch["segment_ids"]))
     if config.architecture == "encoder_decoder":
-        source = closure(pairs["encoder"], config.encoder_layers or config.layers)
-        # In each layer, the last one too, cross-attention follows self-attention.
-        across = closure(pairs["self"], config.layers - 1) @ pairs["cross"] @ source
+        depth = config.encoder_layers or config.layers
+        source = through(pairs("encoder", depth), itself(batch["encoder_segment_ids"]))
+        # The first layer attends to the source; all layers after it pass that on.
+        (cross,) = pairs("cross", 1)
+        across = through(layers[1:], cross @ source)
         return {
             ("encoder", "encoder_inputs"): source,
             ("logits", "inputs"): own,
@@ -83,13 +105,17 @@ def reaches(config: ModelConfig, batch: Batch) -> dict[tuple[str, str], Reach]:
     return {("logits", "inputs"): own}
 
 
-def closure(pairs: Reach, layers: int) -> Reach:
-    """Return (pairs or identity) to the power of `layers`."""
-    one = np.eye(pairs.shape[1], dtype=bool)
-    reach = np.broadcast_to(one, pairs.shape)
-    for _ in range(min(layers, pairs.shape[1])):
-        reach = reach @ (pairs | one)
+def through(layers: Sequence[np.ndarray], reach: Reach) -> Reach:
+    """Return what positions depend on after layers in this order; `reach` is that before them."""
+    for pairs in layers:
+        reach = (pairs | itself(pairs)) @ reach
     return reach
+
+
+def itself(rows: np.ndarray) -> Bool[np.ndarray, "B T T"]:
+    """Return the relation of each position to itself, for rows [B, T, ...]."""
+    batch, length = rows.shape[:2]
+    return np.broadcast_to(np.eye(length, dtype=bool), (batch, length, length))
 
 
 def pooled(

@@ -47,10 +47,10 @@ def panels(audit: Audit) -> list[tuple[str, str, Int[np.ndarray, "B T S"]]]:
     """Return (title, input of the keys, pairs) of each mask, then of all layers together."""
     subject = audit.subject
     result = []
-    for kind, mask in audit.masks.items():
-        keys = "inputs" if kind == "self" else "encoder_inputs"
-        pairs = states(mask, np.broadcast_to(subject.pairs[kind], mask.shape))
-        result.append((f"mask of {subject.names[kind]}", keys, pairs))
+    for attention, mask in audit.masks.items():
+        keys = "inputs" if attention.kind == "self" else "encoder_inputs"
+        pairs = states(mask, np.broadcast_to(subject.pairs[attention], mask.shape))
+        result.append((f"mask of {subject.attentions[attention]}", keys, pairs))
     for key, may in declared.reaches(subject.model, subject.batch).items():
         through = f"{subject.where(*key)}: all layers"
         result.append((through, key[1], states(audit.dependence[key][:, None], may[:, None])))

@@ -14,7 +14,11 @@ from heedful.model.attention import specs
 from heedful.model.config import ModelConfig
 from heedful.train.audit import declared, examples
 from heedful.train.audit.measured import random_params, shapes
-from heedful.train.inspection.attention_weights import attention_kinds
+from heedful.train.inspection.attention_weights import (
+    Attention,
+    attention_kinds,
+    attentions,
+)
 
 LENGTH = 16
 """Length of the rows, unless given."""
@@ -51,8 +55,9 @@ class Subject:
             note = "the model of the run with its parameters"
             if model.positions.kind == "learned":
                 length = min(length, model.positions.max_length)
-            if (model.attention.window or 0) >= length - 1:
-                note += f"; give a --length above its window of {model.attention.window}"
+            widest = max(layer.attention.window or 0 for layer in model.period)
+            if widest >= length - 1:
+                note += f"; give a --length above its window of {widest}"
         else:
             tokenizer = examples.tokenizer_of_words(
                 examples.TOKENS_PER_POSITION * length, data.objective
@@ -67,9 +72,17 @@ class Subject:
         return examples.batch(self.dataset)
 
     @cached_property
-    def pairs(self) -> dict[str, declared.Pairs]:
+    def attentions(self) -> dict[Attention, str]:
+        """Attentions whose masks differ, with their names."""
+        return attentions(self.model)
+
+    @cached_property
+    def pairs(self) -> dict[Attention, declared.Pairs]:
         """The allowed pairs of each attention."""
-        return declared.attentions(self.model, self.batch)
+        return {
+            attention: declared.attentions(self.model, self.batch, attention.layer)[attention.kind]
+            for attention in self.attentions
+        }
 
     @cached_property
     def names(self) -> dict[str, str]:
@@ -102,10 +115,18 @@ def shrunk(model: ModelConfig, length: int, vocab_size: int) -> tuple[ModelConfi
         groups = min(attention.heads // model.kv_heads, GROUP)
         kv_heads = min(model.kv_heads, HEADS)
         changes |= {"heads": kv_heads * groups, "kv_heads": kv_heads}
+
+    def narrow(window: Any) -> Any:
+        if not isinstance(window, int):
+            return window
+        reach = window * max(attention.dilation or (1,)) * LAYERS
+        return min(window, 2) if reach >= length - 2 else window
+
     if attention.window is not None:
-        reach = attention.window * max(attention.dilation or (1,)) * LAYERS
-        narrow = min(attention.window, 2) if reach >= length - 2 else attention.window
-        changes |= {"window": narrow, "global_tokens": min(attention.global_tokens, 2)}
+        changes["window"] = narrow(attention.window)
+        changes["global_tokens"] = min(attention.global_tokens, 2)
+    pattern = [dataclasses.replace(one, window=narrow(one.window)) for one in model.pattern]
+    depth = max(LAYERS, len(pattern) + 1)  # A period, and a layer of the remainder.
     for spec in specs(model).values():
         changes |= spec.shrunk(attention, length)
     small = dataclasses.replace(
@@ -115,8 +136,9 @@ def shrunk(model: ModelConfig, length: int, vocab_size: int) -> tuple[ModelConfi
             model.positions, max_length=max(model.positions.max_length, length)
         ),
         width=WIDTH,
-        layers=min(model.layers, LAYERS),
-        encoder_layers=model.encoder_layers and min(model.encoder_layers, LAYERS),
+        layers=min(model.layers, depth),
+        encoder_layers=model.encoder_layers and min(model.encoder_layers, depth),
+        pattern=tuple(pattern),
         attention=dataclasses.replace(attention, **changes),
         feed_forward=dataclasses.replace(model.feed_forward, width=WIDTH),
         head=dataclasses.replace(
@@ -129,6 +151,8 @@ def shrunk(model: ModelConfig, length: int, vocab_size: int) -> tuple[ModelConfi
         f"random parameters in a small model, {small.layers} layers of width {WIDTH}, "
         f"{small.attention.heads} heads"
     )
+    if pattern:
+        note += f", layers in the pattern {' '.join(map(str, pattern))}"
     if small.attention.window != attention.window:
         note += f", a window of {small.attention.window} in place of {attention.window}"
     return small, note

@@ -1,12 +1,15 @@
 """The flags of a command, from the fields of a dataclass."""
 
+import ast
 import contextlib
 import io
 import re
 from collections.abc import Collection
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from heedful.model.config import LayerConfig
 from heedful.train.config import TrainError
+from heedful.train.config_json import from_json
 from heedful.train.renamed import require_new_flags
 
 T = TypeVar("T")
@@ -26,11 +29,54 @@ def parse(default: T, arguments: list[str], program: str, description: str = "")
                 args=arguments,
                 prog=program,
                 description=description or None,
+                registry=_registry(),
             )
     except SystemExit as exit:
         if not exit.code:
             raise
         raise TrainError(_one_line(said.getvalue())) from None
+
+
+def _registry() -> Any:
+    """Return how tyro reads types that have a text of their own: a layer is one word."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def pattern(info: Any) -> PrimitiveConstructorSpec | None:
+        if info.type != tuple[LayerConfig, ...]:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="[LAYER ...]",
+            instance_from_str=lambda words: tuple(map(layer_from_text, words)),
+            is_instance=lambda value: isinstance(value, tuple),
+            str_from_instance=lambda value: list(map(str, value)),
+        )
+
+    return registry
+
+
+def layer_from_text(text: str) -> LayerConfig:
+    """Return the layer for a text as `str` of it gives; raises ValueError for others."""
+    values: dict[str, Any] = {}
+    for setting in text.split(",") if text != "model" else ():
+        name, found, value = setting.partition("=")
+        if not found:
+            raise ValueError(f"{setting}: give field=value, such as window=16, or model")
+        *sections, field = name.split(".")
+        inside = values
+        for section in sections:
+            inside = inside.setdefault(section, {})
+        try:
+            inside[field] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):  # a word
+            inside[field] = value
+    try:
+        return from_json(LayerConfig, values, "pattern")
+    except (AttributeError, TypeError) as error:
+        raise ValueError(str(error)) from None
 
 
 def early(arguments: list[str], flag: str) -> str | None:

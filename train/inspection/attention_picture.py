@@ -65,7 +65,7 @@ def attention_picture(
     with jax.set_mesh(trained.mesh):
         weights = np.asarray(attention_weights(model, trained.params, inputs)[which])[layer - 1, 0]
     heads, rows, columns = weights.shape
-    allowed = np.asarray(attention_masks(model, inputs)[which].to_bool(rows, columns))[0]
+    allowed = np.asarray(attention_masks(model, inputs, layer - 1)[which].to_bool(rows, columns))[0]
     sides = {"encoder": ("encoder_inputs",) * 2, "cross": ("inputs", "encoder_inputs")}
     queries, keys = (
         pieces(trained.tokenizer, np.asarray(inputs[side])[0])

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Float
@@ -25,6 +25,38 @@ def attention_kinds(config: ModelConfig) -> dict[str, str]:
             "cross": "cross-attention",
         }
     return {"self": "self-attention"}
+
+
+class Attention(NamedTuple):
+    """One attention of a model, of all layers with the same masks."""
+
+    kind: str
+    """The key of `attention_kinds`."""
+    layer: int
+    """The first of these layers, from 0."""
+
+
+def attentions(config: ModelConfig) -> dict[Attention, str]:
+    """Return the attentions whose masks differ, and what they are called."""
+    found = {}
+    for kind, name in attention_kinds(config).items():
+        depth = (kind == "encoder" and config.encoder_layers) or config.layers
+        alike: dict[Any, list[int]] = {}
+        for layer in range(depth if kind != "cross" else 1):
+            alike.setdefault(config.layer(layer).attention, []).append(layer)
+        for layers in alike.values():
+            noun = "layers" if len(layers) > 1 else "layer"
+            of_layers = f" of {noun} {_ranges(layers)}" if len(alike) > 1 else ""
+            found[Attention(kind, layers[0])] = name + of_layers
+    return found
+
+
+def _ranges(layers: list[int]) -> str:
+    """Return "1-5, 7" for the layers 0 to 4 and 6."""
+    starts = [layer for layer in layers if layer - 1 not in layers]
+    ends = [layer for layer in layers if layer + 1 not in layers]
+    pairs = zip(starts, ends, strict=True)
+    return ", ".join(f"{a + 1}" if a == b else f"{a + 1}-{b + 1}" for a, b in pairs)
 
 
 def attention_weights(
@@ -60,8 +92,11 @@ def _sown(config: ModelConfig, params: Any, inputs: dict[str, Any]) -> Any:
     return sown["intermediates"]
 
 
-def attention_masks(config: ModelConfig, inputs: ModelInputs) -> dict[str, AttentionMask]:
-    """Return the masks that the model applies to a batch, by attention."""
+def attention_masks(
+    config: ModelConfig, inputs: ModelInputs, layer: int = 0
+) -> dict[str, AttentionMask]:
+    """Return the masks that a layer, counted from 0, applies to a batch, by attention."""
+    config = config.layer(layer)
     segment_ids = inputs.get("segment_ids")
     if config.architecture == "encoder_only":
         return {"self": encoder_mask(config, segment_ids)}

@@ -11,7 +11,7 @@ from heedful.data.config import DataConfig
 from heedful.model.attention import spec_of
 from heedful.model.cache import WindowCache
 from heedful.model.config import AttentionSite, ModelConfig
-from heedful.model.stack import BlockCache
+from heedful.model.stack_cache import PatternCache, StackCache
 from heedful.model.transformer import build, empty_cache
 from heedful.train.config import TrainConfig
 from heedful.train.sharding import resolve
@@ -48,6 +48,9 @@ class Part:
     parameters: int
     flops: float
     """FLOPs of one forward pass, per token."""
+    masked: float
+    """Those of `flops` that a causal mask makes useless: half of the attention scores without a
+    window."""
 
 
 def parts(config: ModelConfig, params: Any, length: int) -> list[Part]:
@@ -61,10 +64,11 @@ def parts(config: ModelConfig, params: Any, length: int) -> list[Part]:
     """
     counts: dict[tuple[str, str], list[float]] = {}
 
-    def add(stack: str, part: str, parameters: int, flops: float) -> None:
-        total = counts.setdefault((stack, part), [0, 0.0])
+    def add(stack: str, part: str, parameters: int, flops: float, masked: float = 0.0) -> None:
+        total = counts.setdefault((stack, part), [0, 0.0, 0.0])
         total[0] += parameters
         total[1] += flops
+        total[2] += masked
 
     for name, leaf in named(params):
         stack, part = _place(name)
@@ -74,16 +78,20 @@ def parts(config: ModelConfig, params: Any, length: int) -> list[Part]:
             flops /= length  # it works on one vector per row
         add(stack, part, leaf.size, flops)
         if name.endswith("_attention.out.kernel"):
-            features = leaf.size // config.width  # L N H
-            keys = _keys(config, _site(config, stack, part), length)
-            add(stack, f"{part} scores", 0, 2 * 2.0 * keys * features)
+            site, layers = _site(config, stack, part), leaf.shape[0]
+            features = leaf.size // (layers * config.width)  # N H
+            for layer in map(config.layer, range(layers)):
+                scores = 2 * 2.0 * _keys(layer, site, length) * features
+                is_causal = stack == "decoder" and part == "self-attention"
+                is_masked = is_causal and layer.attention.window is None
+                add(stack, f"{part} scores", 0, scores, scores / 2 if is_masked else 0.0)
         if name == "embedding.table" and _is_tied(config):
             add("output", "head", 0, 2.0 * leaf.size)
     stacks = ("input", *STACKS.values())
     ordered = sorted(counts, key=lambda key: (stacks.index(key[0]), ORDER.index(key[1])))
     return [
         Part(stack=stack, name=name, parameters=int(counts[stack, name][0]),
-             flops=counts[stack, name][1])
+             flops=counts[stack, name][1], masked=counts[stack, name][2])
         for stack, name in ordered
     ]  # fmt: skip
 
@@ -162,6 +170,7 @@ def memory(config: ModelConfig, data: DataConfig, train: TrainConfig, setup: Set
         positions = data.batch_tokens // train.accumulate
         outputs = scored_at_once(positions, data, train) * (config.vocab_size or 1)
     cache = _cache(config, state.params)
+    groups = cache.groups if isinstance(cache, PatternCache) else (cache,) if cache else ()
 
     def cached(rows: Any) -> int:
         heads = (None, "kv_heads") if isinstance(rows, WindowCache) else ("kv_heads",)
@@ -180,8 +189,8 @@ def memory(config: ModelConfig, data: DataConfig, train: TrainConfig, setup: Set
         moments=device_bytes(state.opt_state),
         # Rows are split over data and fsdp, the length over seq, the vocabulary over tensor.
         outputs=math.ceil(outputs / setup.mesh.size) * 4,
-        cache=cached(cache and cache.self_attention),
-        source_cache=cached(cache and cache.cross_attention),
+        cache=sum(cached(group.self_attention) for group in groups),
+        source_cache=sum(cached(group.cross_attention) for group in groups),
     )
 
 
@@ -198,7 +207,7 @@ def device_bytes(tree: Any) -> int:
     )
 
 
-def _cache(config: ModelConfig, params: Any) -> BlockCache | None:
+def _cache(config: ModelConfig, params: Any) -> StackCache | None:
     """Return shapes of the cache after one token of the target, and one of the source if any."""
     if config.architecture == "encoder_only":
         return None

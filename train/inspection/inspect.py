@@ -1,6 +1,7 @@
 """`heedful inspect`: what an experiment consists of and costs, before anything is trained."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from heedful.model.attention import spec_of
 from heedful.model.cache import remembered
 from heedful.model.config import ModelConfig
 from heedful.train.config import MeshConfig, TrainConfig, require
-from heedful.train.inspection.attention_weights import attention_kinds, attention_masks
+from heedful.train.inspection.attention_weights import attention_masks, attentions
 from heedful.train.inspection.costs import (
     BACKWARD,
     STACKED,
@@ -112,6 +113,7 @@ def describe(model: ModelConfig) -> str:
         f"{model.attention.heads} heads of {model.head_dim}{keys} "
         f"({model.kv_heads} for keys and values), feed-forward {model.feed_forward.width}"
         f"{' gated' if model.feed_forward.gated else ''}, vocabulary {model.vocab_size:,}"
+        + (f", layers in the pattern {' '.join(map(str, model.pattern))}" if model.pattern else "")
     )
 
 
@@ -200,8 +202,10 @@ def _memory_table(
     table.add_row(f"outputs {what}, float32", number(sizes.outputs, 1024) + "B")
     if sizes.cache:
         of = " of the target" if sizes.source_cache else ""
-        if (last := remembered(model)) is not None:
-            of += f", for the last {last}"
+        kept = Counter(remembered(model.layer(i)) for i in range(model.layers))
+        for last, layers in kept.items():
+            in_layers = f" in {layers} layers" if len(kept) > 1 else ""
+            of += "" if last is None else f", for the last {last}{in_layers}"
         what = f"cache per token{of}: {model.kv_heads} key and value heads of {model.head_dim} in "
         what += f"{model.layers} layers, {model.dtype}"
         spec = spec_of(model.attention.core_of(model.decoding_site))
@@ -250,11 +254,11 @@ def masks_drawn(model: ModelConfig, data: DataConfig) -> Group:
     """
     batch, meaning = example(model, data)
     pictures = []
-    names = attention_kinds(model)
-    for kind, mask in attention_masks(model, batch).items():
+    for (kind, layer), name in attentions(model).items():
+        mask = attention_masks(model, batch, layer)[kind]
         allowed = np.asarray(mask.to_bool(ROW, ROW))[0].any(0)
         lines = "\n".join("".join(MAY if may else MAY_NOT for may in row) for row in allowed)
-        pictures.append(Text(f"{names[kind]}\n{lines}\n", no_wrap=True))
+        pictures.append(Text(f"{name}\n{lines}\n", no_wrap=True))
     legend = (
         f"masks of a row of {ROW}: {meaning}\n"
         f"{MAY} the query (down) may look at the key (across)   {MAY_NOT} it may not\n"

@@ -12,7 +12,7 @@ from rich.table import Table
 from heedful.data.config import DataConfig
 from heedful.model.config import ModelConfig
 from heedful.train.config import TrainConfig
-from heedful.train.inspection.costs import BACKWARD, Part, parts
+from heedful.train.inspection.costs import BACKWARD, parts
 from heedful.train.inspection.inspect import complete, describe, number
 from heedful.train.plan.chips import Chip, chip_of
 from heedful.train.plan.collectives import Collective, collectives, seconds
@@ -80,17 +80,11 @@ def coordinates(compiled: Compiled) -> list[tuple[int, ...]]:
     return [tuple(getattr(d, "coords", ())) for d in compiled.mesh.devices.flat]
 
 
-def visible_flops(part: Part, model: ModelConfig) -> float:
-    """Return a part's FLOPs per token, without the half of the scores that a causal mask hides."""
-    is_causal = part.stack == "decoder" and part.name == "self-attention scores"
-    return part.flops / (2 if is_causal and model.attention.window is None else 1)
-
-
 def flops_of_model(model: ModelConfig, data: DataConfig, compiled: Compiled) -> float:
     """Return the FLOPs of a step on rows without padding (arXiv:2204.02311 appendix B)."""
     forward = 0.0
     for part in parts(model, compiled.setup.abstract.params, data.max_length):
-        forward += visible_flops(part, model)
+        forward += part.flops - part.masked
     return forward * (1 + BACKWARD) * compiled.shape.rows * compiled.shape.lengths[-1]
 
 
@@ -103,7 +97,7 @@ def attention_kernels(model: ModelConfig, data: DataConfig, compiled: Compiled) 
     scores = 0.0
     for part in parts(model, compiled.setup.abstract.params, data.max_length):
         if part.name.endswith("scores"):
-            scores += visible_flops(part, model)
+            scores += part.flops - part.masked
     tokens = compiled.shape.rows * compiled.shape.lengths[-1] / compiled.mesh.size
     passes = 3.5 + (model.remat != "none")
     return InstructionCost("attention kernels", scores * passes * tokens, 0, 1)

@@ -21,8 +21,7 @@ from heedful.train.config_json import differences, write_json
 from heedful.train.growing_files import Lines, keep_damaged, read_lines
 from heedful.train.hosts import is_first
 from heedful.train.observers import Observer
-from heedful.train.renamed import with_new_names
-from heedful.train.run import Run
+from heedful.train.run import Run, with_defaults
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("model", "data", "train")
@@ -72,14 +71,14 @@ def _environments(directory: Path) -> tuple[list[dict[str, Any]], str | None]:
     values = [{"from_step": 0, **values}] if isinstance(values, dict) else values
     is_valid = lambda one: isinstance(one, dict) and type(one.get("from_step")) is int  # noqa: E731
     if isinstance(values, list) and all(map(is_valid, values)):
-        return [_with_new_names(one) for one in values], None
+        return [_of_today(one) for one in values], None
     return [], "it is not a list of environments"
 
 
-def _with_new_names(environment: dict[str, Any]) -> dict[str, Any]:
+def _of_today(environment: dict[str, Any]) -> dict[str, Any]:
     if "config" not in environment:
         return environment
-    return {**environment, "config": with_new_names(environment["config"])}
+    return {**environment, "config": with_defaults(environment["config"])}
 
 
 def data_record(run: Run) -> dict[str, str]:

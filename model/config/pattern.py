@@ -1,0 +1,45 @@
+"""Options that may differ between the layers of a stack."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal
+
+from heedful.model.config.checks import require
+from heedful.model.config.positions import RotaryConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """One layer of `model.pattern`: the options that differ from those of the model."""
+
+    window: int | Literal["all"] | None = None
+    """Window of this layer's self-attention; all: no limit; None: attention.window."""
+    rotary: RotaryConfig | None = None
+    """Frequencies of this layer's rotary positions; None: positions.rotary."""
+    positions: bool = True
+    """Apply the model's rotations or bias by distance in this layer (arXiv:2501.18795 has layers
+    without them)."""
+
+    def __post_init__(self):
+        require(
+            self.window in (None, "all") or (isinstance(self.window, int) and self.window >= 0),
+            f"pattern.window = {self.window}: give at least 0, all, or None",
+        )
+        require(
+            self.positions or self.rotary is None,
+            "pattern.rotary is set, but pattern.positions is False: leave one of them out",
+        )
+
+    def __str__(self) -> str:
+        """Return the text that the command line takes: window=16,rotary.base=10000.0; or model."""
+        return ",".join(_settings(self, LayerConfig())) or "model"
+
+
+def _settings(config: Any, default: Any, prefix: str = "") -> Iterator[str]:
+    """Yield name=value for each field that is not at its default."""
+    for entry in fields(config):
+        value, usual = getattr(config, entry.name), getattr(default, entry.name)
+        if value != usual and is_dataclass(value):
+            yield from _settings(value, type(value)(), f"{prefix}{entry.name}.")
+        elif value != usual:
+            yield f"{prefix}{entry.name}={value}"
