@@ -68,7 +68,7 @@ CONTEXTS = {
     "--model.lora.": ("causal", "--model.lora.rank 2"),
     "--model.encoder-layers": ("pairs", ""),
     "--model.head.": ("labels", ""),
-    "--model.type_vocab_size": ("labels", ""),
+    "--model.type-vocab-size": ("labels", ""),
     "--data.listops.": (
         "listops", "--data.listops.examples 64 --data.listops.held-out 16"
         " --data.listops.min-length 3 --data.listops.max-length 14",
