@@ -10,6 +10,7 @@ class ModelError(ValueError):
 
 
 def require(condition: bool, message: str) -> None:
+    """Raise ModelError with this message unless the condition holds."""
     if not condition:
         raise ModelError(message)
 
@@ -39,4 +40,5 @@ def require_idle(section: str, config: Any, names: tuple[str, ...], need: str) -
 
 
 def require_rate(name: str, value: float) -> None:
+    """Raise ModelError for a rate of dropout outside [0, 1)."""
     require(0 <= value < 1, f"{name} must lie in [0, 1), not {value}")
