@@ -34,7 +34,8 @@ from heedful.data.config import DataConfig
 from heedful.data.tokenizer import Tokenizer
 from heedful.model.config import ModelConfig
 from heedful.train.config import TrainConfig
-from heedful.train.conversion.init_from import merge_pretrained_config, open_source
+from heedful.train.conversion.init_from import merge_pretrained_config
+from heedful.train.conversion.source import open_source
 from heedful.train.inspection.costs import BACKWARD, parts
 from heedful.train.sharding import make_mesh
 from heedful.train.state import set_up

@@ -162,7 +162,7 @@ def _model(path: str) -> object:
     import numpy as np
     from rich.console import Console
 
-    from heedful.train.conversion.init_from import open_source
+    from heedful.train.conversion.source import open_source
 
     source = open_source(f"hf:{path}", Console(quiet=True))
     import jax

@@ -20,13 +20,17 @@ from heedful.train.config import DecodeConfig, MeshConfig, TrainConfig, TrainErr
 from heedful.train.inference.translate import Translator
 from heedful.train.inspection import attention_picture as module
 from heedful.train.inspection.attention_picture import (
-    LONGEST,
+    MAX_TOKENS,
     _origin,
     attention_picture,
     draw,
     model_inputs,
 )
-from heedful.train.inspection.attention_weights import _sown, attention_masks, attention_weights
+from heedful.train.inspection.attention_weights import (
+    _intermediates,
+    attention_masks,
+    attention_weights,
+)
 from heedful.train.inspection.token_labels import drawable, pieces
 from heedful.train.load import Trained
 from heedful.train.run import Run
@@ -104,7 +108,7 @@ def test_the_drawn_numbers_are_the_softmax_of_the_scores(tmp_path, figures, whic
     """Those of layer 2, whose input is the output of layer 1."""
     run = trained(tmp_path, "encoder_decoder", "translation")
     text, target = "red cat dog", "blue large bird red green"
-    sown = _sown(run.run.model, run.params, dict(model_inputs(run, text, target)))
+    sown = _intermediates(run.run.model, run.params, dict(model_inputs(run, text, target)))
     hidden = {
         stack: np.float64(sown[stack]["blocks"]["hidden"][0][:, 0])
         for stack in ("encoder", "decoder")
@@ -285,8 +289,8 @@ def test_a_prefix_is_seen_by_all(tmp_path):
         ({"layer": 0}, "--layer 0: there are layers 1 to 2"),
         ({"which": "cross"}, "--which cross: the decoder_only of .* has self"),
         ({"text": " \n"}, "the text is empty"),
-        ({"text": "red " * LONGEST}, f"{LONGEST + 1} tokens, and more than {LONGEST}"),
-        ({"target": "red"}, "--target: .* has learned causal_lm"),
+        ({"text": "red " * MAX_TOKENS}, f"{MAX_TOKENS + 1} tokens, and more than {MAX_TOKENS}"),
+        ({"target": "red"}, "--target: causal_lm of .* reads one text"),
         ({"output": Path("a.jpg")}, "--output a.jpg must end with .png"),
     ],
 )
@@ -302,8 +306,8 @@ def test_an_empty_target_is_named(tmp_path):
     run = trained(tmp_path, "encoder_decoder", "translation")
     with pytest.raises(TrainError, match="the --target is empty"):
         picture(run, "red", target="")
-    with pytest.raises(TrainError, match=f"the --target has {LONGEST + 1} tokens"):
-        picture(run, "red", target="red " * (LONGEST + 1))
+    with pytest.raises(TrainError, match=f"the --target has {MAX_TOKENS + 1} tokens"):
+        picture(run, "red", target="red " * (MAX_TOKENS + 1))
 
 
 def test_a_file_of_the_user_is_kept_and_a_former_picture_replaced(tmp_path):
@@ -313,7 +317,7 @@ def test_a_file_of_the_user_is_kept_and_a_former_picture_replaced(tmp_path):
     notes.write_text("mine")
     for path in (photo, notes):
         before = path.read_bytes()
-        with pytest.raises(TrainError, match="no picture of heedful"):
+        with pytest.raises(TrainError, match="not a picture of heedful"):
             picture(run, "red", mean=True, output=path)
         assert path.read_bytes() == before
     path = picture(run, "red", mean=True, output=tmp_path / "new" / "a.png")

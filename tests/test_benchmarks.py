@@ -19,7 +19,7 @@ from benchmarks.worker import RETURNS_MEMORY, Case
 from heedful.configs import base
 from heedful.data.config import ListOpsConfig, TokenizerConfig
 from heedful.data.tokenizer import Tokenizer
-from heedful.train.conversion.init_from import Source
+from heedful.train.conversion.source import Source
 
 ROOT = Path(__file__).parent.parent
 MIB = 2**20

@@ -204,7 +204,7 @@ def test_added_tokens_that_the_model_has_no_row_for(runs, tmp_path, capsys):
     tokenizer.save(str(path))
     capsys.readouterr()
     assert cli.run(["import", f"hf:{target}", "--run-dir", str(run)]) == 0
-    assert f"{path} has tool, [PAD], but the model no rows for them" in capsys.readouterr().out
+    assert f"{path} has tool, [PAD], but the model has no rows for them" in capsys.readouterr().out
     for directory in (runs / "classes", run):
         assert cli.run(["classify", str(directory), "small red [PAD] cat"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -31,12 +31,8 @@ from heedful.model.transformer import build
 from heedful.train import cli
 from heedful.train.checkpoint import Checkpoints
 from heedful.train.config import TrainError
-from heedful.train.conversion.init_from import (
-    Source,
-    init_from_pretrained,
-    merge_pretrained_config,
-    open_source,
-)
+from heedful.train.conversion.init_from import init_from_pretrained, merge_pretrained_config
+from heedful.train.conversion.source import Source, open_source
 from heedful.train.load import load
 from heedful.train.run import Run
 from heedful.train.sharding import make_mesh
@@ -128,7 +124,7 @@ def test_what_is_to_begin_at_random_does(source):
     for name, ours in bits(init_from_pretrained(start, source, model, patterns, toy.QUIET)).items():
         is_new = name.startswith(("head.", "embedding.")) or "feed_forward.down" in name
         assert ours == (random if is_new else given)[name], name
-    with pytest.raises(TrainError, match=r"train.reinit has 'decoder', which fits no parameter"):
+    with pytest.raises(TrainError, match=r"train.reinit has 'decoder', which matches no parameter"):
         init_from_pretrained(start, source, model, ("embedding", "decoder"), toy.QUIET)
 
 
@@ -390,7 +386,7 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
     activation = ["--model.feed-forward.activation", "gelu"]
     fails(capsys, [*arguments, *activation], "has another model", "activation", "'relu'", "'gelu'")
     other = [*arguments, "--run-dir", str(tmp_path / "other"), "--train.reinit", "enocder"]
-    fails(capsys, other, "train.reinit has 'enocder'", "fits no parameter")
+    fails(capsys, other, "train.reinit has 'enocder'", "matches no parameter")
 
 
 def test_a_source_that_was_trained_by_another_version(folder, tmp_path, capsys):

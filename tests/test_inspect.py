@@ -218,7 +218,11 @@ def test_what_is_not_known_yet_is_assumed_and_said(tmp_path):
     data = DataConfig(objective="classification", tokenizer=TokenizerConfig(vocab_size=499))
     made, notes = complete(config, data)
     assert (made.vocab_size, made.head.outputs) == (499, 2)
-    assert "about 499 entries" in notes[0] and "data.classes" in notes[1] and len(notes) == 2
+    assert (
+        "vocabulary of 499 entries assumed" in notes[0]
+        and "data.classes" in notes[1]
+        and len(notes) == 2
+    )
     known = dataclasses.replace(data, classes=("a", "b", "c"))
     assert complete(dataclasses.replace(config, vocab_size=7), known)[0].head.outputs == 3
     assert complete(made, known) == (made, [])
@@ -298,7 +302,7 @@ def test_a_huge_model_is_inspected_without_allocating_it():
 
 def test_the_length_can_be_chosen_and_must_be_one():
     assert "rows of 29 tokens" in printed(MODELS["decoder_only"], LM, length=29)
-    with pytest.raises(TrainError, match="--length must be positive, not 0"):
+    with pytest.raises(TrainError, match="--length 0: must be positive"):
         printed(MODELS["decoder_only"], LM, length=0)
 
 

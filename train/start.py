@@ -13,7 +13,7 @@ from heedful.data.tokenizer import Tokenizer
 from heedful.model.attention import spec_of, specs
 from heedful.model.config import ModelConfig
 from heedful.train.config import TrainConfig, TrainError
-from heedful.train.conversion.init_from import open_source
+from heedful.train.conversion.source import open_source
 from heedful.train.hosts import is_first
 from heedful.train.run import Run, is_begun
 from heedful.train.tasks import task_of

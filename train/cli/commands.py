@@ -228,9 +228,9 @@ def plan(name: str, experiment: Experiment | None, arguments: list[str]) -> int:
 def import_(source: str, arguments: list[str]) -> None:
     """heedful import hf:DIR --run-dir RUN"""
     keep_compiled()
-    from heedful.train.conversion.exchange import default_data, import_run
     from heedful.train.conversion.generation_config import describe, follow
-    from heedful.train.conversion.init_from import open_source
+    from heedful.train.conversion.import_run import default_data, import_run
+    from heedful.train.conversion.source import open_source
 
     opened = open_source(source, console())
     decode, fields, left = follow(
@@ -250,7 +250,7 @@ def export(directory: str, arguments: list[str]) -> None:
     if target is None and not helps(arguments):
         raise TrainError("heedful export needs a run directory and the directory to write")
     chosen = parse_for_run(LoadArguments, directory, arguments, "export")
-    from heedful.train.conversion.exchange import export_run
+    from heedful.train.conversion.export_run import export_run
 
     export_run(load_run(directory, chosen), Path(target or ""), console())
 

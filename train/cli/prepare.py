@@ -70,7 +70,8 @@ def with_pretrained_body(
     init_from = flags.early(arguments, "--train.init-from") or train.init_from
     if init_from in (None, "None") or helps(arguments):
         return model
-    from heedful.train.conversion.init_from import merge_pretrained_config, open_source
+    from heedful.train.conversion.init_from import merge_pretrained_config
+    from heedful.train.conversion.source import open_source
 
     return merge_pretrained_config(model, open_source(init_from, console()).model)
 

@@ -1,1 +1,1 @@
-"""Run from other models and other models from runs: import, export, fine-tuning."""
+"""Import and export of models, and fine-tuning of pretrained models."""

@@ -26,9 +26,12 @@ from heedful.train.inspection.attention_weights import (
 from heedful.train.inspection.token_labels import drawable, pieces
 from heedful.train.load import Trained
 
-LONGEST = 64  # tokens on an axis that can still be read
-CELL, PANEL, FONT = 0.17, 1.6, 8  # inches of a pair, least of a panel; points of a label
-SOFTWARE = "heedful"  # what a PNG says it was made with
+MAX_TOKENS = 64
+"""Largest number of tokens on an axis that can be read."""
+CELL, MIN_PANEL, FONT = 0.17, 1.6, 8
+"""Inches of a pair, smallest inches of a panel, and points of a label."""
+SOFTWARE = "heedful"
+"""Value of the key Software in a PNG."""
 
 
 def attention_picture(
@@ -42,10 +45,10 @@ def attention_picture(
     mean: bool = False,
     output: Path | None = None,
 ) -> Path:
-    """Write the picture of a text and returns where it lies; see `heedful attention --help`.
+    """Draw the attention weights of a text and return the path; see `heedful attention --help`.
 
-    Raises TrainError for a text that is empty or too long to be read, a layer or an attention that
-    the model lacks, and an output that is there and is no former picture.
+    Raises TrainError for an empty or too long text, a layer or an attention that the model lacks,
+    and an existing output that is not a picture of heedful.
     """
     directory, model = trained.run.directory, trained.run.model
     kinds = attention_kinds(model)
@@ -118,20 +121,20 @@ def model_inputs(
     else:
         require(
             second is None or has_prefix,
-            f"--target: {trained.run.directory} has learned {trained.run.data.objective}, which "
-            "reads one text",
+            f"--target: {trained.run.data.objective} of {trained.run.directory} reads one text; "
+            "leave --target out",
         )
-        # A decoder predicts the end and never reads it.
+        # A decoder predicts the end token and never reads it.
         last = tokenizer.eos if model.architecture == "encoder_only" else None
         begin, end = ([] if i is None else [i] for i in (tokenizer.bos, last))
         row = {"inputs": np.concatenate([begin, tokens, [] if second is None else second, end])}
         if has_prefix:
             row["prefix_len"] = np.array(len(begin) + len(tokens))
-    read = model_loss.model_inputs(model, row)
+    inputs = model_loss.model_inputs(model, row)
     for side, name in {"encoder_inputs": "source", "inputs": "text that is read"}.items():
-        if side in read:
-            _require_readable(name, len(read[side]))
-    return {name: jnp.asarray(array, jnp.int32)[None] for name, array in read.items()}
+        if side in inputs:
+            _require_readable(name, len(inputs[side]))
+    return {name: jnp.asarray(array, jnp.int32)[None] for name, array in inputs.items()}
 
 
 def _encode(trained: Trained, name: str, text: str) -> np.ndarray:
@@ -177,8 +180,8 @@ def draw(
     rows = math.ceil(len(weights) / columns)
     letter = 0.65 * FONT / 72  # inches
     left, top = (letter * max(map(len, texts)) for texts in (queries, keys))
-    width = columns * (max(CELL * len(keys), PANEL) + left + 0.3) + 1.2
-    height = rows * (max(CELL * len(queries), PANEL) + top + 0.4) + 1.2
+    width = columns * (max(CELL * len(keys), MIN_PANEL) + left + 0.3) + 1.2
+    height = rows * (max(CELL * len(queries), MIN_PANEL) + top + 0.4) + 1.2
     width = max(width, 0.1 * max(map(len, title.splitlines())))
     figure = Figure(figsize=(width, height), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False)
@@ -201,7 +204,7 @@ def draw(
     bar.set_label("attention weight", fontsize=FONT + 1)
     figure.suptitle(title, fontsize=FONT + 3, fontfamily=families, parse_math=False)
     if not allowed.all():
-        patch = Patch(**hidden, label="masked: the query may not look at the key")
+        patch = Patch(**hidden, label="masked: the query does not attend to the key")
         figure.legend(handles=[patch], loc="outside lower center", fontsize=FONT, frameon=False)
     return figure, notes
 
@@ -215,14 +218,14 @@ def _origin(steps: Sequence[int]) -> str:
 
 def _require_readable(name: str, length: int) -> None:
     require(
-        length <= LONGEST,
-        f"the {name} has {length} tokens, and more than {LONGEST} cannot be read in a picture: "
+        length <= MAX_TOKENS,
+        f"the {name} has {length} tokens, and more than {MAX_TOKENS} cannot be read in a picture: "
         "shorten it",
     )
 
 
 def require_ours(path: Path) -> None:
-    """Raise TrainError where writing to `path` fails, or loses what is no former picture."""
+    """Raise TrainError for a path that is not writable, or is a file that heedful did not draw."""
     from PIL import Image, UnidentifiedImageError
 
     require(path.suffix == ".png", f"--output {path} must end with .png")
@@ -232,7 +235,9 @@ def require_ours(path: Path) -> None:
         return
     try:
         with Image.open(path) as image:
-            ours = image.info.get("Software") == SOFTWARE
+            is_ours = image.info.get("Software") == SOFTWARE
     except (OSError, UnidentifiedImageError):
-        ours = False
-    require(ours, f"{path} is there, and no picture of heedful: give another --output")
+        is_ours = False
+    require(
+        is_ours, f"--output {path} exists and is not a picture of heedful: give another --output"
+    )

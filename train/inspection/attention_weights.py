@@ -28,16 +28,16 @@ def attention_kinds(config: ModelConfig) -> dict[str, str]:
 
 
 class Attention(NamedTuple):
-    """One attention of a model, of all layers with the same masks."""
+    """A kind of attention in the layers that have the same mask."""
 
     kind: str
-    """The key of `attention_kinds`."""
+    """A key of `attention_kinds`."""
     layer: int
-    """The first of these layers, from 0."""
+    """The first of these layers, counted from 0."""
 
 
 def attentions(config: ModelConfig) -> dict[Attention, str]:
-    """Return the attentions whose masks differ, and what they are called."""
+    """Return the attentions with different masks, and their names for people."""
     found = {}
     for kind, name in attention_kinds(config).items():
         depth = (kind == "encoder" and config.encoder_layers) or config.layers
@@ -69,27 +69,26 @@ def attention_weights(
     for core in map(config.attention.core_of, config.sites):
         if not spec_of(core).has_weights:
             raise ModelError(
-                f"the attention core {core} computes no weight of a key for a query, so there is "
-                "none to show: choose another model.attention.core"
+                f"core {core} has no attention weights to show: choose another model.attention.core"
             )
-    stacks = _sown(config, params, dict(inputs))
+    stacks = _intermediates(config, params, dict(inputs))
     only = "encoder" if config.architecture == "encoder_only" else "decoder"
-    places = {
+    modules = {
         "encoder": ("encoder", "self_attention"),
         "self": (only, "self_attention"),
         "cross": ("decoder", "cross_attention"),
     }
     weights = {}
     for kind in attention_kinds(config):
-        stack, attention = places[kind]
+        stack, attention = modules[kind]
         (weights[kind],) = stacks[stack]["blocks"][attention]["weights"]
     return weights
 
 
 @partial(jax.jit, static_argnums=0)
-def _sown(config: ModelConfig, params: Any, inputs: dict[str, Any]) -> Any:
-    _, sown = build(config).apply({"params": params}, **inputs, mutable=["intermediates"])
-    return sown["intermediates"]
+def _intermediates(config: ModelConfig, params: Any, inputs: dict[str, Any]) -> Any:
+    _, collections = build(config).apply({"params": params}, **inputs, mutable=["intermediates"])
+    return collections["intermediates"]
 
 
 def attention_masks(

@@ -1,4 +1,4 @@
-"""The table of attention cores and masks: found by asking every core."""
+"""Table of the masks that each attention core supports, from the cores' own checks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -83,9 +83,9 @@ NAN = "a row holds one document: others, which are not known while tracing, come
 
 
 def refusal(core: str, row: Row) -> str | None:
-    """Why the core does not do what the row asks for; None: it does.
+    """Return why a core does not support a row; None: it does.
 
-    Nothing is computed. Cores that need a device or a mesh look at the mask before they ask for it.
+    Only shapes are computed. Cores check the mask before they check the device and the mesh.
     """
     attention = AttentionConfig(heads=2, core=core, **row.attention)
     config = ModelConfig(
@@ -96,11 +96,11 @@ def refusal(core: str, row: Row) -> str | None:
     x = jnp.zeros((1, new, 16), jnp.bfloat16)
     source = jnp.zeros((1, T, 16), jnp.bfloat16) if row.site == "cross" else None
     mask, shared = row.mask(config), StackContext(bias=row.bias)
-    remembered = new_cache(config, 1, T) if row.has_cache else None
+    cache = new_cache(config, 1, T) if row.has_cache else None
 
     def run(params: Any) -> Any:
         rngs = {"dropout": jax.random.key(0)}
-        options = {"cache": remembered, "deterministic": False, "rngs": rngs}
+        options = {"cache": cache, "deterministic": False, "rngs": rngs}
         return layer.apply(params, x, source, mask, shared, **options)
 
     try:
@@ -123,10 +123,10 @@ def _params(core: str) -> Any:
 
 
 def table() -> str:
-    """All cores and rows in markdown, with the reasons below."""
-    reasons: dict[str, dict[str, None]] = {}  # the cores that give each, in order
+    """Return the table in Markdown, with numbered reasons below."""
+    reasons: dict[str, dict[str, None]] = {}  # Reason -> cores, in order.
 
-    def mark(core: str, row: Row) -> str:
+    def cell(core: str, row: Row) -> str:
         reason = refusal(core, row)
         if reason is None:
             return "yes"
@@ -138,11 +138,13 @@ def table() -> str:
         return f"no [{list(reasons).index(reason) + 1}]"
 
     lines = [
-        f"| in | a query sees | {' | '.join(CORES)} |",
+        f"| attention | a query attends to | {' | '.join(CORES)} |",
         "|---|---|" + "---|" * len(CORES),
     ]
     for row in ROWS:
-        marks = " | ".join(mark(core, row) for core in CORES)
-        lines.append(f"| {row.where} | {row.what} | {marks} |")
-    notes = [f"{i}. {', '.join(who)}: {why}" for i, (why, who) in enumerate(reasons.items(), 1)]
+        cells = " | ".join(cell(core, row) for core in CORES)
+        lines.append(f"| {row.where} | {row.what} | {cells} |")
+    notes = [
+        f"{i}. {', '.join(names)}: {reason}" for i, (reason, names) in enumerate(reasons.items(), 1)
+    ]
     return "\n".join([*lines, "", *notes])

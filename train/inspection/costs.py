@@ -18,7 +18,8 @@ from heedful.train.sharding import resolve
 from heedful.train.state import Setup
 from heedful.train.trainable import named, split
 
-BACKWARD = 2  # forward passes that the arithmetic of a backward pass is worth
+BACKWARD = 2
+"""Arithmetic of a backward pass, in forward passes."""
 
 STACKED = ("encoder", "decoder")
 STACKS = {"encoder": "encoder", "decoder": "decoder", "head": "output"}
@@ -40,7 +41,7 @@ ORDER = (
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One kind of layer in one stack."""
+    """A kind of layer in a stack."""
 
     stack: str
     """input, encoder, decoder or output."""
@@ -49,8 +50,7 @@ class Part:
     flops: float
     """FLOPs of one forward pass, per token."""
     masked: float
-    """Those of `flops` that a causal mask makes useless: half of the attention scores without a
-    window."""
+    """Part of `flops` for scores that a causal mask excludes: half of them, without a window."""
 
 
 def parts(config: ModelConfig, params: Any, length: int) -> list[Part]:
@@ -71,11 +71,11 @@ def parts(config: ModelConfig, params: Any, length: int) -> list[Part]:
         total[2] += masked
 
     for name, leaf in named(params):
-        stack, part = _place(name)
+        stack, part = _stack_and_part(name)
         is_matrix = name.rpartition(".")[2] in ("kernel", "lora_a", "lora_b")
         flops = 2.0 * leaf.size if is_matrix else 0.0
         if part == "head" and config.head.kind == "classifier":
-            flops /= length  # it works on one vector per row
+            flops /= length  # It computes one vector per row.
         add(stack, part, leaf.size, flops)
         if name.endswith("_attention.out.kernel"):
             site, layers = _site(config, stack, part), leaf.shape[0]
@@ -96,12 +96,12 @@ def parts(config: ModelConfig, params: Any, length: int) -> list[Part]:
     ]  # fmt: skip
 
 
-def recomputed(config: ModelConfig, found: list[Part]) -> float:
-    """Return the FLOPs per token that the backward pass does again, by `config.remat`."""
+def recomputed(config: ModelConfig, all_parts: list[Part]) -> float:
+    """Return the FLOPs per token that the backward pass recomputes with `config.remat`."""
     scores = ("self-attention scores", "cross-attention scores")
     again = {"none": (), "dots": scores, "attention": (*scores, "feed-forward"), "full": ORDER}
     names = again[config.remat]
-    return sum(part.flops for part in found if part.stack in STACKED and part.name in names)
+    return sum(part.flops for part in all_parts if part.stack in STACKED and part.name in names)
 
 
 def _site(config: ModelConfig, stack: str, part: str) -> AttentionSite:
@@ -112,7 +112,7 @@ def _site(config: ModelConfig, stack: str, part: str) -> AttentionSite:
 
 
 def _keys(config: ModelConfig, site: AttentionSite, length: int) -> int:
-    """Return the keys that a query's products with scores and values are worth."""
+    """Return the number of keys that a query is multiplied with."""
     attention = config.attention
     own = spec_of(attention.core_of(site)).keys
     if own is not None:
@@ -124,8 +124,8 @@ def _keys(config: ModelConfig, site: AttentionSite, length: int) -> int:
     return min(length, sides * attention.window + 1 + attention.global_tokens)
 
 
-def _place(name: str) -> tuple[str, str]:
-    """(stack, part) of the parameter with this dotted name."""
+def _stack_and_part(name: str) -> tuple[str, str]:
+    """Return (stack, part) of the parameter with this dotted name."""
     keys = name.split(".")
     stack = STACKS.get(keys[0], "input")
     if stack != "output" and keys[-1].startswith("lora_"):
@@ -148,18 +148,18 @@ class Memory:
     moments: int
     """Bytes of the optimizer's state, with its counters."""
     outputs: int
-    """Scores that exist at once, in float32: [B, T, V], or [B, C] of a classifier."""
+    """Float32 logits that exist at the same time: [B, T, V], or [B, C] of a classifier."""
     cache: int
-    """Keys and values of one token of one text while decoding, or of a whole text where the cache
-    is of one size for any number of tokens; 0: nothing is decoded."""
+    """Decoding cache of one token of one text, or of a whole text if its size does not depend on
+    the number of tokens; 0 for models that do not decode."""
     source_cache: int
-    """The same for one token of the source of an encoder-decoder."""
+    """Decoding cache of one source token of an encoder-decoder."""
 
 
 def memory(config: ModelConfig, data: DataConfig, train: TrainConfig, setup: Setup) -> Memory:
-    """Memory of a training step and of decoding; activations in between come on top.
+    """Return the memory of a training step and of decoding, without activations.
 
-    Raises TrainError, naming the array, where the mesh does not divide it.
+    Raises TrainError, which names the array, where its shape is not divisible by the mesh.
     """
     state = setup.abstract
     trainable, _ = split(state.params, setup.factors)
@@ -168,7 +168,7 @@ def memory(config: ModelConfig, data: DataConfig, train: TrainConfig, setup: Set
         outputs = rows * (config.head.outputs or 1)
     else:
         positions = data.batch_tokens // train.accumulate
-        outputs = scored_at_once(positions, data, train) * (config.vocab_size or 1)
+        outputs = logits_at_once(positions, data, train) * (config.vocab_size or 1)
     cache = _cache(config, state.params)
     groups = cache.groups if isinstance(cache, PatternCache) else (cache,) if cache else ()
 
@@ -187,14 +187,14 @@ def memory(config: ModelConfig, data: DataConfig, train: TrainConfig, setup: Set
         parameters=device_bytes(state.params),
         gradients=device_bytes(trainable),
         moments=device_bytes(state.opt_state),
-        # Rows are split over data and fsdp, the length over seq, the vocabulary over tensor.
+        # Rows are sharded over data and fsdp, the length over seq, the vocabulary over tensor.
         outputs=math.ceil(outputs / setup.mesh.size) * 4,
         cache=sum(cached(group.self_attention) for group in groups),
         source_cache=sum(cached(group.cross_attention) for group in groups),
     )
 
 
-def scored_at_once(positions: float, data: DataConfig, train: TrainConfig) -> int:
+def logits_at_once(positions: float, data: DataConfig, train: TrainConfig) -> int:
     """Return how many positions of a batch have logits at the same time."""
     chunk = min(train.loss_chunk or data.max_length, data.max_length)
     return math.ceil(positions * chunk / data.max_length)

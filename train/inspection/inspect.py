@@ -1,4 +1,4 @@
-"""`heedful inspect`: what an experiment consists of and costs, before anything is trained."""
+"""`heedful inspect`: parameters, memory, arithmetic and masks of an experiment."""
 
 import dataclasses
 from collections import Counter
@@ -25,17 +25,18 @@ from heedful.train.inspection.costs import (
     STACKED,
     Memory,
     Part,
+    logits_at_once,
     memory,
     parts,
     recomputed,
-    scored_at_once,
 )
 from heedful.train.sharding import MESH_AXES
 from heedful.train.state import Setup, parameter_count, set_up
 from heedful.train.tasks import task_of
 from heedful.train.trainable import named
 
-ROW = 16  # tokens of the example whose masks are drawn
+ROW = 16
+"""Length of the row whose masks are drawn."""
 MAY, MAY_NOT = "██", "··"
 
 
@@ -49,12 +50,13 @@ def inspect(
     length: int | None = None,
     names: bool = False,
 ) -> None:
-    """Print the tables and the masks; allocates nothing, whatever the size of the model.
+    """Print tables and masks from shapes alone, without allocating the model.
 
-    Raises TrainError where the mesh does not divide a parameter or a pattern fits none.
+    Raises TrainError for a mesh that does not divide a parameter, and for a pattern that matches
+    none.
     """
     length = data.max_length if length is None else length
-    require(length > 0, f"--length must be positive, not {length}")
+    require(length > 0, f"--length {length}: must be positive")
     is_open = model.vocab_size is None
     model, notes = complete(model, data)
     if is_open and train.init_from is not None:
@@ -80,8 +82,8 @@ def complete(model: ModelConfig, data: DataConfig) -> tuple[ModelConfig, list[st
         else:
             size = data.tokenizer.vocab_size
             notes.append(
-                f"about {size:,} entries in the vocabulary, which is not learned yet: "
-                "data.tokenizer.vocab_size is the most that it may have"
+                f"vocabulary of {size:,} entries assumed: it is not learned yet, and may have at "
+                "most data.tokenizer.vocab_size"
             )
         model = dataclasses.replace(model, vocab_size=size)
     if model.head.kind == "classifier" and model.head.outputs is None:
@@ -89,7 +91,7 @@ def complete(model: ModelConfig, data: DataConfig) -> tuple[ModelConfig, list[st
         outputs = count(data) if count else 0
         if not outputs:
             outputs = 2
-            notes.append("about 2 classes: data.classes is not given, the data decides")
+            notes.append("2 classes assumed: data.classes is not given, the data will decide")
         head = dataclasses.replace(model.head, outputs=outputs)
         model = dataclasses.replace(model, head=head)
     return model, notes
@@ -99,7 +101,7 @@ def layout(config: MeshConfig) -> Mesh:
     """Return the mesh of a config without devices, which need not exist; data = -1 counts as 1."""
     sizes = tuple(max(getattr(config, axis), 1) for axis in MESH_AXES)
     mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    return cast(Mesh, mesh)  # all that is asked of it is to divide shapes
+    return cast(Mesh, mesh)  # Only its shape is used.
 
 
 def describe(model: ModelConfig) -> str:
@@ -169,9 +171,9 @@ def _flops_text(
         f"{train.steps:,} steps {number(training * data.batch_tokens * train.steps)}",
     ]
     if again := recomputed(model, found):
-        lines.append(f"model.remat {model.remat}: {number(again)}FLOPs per token more, done twice")
+        lines.append(f"model.remat {model.remat}: {number(again)}FLOPs per token more, recomputed")
     if not all(np.any(factor) for factor in jax.tree.leaves(setup.factors)):
-        lines.append("frozen parameters need no gradient: training costs less than that")
+        lines.append("frozen parameters need no gradient: training needs less than that")
     return "\n".join(lines)
 
 
@@ -195,9 +197,9 @@ def _memory_table(
     table.add_section()
     batch = data.batch_tokens // train.accumulate
     if model.head.kind == "classifier":
-        what = f"of a batch: {batch:,} positions in rows, x {model.head.outputs} scores"
+        what = f"of a batch: {batch:,} positions in rows, x {model.head.outputs} outputs"
     else:
-        count = scored_at_once(batch, data, train)
+        count = logits_at_once(batch, data, train)
         what = f"at once: {count:,} positions x {model.vocab_size:,} scores"
     table.add_row(f"outputs {what}, float32", number(sizes.outputs, 1024) + "B")
     if sizes.cache:
@@ -214,9 +216,9 @@ def _memory_table(
         table.add_row(what, number(sizes.cache, 1024) + "B")
     if sizes.source_cache:
         table.add_row("cache per token of the source", number(sizes.source_cache, 1024) + "B")
-    table.caption = "activations, kept for the backward pass, come on top"
+    table.caption = "activations for the backward pass are not included"
     if train.mesh.data == -1:
-        table.caption += "; train.mesh.data = -1 counts as 1: more devices divide the batch only"
+        table.caption += "; train.mesh.data = -1 counts as 1: more devices only shard the batch"
     return table
 
 
@@ -235,7 +237,7 @@ def _names_table(setup: Setup) -> Table:
 
 
 def number(value: float, base: int = 1000) -> str:
-    """Three digits and the prefix of a unit: "1.23 G"; with base 1024 "1.15 Gi"."""
+    """Format a number with three digits and a prefix: "1.23 G", or with base 1024 "1.15 Gi"."""
     prefixes = ["", *"kMGTPEZY"] if base == 1000 else ["", "Ki", "Mi", "Gi", "Ti", "Pi"]
     power = 0
     while value >= 999.5 and power < len(prefixes) - 1:
@@ -261,7 +263,7 @@ def masks_drawn(model: ModelConfig, data: DataConfig) -> Group:
         pictures.append(Text(f"{name}\n{lines}\n", no_wrap=True))
     legend = (
         f"masks of a row of {ROW}: {meaning}\n"
-        f"{MAY} the query (down) may look at the key (across)   {MAY_NOT} it may not\n"
+        f"{MAY} the query (down) attends to the key (across)   {MAY_NOT} it does not\n"
     )
     return Group(Text(legend), Columns(pictures, padding=(0, 3)))
 

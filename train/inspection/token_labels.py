@@ -1,4 +1,4 @@
-"""Token ids as people read them, in characters that the fonts at hand can draw."""
+"""Labels for tokens, in characters that the installed fonts can draw."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from heedful.data.tokenizer import Tokenizer
 from heedful.data.vocabulary import BYTES
 
 VISIBLE = {" ": "␣", "\n": "↵", "\t": "⇥"}
-PLAIN = "DejaVu Sans"  # comes with matplotlib
+DEFAULT_FONT = "DejaVu Sans"  # A part of matplotlib.
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> list[str]:
@@ -31,9 +31,9 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> list[str]:
         if '"ByteLevel"' in decoder:
             raw = [bytes([BYTES[c]]) if c in BYTES else c.encode() for c in name]
             name = b"".join(raw).decode("utf-8", "backslashreplace")
-        elif byte := re.fullmatch("<0x([0-9A-F]{2})>", name):  # SentencePiece's name of a byte
+        elif byte := re.fullmatch("<0x([0-9A-F]{2})>", name):  # SentencePiece's name of a byte.
             name = bytes.fromhex(byte[1]).decode("utf-8", "backslashreplace")
-        elif "▁" in decoder:  # SentencePiece's space
+        elif "▁" in decoder:  # SentencePiece's space.
             name = name.replace("▁", " ")
         return "".join(VISIBLE.get(c, c) if c == " " or c.isprintable() else _code(c) for c in name)
 
@@ -49,16 +49,16 @@ def drawable(labels: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
 
     families, missing = [], {c for label in labels for c in label if not c.isspace()}
     fonts = [font for font in font_manager.fontManager.ttflist if font.style == "normal"]
-    # Fonts of last resort have a box for everything.
+    # Fonts of last resort draw a box for every character.
     fonts = [font for font in fonts if "Last Resort" not in font.name and font.weight == 400]
-    for font in sorted(fonts, key=lambda font: (font.name != PLAIN, font.name, font.fname)):
+    for font in sorted(fonts, key=lambda font: (font.name != DEFAULT_FONT, font.name, font.fname)):
         if families and not missing:
             break
         known = font_manager.get_font(font.fname).get_charmap()
-        found = {c for c in missing if ord(c) in known}
-        if found or not families:
+        covered = {c for c in missing if ord(c) in known}
+        if covered or not families:
             families.append(font.name)
-            missing -= found
+            missing -= covered
     if not missing:
         return list(labels), families, []
     written = ["".join(_code(c) if c in missing else c for c in label) for label in labels]
@@ -68,5 +68,5 @@ def drawable(labels: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
 
 
 def _code(character: str) -> str:
-    """U+4E2D, and the names of the most frequent control characters."""
+    """Return a visible sign for a character, or its code point as [4E2D]."""
     return VISIBLE.get(character) or f"[{ord(character):04X}]"

@@ -10,7 +10,7 @@ from rich.table import Table
 from heedful.data.config import DataConfig
 from heedful.model.config import ModelConfig
 from heedful.train.config import MeshConfig, TrainConfig, TrainError
-from heedful.train.inspection.costs import BACKWARD, device_bytes, parts, recomputed, scored_at_once
+from heedful.train.inspection.costs import BACKWARD, device_bytes, logits_at_once, parts, recomputed
 from heedful.train.inspection.inspect import layout, number
 from heedful.train.plan.chips import Chip, chip_of
 from heedful.train.plan.compiled import largest_batch
@@ -90,7 +90,7 @@ def _estimate(
     size = 2 if model.dtype == "bfloat16" else 4
     activations = tokens_at_once * saved[model.remat] * size * layers
     logits = (
-        scored_at_once(tokens_at_once, data, train) * (model.vocab_size or 1) * 8 / sizes["tensor"]
+        logits_at_once(tokens_at_once, data, train) * (model.vocab_size or 1) * 8 / sizes["tensor"]
     )
 
     forward = parts(model, state.params, data.max_length)
