@@ -23,17 +23,13 @@ OLD_NAMES = {
     "one_first", "put_together", "scored", "several", "take_apart", "take_over",
 }  # fmt: skip
 
-PENDING = ("train/conversion/", "train/inspection/costs")
-"""Files and folders that are not yet as these tests want them."""
-
 
 def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
 def parametrize(files: list[Path]) -> pytest.MarkDecorator:
-    done = [path for path in files if not relative(path).startswith(PENDING)]
-    return pytest.mark.parametrize("path", done, ids=relative)
+    return pytest.mark.parametrize("path", files, ids=relative)
 
 
 def tree(path: Path) -> ast.Module:
