@@ -29,7 +29,7 @@ KEPT = {
     "attention": OF_ATTENTION,
     "dots": (*OF_ATTENTION, "up", "gate", "down"),
 }
-"""Linear maps whose outputs the backward pass finds, by `config.remat`."""
+"""Linear maps whose outputs are kept for the backward pass, by `config.remat`."""
 
 
 class Block(nn.Module):
@@ -44,7 +44,7 @@ class Block(nn.Module):
         x: Float[Array, "B T D"],
         cache: BlockCache | None,
         mask: AttentionMask,
-        shared: StackContext,
+        context: StackContext,
         encoded: Float[Array, "B S D"] | None,
         cross_mask: AttentionMask | None,
         deterministic: bool,
@@ -66,7 +66,7 @@ class Block(nn.Module):
         x, self_cache = residual(
             "self_attention",
             x,
-            lambda x: attend(x, None, mask, shared, cache=self_cache, deterministic=deterministic),
+            lambda x: attend(x, None, mask, context, cache=self_cache, deterministic=deterministic),
         )
         cross_cache = cache.cross_attention if cache else None
         if self.has_cross:
@@ -79,7 +79,7 @@ class Block(nn.Module):
                     x,
                     encoded,
                     cross_mask,
-                    StackContext(core_params=shared.core_params),
+                    StackContext(core_params=context.core_params),
                     cache=cross_cache,
                     deterministic=deterministic,
                 ),
@@ -117,9 +117,12 @@ class Stack(nn.Module):
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], StackCache | None]:
         """Return hidden states and the cache; `masks` has one for each layer of the period."""
-        unroll = min(self._unroll(cache is not None), self.layers)
+        unroll = min(self._unroll(decodes=cache is not None), self.layers)
         contexts = self._contexts(positions, masks[0], cache_write_mask)
-        rest = encoded, cross_mask, deterministic
+        of_layers = [
+            (mask, context, encoded, cross_mask, deterministic)
+            for mask, context in zip(masks, contexts, strict=True)
+        ]
         if len(self.config.period) == 1 or self.is_initializing():
             assert not isinstance(cache, PatternCache)
             scanned = nn.scan(
@@ -132,19 +135,19 @@ class Stack(nn.Module):
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             blocks = scanned(self.config.period[0], self.has_cross, name="blocks")
-            x, cache = blocks(x, cache, masks[0], contexts[0], *rest)
+            x, cache = blocks(x, cache, *of_layers[0])
         else:
             assert not isinstance(cache, BlockCache)
-            x, cache = self._by_pattern(x, cache, masks, contexts, rest, unroll)
+            x, cache = self._by_pattern(x, cache, of_layers, unroll)
         if self.config.norm.position == "pre":
             x = Norm(self.config, name="norm")(x)
         return x, cache
 
     def _block(self) -> type[Block]:
-        """With what `config.remat` leaves of it for the backward pass."""
+        """Return the block, which keeps for the backward pass the values that `remat` names."""
         if self.config.remat == "none":
             return Block
-        # Between two loops XLA shares nothing; without them it would, and keep all after all.
+        # XLA shares no values between two loops. Without loops it would share and keep all values.
         is_looped = self._unroll(decodes=False) < self.layers
         return nn.remat(Block, policy=self._policy(), prevent_cse=not is_looped, static_argnums=7)
 
@@ -155,12 +158,13 @@ class Stack(nn.Module):
         self,
         x: Float[Array, "B T D"],
         cache: PatternCache | None,
-        masks: tuple[AttentionMask, ...],
-        contexts: list[StackContext],
-        rest: tuple[Any, ...],
+        of_layers: list[tuple[Any, ...]],
         unroll: int,
     ) -> tuple[Float[Array, "B T D"], PatternCache | None]:
-        """Apply the blocks as pure functions of the parameters that equal blocks would have."""
+        """Apply different blocks as pure functions of the parameters that equal blocks have.
+
+        `of_layers` holds the other arguments of each block of the period.
+        """
         is_sown = self.is_mutable_collection("intermediates")
         mutable = ["intermediates"] if is_sown else []
 
@@ -168,8 +172,9 @@ class Stack(nn.Module):
             block = Block(self.config.period[i], self.has_cross, parent=None)
 
             def layer(variables: Any, x: jax.Array, cache: BlockCache | None, rngs: Any):
-                arguments = x, cache, masks[i], contexts[i], *rest
-                (x, cache), sown = block.apply(variables, *arguments, rngs=rngs, mutable=mutable)
+                (x, cache), sown = block.apply(
+                    variables, x, cache, *of_layers[i], rngs=rngs, mutable=mutable
+                )
                 return x, cache, sown.get("intermediates", {})
 
             if self.config.remat == "none":
@@ -182,7 +187,7 @@ class Stack(nn.Module):
             if "blocks" in self.variables.get(name, {})
         }
         rngs = {name: self.make_rng(name) for name in ("dropout", FEATURES) if self.has_rng(name)}
-        x, cache, sown = apply_pattern(make_layer, len(masks), stacked, x, cache, rngs, unroll)
+        x, cache, sown = apply_pattern(make_layer, len(of_layers), stacked, x, cache, rngs, unroll)
         if is_sown:
             self.put_variable("intermediates", "blocks", sown)
         return x, cache
@@ -203,23 +208,22 @@ class Stack(nn.Module):
     def _contexts(
         self, positions: Int[Array, "b T"], mask: AttentionMask, cache_write_mask: jax.Array | None
     ) -> list[StackContext]:
-        """Return what self-attention is given in each layer of the period."""
-        bias = self._bias(mask)
-        core_params = self._core_params()
-
-        def context(layer: ModelConfig) -> StackContext:
-            kind, rotary = layer.positions.kind, layer.positions.rotary
-            return StackContext(
-                rotation=rotation(positions, layer.key_dim, rotary) if kind == "rotary" else None,
-                bias=None if kind == "none" else bias,
-                core_params=core_params,
-                cache_write_mask=cache_write_mask,
+        """Return the context of self-attention for each layer of the period."""
+        config, bias = self.config, self._bias(mask)
+        common = StackContext(core_params=self._core_params(), cache_write_mask=cache_write_mask)
+        by_positions = {
+            layer.positions: common.replace(  # type: ignore[attr-defined]
+                rotation=rotation(positions, config.key_dim, layer.positions.rotary)
+                if layer.positions.kind == "rotary"
+                else None,
+                bias=None if layer.positions.kind == "none" else bias,
             )
-
-        return [context(layer) for layer in self.config.period]
+            for layer in config.period
+        }
+        return [by_positions[layer.positions] for layer in config.period]
 
     def _bias(self, mask: AttentionMask) -> PositionBias | None:
-        """Return what is added to attention scores, where the config asks for it."""
+        """Return the bias of attention scores, where the positions have one."""
         config, kind = self.config, self.config.positions.kind
         if kind == "alibi":
             slopes = jnp.asarray(alibi_slopes(config.attention.heads))
