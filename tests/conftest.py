@@ -1,4 +1,4 @@
-"""Eight CPU devices, and every annotation of model/ and train/ checked at each call."""
+"""Set up the tests: eight CPU devices, and checks of all annotations of model/ and train/."""
 
 import os
 import shutil
@@ -13,15 +13,16 @@ import jax
 import jaxtyping
 import pytest
 
-# Most of the time of these tests is LLVM's. Commands, in processes of their own, are optimized.
+# LLVM's optimizations would take most of the time of these tests. Commands that run in processes of
+# their own are optimized.
 jax.config.update("jax_disable_most_optimizations", True)
 
 
 def check_calls(function, *args, **kwargs):
-    """Beartype, except for the fields of dataclasses.
+    """Check annotations with beartype, except for the fields of dataclasses.
 
-    A tree of arrays also holds stacked arrays, shardings and placeholders in its fields, and
-    configs check theirs themselves.
+    The fields of a tree of arrays may also hold stacked arrays, shardings and placeholders.
+    Configs check their fields themselves.
     """
     is_constructor = function.__name__ == "__init__"
     return function if is_constructor else beartype.beartype(function, *args, **kwargs)
@@ -36,8 +37,8 @@ IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
 
 def pytest_configure() -> None:
-    """Let the processes of this session share what one has compiled or tokenised."""
-    if not IS_WORKER:  # workers are started later, in this environment
+    """Let the processes of this session share compiled programs and tokenised texts."""
+    if not IS_WORKER:  # The workers start later and inherit this environment.
         os.environ["HEEDFUL_CACHE"] = tempfile.mkdtemp(prefix="heedful-tests-")
     jax.config.update("jax_compilation_cache_dir", os.environ["HEEDFUL_CACHE"] + "/compiled")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -50,7 +51,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture
 def unchecked():
-    """As outside of tests, where no annotation is checked: for the errors that users see."""
+    """Turn the checks of annotations off, so that a test sees the errors that users see."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,7 +1,7 @@
-"""Commands and readers in processes that may die, hang or ask for too much memory.
+"""Run commands and readers in processes that may die, hang or ask for too much memory.
 
-A worker takes cases, one a line of JSON, and answers each with a line. It is replaced when it has
-died or when a case does not end; a case that ends it is a failure of the case.
+A worker reads cases, one per line of JSON, and answers each with one line. A worker is replaced
+when it has died or when a case does not end. A case fails if it ends its worker.
 """
 
 import base64
@@ -26,27 +26,27 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 WORKERS = 2
-SECONDS = 300  # until a case counts as hanging; the machine may be busy
-RENEW = 60  # cases of a worker: what is compiled stays in its memory
+SECONDS = 300  # A case that runs longer hangs. The limit is high because the machine may be busy.
+RENEW = 60  # Cases per worker: compiled programs stay in the memory of a worker.
 MEMORY = 5 << 30  # bytes that a case may ask for
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A command line, or a reader of `READERS` with what it reads."""
+    """A command line, or the name of a reader in `READERS` with its input."""
 
     name: str
     arguments: Sequence[str] = ()
     stdin: str = ""
-    """In base 64."""
+    """Standard input in base 64."""
     reader: str = ""
     stop: str = ""
-    """Send SIGTERM when this file is there and has a line."""
+    """Path of a file: SIGTERM is sent as soon as the file has a line. Empty: no signal is sent."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a case ended. A `problem` is a traceback, a death or a hang."""
+    """The end of a case: exit code and output; a `problem` is a traceback, a death or a hang."""
 
     code: int | None
     out: str
@@ -55,8 +55,8 @@ class Outcome:
 
     @property
     def is_refusal(self) -> bool:
-        """Exit code 2, with one line of what is wrong, after notes about what is used."""
-        # The norms of a training that diverges stand below, indented.
+        """True for exit code 2 with one error as the last line; notes may precede it."""
+        # When a training diverges, the norms are printed below the error, indented.
         lines = [line for line in self.err.splitlines() if not line.startswith("  ")]
         wrong = [line.startswith("heedful: error: ") for line in lines]
         is_one = sum(wrong) == 1 and wrong[-1] and "Traceback" not in self.err
@@ -72,7 +72,7 @@ class Outcome:
 
 
 def run_all(cases: Iterable[Case]) -> list[tuple[Case, Outcome]]:
-    """Runs the cases on several workers, and returns them in their order."""
+    """Run the cases on several workers; return each case, in order, with its outcome."""
     cases, workers = list(cases), queue.SimpleQueue()
     for _ in range(WORKERS):
         workers.put(_Worker())
@@ -221,7 +221,7 @@ def _run(command: Callable[[list[str]], int], case: Case) -> tuple[int | None, s
             return command(list(case.arguments)), ""
         print(json.dumps(READERS[case.reader](*case.arguments)))
         return 0, ""
-    except (DataError, ModelError, TrainError) as error:  # of a reader
+    except (DataError, ModelError, TrainError) as error:  # raised by a reader
         print(f"heedful: error: {error}", file=sys.stderr)
         return 2, ""
     except SystemExit as ended:

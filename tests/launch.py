@@ -1,4 +1,4 @@
-"""Runs in processes of their own, to be watched, killed and compared."""
+"""Start runs in processes of their own, which tests watch, kill and compare."""
 
 import json
 import os
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Process(subprocess.Popen):
-    """A heedful command; what it says goes to a file, so that it never waits for a reader."""
+    """A heedful command; its output goes to a file, so that it never waits for a reader."""
 
     def __init__(self, arguments: Sequence[str], devices: int = 1, stdin: str = "", **environment):
         inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
@@ -44,7 +44,7 @@ class Process(subprocess.Popen):
         return self._log.read()
 
     def finish(self, code: int = 0, seconds: float = 300) -> str:
-        """Waits for its end and returns what it has said."""
+        """Wait for the end of the process and return its output."""
         try:
             self.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -63,7 +63,7 @@ def free_port() -> int:
 def group(
     arguments: Sequence[str], processes: int, devices: int, stdin: str = "", **environment: str
 ) -> list[Process]:
-    """Processes that compute together, on so many devices each."""
+    """Start `processes` processes that compute together, each with `devices` devices."""
     flags = [
         "--coordinator", f"localhost:{free_port()}", "--processes", str(processes), "--process"
     ]  # fmt: skip
@@ -71,7 +71,7 @@ def group(
         Process(
             [*arguments, *flags, str(index)],
             devices,
-            # The others get nothing to read.
+            # Only the first process has an input.
             stdin if index == 0 else "",
             **environment,
         )
@@ -100,7 +100,7 @@ def wait_for_step(run: Path, step: int, process: Process) -> None:
 
 
 def checkpoint(directory: Path, step: int) -> tuple[list[np.ndarray], dict]:
-    """The whole state at a step on one device, and the position in the data."""
+    """Return the arrays of the training state at a step, and the position in the data."""
     run = Run.open(directory)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     abstract = set_up(run.model, run.train, mesh).abstract

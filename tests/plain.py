@@ -1,7 +1,7 @@
-"""The Transformer again in float64, sharing nothing with model/ but parameters and config.
+"""A second Transformer in float64, which shares only parameters and config with model/.
 
-It is written for reading: one head, one pair, one bucket at a time where that is shorter, and
-distances are those of `positions`, not of rows.
+It is written to be read: it computes one head, one pair or one bucket at a time where that is
+shorter. Distances are differences of `positions`, not of row indices.
 """
 
 import math
@@ -23,7 +23,7 @@ ACTIVATIONS = {
 
 
 def rotary_frequency(i: int, head_dim: int, config: RotaryConfig) -> float:
-    """Radians per position of pair `i`."""
+    """Return the angle in radians by which pair `i` of features turns per position."""
     frequency = config.base ** (-2 * i / head_dim)
     if config.scaling == "linear":
         return frequency / config.factor
@@ -33,14 +33,14 @@ def rotary_frequency(i: int, head_dim: int, config: RotaryConfig) -> float:
         shortest = config.original_length / config.high_frequency_factor
         if wavelength > longest:
             return frequency / config.factor
-        if wavelength > shortest:  # between: from one to the other, linear in 1 / wavelength
+        if wavelength > shortest:  # between the bounds: interpolate, linear in 1 / wavelength
             share = (1 / wavelength - 1 / longest) / (1 / shortest - 1 / longest)
             return frequency * (share + (1 - share) / config.factor)
     return frequency
 
 
 def turn(x: np.ndarray, positions: np.ndarray, config: RotaryConfig) -> np.ndarray:
-    """[b, t, n, h] with features i and i + h/2 as one complex number, turned (arXiv:2104.09864)."""
+    """Rotate x [b, t, n, h]; features i and i + h/2 are a complex number (arXiv:2104.09864)."""
     half = x.shape[-1] // 2
     frequencies = [rotary_frequency(i, 2 * half, config) for i in range(half)]
     angles = positions[:, :, None, None] * np.array(frequencies)
@@ -49,9 +49,10 @@ def turn(x: np.ndarray, positions: np.ndarray, config: RotaryConfig) -> np.ndarr
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """arXiv:2108.12409 §3: 1/2, 1/4 ... 1/256 for 8 heads; in general from 2^(-8/N), by itself.
+    """Return the slopes of arXiv:2108.12409 §3: 1/2, 1/4 ... 1/256 for 8 heads.
 
-    Heads that are no power of two fill up with every second slope of the next power.
+    N heads have the powers 1 to N of 2^(-8/N). If N is not a power of two, the heads beyond the
+    largest power of two have every second slope of the next power of two.
     """
     if heads & (heads - 1) == 0:
         return [2 ** (-8 / heads * (i + 1)) for i in range(heads)]
@@ -60,7 +61,7 @@ def alibi_slopes(heads: int) -> list[float]:
 
 
 def relative_bucket(distance: int, buckets: int, max_distance: int, bidirectional: bool) -> int:
-    """arXiv:1910.10683 §2.1, by comparing whole numbers, so that no logarithm is rounded."""
+    """Return the bucket of arXiv:1910.10683 §2.1; it compares integers, so nothing is rounded."""
     first = 0
     if bidirectional:
         buckets //= 2
@@ -72,13 +73,13 @@ def relative_bucket(distance: int, buckets: int, max_distance: int, bidirectiona
     if distance < exact:
         return first + distance
     far = buckets - exact
-    # The bucket j holds (max / exact)^(j / far) <= distance / exact.
+    # Bucket j begins where distance / exact = (max_distance / exact)^(j / far).
     held = [distance**far * exact**j >= max_distance**j * exact**far for j in range(far)]
     return first + exact + sum(held) - 1
 
 
 class Plain:
-    """A whole model: `Plain(config, params)(tokens, segments, positions, ...)` gives logits."""
+    """A whole model: `Plain(config, params)(tokens, segments, positions, ...)` returns logits."""
 
     def __init__(self, config: ModelConfig, params: dict):
         self.config = config
@@ -98,7 +99,7 @@ class Plain:
         return x * p["scale"] + p.get("bias", 0)
 
     def bias(self, p: dict, positions: np.ndarray, bidirectional: bool) -> np.ndarray | float:
-        """[b, n, t, s] of a stack with parameters `p`."""
+        """Return the bias [b, n, t, s] of attention scores in a stack with parameters `p`."""
         config = self.config.positions
         distances = positions[:, None, :] - positions[:, :, None]
         if config.kind == "alibi":
@@ -141,7 +142,7 @@ class Plain:
         return self.linear(p["down"], h)
 
     def layer(self, index: int, length: int) -> tuple[np.ndarray, RotaryConfig, bool]:
-        """Pairs [t, t] in a layer's window, its rotary frequencies, and if it has positions."""
+        """Return a layer's window as pairs [t, t], its rotary config, and if it has positions."""
         pattern, attention = self.config.pattern, self.config.attention
         own = pattern[index % len(pattern)] if pattern else LayerConfig()
         window = attention.window if own.window is None else own.window
@@ -204,7 +205,10 @@ class Plain:
     def __call__(
         self, tokens, segments, positions, *, types=None, prefix=None, source=None
     ) -> np.ndarray:
-        """`prefix` holds lengths [b]; `source` tokens, segments and positions of the encoder."""
+        """Return the logits.
+
+        `prefix` holds lengths [b]; `source` holds tokens, segments and positions of the encoder.
+        """
 
         def meet(a, b):
             return (a[:, :, None] == b[:, None, :]) & (b[:, None, :] != 0)

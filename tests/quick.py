@@ -1,4 +1,4 @@
-"""What of many cases `make test` runs; `make test-slow` runs the others."""
+"""Choose the cases that `make test` runs; `make test-slow` runs the others."""
 
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 
 
 def only(quick: Collection[Any], cases: Iterable[Any]) -> list[Any]:
-    """Mark as slow all cases of a parameter, or of several in a tuple, but the quick ones."""
+    """Mark all cases but the quick ones as slow; a tuple is a case of several parameters."""
     return [case if case in quick else _slow(case) for case in cases]
 
 

@@ -1,4 +1,4 @@
-"""Dense attention against loops in float64, where every other core will be held against dense."""
+"""Test dense attention against loops in float64; other tests compare each core with dense."""
 
 import math
 
@@ -17,7 +17,7 @@ from heedful.model.positions import PositionBias
 B, T, S, N, K, H = 2, 5, 7, 6, 3, 11
 
 SEGMENTS = (
-    jnp.array([[1, 1, 2, 2, 3], [0, 1, 1, 1, 1]]),  # 3 meets nobody, 0 is padding
+    jnp.array([[1, 1, 2, 2, 3], [0, 1, 1, 1, 1]]),  # No key has segment 3; 0 is padding.
     jnp.array([[1, 1, 1, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 0]]),
 )
 MASKS = {
@@ -31,14 +31,14 @@ MASKS = {
 
 @struct.dataclass
 class Given(PositionBias):
-    """A bias of any values [b, N, T, S], of which tiles are cut out."""
+    """A bias with the given values [b, N, T, S]; `tile` returns a part of them."""
 
     def tile(self, q_index, kv_index):
         return self.values[:, :, q_index][..., kv_index]
 
 
 def naive(q, k, v, allowed, bias, scale: float | None = None) -> np.ndarray:
-    """One query, one head, one key at a time."""
+    """Compute attention one query, one head and one key at a time."""
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
     out = np.zeros((*q.shape[:3], v.shape[3]))
     for b, t, n in np.ndindex(*q.shape[:3]):
@@ -91,11 +91,11 @@ def test_values_and_gradients(name: str):
 def test_weights_are_what_the_values_are_mixed_with():
     q, k, _, bias = inputs()
     mask = MASKS["segments with empty rows"]
-    given = Given(jnp.float32(bias[:1]))  # one for all rows
+    given = Given(jnp.float32(bias[:1]))  # one bias for all rows
     q32, k32 = jnp.float32(q), jnp.float32(k)
     weights = attention_weights(AttentionCall(q32, k32, k32, mask, given, 0.3))
     assert weights.shape == (B, K, N // K, T, S)
-    # Values that each name one key: what they are mixed to are the weights.
+    # The value of each key is a one-hot vector, so that the output is the weights.
     names = np.broadcast_to(np.eye(S)[:, None], (B, S, K, S))
     mixed = naive(q, k, names, as_array(mask), bias[:1].repeat(B, 0), 0.3)
     np.testing.assert_allclose(weights.reshape(B, N, T, S), np.swapaxes(mixed, 1, 2), atol=2e-6)
@@ -119,7 +119,7 @@ def test_a_query_that_sees_nothing_gives_zero_and_gets_zero(dtype):
     assert not np.asarray(dk[unseen]).any()
     assert not np.asarray(dv[unseen]).any()
     assert np.asarray(out[~empty]).all()
-    # The same when not a single pair is left.
+    # Output and gradients are 0 too if the mask allows no pair at all.
     nothing = masks.cross(jnp.zeros((B, T), jnp.int32), SEGMENTS[1])
     out, pull = jax.vjp(lambda q, k, v: dense(AttentionCall(q, k, v, nothing)), q, k, v)
     assert not any(np.asarray(x).any() for x in (out, *pull(jnp.ones_like(out))))
@@ -135,7 +135,7 @@ def test_a_masked_key_cannot_be_learned_around():
     unseen = jnp.array(~allowed.any(1))[:, :, None, None]
     k, v = jnp.where(unseen, 1e15 * k, k), jnp.where(unseen, 1e15, v)
     np.testing.assert_array_equal(dense(AttentionCall(q, k, v, mask, Given(bias))), out)
-    # Neither by a penalty on everything that is allowed.
+    # A large negative bias on all allowed keys does not make the masked keys visible either.
     sunk = jnp.where(allowed[:, None], bias - 1e6, 0)
     np.testing.assert_allclose(dense(AttentionCall(q, k, v, mask, Given(sunk))), out, atol=0.3)
 
@@ -146,14 +146,14 @@ def test_huge_scores_do_not_overflow(name: str):
     out, pull = jax.vjp(lambda q, k: dense(AttentionCall(1e9 * q, 1e9 * k, v, MASKS[name])), q, k)
     scores = np.einsum("btngh,bsnh->btngs", q.reshape(B, T, K, N // K, H), k)
     scores = np.where(as_array(MASKS[name])[:, :, None, None], scores, -np.inf)
-    winner = np.argmax(scores, -1)  # softmax has become the maximum
+    winner = np.argmax(scores, -1)  # The softmax of huge scores selects the largest score.
     expected = np.asarray(v)[np.arange(B)[:, None, None, None], winner, np.arange(K)[:, None]]
     np.testing.assert_array_equal(out, expected.reshape(out.shape))
     assert all(np.isfinite(x).all() for x in pull(out))
 
 
 def test_bfloat16_computes_its_softmax_in_float32():
-    # Scores near 30: rounded to bfloat16 they are off by up to 0.06, and so are the weights.
+    # Scores are near 30. Rounding them to bfloat16 would change scores and weights by up to 0.06.
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(3 * rng.normal(size=(1, n, 1, 16)), jnp.bfloat16) for n in (3, S, S))
     for mask in (masks.full(), masks.sliding(1, 2)):
@@ -177,7 +177,7 @@ def test_dropout_of_weights():
     samples = jax.vmap(lambda key: attend(dropout_rate=0.3, dropout_key=key))(keys)
     error = samples.std(0) / math.sqrt(len(keys))
     assert (jnp.abs(samples.mean(0) - attend()) < 5 * error).all()
-    # The first query sees one key: it is dropped, or it is scaled up.
+    # The first query sees one key, whose weight is either dropped or divided by 0.7.
     assert set(np.unique(np.round(samples[:, :, 0] / attend()[:, 0], 3))) == {
         0.0,
         np.float32(1.429),
@@ -186,14 +186,14 @@ def test_dropout_of_weights():
 
 def test_kept_elements_are_independent_of_key_and_place():
     rate, shape = 0.3, (31, 37, 41)
-    # Keys that share a word, or the sum of both.
+    # Some of these random keys share one word; all have the same sum of both words.
     words = jnp.array([(0, 1), (1, 1), (1, 0)], jnp.uint32)
     kept = [np.asarray(keep(each, shape, rate), float) - (1 - rate) for each in words]
     variance = rate * (1 - rate)
     noise = 5 / math.sqrt(kept[0].size)
     for x in kept:
         assert abs(x.mean()) < noise
-        for axis in range(3):  # neighbours share nothing
+        for axis in range(3):  # Neighbours are independent.
             along = np.moveaxis(x, axis, 0)
             assert abs((along[1:] * along[:-1]).mean()) / variance < noise
             assert abs(x.mean(axis)).max() < 6 * math.sqrt(variance / shape[axis])
@@ -228,7 +228,8 @@ def test_rows_of_arrays_of_more_than_32_bits_are_dropped_apart(shape: tuple[int,
     key = jax.random.key_data(jax.random.key(0))
     zero, columns = np.zeros(1, int), np.arange(2048)
     kept = []
-    for row in range(0, shape[0], 2**32 // math.prod(shape[1:])):  # each 2^32 places after another
+    # Consecutive rows of this loop are 2^32 elements apart.
+    for row in range(0, shape[0], 2**32 // math.prod(shape[1:])):
         index = np.array([row]), *[zero] * (len(shape) - 2), columns
         kept.append(np.asarray(keep_at(key, index, shape, 0.5)) - 0.5)
     assert len(kept) > 1
@@ -241,7 +242,7 @@ def test_rows_of_arrays_of_more_than_32_bits_are_dropped_apart(shape: tuple[int,
 def test_shapes_that_do_not_fit_are_refused(unchecked):
     q, k, v, _ = map(jnp.float32, inputs())
     wrong = (
-        (q[:, :, :5], k, v),  # 5 query heads for 3
+        (q[:, :, :5], k, v),  # 5 query heads for 3 key heads
         (q, k[:, :-1], v),
         (q[:1], k, v),
         (q[..., :-1], k, v),
@@ -262,6 +263,6 @@ def test_choice_of_a_core():
             assert platform in reason
     assert choose("auto", "cpu", 511)[0] == "dense"
     assert choose("auto", "cpu", 512)[0] == "flash"
-    assert choose("auto", "cpu", 4096, queries=1)[0] == "dense"  # decoding
-    assert choose("auto", "cpu", 512, shards=2)[0] == "dense"  # flash would gather the length
+    assert choose("auto", "cpu", 4096, queries=1)[0] == "dense"  # one query: decoding
+    assert choose("auto", "cpu", 512, shards=2)[0] == "dense"  # flash would all-gather the sequence
     assert choose("dense", "cpu", 512) == ("dense", "chosen by model.attention.core")

@@ -1,4 +1,4 @@
-"""Pictures of attention: the numbers by hand, then what stands on the axes, then the errors."""
+"""Test pictures of attention: the weights against a plain computation, axis labels and errors."""
 
 import io
 from pathlib import Path
@@ -42,7 +42,7 @@ WORDS = "red green blue small large cat dog bird"
 def trained(
     folder: Path, architecture: str, objective: str, steps: tuple = (3, 5), **changes
 ) -> Trained:
-    """A run with random parameters and a vocabulary of words."""
+    """Return a run with random parameters and a vocabulary of words."""
     source = "homeassistant" if objective == "translation" else "shakespeare"
     data = DataConfig(source=source, objective=objective, tokenizer=TokenizerConfig(kind="words"))
     tokenizer = Tokenizer.train([WORDS], data.tokenizer, objective)
@@ -56,7 +56,7 @@ def trained(
 
 @pytest.fixture
 def figures(monkeypatch) -> list:
-    """The figures that are drawn, to be looked at as axes and arrays."""
+    """Record the drawn figures, so that a test can read their axes and arrays."""
     kept = []
 
     def keep(*args):
@@ -79,7 +79,7 @@ def linear(p: dict, x: np.ndarray) -> np.ndarray:
 
 
 def by_hand(p: dict, x: np.ndarray, context: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-    """[N, T, S]: one query of one head at a time, over the keys that it may look at."""
+    """Compute weights [N, T, S] one query of one head at a time, over the allowed keys."""
     q, k = linear(p["query"], x), linear(p["key"], context)
     weights = np.zeros((q.shape[1], len(x), len(context)))
     for head, t in np.ndindex(weights.shape[:2]):
@@ -90,7 +90,7 @@ def by_hand(p: dict, x: np.ndarray, context: np.ndarray, allowed: np.ndarray) ->
 
 
 def after_attention(p: dict, x: np.ndarray, weights: np.ndarray, name: str) -> np.ndarray:
-    """x after the attention `name` to itself, its residual and its (post-)norm."""
+    """Return x after self-attention `name`, the residual connection and the post-norm."""
     v = np.repeat(linear(p[name]["value"], x), 2, axis=1)
     mixed = np.einsum("nts,snh->tnh", weights, v)
     y = x + np.tensordot(mixed, p[name]["out"]["kernel"], 2) + p[name]["out"]["bias"]
@@ -105,7 +105,7 @@ def drawn_numbers(figure) -> list[np.ma.MaskedArray]:
 
 @pytest.mark.parametrize("which", ["encoder", "self", "cross"])
 def test_the_drawn_numbers_are_the_softmax_of_the_scores(tmp_path, figures, which: str):
-    """Those of layer 2, whose input is the output of layer 1."""
+    """The test compares the weights of layer 2, whose input is the output of layer 1."""
     run = trained(tmp_path, "encoder_decoder", "translation")
     text, target = "red cat dog", "blue large bird red green"
     sown = _intermediates(run.run.model, run.params, dict(model_inputs(run, text, target)))
@@ -200,7 +200,7 @@ def test_the_target_is_the_models_own_output_unless_it_is_given(tmp_path, monkey
         run.run.model, run.run.train.decode, run.tokenizer, run.params, run.mesh
     )
     (written,) = translator(["red cat dog"])
-    monkeypatch.setattr(module, "Translator", lambda *_: translator)  # it is compiled already
+    monkeypatch.setattr(module, "Translator", lambda *_: translator)  # already compiled
     tokens, _ = read(run, "red cat dog")
     assert tokens[0] == "<bos>"
     assert " ".join(x for x in tokens[1:] if x not in ("<bos>", "<pad>")) == written
@@ -209,7 +209,7 @@ def test_the_target_is_the_models_own_output_unless_it_is_given(tmp_path, monkey
 
 
 def test_signs_of_formulas_are_drawn_as_they_stand(tmp_path, figures):
-    labels = ["$\\frac$", "a_b^", "$x$"]  # the first is no formula that could be drawn
+    labels = ["$\\frac$", "a_b^", "$x$"]  # The first label is not a formula that can be drawn.
     figure, _ = draw(
         np.full((1, 3, 3), 1 / 3, np.float32),
         np.ones((1, 3, 3), bool),

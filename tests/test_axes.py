@@ -1,4 +1,4 @@
-"""Axis names: unknown ones and wrong counts are errors, and parameters carry the right ones."""
+"""Test axis names: unknown names and wrong counts are errors; parameters have the right names."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ MODELS: list[dict[str, Any]] = [
         "architecture": "encoder_only",
         "positions_kind": "learned",
         "positions_max_length": 17,
-        "type_vocab_size": 17,  # as many as positions: both have rows of that name
+        "type_vocab_size": 17,  # as many as positions: the rows of both tables are named "position"
         "norm_embeddings": True,
         "head_transform": True,
     },

@@ -1,3 +1,5 @@
+"""Test batches: padding rows to one length, and the check of the arrays of a batch."""
+
 import numpy as np
 import pytest
 

@@ -1,4 +1,4 @@
-"""The benchmark of the attention cores: its arithmetic, and one tiny run without peers."""
+"""Test the benchmarks: their arithmetic, and tiny runs without peers."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_tables_have_medians_ratios_growth_and_reasons():
     assert "full, forward+backward: time (ms)" in text
     assert rows["flash"][1:] == ["200", "800", "-", "2.00"]
     assert rows["torch sdpa"][2:] == ["400", "-", "-", "-"]
-    # The median of 1, 3 and 2; its memory is half of ours.
+    # The ratio of times is the median of 1, 3 and 2; the memory of torch is half of ours.
     assert rows["torch sdpa / flash"][4:] == ["2", "-", "-"]
     assert "torch sdpa / flash       0.5" in text
     assert "- torch sdpa, full, forward+backward, 8,192 16,384: needs 99.0 GiB" in text
@@ -86,8 +86,10 @@ def test_plot_of_nothing(tmp_path):
 
 def test_what_will_take_too_long_is_told_from_shorter_lengths():
     flash = replace(CASE, name="flash", length=16384)
-    assert attention.expected(POINTS[:2], flash) == pytest.approx(0.8)  # At least linear.
-    assert attention.expected(POINTS, flash) == pytest.approx(3.2)  # Fourfold at the last step.
+    # Time grows at least linearly.
+    assert attention.expected(POINTS[:2], flash) == pytest.approx(0.8)
+    # The last measured doubling of the length took four times as long.
+    assert attention.expected(POINTS, flash) == pytest.approx(3.2)
     assert attention.expected(POINTS, replace(flash, causal=True)) == 0
     assert attention.expected(POINTS, replace(flash, name="dense")) == 0
 
@@ -117,7 +119,7 @@ def test_a_run_with_our_cores(tmp_path, capsys, monkeypatch):
     dense, nothing = results["points"]
     assert len(dense["seconds"]) == 2 and min(dense["seconds"]) > 0
     assert dense["causal"] and dense["backward"] and dense["length"] == 256
-    # Results, gradients and two [2, 256, 256] are 1.1 MiB: far from what an import takes.
+    # Results, gradients and two arrays [2, 256, 256] take 1.1 MiB, far less than an import takes.
     assert 0 < dense["memory"] < 16 * MIB
     assert "unknown model.attention.core 'nothing'" in nothing["skipped"]
     assert out.with_suffix(".png").exists()
@@ -142,8 +144,9 @@ def test_training_steps_are_timed(tmp_path, capsys, monkeypatch):
     given = ["--setting", "small", "gpu low", "--rounds", "1", "--out", str(out)]
     training.main([*given, "--profile", str(profile)])
     found = {name: values["heedful"] for name, values in json.loads(out.read_text()).items()}
-    assert found["small"]["parameters"] == 804_096  # nanoGPT: 0.80M, without 8,192 of positions
-    # Six FLOPs for each parameter of a matrix product and token, and attention.
+    # nanoGPT prints 0.80M, without the 8,192 parameters of positions.
+    assert found["small"]["parameters"] == 804_096
+    # A step takes six FLOPs per token and parameter of a matrix product, and those of attention.
     assert 0.9 < found["small"]["flops"] / (6 * 795_000 * 12 * 64) < 1.1
     said = capsys.readouterr().out
     assert "small: 12 x 64 tokens" in said
@@ -200,7 +203,7 @@ sys.exit("the reason")
 
 
 def table_of_the_pipeline(config, capsys):
-    """Rows and tokens a second, tokens that steps would take, and how many devices that feeds."""
+    """Return rows and tokens per second, and the tokens per second that training could use."""
     pipeline.main(["--config", config, "--seconds", "0.1", "--flops", "1e9"])
     name, *columns = capsys.readouterr().out.splitlines()[-1].split()
     assert name == config
@@ -212,7 +215,7 @@ def table_of_the_pipeline(config, capsys):
 def test_the_pipeline_alone(capsys, monkeypatch):
     monkeypatch.setattr(pipeline, "stand_in", lambda data: replace(data, listops=SMALL))
     rows, tokens, _ = table_of_the_pipeline("listops_tiny", capsys)
-    assert 20 < tokens / rows <= 62  # One is predicted in a row, and all are computed.
+    assert 20 < tokens / rows <= 62  # A row has one target, but all of its tokens count.
 
 
 @pytest.mark.parametrize(("config", "length"), [("bert_tiny", 128), ("t5_tiny", 64 + 14)])
@@ -223,7 +226,7 @@ def test_the_pipeline_counts_tokens_that_are_not_predicted(
     own = {"source": "files", "train": (str(tmp_path),)}
     monkeypatch.setattr(pipeline, "stand_in", lambda data: replace(data, **own))
     rows, tokens, _ = table_of_the_pipeline(config, capsys)
-    assert tokens / rows == pytest.approx(length, rel=0.02)  # The last one is shorter.
+    assert tokens / rows == pytest.approx(length, rel=0.02)  # The last row is shorter.
 
 
 def test_the_pipeline_takes_tokenizer_and_model_of_what_a_run_begins_from(
@@ -236,8 +239,9 @@ def test_the_pipeline_takes_tokenizer_and_model_of_what_a_run_begins_from(
     own = {"source": "files", "train": (str(toy.write_table(tmp_path)),)}
     monkeypatch.setattr(pipeline, "stand_in", lambda data: replace(data, **own))
     rows, tokens, takes = table_of_the_pipeline("sentiment_minilm", capsys)
-    assert tokens / rows > 12  # letters
-    assert takes > 10_000  # The default model has 19 million parameters: 1e9 FLOP/s train on 9.
+    assert tokens / rows > 12  # tokens are characters
+    # The default model has 19 million parameters; 1e9 FLOP/s would train on 9 tokens per second.
+    assert takes > 10_000
 
 
 def test_work_of_a_masked_lm_is_that_of_all_positions_and_of_the_scores_that_are_needed():

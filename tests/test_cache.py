@@ -1,4 +1,4 @@
-"""The rolling cache of a window, against the whole sequence at once."""
+"""Test caches: decoding with a cache gives the logits of a full forward pass."""
 
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from heedful.model.transformer import empty_cache
 close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
 LENGTH, WINDOW, CHUNK = 17, 3, 7
 TOKENS = jnp.array(np.random.default_rng(0).integers(0, V, (B, LENGTH)))
-LENGTHS = jnp.array([11, 2, 7])  # of the prompts
+LENGTHS = jnp.array([11, 2, 7])  # lengths of the prompts
 STEPS = {"attention_dilation": (1, 2, 1, 1, 2, 2)}
 
 
@@ -34,7 +34,7 @@ def decoder(**changes: Any):
 
 
 def fill(decode, cache, tokens, lengths, chunk=CHUNK):
-    """As train/generate.py does: padding behind the prompts, and a last chunk that overlaps."""
+    """Prefill a cache as generation does, with padding and a last chunk that overlaps."""
     total = tokens.shape[1]
     for begin in range(0, total, chunk):
         start = min(begin, total - chunk)
@@ -67,7 +67,7 @@ def test_rows_of_different_lengths_roll_on_as_the_whole_would(kind: str):
     whole, logits, cache = run(params)
     close(logits, whole[np.arange(B)[:, None], LENGTHS[:, None] + np.arange(6)])
     slots = WINDOW * (2 if kind == "dilated" else 1) + 1
-    assert cache.self_attention.k.shape[:3] == (LAYERS, B, slots)  # whatever the length
+    assert cache.self_attention.k.shape[:3] == (LAYERS, B, slots)  # independent of the length
     np.testing.assert_array_equal(cache.self_attention.end, [LENGTHS + 6] * LAYERS)
 
 
@@ -99,7 +99,7 @@ def test_a_prefix_is_read_as_one_chunk():
     token = TOKENS[jnp.arange(B), prefix][:, None]
     logits, _ = decode(token, cache=cache, offset=prefix)
     close(logits[:, 0], whole[jnp.arange(B), prefix])
-    # As prompts are read: their last token, which the others see, is read again.
+    # Generation decodes the last token of the prefix again, which the other tokens have seen.
     start["cache_write_mask"] = jnp.arange(6) < prefix[:, None] - 1
     _, cache = decode(TOKENS[:, :6], **start, prefix_len=prefix)
     token = TOKENS[jnp.arange(B), prefix - 1][:, None]
@@ -151,7 +151,7 @@ def test_a_token_reads_what_is_filled_and_little_more(kind: str, width: int, mon
     texts, cache = TOKENS.repeat(width, 0), empty_cache(config, B, LENGTH)
     cache = cache if width == 1 else cache.repeat(width)
     kept, half = cache.self_attention, LENGTH // 2
-    # What is not a number would spoil the sum of those that count, were it read.
+    # NaN in the unfilled half would appear in the logits if a step read this half.
     unread = kept.replace(v=kept.v.at[..., half * width :, :].set(jnp.nan))
     cache, found = cache.replace(self_attention=unread), []
     for t in range(LENGTH):
@@ -167,7 +167,7 @@ def test_a_token_reads_what_is_filled_and_little_more(kind: str, width: int, mon
 def test_which_cache_a_model_has():
     window = tiny("decoder_only", attention_window=WINDOW)
     assert isinstance(new_cache(window, B, WINDOW + 2), WindowCache)
-    assert isinstance(new_cache(window, B, WINDOW + 1), KVCache)  # which is no longer
+    assert isinstance(new_cache(window, B, WINDOW + 1), KVCache)  # not longer than a rolling cache
     seen = tiny("decoder_only", attention_window=WINDOW, attention_global_tokens=1)
     assert isinstance(new_cache(seen, B, 100), KVCache)
     assert isinstance(new_cache(tiny("decoder_only"), B, 100), KVCache)

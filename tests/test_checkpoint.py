@@ -1,4 +1,4 @@
-"""What is kept, what is refused, and that what comes back is what was saved."""
+"""Test which checkpoints are kept or refused, and that restoring returns the saved state."""
 
 import multiprocessing
 import os
@@ -18,7 +18,7 @@ from heedful.train.checkpoint import Checkpoints, CorruptCheckpoint
 from heedful.train.config import TrainError
 from heedful.train.state import TrainState
 
-SCORES = {1: -3.0, 2: -0.5, 3: -0.5, 4: -1.0, 5: -2.5}  # the best one twice
+SCORES = {1: -3.0, 2: -0.5, 3: -0.5, 4: -1.0, 5: -2.5}  # Two steps have the best score.
 
 
 def state(step: int) -> TrainState:
@@ -84,7 +84,7 @@ def test_one_without_a_score_is_never_the_best(tmp_path):
 
 
 def test_one_without_a_score_takes_no_place_of_another(tmp_path):
-    """A run that was stopped, at 6 here, keeps what it would have kept."""
+    """A run that stops, here at step 6, keeps the same checkpoints as a run that does not stop."""
     with Checkpoints(tmp_path / "checkpoints", "abc", keep=3) as checkpoints:
         for step in range(1, 6):
             save(checkpoints, step, 9.0 if step == 1 else float(step))
@@ -95,7 +95,10 @@ def test_one_without_a_score_takes_no_place_of_another(tmp_path):
 
 
 def test_an_error_of_one_process_does_not_wait_for_the_others(tmp_path, monkeypatch):
-    """They may not know of it, and never come; what has begun is written nevertheless."""
+    """Other processes may not know of the error and never reach the barrier.
+
+    A checkpoint whose saving has begun is written nevertheless.
+    """
     with (
         pytest.raises(ZeroDivisionError),
         Checkpoints(tmp_path / "checkpoints", "abc", keep=1) as checkpoints,
@@ -109,7 +112,7 @@ def test_an_error_of_one_process_does_not_wait_for_the_others(tmp_path, monkeypa
 
 
 def test_frozen_parameters_have_no_moments_to_come_back(tmp_path):
-    """Where the optimizer has None, so does what is restored."""
+    """The restored state has None where the optimizer state has None."""
     step, params = jnp.int32(7), {"a": jnp.ones(3), "b": jnp.zeros(2)}
     saved = TrainState(step, params, ({"a": jnp.full(3, 2.0), "b": None}, step))
     checkpoints = Checkpoints(tmp_path / "checkpoints", "abc", keep=1)
@@ -159,7 +162,7 @@ def test_nothing_there_yet(tmp_path):
 
 
 def of_any_bits(step: int) -> TrainState:
-    """A state whose arrays are stored as they are: random bits cannot be compressed."""
+    """Return a state of random bits, which cannot be compressed and are stored as they are."""
     rng = np.random.default_rng(step)
     draw = lambda: jnp.asarray(  # noqa: E731
         rng.integers(0, 2**32, (37, 64), np.uint32).view(np.float32)
@@ -170,7 +173,7 @@ def of_any_bits(step: int) -> TrainState:
 
 
 def read(folder: Path) -> tuple[TrainState, dict] | str:
-    """What the checkpoint of step 4 holds, or why it is refused."""
+    """Return the content of the checkpoint of step 4, or the error that refuses it."""
     try:
         return Checkpoints(folder, "abc").restore(4, abstract(of_any_bits(4)))
     except CorruptCheckpoint as error:
@@ -186,7 +189,7 @@ def same(found: tuple[TrainState, dict] | str) -> bool:
 
 
 def save_any_bits(folder: Path) -> list[Path]:
-    """Saves a checkpoint, and returns its files."""
+    """Save a checkpoint and return its files."""
     with Checkpoints(folder, "abc", keep=1) as checkpoints:
         checkpoints.save(of_any_bits(4), {"next": 4})
     assert same(read(folder))
@@ -194,7 +197,7 @@ def save_any_bits(folder: Path) -> list[Path]:
 
 
 def flip(path: Path, bit: int) -> bytes:
-    """Turns a bit of a file over, and returns what the file held."""
+    """Flip a bit of a file and return the former content of the file."""
     before = path.read_bytes()
     changed = bytearray(before)
     changed[bit // 8] ^= 1 << bit % 8
@@ -203,7 +206,7 @@ def flip(path: Path, bit: int) -> bytes:
 
 
 def find_flipped_bits(folder: Path) -> None:
-    """Of fifty, 25 lie anywhere in the data, as most bits do, and 25 in any file."""
+    """Flip fifty bits: 25 in the two largest files, which hold the data, and 25 in any file."""
     files, rng, refused = save_any_bits(folder), random.Random(0), 0
     largest = sorted(files, key=lambda path: -path.stat().st_size)[:2]
     for turn in range(50):
@@ -218,7 +221,8 @@ def find_flipped_bits(folder: Path) -> None:
             assert f"4 is corrupt ({item}" in found or item == "sums", (path, found)
             refused += 1
         else:
-            assert same(found), path  # It stands there twice, or says nothing of the data.
+            # The checkpoint stores this bit twice, or the bit does not belong to the data.
+            assert same(found), path
     assert refused > 25 and same(read(folder))
 
 
@@ -251,7 +255,7 @@ def alone(what: Callable[[Path], None], folder: Path) -> None:
 
 @pytest.mark.parametrize("what", [find_flipped_bits, name_what_differs])
 def test_damage_is_found(what: Any, tmp_path):
-    """In a process of its own: see test_cli.test_a_corrupt_checkpoint."""
+    """The test needs a process of its own: see test_cli.test_a_corrupt_checkpoint."""
     folder = tmp_path / "checkpoints"
     process = multiprocessing.get_context("spawn").Process(target=alone, args=(what, folder))
     process.start()

@@ -1,4 +1,4 @@
-"""Texts to classes: as in training, each by itself, in their order."""
+"""Test classification of texts: outputs equal those in training, in the order of the texts."""
 
 import dataclasses
 from pathlib import Path
@@ -25,7 +25,7 @@ TEXTS = ["red cat", "small large bird dog dog cat", "", "dog", "cat red"]
 
 
 def trained(folder: Path, model: ModelConfig, table: Path, objective: str) -> Trained:
-    # 32 positions in a batch: the texts of one length do not fit into one.
+    # A batch has 128 positions, so that the texts of one length do not fit into one batch.
     data = toy.data(table, objective, tokenizer=WORDS, batch_tokens=128, max_length=19)
     toy.random_run(folder / "run", model, data, dataclasses.replace(toy.TRAIN, average_last=1))
     return load(folder / "run", toy.QUIET)
@@ -50,7 +50,7 @@ def test_each_text_by_itself_and_in_order(classes):
 
 
 def test_as_in_training(classes):
-    """The outputs for the validation texts are those that the measurement sees."""
+    """The outputs for the validation texts equal those of the evaluation step."""
     run = classes.run
     dataset = Dataset.prepare(run.data, classes.tokenizer, "valid")
     step, kept = make_eval_step(run.model, classes.mesh, classification_loss), []
@@ -63,7 +63,7 @@ def test_as_in_training(classes):
     rows = [line.split("\t") for line in Path(run.data.train[0]).read_text().splitlines()]
     texts = {text for text, _ in rows[1:]}
     ours = Classifier(classes).outputs(sorted(texts))
-    for row in seen:  # the examples of a bucket come in another order
+    for row in seen:  # The examples of a bucket are in another order.
         assert np.abs(ours - row[:2]).max(1).min() < 1e-5
 
 
@@ -79,7 +79,7 @@ def test_a_line_says_the_class_and_its_probability(classes):
 @pytest.mark.parametrize("types", [0, 2])
 def test_pairs(tmp_path, types: int):
     rows = ["red cat\tdog\tyes", "dog\tred cat\tno", "bird\tcat\tyes"] * 30
-    lines = [f"{i}{line}" for i, line in enumerate(rows)]  # each in a split of its own
+    lines = [f"{i}{line}" for i, line in enumerate(rows)]  # equal texts share a split
     (tmp_path / "pairs.tsv").write_text("\n".join(["sentence1\tsentence2\tlabel", *lines]) + "\n")
     model = toy.model(head=HeadConfig(kind="classifier"), type_vocab_size=types)
     classifier = Classifier(trained(tmp_path, model, tmp_path / "pairs.tsv", "classification"))

@@ -1,4 +1,4 @@
-"""The command line as a user meets it; each mistake is one line with exit code 2."""
+"""Test the command line: output and files of commands; each mistake is one line and exit code 2."""
 
 import contextlib
 import gzip
@@ -56,7 +56,7 @@ def table(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def classifier(table, tmp_path_factory) -> Path:
-    """A run that has learned what is good, and what it has printed beside it."""
+    """Train a classifier of sentences into good and bad; write its output to out.txt."""
     folder = tmp_path_factory.mktemp("classifier")
     flags = sentiment(table, folder / "run", steps=120, every=40)
     flags += ["--train.optimizer.peak-lr", "1e-2", "--train.average-last", "1"]
@@ -71,9 +71,9 @@ def copy(trained, tmp_path) -> Path:
 
 
 def fails(capsys, arguments: list[str], *words: str) -> None:
-    """The command exits with 2 and one line that holds all the words.
+    """Check that a command exits with 2 and prints one line with an error that has all the words.
 
-    What is wrong with a text or a model may be known only after its parameters have been named.
+    The command may name the step of the parameters before it finds an error in a text or a model.
     """
     capsys.readouterr()
     assert cli.run(arguments) == 2
@@ -85,7 +85,7 @@ def fails(capsys, arguments: list[str], *words: str) -> None:
 
 
 def train(arguments: list[str]) -> str:
-    """Trains, and returns what that has printed."""
+    """Train and return the printed output."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert cli.run(arguments) == 0
     return out.getvalue()
@@ -93,7 +93,7 @@ def train(arguments: list[str]) -> str:
 
 @pytest.fixture
 def pipe(monkeypatch, capsys):
-    """Runs a command with this standard input, and returns its standard output."""
+    """Return a function that runs a command with a standard input and returns its output."""
 
     def run(arguments: list[str], stdin: bytes) -> str:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
@@ -195,7 +195,7 @@ def test_classes_are_learned_and_scored(classifier, table):
         shown = "f1 of class good" if name == "f1" else name
         assert f"test {shown}: {100 * result[f'test_{name}']:.2f} %" in out
     assert "train: 2 classes, the largest" in out
-    # The best by train.metric, the first of equals.
+    # The command uses the best checkpoint by train.metric; the first one if several are equal.
     scores = losses(classifier, "valid_accuracy")
     assert f"parameters of step {40 * (1 + scores.index(max(scores)))}\n" in out
 
@@ -217,7 +217,7 @@ def test_classify_a_text_or_each_line(classifier, capsys, pipe):
     got = capsys.readouterr()
     name, chance = got.out.removesuffix("\n").split("\t")
     assert name == "good" and 0.5 < float(chance) <= 1
-    assert "parameters of step" in got.err  # beside the answers, not among them
+    assert "parameters of step" in got.err  # not in the standard output
 
     lines = b"small red cat\nblue dog\r\nbird\nno newline"
     out = pipe(["classify", str(classifier), "--checkpoint", "last"], lines)
@@ -246,7 +246,7 @@ def test_places_that_cannot_be_used(flags, words, corpus, tmp_path, capsys, monk
 
 
 def test_a_picture_needs_a_folder_that_can_be_written(trained, tmp_path, capsys, monkeypatch):
-    """Root may write everywhere but where the system says no."""
+    """The test replaces os.access, because root may write to every folder."""
     monkeypatch.setattr(os, "access", lambda *_: False)
     fails(capsys, ["attention", str(trained), "red cat"], f"{trained} cannot be written: give")
     fails(capsys, ["masks", str(trained)], f"{trained} cannot be written: give another --output")
@@ -293,7 +293,7 @@ def test_arguments_are_text():
 
 @pytest.mark.slow
 def test_a_mistake_that_is_found_late_leaves_no_run_behind(corpus, tmp_path, capsys):
-    """Each of these is told after the run has begun, and the corrected command begins it anew."""
+    """Each mistake is found after the run has begun; the corrected command begins the run again."""
     flags = ["train", *toy.flags(corpus, tmp_path / "run", steps=2)]
     (tmp_path / "empty").touch()
     lost = [*flags, "--train.optimizer.peak-lr", "1e30", "--train.optimizer.warmup-steps", "0"]
@@ -320,7 +320,7 @@ def test_a_tab_is_what_it_was_in_the_training(classifier, capsys, tmp_path):
         return tuple(capsys.readouterr())  # type: ignore[return-value]
 
     capsys.readouterr()
-    tabs = "dog\tblue\tcat"  # no pair: three texts
+    tabs = "dog\tblue\tcat"  # three texts, not a pair
     assert answer(classifier, tabs)[0] == answer(classifier, "dog blue cat")[0]
     fails(capsys, ["classify", str(classifier), tabs, "--tab", "pair"], "line 1 has 3 texts")
     copy = Path(shutil.copytree(classifier, tmp_path / "run"))
@@ -404,7 +404,7 @@ def test_tables_and_lines_show_brackets(name, capsys):
 
 
 def test_patience(table, tmp_path, capsys):
-    """The rate is so small that all checkpoints are equally accurate: the first one counts."""
+    """The learning rate is so small that all checkpoints are equally accurate: the first counts."""
     flags = sentiment(table, tmp_path / "run", steps=60, every=3)
     flags += [
         "--train.optimizer.peak-lr",
@@ -418,18 +418,18 @@ def test_patience(table, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "no better checkpoint since step 3: stopped" in out
     assert "step 15: validation" in out and "step 18: validation" not in out
-    assert "parameters of step 3\n" in out  # those are evaluated
+    assert "parameters of step 3\n" in out  # The parameters of step 3 are evaluated.
     there = (tmp_path / "run" / "checkpoints").iterdir()
     kept = sorted(int(path.name) for path in there if path.name.isdigit())
     assert kept == [3, 9, 12, 15]
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert cli.run(flags) == 0  # the same again does not go on
+    assert cli.run(flags) == 0  # The same command does not continue the training.
     assert "no better checkpoint since step 3: stopped" in capsys.readouterr().out
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
 def test_the_loss_that_is_trained_decides(tmp_path):
-    """Which checkpoint is the best is said by the loss with smoothing where that is the metric."""
+    """The smoothed loss decides which checkpoint is the best if it is the metric."""
     flags = ["train", *toy.flags(toy.write_corpus(tmp_path), tmp_path / "run")]
     flags += ["--train.metric", "smoothed_loss", "--train.label-smoothing", "0.5"]
     assert cli.run(flags) == 0
@@ -450,7 +450,7 @@ def test_patience_begins_again_with_a_better_one():
         patience.add(step, score)
         ended += [step] if patience.is_over(step) else []
     assert ended == [25] and patience.best_step == 30
-    assert Patience(config, {15: 0.3, 20: 0.3}).is_over(25)  # as after a resume
+    assert Patience(config, {15: 0.3, 20: 0.3}).is_over(25)  # scores that a resumed run reads
     assert not Patience(TrainConfig(), {15: 0.3}).is_over(10**9)
 
 
@@ -665,7 +665,7 @@ def test_another_tokenizer(capsys, copy):
 
 
 def corrupt(checkpoint: Path) -> None:
-    """Cuts every data file of the parameters and the optimizer short."""
+    """Truncate every data file of the parameters and the optimizer state."""
     files = [p for p in checkpoint.rglob("*") if p.is_file() and p.parent.name == "d"]
     assert files
     for path in files:
@@ -675,8 +675,8 @@ def corrupt(checkpoint: Path) -> None:
 def test_a_corrupt_checkpoint(copy, corpus):
     corrupt(copy / "checkpoints" / "12")
     train = ["train", *toy.flags(corpus, copy)]
-    # Each in a process of its own: what orbax leaves behind after a failed read disturbs the
-    # `ast.parse` of CPython 3.11, with which the next command line would be parsed.
+    # Each command runs in a process of its own. After a failed read, orbax leaves a state behind
+    # that breaks `ast.parse` of CPython 3.11, which parses the next command line.
     for command in (["evaluate", str(copy)], train):
         done = run_piped(command, b"")
         assert done.returncode == 2
@@ -687,7 +687,7 @@ def test_a_corrupt_checkpoint(copy, corpus):
     done = run_piped([*train, "--fallback"], b"")
     assert done.returncode == 0
     assert "resuming from the checkpoint of step 8" in done.stdout.decode()
-    assert (copy / "checkpoints.corrupt" / "12").is_dir()  # set aside, not deleted
+    assert (copy / "checkpoints.corrupt" / "12").is_dir()  # moved, not deleted
 
 
 def test_no_such_checkpoint(capsys, copy):
@@ -702,13 +702,13 @@ def test_a_config_that_cannot_be_read(capsys, copy):
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it_usable(copy, corpus):
-    """A limit on the size of a file stands for the full disk: both make write() fail."""
+    """A limit on the size of files replaces the full disk, as both make write() fail."""
     shutil.rmtree(copy / "checkpoints" / "12")
     code = (
         "import resource, sys; from heedful.train import cli;"
         "from heedful.train.checkpoint import Checkpoints; save = Checkpoints.save\n"
         "def limited(self, *arguments, **how):\n"
-        "    import jax\n"  # which would leave broken files in the cache that all tests share
+        "    import jax\n"  # jax would leave broken files in the cache that all tests share.
         "    jax.config.update('jax_persistent_cache_min_compile_time_secs', 1e9)\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))\n"
         "    save(self, *arguments, **how); self.wait()\n"

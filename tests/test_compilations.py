@@ -1,4 +1,4 @@
-"""What a run compiles, it compiles once for each shape of a batch, and never again."""
+"""Test that a run compiles each function once for each shape of a batch."""
 
 import dataclasses
 import shutil
@@ -21,11 +21,11 @@ from heedful.train.state import first_state, set_up
 from heedful.train.tasks import task_of
 
 COMPILED: list[str] = []
-"""Names of the functions that have been compiled, or read from the cache of what was."""
+"""Names of the functions that were compiled or read from the cache of compiled programs."""
 ALIKE = {"bert_tiny", "gpt2_medium", "gpt2_large", "gpt2_xl", "listops_tiny", "multi30k_table3",
          "sentiment_tiny", "shakespeare_char", "shakespeare_char_gpu", "t5_tiny", "vaswani_base",
          "vaswani_big", "vaswani_table3"}  # fmt: skip
-"""Configs that differ from another one in sizes, rates and places of norms only, or nearly so."""
+"""Configs that differ from another one only or mainly in sizes, rates and places of norms."""
 
 
 def _listen(event: str, seconds: float, **facts: str) -> None:
@@ -71,7 +71,7 @@ def test_a_run_that_is_resumed_compiles_each_function_once(tmp_path):
         counts = Counter(COMPILED)
         assert counts["jit(train_step)"] == counts["jit(eval_step)"] == len(plan.shapes) > 1
         assert counts["jit(fingerprint)"] == 1 and counts["jit(words_of_leaves)"] <= 1
-        shutil.rmtree(run.checkpoints / "18")  # as if it had stopped before
-    # What is left is orbax: with copies on several devices each writes a slice.
+        shutil.rmtree(run.checkpoints / "18")  # as if the run had stopped earlier
+    # orbax compiles `slice`: each device writes a slice of an array that several devices hold.
     ours = {"train_step", "eval_step", "fingerprint", "words_of_leaves"}
     assert set(COMPILED) <= {f"jit({name})" for name in ours | {"slice"}}

@@ -1,4 +1,4 @@
-"""The table of cores and masks, and that README has it."""
+"""Test the table of cores and masks, and that the README has the same table."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The masks of the core cudnn: on a CPU through the same arguments, and lowered for a GPU."""
+"""Test the core cudnn: XLA gets the same arguments on a CPU, and the call is lowered for a GPU."""
 
 import re
 from functools import partial
@@ -45,7 +45,7 @@ def inputs(keys: int, dtype=jnp.float32, seed: int = 0) -> list[jax.Array]:
 
 
 def through_xla(call: AttentionCall) -> jax.Array:
-    """Ask XLA for what cuDNN would be asked for."""
+    """Compute attention with XLA from the arguments that cuDNN would get."""
     assert refusal(call) is None
     return attend(call, "xla")
 
@@ -70,7 +70,10 @@ def test_the_arguments_mean_the_mask(name: str):
 
 
 def test_what_a_kernel_leaves_in_padding_does_not_come_out(monkeypatch):
-    """Neither in values nor in gradients, should it be NaN; and it is never shown NaN."""
+    """NaN that a kernel writes to padding reaches neither values nor gradients.
+
+    The kernel itself never gets NaN.
+    """
     mask = masks.causal() & LENGTHS
     real = np.asarray(LENGTHS.q_segment_ids) != 0
     filled = np.pad(real, [(0, 0), (0, 128 - T)])
@@ -106,7 +109,7 @@ def test_what_a_kernel_leaves_in_padding_does_not_come_out(monkeypatch):
         ([1, 1, 2, 2, 2, 2, 2], [1, 1, 2, 2, 2, 2, 2]),  # two documents
         ([1, 1, 0, 1, 1, 1, 1], [1] * T),  # a gap
         ([0, 1, 1, 1, 1, 1, 1], [1] * T),  # padding first
-        ([1] * T, [2] * T),  # strangers
+        ([1] * T, [2] * T),  # no common document
         ([1] * T, [1, 1, 1, 0, 0, 1, 1]),
     ],
     ids=str,

@@ -1,4 +1,4 @@
-"""The value that decoding makes of parameters: its programs, its arrays, and what it computes."""
+"""Test the parameters for decoding: their compiled programs, their arrays and their logits."""
 
 from typing import Any
 

@@ -1,4 +1,7 @@
-"""Search against enumeration, on a toy whose scores depend on the whole history of a hypothesis."""
+"""Test beam search and sampling against enumeration.
+
+A toy model gives the scores; they depend on the whole history of a hypothesis.
+"""
 
 import itertools
 import math
@@ -25,14 +28,15 @@ from heedful.model.decoding.sampling import (
 from heedful.model.transformer import build, empty_cache
 
 V, STEPS, EOS = 5, 4, 3
-LAST = 6  # The token before the first; no toy looks at it.
+LAST = 6  # The token before the first one; the scores do not depend on it.
 LIMITS = [4, 4, 4, 4, 3, 1, 0]
 B = len(LIMITS)
 NODES = sum(V**depth for depth in range(STEPS + 1))
 DEPTHS = np.repeat(np.arange(STEPS + 1), [V**depth for depth in range(STEPS + 1)])
 
-# Row by row, scores after each history: nearly even to sharp. Row 3 never ends. Row 0 may end at
-# once, but goes on at no cost to a length at which it scores better: too early to stop there.
+# Scores of each row after each history: nearly uniform to sharp. Row 3 never ends. Row 0 may end at
+# once, but it continues at no cost to a length with a better score, so that stopping at the first
+# end is too early.
 TABLE = np.random.default_rng(0).normal(size=(B, NODES, V)) * np.array(
     [0.1, 1, 3, 1, 1, 1, 1], np.float64
 ).reshape(B, 1, 1)
@@ -44,7 +48,7 @@ TABLE[0, DEPTHS == 3, EOS] += 20
 
 @struct.dataclass
 class History:
-    """The node of each hypothesis in the tree of all histories, its row, and where that starts."""
+    """The node of each hypothesis in the tree of all histories, its row, and the row's start."""
 
     node: jax.Array
     row: jax.Array
@@ -76,7 +80,7 @@ def decode(search, table=TABLE, limits=LIMITS, eos_id=EOS, **options) -> Decoded
     @jax.jit
     def run(table, limits, keys):
         named = options | ({"keys": keys} if search is sample else {})
-        start = 2 + jnp.arange(len(table)) % 5  # Rows that stand at different positions.
+        start = 2 + jnp.arange(len(table)) % 5  # Rows start at different positions.
         return search(
             partial(toy_step, table),
             jnp.full(len(table), LAST),
@@ -116,7 +120,10 @@ def plain_beam(
     log_probs, limit: int, width: int, exponent: float, eos: int | tuple[int, ...],
     offset: int = 5, early_stopping: bool | str = "never", never: tuple[int, ...] = (),
 ):  # fmt: skip
-    """Beam search over Python tuples, with "never" to the last step: (tokens, score)."""
+    """Search with a beam over Python tuples and return (tokens, score).
+
+    With early_stopping "never" the search runs to the last step.
+    """
     ends = (eos,) if isinstance(eos, int) else eos
     live: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     finished: list[tuple[float, tuple[int, ...]]] = []
@@ -168,7 +175,7 @@ def test_a_wide_beam_finds_the_best_of_all_sequences(exponent: float, offset: in
         assert found.lengths[row] == len(best)
         assert found.scores[row] == pytest.approx(scored.get(best, 0.0), abs=1e-5)
         cut += row != 3 and EOS not in best
-    assert cut > 1  # Row 3 never ends; others do not because it would be worse.
+    assert cut > 1  # Row 3 cannot end; other rows do not end because the end would score worse.
 
 
 @pytest.mark.parametrize("early_stopping", ["never", False, True])
@@ -219,7 +226,7 @@ def test_every_end_ends_and_some_tokens_are_never_chosen(width: int):
 
 
 def test_rules_of_stopping_differ():
-    """Row 0 gains from going on; with False it stops where that cannot be seen yet."""
+    """Row 0 gets a better score if it continues; with False it stops before the score improves."""
     options: dict[str, Any] = {"width": 1, "exponent": 2.0}
     texts = [
         decode(beam_search, early_stopping=rule, **options).tokens.tolist()
@@ -234,7 +241,7 @@ def test_the_loop_stops_when_all_rows_have_ended(search):
 
     def step(tokens, cache, position):
         calls.append(int(position))
-        # The second token ends a row, for all but certain.
+        # The second token is the end with a probability of nearly 1.
         likely = EOS if len(calls) > 1 else 1
         return jnp.full((tokens.shape[0], V), -50.0).at[:, likely].set(0.0), cache
 
@@ -250,7 +257,7 @@ def test_the_loop_stops_when_all_rows_have_ended(search):
 def test_length_penalty():
     for case in itertools.product((1, 2, 7, 50), (0.0, 0.6, 1.0), (0, 5)):
         assert float(length_penalty(*case)) == pytest.approx(penalty(*case))
-    assert length_penalty(7, 1.0, 0) == 7  # the mean of a sequence's log-probabilities
+    assert length_penalty(7, 1.0, 0) == 7  # divides a sum by its length
 
 
 def test_greedy_takes_the_likeliest_token_each_time():
@@ -260,7 +267,7 @@ def test_greedy_takes_the_likeliest_token_each_time():
         assert found.tokens[row].tolist() == padded(tokens)
         assert found.lengths[row] == len(tokens)
         assert found.scores[row] == pytest.approx(score(row, tokens), abs=1e-5)
-    assert EOS in found.tokens  # or its end was never tried
+    assert EOS in found.tokens  # Some rows end, so that the test covers ends.
 
 
 def test_without_an_end_token_only_the_limits_end_a_row():
@@ -325,7 +332,7 @@ def test_samples_end_as_they_must_and_are_scored_untempered():
 def test_a_sample_depends_on_its_key_and_not_on_its_neighbours():
     options: dict[str, Any] = {"sampling": Sampling(temperature=1.0, top_k=4, top_p=0.95)}
     many = decode(sample, TABLE[[4, 1, 1, 2]], [4, 4, 4, 4], **options)
-    few = decode(sample, TABLE[[4, 2, 1]], [4, 1, 4], **options)  # keys go by row
+    few = decode(sample, TABLE[[4, 2, 1]], [4, 1, 4], **options)  # Rows 0 and 2 have the same keys.
     np.testing.assert_array_equal(few.tokens[[0, 2]], many.tokens[[0, 2]])
     same = decode(sample, TABLE[[1] * 50], [4] * 50, **options)
     assert len(np.unique(same.tokens, axis=0)) > 10
@@ -345,7 +352,10 @@ def test_what_decoding_needs_and_does_not_get_is_missed():
 def penalised(
     row: int, history: tuple[int, ...], held: tuple[int, ...], penalty: float, in_beam: bool = False
 ):
-    """Log-probabilities after the repetition penalty, on raw scores, or in a beam on themselves."""
+    """Return log-probabilities after the repetition penalty.
+
+    The penalty changes the raw scores; in a beam it changes the log-probabilities.
+    """
     node = 0
     for token in history:
         node = node * V + 1 + token
@@ -384,7 +394,7 @@ def test_the_repetition_penalty_counts_prompt_and_text(width: int):
             best, plain = greedy(scores, limit), greedy(partial(log_probs, row), limit)
         assert found.tokens[row].tolist() == padded(best)
         differs |= best != plain
-    assert differs  # or it was never tried
+    assert differs  # The penalty changes some results.
 
 
 def greedy(log_probs, limit: int) -> tuple[int, ...]:
@@ -420,7 +430,8 @@ def test_a_nucleus_keeps_ties_and_drops_what_is_impossible():
     assert np.isfinite(cut_tail(logits, top_p=0.3)).tolist()[0] == [True] + [False] * 4
     close = np.isfinite(cut_tail(jnp.array([[0.0, 2e-5, 1e-5]]), top_p=0.6))
     assert close.tolist() == [[False, True, True]]
-    almost = np.isfinite(cut_tail(jnp.zeros((1, 9973)), top_p=0.99999994))  # The sum may be less.
+    # Rounding may make the sum of all probabilities less than top_p.
+    almost = np.isfinite(cut_tail(jnp.zeros((1, 9973)), top_p=0.99999994))
     assert almost.all()
 
 
@@ -432,7 +443,7 @@ def test_a_beam_over_a_real_cache_finds_what_a_beam_without_a_cache_finds():
     source = jnp.array(rng.integers(0, vocab, (rows, length)))
     segments = jnp.array((np.arange(length) < [[5], [2], [3]]).astype(int))
     begins = jnp.ones((rows, 1), jnp.int32)
-    late_end = jnp.zeros(vocab).at[EOS].set(-1.0)  # or all end at once
+    late_end = jnp.zeros(vocab).at[EOS].set(-1.0)  # without it, all hypotheses end at once
     params = {"params": random_params(model, begins, source, scale=0.7)}
 
     @jax.jit
@@ -469,4 +480,4 @@ def test_a_beam_over_a_real_cache_finds_what_a_beam_without_a_cache_finds():
         assert found.tokens[row].tolist() == list(best) + [0] * (5 - len(best))
         assert found.scores[row] == pytest.approx(total, abs=1e-4)
         lengths.add(len(best))
-    assert max(lengths) > 2  # long enough for hypotheses to have changed places
+    assert max(lengths) > 2  # long enough for hypotheses to be reordered

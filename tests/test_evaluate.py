@@ -1,4 +1,4 @@
-"""What is measured, against plain loops over the examples in float64."""
+"""Test evaluation: losses and scores against plain loops over the examples in float64."""
 
 import dataclasses
 import io
@@ -71,7 +71,7 @@ def measured(trained: Trained, dataset: Dataset, **how: Any) -> dict[str, float]
 
 
 def outputs(trained: Trained, rows: list[np.ndarray]) -> list[np.ndarray]:
-    """The model's outputs for each row of tokens: one by one, without padding, in float64."""
+    """Compute the model's outputs for each row of tokens alone, without padding, as float64."""
     apply: Any = jax.jit(build(trained.run.model).apply)
     params = jax.device_get(trained.params)
     return [
@@ -80,7 +80,7 @@ def outputs(trained: Trained, rows: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def labelled(trained: Trained) -> tuple[np.ndarray, list[str]]:
-    """Outputs [E, C] and labels of the validation examples."""
+    """Return outputs [E, C] and labels of the validation examples."""
     examples = list(sources.load(trained.run.data, "valid"))
     bos, eos = trained.tokenizer.frame
     ids = trained.tokenizer.encode_batch([example["text"] for example in examples])
@@ -90,7 +90,7 @@ def labelled(trained: Trained) -> tuple[np.ndarray, list[str]]:
 
 def test_classes(classes):
     dataset = prepare(classes)
-    # The last batch is padded, and no mean of means: that would weigh its examples more.
+    # The last batch is padded. A mean of the batches' means would give its examples more weight.
     assert dataset.batches_per_epoch > 1 and len(dataset.kept) % dataset.eval_plan.shapes[0].rows
     found, labels = labelled(classes)
     targets = np.array([classes.run.data.classes.index(label) for label in labels])
@@ -137,7 +137,7 @@ def test_data_without_anything_to_predict_are_refused(text, monkeypatch):
 
 
 def document(trained: Trained) -> tuple[str, np.ndarray]:
-    """The validation text and its tokens, begin and end included."""
+    """Return the validation text and its tokens, begin and end included."""
     (example,) = sources.load(trained.run.data, "valid")
     bos, eos = trained.tokenizer.frame
     return example["text"], np.array(
@@ -146,7 +146,7 @@ def document(trained: Trained) -> tuple[str, np.ndarray]:
 
 
 def nats(trained: Trained, tokens: np.ndarray, windows: list[tuple[int, int, int]]) -> float:
-    """The loss of tokens[known + 1 : stop + 1], summed over (start, known, stop) of windows."""
+    """Return the loss of tokens[known + 1 : stop + 1], summed over windows (start, known, stop)."""
     found = outputs(trained, [tokens[start:stop] for start, _, stop in windows])
     total = 0.0
     for (start, known, stop), scores in zip(windows, found, strict=True):
@@ -167,7 +167,7 @@ def test_text_in_pieces(text):
     loss, bits = describe(got, dataset)
     words = loss.replace("(", "").replace(")", "").split()
     assert words[::2] == ["loss:", "nats", "token", f"{math.exp(total / count):.2f}"]
-    # All bits of the text, the end included, over its characters.
+    # Bits of the whole text, with its end token, per character.
     assert bits == f"bits per character: {total / math.log(2) / len(string):.4f}"
 
 
@@ -271,7 +271,7 @@ def test_data_that_are_not_those_of_the_training(text, tmp_path):
         with pytest.raises(TrainError, match=rf"the {name} data of .*{files[0]}.* --other-data"):
             measured(recorded)
         assert f"the {name} data of" in measured(recorded, other_data=True)
-    # Another test than the recorded one may be asked for.
+    # The user may evaluate other test data than the recorded data.
     environment = {"config": {"data": {"test": ["a.txt"]}}, "data": sums | {"test": "0"}}
     write_json(tmp_path / "environment.json", [environment])
     report(moved, run.train.decode, toy.QUIET)
@@ -279,7 +279,10 @@ def test_data_that_are_not_those_of_the_training(text, tmp_path):
 
 @pytest.mark.parametrize("stride", [5, 16])
 def test_text_in_windows(text, stride: int):
-    """Every token is predicted once, from as many before it as fit; with stride 16 as in pieces."""
+    """Each token is predicted once, from as many tokens before it as fit into a window.
+
+    With stride 16 the windows are separate pieces.
+    """
     _, tokens = document(text)
     count, length = len(tokens) - 1, text.run.data.max_length
     stops = [length, *range(length + stride, count, stride), count]
@@ -318,7 +321,7 @@ def translation(tmp_path) -> Trained:
 
 
 class Gone(io.StringIO):
-    """A reader that goes away when the first score is to be shown."""
+    """An output that fails as soon as the first score is printed."""
 
     def write(self, text: str) -> int:
         if "validation loss" in text:

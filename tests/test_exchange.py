@@ -1,4 +1,4 @@
-"""Out to the files of transformers and in again: the same bits, names and tokenizer."""
+"""Test export to the files of transformers and import: bits, names and tokenizer stay the same."""
 
 import json
 import pickle
@@ -58,7 +58,7 @@ LANGUAGE = HeadConfig(transform=True, bias=True)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """Runs of BERT without training: a language model, a classifier and a regression."""
+    """Make runs of BERT without training: a language model, a classifier and a regression."""
     folder = tmp_path_factory.mktemp("runs")
     words = TokenizerConfig(kind="wordpiece", vocab_size=99)
     text = toy.data(toy.write_text(folder), "masked_lm", tokenizer=words)
@@ -74,7 +74,7 @@ def runs(tmp_path_factory) -> Path:
 
 
 def exchanged(runs: Path, name: str, target: Path) -> tuple[Run, dict, Run, dict]:
-    """A run with its parameters, and what has become of it, through the command line."""
+    """Export and import a run by commands; return both runs, each with its parameters."""
     assert cli.run(["export", str(runs / name), str(target / "hf")]) == 0
     assert cli.run(["import", f"hf:{target / 'hf'}", "--run-dir", str(target / "run")]) == 0
     both = []
@@ -161,7 +161,7 @@ def test_mistakes(runs, tmp_path, capsys):
 
 
 def test_what_is_left_out_is_listed(runs, tmp_path, capsys):
-    """By an import and by fine-tuning, as are the wrappers in names of tensors."""
+    """Import and fine-tuning list unused tensors, and prefixes that wrap the names of tensors."""
     given = dict(named(jax.device_get(load(runs / "language", toy.QUIET).params)))
     target, run = tmp_path / "hf", tmp_path / "run"
     assert cli.run(["export", str(runs / "language"), str(target)]) == 0
@@ -218,12 +218,12 @@ def test_added_tokens_that_the_model_has_no_row_for(runs, tmp_path, capsys):
         found.encode_batch(["a [PAD]"], special_tokens=True)
 
 
-# What the files of other people say ---------------------------------------------------------------
+# Files of other programs -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory) -> Path:
-    """A GPT-2 of random parameters, exported; its tokens are characters."""
+    """Export a GPT-2 with random parameters, whose tokens are characters."""
     folder = tmp_path_factory.mktemp("writer")
     chars = TokenizerConfig(kind="chars", vocab_size=99)
     text = toy.data(toy.write_text(folder), "causal_lm", tokenizer=chars)
@@ -233,7 +233,7 @@ def writer(tmp_path_factory) -> Path:
 
 
 def changed(source: Path, target: Path, **files: dict[str, Any]) -> Path:
-    """A copy of an export with other values in these files; None takes a key out."""
+    """Copy an export and change values in its JSON files; None removes a key."""
     shutil.copytree(source, target)
     for name, values in files.items():
         path = target / f"{name}.json"
@@ -249,7 +249,7 @@ def imported(source: Path, directory: Path, *flags: str) -> Run:
 
 
 def test_special_tokens_are_those_of_the_files(writer, tmp_path):
-    """Ids of config.json, of generation_config.json before it, and names of the tokenizer."""
+    """Files give ids in config.json and generation_config.json, which wins, and tokenizer names."""
     plain = imported(writer, tmp_path / "plain").tokenizer()
     a, b = (int(plain.encode_batch([c])[0][0]) for c in "ab")
     files = {
@@ -263,7 +263,7 @@ def test_special_tokens_are_those_of_the_files(writer, tmp_path):
     assert found.ends == (plain.eos, a) and found.eos == a and found.bos == b
     assert found.name(found.mask) == "r" and found.pad == plain.pad
     assert found.fingerprint != plain.fingerprint
-    # The pad is no special token because a config.json says so: its text stays text.
+    # A token does not become special because config.json names it: its text is encoded as text.
     assert found.encode_batch(["b"])[0].tolist() == [b] and found.is_special[a]
 
     assert cli.run(["export", str(run.directory), str(tmp_path / "back")]) == 0

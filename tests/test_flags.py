@@ -1,4 +1,4 @@
-"""Flags from dataclasses: what decides early is found, and a mistake is one line."""
+"""Test flags of dataclasses: early flags are found before parsing, and a mistake is one line."""
 
 import dataclasses
 import os
@@ -28,7 +28,7 @@ class Arguments:
         (["--init-from", "a"], "a"),
         (["--init-from=a=b"], "a=b"),
         (["--init_from", "a"], "a"),
-        (["--init-from", "a", "--init-from", "b"], "b"),  # as the parser itself does
+        (["--init-from", "a", "--init-from", "b"], "b"),  # as the parser does
         (["--train.steps", "3", "--init-from", "a", "--run-dir", "b"], "a"),
         (["--init-from-nowhere", "a"], None),
         (["--init-from"], None),
@@ -114,7 +114,7 @@ def test_a_flag_of_before_names_its_new_name(old):
 
 
 def test_a_mistake_is_one_line_in_a_terminal_too():
-    """There the parser colours what it says."""
+    """In a terminal the parser colours its messages."""
     ours, theirs = pty.openpty()
     code = (
         "from heedful.train.config import TrainConfig; from heedful.train.cli.flags import parse\n"

@@ -1,4 +1,4 @@
-"""Flash against dense: the same numbers, by blocks, and nothing of the size of T * S."""
+"""Test flash against dense: the same numbers in blocks, without an array of T * S elements."""
 
 from functools import partial
 from typing import Any
@@ -38,7 +38,7 @@ def draw(*shapes: tuple[int, ...], dtype: Any = jnp.float32, seed: int = 0) -> l
 
 
 def value_and_gradients(core, q, k, v, g, mask, bias=None, **options) -> tuple[jax.Array, ...]:
-    """Output, and gradients of <g, output> for q, k, v and the values of the bias."""
+    """Return the output, and gradients of <g, output> for q, k, v and the values of the bias."""
 
     @jax.jit
     def run(q, k, v, g, mask, bias):
@@ -53,9 +53,10 @@ def value_and_gradients(core, q, k, v, g, mask, bias=None, **options) -> tuple[j
 
 
 def assert_close(actual, expected, tolerance: float = 2e-6) -> None:
-    """Relative to the largest magnitude of each array, which sums round to.
+    """Compare arrays relative to their largest magnitude, which bounds the rounding of sums.
 
-    Or to 1, the size of the terms: in the gradient of a query that sees one key they cancel.
+    The unit is at least 1, the size of the terms: the terms cancel in the gradient of a query
+    that sees one key.
     """
     for x, y in zip(actual, expected, strict=True):
         assert x.dtype == y.dtype
@@ -104,7 +105,7 @@ def test_a_chunk_of_new_queries_and_a_bias_of_any_values(length: int):
 
 
 def exact(q, k, v, g, mask) -> list[np.ndarray]:
-    """Output and gradients in float64, by the formula."""
+    """Compute output and gradients in float64 by the formula."""
     q, k, v, g = (np.float64(x) for x in (q, k, v, g))
     groups = q.shape[2] // k.shape[2]
     k, v = (x.repeat(groups, axis=2) for x in (k, v))
@@ -140,7 +141,7 @@ def test_bfloat16_is_no_less_exact_than_dense():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_query_that_sees_nothing_gives_zero_and_gets_zero(dtype):
     q, k, v, g = draw((2, 5, 6, H), (2, 7, 3, H), (2, 7, 3, H), (2, 5, 6, H), dtype=dtype)
-    segments = jnp.array([[1, 1, 2, 2, 3], [0, 1, 1, 1, 1]])  # 3 meets nobody, 0 is padding
+    segments = jnp.array([[1, 1, 2, 2, 3], [0, 1, 1, 1, 1]])  # No key has 3; 0 is padding.
     others = jnp.array([[1, 1, 1, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 0]])
     for own, theirs in ((segments, others), (0 * segments, others)):
         mask = masks.cross(own, theirs)
@@ -194,7 +195,7 @@ def test_rows_in_turn_equal_rows_together(held: int, monkeypatch):
 
 
 def test_blocks_that_the_mask_excludes_are_not_visited():
-    """What no query of a block sees may be NaN: a visit would multiply it with 0."""
+    """Keys that no query sees are NaN here: a visit would multiply NaN by 0, which gives NaN."""
     length, block = 24, 4
     arrays = draw(*[(1, length, 2, H)] * 4)
     cut = partial(flash, q_block=block, kv_block=block)

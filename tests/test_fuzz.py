@@ -1,4 +1,4 @@
-"""Whatever a user gives: exit code 2 with one line, or a right result; `make test-slow`."""
+"""Test wrong and damaged inputs: exit code 2 and one line, or a right result (`make test-slow`)."""
 
 import base64
 import dataclasses
@@ -34,7 +34,7 @@ def explain(failures: list[tuple[Case, str]]) -> str:
 
 
 def numeric(kind: type, prefix: str = "--") -> Iterator[tuple[str, type]]:
-    """Yields every numeric flag of a config, and its type."""
+    """Yield each numeric flag of a config, and its type."""
     hints = typing.get_type_hints(kind)
     for entry in dataclasses.fields(kind):
         flag, hint = prefix + entry.name.replace("_", "-"), hints[entry.name]
@@ -46,7 +46,7 @@ def numeric(kind: type, prefix: str = "--") -> Iterator[tuple[str, type]]:
             yield flag, found.pop()
 
 
-# What a flag needs to say something: a config, data for it, and other flags.
+# The context in which a flag has an effect: the kind of data, and other flags.
 CONTEXTS = {
     "--model.attention.performer.": ("causal", "--model.attention.core performer"),
     "--model.attention.linformer.": (
@@ -89,7 +89,7 @@ DECODES = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict[str, list[str]]:
-    """The flags of a run of one step, by what is learned."""
+    """Return the flags of runs of one step, by the kind of data."""
     folder = tmp_path_factory.mktemp("data")
     text, table = toy.files(toy.write_text(folder)), toy.files(toy.write_table(folder))
     kinds = {
@@ -134,7 +134,7 @@ def finite(value: object) -> bool:
 
 
 def judge_training(case: Case, outcome: Outcome) -> str:
-    """What is wrong; nothing where it was refused, or has given numbers."""
+    """Return a description of the error; empty if the run was refused or gave finite numbers."""
     if outcome.problem:
         return outcome.short
     if case.stop:
@@ -178,7 +178,7 @@ def test_every_flag_of_decoding_is_refused_in_one_line_or_writes(run, tmp_path):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run of one step whose model transformers has, too."""
+    """Train one step of a model that transformers has too, and export the run."""
     folder = tmp_path_factory.mktemp("original")
     text = toy.files(toy.write_text(folder))
     flags = toy.flags(text, folder / "run", steps=1, every=1, config="gpt2_small")
@@ -192,7 +192,7 @@ def run(tmp_path_factory) -> Path:
         Case(name="train", arguments=["train", *flags]),
         Case(name="export", arguments=["export", str(folder / "run"), str(folder / "hf")]),
     ]
-    for case in cases:  # One after the other.
+    for case in cases:  # The export needs the run.
         ((_, outcome),) = fuzz.run_all([case])
         assert outcome.code == 0, (case.name, outcome)
     return folder / "run"
@@ -233,7 +233,7 @@ def flags_of(run: Path) -> list[str]:
 
 
 def made(case: Case, outcome: Outcome, folder: Path) -> object:
-    """What a command has made, that other copies of the run must make as well."""
+    """Return the result of a command, which must be the same for other copies of the run."""
     command = case.arguments[0]
     if command == "generate":
         return outcome.out
@@ -245,7 +245,7 @@ def made(case: Case, outcome: Outcome, folder: Path) -> object:
 
 
 def copies(run: Path, folder: Path, part: str) -> Iterator[tuple[str, Path, Path]]:
-    """Yields (what is damaged, the copy of the part, its folder), for each file and damage."""
+    """Yield (name of the damage, damaged copy of the part, its folder) for each file and damage."""
     rng = Random(0)
     files = sorted(path.relative_to(run.parent / part) for path in (run.parent / part).rglob("*"))
     files = [file for file in files if (run.parent / part / file).is_file()]
@@ -276,7 +276,7 @@ def test_a_damaged_file_of_a_run_is_named_or_changes_nothing(run, tmp_path):
     failures = []
     for (case, outcome), home in zip(fuzz.run_all(cases), homes, strict=True):
         if outcome.code == 0 and not outcome.problem:
-            # Nothing says that another config is not that of the run.
+            # Nothing records that a changed config.json does not belong to the run.
             is_other = "config.json flipped" in case.name
             if not is_other and made(case, outcome, home) != expected[case.arguments[0]]:
                 failures.append((case, f"another result, and only: {outcome.short}"))
@@ -346,7 +346,7 @@ def reader_cases(run: Path, folder: Path) -> Iterator[Case]:
 
 
 def wrong(case: Case, outcome: Outcome) -> str:
-    """What is wrong; nothing for a refusal, and where what was read stands there."""
+    """Return a description of the error; empty if the input was refused or read correctly."""
     if outcome.problem or outcome.code != 0:
         return "" if outcome.is_refusal else outcome.short
     if case.stdin:

@@ -1,4 +1,4 @@
-"""What is written after a prompt, against a plain loop that runs the whole model for each token."""
+"""Test generation against a plain loop that runs the whole model for each token."""
 
 import dataclasses
 import importlib
@@ -33,9 +33,9 @@ LETTERS = "abcdefghijklm"
 CHARS = Tokenizer.train([LETTERS], TokenizerConfig(kind="chars", vocab_size=99), "causal_lm")
 BYTES = Tokenizer.train(["x"], TokenizerConfig(kind="bytes", vocab_size=260), "causal_lm")
 PROMPTS = ["", "ab", "lmabcabgkdbaj", "c", "kkkkkkk"]
-CHUNK = 6  # that does not divide the 16 positions of these
+CHUNK = 6  # This does not divide 16, the number of positions of these prompts.
 OWN = ("seed", "prefix", "tell", "longest")  # arguments of a Generator itself
-LONGEST = 25  # positions of a prompt and what is written after it
+LONGEST = 25  # positions of a prompt and its continuation
 
 
 def small(tokenizer: Tokenizer = CHARS, **changes: Any) -> ModelConfig:
@@ -52,7 +52,7 @@ def make(config: ModelConfig, tokenizer: Tokenizer = CHARS, mesh: Any = MESH, **
 
 
 class Plain:
-    """Generates alone and without a cache: each token from a forward pass over all before it."""
+    """A generator without batches and cache: each token takes a forward pass over all before it."""
 
     def __init__(self, generator: Generator, longest: int = LONGEST):
         self.generator, self.model, self.longest = generator, build(generator.model), longest
@@ -75,12 +75,12 @@ class Plain:
         if self.generator.decode.beam > 1:
             row -= np.log(np.sum(np.exp(row)))
         penalty = self.generator.decode.repetition_penalty
-        for token in {*prompt[1:], *written}:  # The begin is no token of the text.
+        for token in {*prompt[1:], *written}:  # The begin token is not part of the text.
             row[token] = row[token] / penalty if row[token] > 0 else row[token] * penalty
         return row
 
     def first(self, prompt: int, written: int) -> int:
-        """The first token that the next one is written from."""
+        """Return the index of the first token that the model sees when it writes the next one."""
         positions, stride = self.generator.model.positions, self.longest // 4
         if positions.kind != "learned" or prompt + self.generator.decode.max_tokens <= self.longest:
             return 0
@@ -88,7 +88,7 @@ class Plain:
         return max(read - (self.longest - stride + 1), 0)
 
     def decode(self, text: str, line: int) -> tuple[list[int], float]:
-        """Tokens and the sum of their log-probabilities."""
+        """Return tokens and the sum of their log-probabilities."""
         generator, written, score = self.generator, [], 0.0
         key = jax.random.fold_in(jax.random.key(generator.seed), line)
         while len(written) < generator.decode.max_tokens:
@@ -124,14 +124,14 @@ def test_a_batch_is_what_each_prompt_alone_gives_without_a_cache(kind: str, monk
         assert found.lengths[row] == len(tokens)
         assert found.scores[row] == pytest.approx(score, abs=1e-3)
         lengths.add(len(tokens))
-    assert len(lengths) > 1  # Some end before others.
+    assert len(lengths) > 1  # Some texts end before others.
     assert not found.lengths[len(numbers) :].any()
 
 
 def test_a_begin_that_is_the_end_is_not_penalised():
-    """GPT-2's texts begin and end with one token; what stands in front is no token of a text."""
+    """Begin and end of GPT-2's texts are the same token; the begin is not part of a text."""
     one = Tokenizer(CHARS._json)
-    one.bos = one.eos = 11  # that this model writes often
+    one.bos = one.eos = 11  # a token that this model writes often
     generator = make(small(), one, temperature=3.0, repetition_penalty=50.0)
     ((numbers, rows),) = generator._batches(generator._encode(PROMPTS))
     *_, found = generator._decode(rows, 11)
@@ -168,7 +168,7 @@ def test_a_window_rolls_in_constant_memory(kind: str, beam: int, core: str, monk
     rolling = make(config, **options)(PROMPTS)
     if beam == 1:
         assert rolling == Plain(make(config, **options))(PROMPTS)
-    # The same from a cache of all positions.
+    # A cache of all positions gives the same texts.
     monkeypatch.setattr(transformer, "new_cache", KVCache.zeros)
     assert rolling == make(config, **options)(PROMPTS)
     assert len(set(rolling)) > 2
@@ -247,7 +247,7 @@ def test_a_wide_beam_finds_the_best_of_all_texts():
         ended: list[tuple[int, ...]] = [
             (*before, EOS) for n in range(steps) for before in itertools.product(others, repeat=n)
         ]
-        ended += itertools.product(others, repeat=steps)  # They are cut, and as good.
+        ended += itertools.product(others, repeat=steps)  # texts that the limit cuts
         scores = {
             text: sum(log_probs[text[:i]][token] for i, token in enumerate(text))
             / length_penalty(len(text), exponent=1.3, offset=0)
@@ -268,7 +268,7 @@ def test_a_wide_beam_finds_the_best_of_all_texts():
     [(LAYERS, None, False), (LAYERS, 1, False), (13, 1, True), (13, 13, False)],
 )
 def test_layers_are_not_copied_for_each_token(layers: int, unroll: int | None, copied: bool):
-    """On a CPU up to 12, or as many as are asked for, are apart; more are in a loop themselves."""
+    """A CPU program unrolls up to 12 layers, or `unroll` layers; more layers run in a loop."""
     program = writing_program(small(layers=layers, unroll=unroll), ["ab"])
     kernels = f"f32[{layers},{WIDTH},{INNER}]", f"f32[{layers},{INNER},{WIDTH}]"
     cache = f"f32[{layers},1,{KV_HEADS},{16 + 11},6]"
@@ -277,7 +277,7 @@ def test_layers_are_not_copied_for_each_token(layers: int, unroll: int | None, c
 
 @pytest.mark.slow
 def test_products_with_few_rows_lead_with_the_matrix():
-    """Turned round, as compilers like to, they are slower on a CPU."""
+    """The transposed product, which compilers prefer, is slower on a CPU."""
     program = writing_program(small(tie_embeddings=True), ["a", "b", "c", "d"])
     for size in (INNER, CHARS.vocab_size):
         product = re.compile(rf" = f32\[{size},4\]\S* (dot\(|fusion\(.*kind=kCustom)")
@@ -285,7 +285,7 @@ def test_products_with_few_rows_lead_with_the_matrix():
 
 
 def writing_program(config: ModelConfig, prompts: list[str]) -> str:
-    """What is compiled for the loop over tokens."""
+    """Return the compiled program of the loop over tokens."""
     generator = make(config)
     (_, rows), *_ = generator._batches(generator._encode(prompts))
     with jax.set_mesh(MESH):
@@ -297,7 +297,7 @@ def writing_program(config: ModelConfig, prompts: list[str]) -> str:
     "options", [{"repetition_penalty": 1.2}, {"prefix": True, "attention_window": 4}]
 )
 def test_beyond_learned_positions_a_text_slides(options: dict, monkeypatch):
-    """A quarter of the table after another, and each text as it does alone."""
+    """The window moves by a quarter of the table of positions; each text is the same as alone."""
     monkeypatch.setattr(generate, "CHUNK", CHUNK)
     window = {"attention_window": options.pop("attention_window", None)}
     config = small(positions="learned", positions_max_length=LONGEST, **window)
@@ -328,13 +328,13 @@ def test_a_config_can_write_with_its_own_settings(name: str):
             room = model.positions.max_length - decode.extra_length
             assert experiment.data.max_length <= room, row
         elif model.architecture == "decoder_only":
-            assert decode.beam == 1, row  # It goes on beyond the table.
+            assert decode.beam == 1, row  # Only beam 1 continues beyond the table.
 
 
 def test_a_beam_ends_with_learned_positions():
     config = small(positions="learned", positions_max_length=LONGEST)
     generator = make(config, max_tokens=4, beam=2)
-    fits = "abcdefghijabcdefghij"  # and the begin token: 21 = 25 - 4
+    fits = "abcdefghijabcdefghij"  # With the begin token it has 21 = 25 - 4 tokens.
     assert len(generator([fits])) == 1
     with pytest.raises(
         TrainError, match=r"prompt 2 has 22 tokens.*max_tokens = 4 .*= 25.*beam = 1"
@@ -379,7 +379,7 @@ def test_who_cannot_write_says_so():
 
 
 def read(text: str, stop: tuple[str, ...], tokenizer: Tokenizer = BYTES) -> list[str]:
-    """The pieces of a text that arrives token by token, the held one last."""
+    """Return the pieces of a text that arrives token by token; the last piece is the rest."""
     tokens = tokenizer.encode_batch([text])[0]
     growing = Text(tokenizer, np.array([BOS]), stop)
     pieces = [growing.read(tokens[: n + 1]) for n in range(len(tokens))]
@@ -394,7 +394,7 @@ def test_a_character_comes_when_its_last_byte_does():
     assert read("a€ß", ()) == ["a", "", "", "€", "", "ß", ""]
     growing = Text(BYTES, np.array([BOS]), ())
     euro = BYTES.encode_batch(["€"])[0]
-    assert growing.read(euro[:2]) + growing.rest() == ""  # It was cut: nothing is made up for it.
+    assert growing.read(euro[:2]) + growing.rest() == ""  # Part of a character gives no text.
     broken = Text(BYTES, np.array([BOS]), ())
     assert broken.read(np.array([*euro[:2], *BYTES.encode_batch(["a"])[0]])) == "\ufffda"
 
@@ -444,7 +444,7 @@ def test_batches_are_few_shapes_with_all_rows():
     mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=4))
     sequences = {i: rng.integers(1, 9, n) for i, n in enumerate([3, 70, 16, 17, 1, 5, 40, 4, 33])}
     seen, shapes = {}, set()
-    decode = DecodeConfig(beam=3, batch_tokens=3 * 64)  # On a CPU all hypotheses count.
+    decode = DecodeConfig(beam=3, batch_tokens=3 * 64)  # On a CPU, batch_tokens has all hypotheses.
     for numbers, rows in batches(sequences, decode, mesh, longest=72):
         shapes.add(rows.inputs.shape)
         assert rows.lengths[len(numbers) :].sum() == 0

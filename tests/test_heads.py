@@ -1,4 +1,4 @@
-"""Classifier heads: what is pooled, and that padding is not (language models: test_transformer)."""
+"""Test classifier heads: pooling without padding (language models: test_transformer)."""
 
 from typing import Any
 
@@ -32,12 +32,12 @@ def test_what_is_pooled(pooling: str):
     np.testing.assert_allclose(pool(x, segments, pooling), POOLED[pooling], rtol=1e-5, atol=1e-6)
     whole = {"first": X[:, 0], "mean": X.mean(1), "last": X[:, -1]}[pooling]
     np.testing.assert_allclose(pool(x, None, pooling), whole, rtol=1e-5, atol=1e-6)
-    # Not even what is no number gets out of padding, nor a gradient into it.
+    # NaN in padding does not change the result, and padding gets no gradient.
     padded = jnp.where(segments[..., None] > 0, x, jnp.nan)
     np.testing.assert_array_equal(pool(padded, segments, pooling), pool(x, segments, pooling))
     gradient = jax.grad(lambda x: jnp.sum(jnp.sin(pool(x, segments, pooling))))(padded)
     assert not np.asarray(gradient)[SEGMENTS == 0].any()
-    # A row that is all padding, as at the end of a data set, is finite.
+    # The result for a row of padding, as at the end of a dataset, is finite.
     assert np.isfinite(pool(x, jnp.zeros_like(segments), pooling)).all()
 
 
@@ -45,7 +45,7 @@ def test_a_mean_of_bfloat16_is_summed_up_in_float32():
     x = jnp.ones((1, 1000, 1), jnp.bfloat16).at[0, 0].set(300)
     mean = pool(x, None, "mean")
     assert mean.dtype == jnp.bfloat16
-    assert float(mean[0, 0]) == pytest.approx(1.299, rel=4e-3)  # 256 + 1 is 256 in bfloat16
+    assert float(mean[0, 0]) == pytest.approx(1.299, rel=4e-3)  # In bfloat16, 256 + 1 is 256.
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_scores_of_classes(outputs: int, pooler: bool, pooling: str):
     scores: Any = module.apply({"params": params}, *arrays)
     assert scores.shape == (B, outputs)
     np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-5)
-    # The scores are linear in the pooled features, of which training drops each other one.
+    # The scores are linear in the pooled features, of which training drops about half.
     rngs = {"dropout": jax.random.key(0)}
     loud: Any = module.apply({"params": params}, *arrays, deterministic=False, rngs=rngs)
     assert (np.abs(loud - scores) > 1e-4).all()
@@ -74,7 +74,7 @@ def test_scores_are_float32_whatever_the_compute_type():
     scores = jax.jit(model.apply)({"params": params}, TOKENS)
     assert (scores.shape, scores.dtype) == ((B, CLASSES), jnp.float32)
     rounded = scores.astype(jnp.bfloat16).astype(jnp.float32)
-    assert (rounded != scores).mean() > 0.9  # they were float32 all along
+    assert (rounded != scores).mean() > 0.9  # The scores were computed in float32.
 
 
 @pytest.mark.parametrize(

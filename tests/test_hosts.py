@@ -1,6 +1,6 @@
-"""Several processes on one machine, as on several hosts: the same bits, whatever happens to them.
+"""Test several processes on one machine, which stand for several hosts: they compute the same bits.
 
-HEEDFUL_KILLS=10 kills more often.
+The results stay the same when processes are killed; HEEDFUL_KILLS=10 kills more often.
 """
 
 import os
@@ -26,7 +26,7 @@ KILLS = int(os.environ.get("HEEDFUL_KILLS", 1))
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> dict[str, str]:
-    """What one process has compiled or tokenised is there for the next."""
+    """Share a cache of compiled programs and tokenised texts between the processes."""
     return {"HEEDFUL_CACHE": str(tmp_path_factory.mktemp("cache"))}
 
 
@@ -42,7 +42,7 @@ def flags(text: list[str], run: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def alone(text, cache, tmp_path_factory) -> Path:
-    """A run of one process on four devices."""
+    """Train a run in one process on four devices."""
     run = tmp_path_factory.mktemp("alone") / "run"
     finish(group(flags(text, run), 1, 4, **cache))
     return run
@@ -66,7 +66,7 @@ def test_two_processes_equal_one_to_the_bit(text, alone, cache, tmp_path):
 
 @pytest.mark.slow
 def test_what_they_write_is_what_one_writes(tmp_path, cache):
-    """Parameters are split over the two; the first reads the lines and writes the answers."""
+    """The parameters are sharded over two processes; the first reads lines and prints answers."""
     corpus = toy.write_corpus(tmp_path / "corpus")
     data = DataConfig(
         source="files", train=tuple(corpus[5:7]), tokenizer=TokenizerConfig(kind="words")
@@ -78,18 +78,18 @@ def test_what_they_write_is_what_one_writes(tmp_path, cache):
     parts = run.model, train.decode, trained.tokenizer, trained.params, trained.mesh
     text = "".join(line + "\n" for line in lines)
     said = finish(group(["translate", str(run.directory)], 2, 2, text, **cache))
-    # gloo says when it connects
+    # gloo prints a line when it connects.
     written = [line for line in said[0].splitlines() if "connected" not in line]
     assert written[written.index("parameters of step 3") + 1 :] == Translator(*parts)(lines)
     assert "parameters" not in said[1]
 
 
 def whole_and_the_same(run: Path, alone: Path) -> None:
-    """Every step once, with the loss that it had without interruption; no broken checkpoint."""
+    """Check that each step was logged once, with the loss of `alone`; no checkpoint is broken."""
     ours, theirs = ([line for line in lines(r) if "loss" in line] for r in (run, alone))
     assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
     losses = [[line["loss"] for line in part] for part in (ours, theirs)]
-    np.testing.assert_allclose(*losses, rtol=1e-4)  # of another mesh: sums in another order
+    np.testing.assert_allclose(*losses, rtol=1e-4)  # Another mesh sums in another order.
     assert not drafts(run)
     for path in (run / "checkpoints").glob("[0-9]*"):
         assert checkpoint(run, int(path.name))[1]["iterator"] == {"next_batch": int(path.name)}
@@ -100,7 +100,7 @@ def drafts(run: Path) -> list[Path]:
 
 
 def kill_one(processes: list[Process], run: Path, step: int, rng: random.Random) -> None:
-    """After that step, or in the next save; the others end by themselves, in bounded time."""
+    """Kill a process after a step or in the next save; the others must end by themselves soon."""
     wait_for_step(run, step, processes[0])
     saving = rng.random() < 0.5
     deadline = time.time() + (20 if saving else rng.random() * 0.2)
@@ -179,7 +179,7 @@ def test_flags_that_are_not_enough(given, message):
 
 
 def test_alone_it_waits_for_nobody(monkeypatch):
-    """A batch script of Slurm, and a step of one task."""
+    """A Slurm batch script and a Slurm step of one task do not wait for other processes."""
     for name, value in {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}.items():
         monkeypatch.setenv(name, value)
     hosts.join({})

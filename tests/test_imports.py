@@ -1,4 +1,4 @@
-"""Who may import whom: the data flows one way."""
+"""Test imports: modules import each other in one direction only, and all packages are declared."""
 
 import ast
 import re
@@ -32,23 +32,23 @@ NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
 
 def imported(path: Path) -> set[str]:
-    """Modules that a file imports, anywhere in it."""
+    """Return the names of the modules that a file imports anywhere."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "importlib.import_module":
-            found.add(ast.unparse(node.args[0]).lstrip("f").strip("'"))  # of f"{a}.b" too
+            found.add(ast.unparse(node.args[0]).lstrip("f").strip("'"))  # also f"{a}.b"
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            # `from heedful.model import masks` imports heedful.model.masks
+            # `from heedful.model import masks` imports heedful.model.masks.
             inside = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {name for name in inside if file_of(name)} or {str(node.module)}
     return found
 
 
 def file_of(module: str) -> Path | None:
-    """The file of one of our modules."""
+    """Return the file of a module of this project; None for other modules."""
     path = ROOT / module.replace(".", "/")
     found = [path.with_suffix(".py"), path / "__init__.py"]
     return next((file for file in found if file.exists()), None)
@@ -66,13 +66,13 @@ def test_imports_flow_one_way(path: Path):
 
 @pytest.mark.parametrize("path", FILES + TESTS, ids=NAMES + [path.name for path in TESTS])
 def test_the_top_level_folders_are_no_import_names(path: Path):
-    """A user's own model.py or data/ would hide them."""
-    if not path.name.endswith("_peers.py"):  # which import those of other projects
+    """A user's own model.py or data/ would hide our folders under these names."""
+    if not path.name.endswith("_peers.py"):  # They import folders of other projects.
         assert not {name for name in imported(path) if name.split(".")[0] in FOLDERS}
 
 
 def test_no_modules_import_each_other():
-    """Imports inside functions count."""
+    """The test counts imports inside functions too."""
     files = {file.resolve(): file for file in FILES}
 
     def next_of(file: Path) -> set[Path]:
@@ -92,7 +92,7 @@ def test_no_modules_import_each_other():
     "path", [path for path in FILES if ROOT / "data" in path.parents], ids=lambda path: path.name
 )
 def test_data_never_names_jax(path: Path):
-    """Its worker processes must not touch a device."""
+    """Worker processes of the data must not use a device."""
     assert not {name for name in imported(path) if name.split(".")[0] in ("jax", "jaxlib", "flax")}
 
 
@@ -106,7 +106,7 @@ def test_importing_it_does_not_import_jax(module: str):
 
 
 def test_what_is_imported_is_declared():
-    """Another package may need it today, and no longer tomorrow."""
+    """An undeclared package may be installed only because another package needs it today."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     declared = {re.split(r"[<>=\[]", line)[0] for line in project["dependencies"]}
     installed = [path for path in FILES if ROOT / "benchmarks" not in path.parents]

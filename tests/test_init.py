@@ -1,4 +1,4 @@
-"""Initial values of whole models, and the number of them in published ones."""
+"""Test the initial values of whole models, and the parameter counts of published models."""
 
 import math
 from typing import Any
@@ -22,8 +22,8 @@ from heedful.model.transformer import build
 
 TOKENS = jnp.zeros((1, 3), jnp.int32)
 
-# Standard deviations by parameter. What is not named here starts as 0 (biases, lora_b) or as 1
-# (scales). D = 60, F = 128, N = 6, K = 3, H = 10, 3 layers.
+# Standard deviations by parameter. Parameters that are not named here start as 0 (biases, lora_b)
+# or as 1 (scales). D = 60, F = 128, N = 6, K = 3, H = 10, 3 layers.
 EMBEDDINGS = ("embedding.table", "positions.table")
 KINDS: dict[str, tuple[dict[str, Any], dict[Any, float]]] = {
     "glorot": (
@@ -35,7 +35,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[Any, float]]] = {
             "lora_rank": 7,
         },
         {
-            "query": math.sqrt(2 / 120) / math.sqrt(10),  # as if its scores were scaled
+            "query": math.sqrt(2 / 120) / math.sqrt(10),  # the factor 1 / sqrt(H) of scaled scores
             "key": math.sqrt(2 / 90),  # Glorot and Bengio 2010, eq. 12
             "value": math.sqrt(2 / 90),
             "out": math.sqrt(2 / 120),
@@ -70,7 +70,7 @@ def test_initial_values(kind: str):
     changes, deviations = KINDS[kind]
     sizes = {"width": 60, "feed_forward_width": 128, "layers": 3, "vocab_size": 101}
     model = build(tiny(init=kind, **sizes, **changes))
-    key = jax.random.key(0, impl="rbg")  # the default one compiles for seconds
+    key = jax.random.key(0, impl="rbg")  # The default implementation compiles for seconds.
     params = nn.unbox(jax.jit(model.init)(key, TOKENS))["params"]
     seen = set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -83,7 +83,7 @@ def test_initial_values(kind: str):
         noise = 5 / math.sqrt(2 * leaf.size)
         assert np.std(leaf) == pytest.approx(deviations[part], rel=noise), path
         if "blocks" in str(path):
-            assert (leaf[0] != leaf[1]).mean() > 0.99, path  # each layer draws its own
+            assert (leaf[0] != leaf[1]).mean() > 0.99, path  # Each layer draws its own values.
     assert seen == deviations.keys()
 
 
@@ -101,7 +101,7 @@ def test_each_stack_is_scaled_by_its_own_depth():
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["tables", "scaled tables", "scaled head"])
 def test_tokens_begin_no_smaller_than_what_is_added_to_them(kind: str, tied: bool):
-    """A table that also makes logits begins smaller, unless one of its two uses is scaled."""
+    """A table that also gives logits starts smaller, unless one of its two uses is scaled."""
     how = {"scale_embeddings": kind == "scaled tables", "head_scale": kind == "scaled head"}
     model = build(tiny("decoder_only", width=60, vocab_size=101, tie_embeddings=tied, **how))
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0, impl="rbg"), TOKENS))["params"]
@@ -180,5 +180,5 @@ def test_number_of_parameters_of_published_models(name: str):
     arrays = [TOKENS] * (2 if config.architecture == "encoder_decoder" else 1)
     params = jax.eval_shape(build(config).init, jax.random.key(0), *arrays)
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-    # The paper rounds its 63 million.
+    # The paper rounds 63 million to 65 million.
     assert count == (pytest.approx(expected, rel=0.04) if expected == 65e6 else expected)

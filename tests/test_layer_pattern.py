@@ -1,4 +1,4 @@
-"""Stacks whose layers differ: by window, rotary frequencies, and positions or none."""
+"""Test stacks whose layers differ in window, rotary frequencies, or use of positions."""
 
 import dataclasses
 import io
@@ -61,34 +61,34 @@ from heedful.train.state import set_up
 close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
 LOCAL = LayerConfig(window=1)
 MODELS: dict[str, dict[str, Any]] = {
-    "gemma 2": {  # local and global layers in turn, and a remainder
+    "gemma 2": {  # local and global layers in turn; the last period is incomplete
         "architecture": "decoder_only",
         **POSITIONS["rotary"],
         "pattern": (LOCAL, LayerConfig()),
         "layers": 5,
         "norm_position": "pre",
     },
-    "gemma 3": {  # five local layers of another base, one global layer, a remainder of two
+    "gemma 3": {  # five local layers with another base, one global layer, then two more layers
         "architecture": "decoder_only",
         **POSITIONS["rotary"],
         "pattern": (LayerConfig(window=2, rotary=RotaryConfig(base=3)),) * 5 + (LayerConfig(),),
         "layers": 8,
         "norm_position": "pre",
     },
-    "smollm3": {  # no rotations in every other layer
+    "smollm3": {  # no rotation in every second layer
         "architecture": "decoder_only",
         **POSITIONS["rotary"],
         "pattern": (LayerConfig(), LayerConfig(positions=False)),
         "layers": 4,
     },
-    "modernbert": {  # a window that one layer lifts, in an encoder
+    "modernbert": {  # an encoder with a window that one layer overrides
         "architecture": "encoder_only",
         "positions_kind": "alibi",
         "attention_window": 1,
         "pattern": (LayerConfig(window="all"), LayerConfig(), LayerConfig(positions=False)),
         "layers": 4,
     },
-    "pair": {  # stacks of different depths, of which one ends within the first period
+    "pair": {  # stacks of different depths; one of them ends within the first period
         **POSITIONS["relative"],
         "pattern": (LOCAL, LayerConfig(positions=False), LayerConfig(window=0)),
         "layers": 4,
@@ -104,7 +104,7 @@ def groups(config, length: int) -> tuple:
 
 
 def arrays(config) -> tuple[tuple, dict[str, Any], dict[str, Any]]:
-    """Arguments of the model, and those of the plain one."""
+    """Return the arguments of the model, and those of the plain model."""
     given = {"segment_ids": jnp.array(SEGMENTS), "positions": jnp.array(PLACES)}
     if config.architecture != "encoder_decoder":
         return (TOKENS,), given, {}
@@ -152,7 +152,7 @@ def test_a_period_of_one_is_the_program_of_equal_layers(pattern):
     assert program(pattern=(LOCAL, LOCAL)) == program(attention_window=1) != program()
 
 
-# Watched from within, and in training -----------------------------------------------------------
+# Intermediate values and training ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("unroll", [None, 1])
@@ -168,7 +168,7 @@ def test_intermediates_are_in_the_order_of_the_layers(unroll: int | None):
         seen = np.broadcast_to((back >= 0) & (back <= window), weights[layer].shape)
         np.testing.assert_array_equal(weights[layer] > 0, seen)
     plain = Plain(model.config, params)
-    for count in (1, 6, 7, 8):  # layers: the hidden states are those of a model that ends there
+    for count in (1, 6, 7, 8):  # Hidden states equal those of a model with so many layers.
         blocks = jax.tree.map(lambda x: x[:count], plain.params["decoder"]["blocks"])  # noqa: B023
         x = plain.embed("inputs", np.asarray(TOKENS), np.arange(T)[None])
         past = (back >= 0)[None]
@@ -211,7 +211,7 @@ def test_each_rematerialisation_keeps_less_than_the_one_before():
 
 
 def test_layers_drop_different_elements():
-    # Blocks of which each adds 1 to everything, and so 1 / (1 - rate) or 0 in training.
+    # Each block adds 1 to all elements; with dropout it adds 1 / (1 - rate) or 0.
     config = tiny(**MODELS["gemma 2"] | {"layers": 3, "dropout": 0.5})
     model, params = init(config)
     params = jax.tree.map(jnp.zeros_like, params)
@@ -293,7 +293,7 @@ def test_a_layer_caches_no_more_than_its_window():
     assert len(groups(config, 17)) == 8
 
 
-# Around the model -------------------------------------------------------------------------------
+# Other parts of the project ---------------------------------------------------------------------
 
 
 def test_runs_of_before_have_equal_layers(tmp_path):
@@ -349,7 +349,7 @@ def test_costs_count_the_keys_and_the_cache_of_each_layer(unchecked):
     setup = set_up(config, TrainConfig())
     found = {part.name: part for part in parts(config, setup.abstract.params, length)}
     scores = found["self-attention scores"]
-    keys = 7 * (2 + 1) + length  # the window and the token itself, looking back
+    keys = 7 * (2 + 1) + length  # keys in the window before a token, the token itself
     assert scores.flops == 4 * keys * HEADS * 6
     assert scores.masked == 4 * length / 2 * HEADS * 6
     data = DataConfig(source="shakespeare", objective="causal_lm", max_length=length)
@@ -387,11 +387,11 @@ def test_the_audit_finds_nothing_and_names_the_layers():
 
 @pytest.mark.parametrize("small", [True, False])
 def test_a_stack_that_mixes_its_layers_up_is_found(monkeypatch, small: bool):
-    """The last layer sees all either way, so that the logits depend on the same tokens."""
+    """Only the weights show the bug: the logits depend on the same tokens in either order."""
     call = Stack.__call__
     monkeypatch.setattr(Stack, "__call__", lambda self, x, at, masks, **options: call(
         self, x, at, masks[::-1], **options))  # fmt: skip
-    another = dataclasses.replace(AUDITED, dropout=0.2)  # whose weights no test has compiled yet
+    another = dataclasses.replace(AUDITED, dropout=0.2)  # No test has compiled this config yet.
     findings = audit(Subject.of(another, LM), small=small).findings
     kinds = {(finding.kind, finding.where, finding.method) for finding in findings}
     assert ("leak", "self-attention of layer 1", "weights") in kinds

@@ -1,4 +1,4 @@
-"""The parts of a block against numpy in float64."""
+"""Test the parts of a block against numpy in float64."""
 
 import math
 from functools import partial
@@ -27,7 +27,7 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def params_of(module: nn.Module, *args, **kwargs) -> dict:
-    """Parameters without their axis names, each drawn at random, so that none is 0 or 1."""
+    """Return parameters without axis names, all drawn at random, so that none is 0 or 1."""
     init = partial(module.init, **kwargs)
     params = nn.unbox(jax.eval_shape(init, jax.random.key(0), *args))["params"]
     leaves, tree = jax.tree.flatten(params)
@@ -36,7 +36,7 @@ def params_of(module: nn.Module, *args, **kwargs) -> dict:
 
 
 def apply(module: nn.Module, params: dict, *args, **kwargs):
-    """Compiled as a whole, which is quicker than each operation by itself."""
+    """Apply a module in one compiled program, which is faster than single operations."""
     return jax.jit(partial(module.apply, **kwargs))({"params": params}, *args)
 
 
@@ -53,7 +53,7 @@ def test_linear_starts_within_the_glorot_bound_of_its_true_fans(inputs, outputs)
     module = Linear(tiny(), inputs, outputs, use_bias=True, gain=0.3)
     params = nn.unbox(module.init(jax.random.key(0, impl="rbg"), x))["params"]
     fan_in, fan_out = math.prod(inputs.values()), math.prod(outputs.values())
-    # Uniform in +-sqrt(6 / (fan_in + fan_out)): Glorot and Bengio 2010, eq. 16.
+    # The distribution is uniform in +-sqrt(6 / (fan_in + fan_out)): Glorot and Bengio 2010, eq. 16.
     bound = 0.3 * math.sqrt(6 / (fan_in + fan_out))
     kernel = np.asarray(params["kernel"])
     assert 0.99 * bound < np.abs(kernel).max() <= bound
@@ -71,7 +71,7 @@ def test_the_gradient_of_a_bias_is_summed_up_in_float32():
     g = jnp.asarray(np.abs(random(7, 1009, 2, 5)), jnp.bfloat16)
     params = params_of(module, x)
     _, pull = jax.vjp(lambda params: apply(module, params, x), params)
-    # Of bfloat16 numbers a sum of thousands ends where the next one is too small for it.
+    # In bfloat16 a sum of thousands of numbers stops growing when the next number is too small.
     expected = np.float64(g).sum((0, 1))
     np.testing.assert_allclose(pull(g)[0]["bias"], expected, rtol=1e-5)
 
@@ -84,7 +84,7 @@ def test_matmul_has_the_gradients_of_a_dot_product():
     np.testing.assert_allclose(out, expected, rtol=1e-5)
     for ours, theirs in zip(pull(g), expected_pull(g), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    assert kept_by(pull) == [(3, 5, 7), (7, 2, 11)]  # In a stack, another shape is another array.
+    assert kept_by(pull) == [(3, 5, 7), (7, 2, 11)]  # A reshaped kernel would be a copy.
 
 
 @pytest.mark.parametrize("length", [MAX_ROWS_TRANSPOSED // 2, MAX_ROWS_TRANSPOSED // 2 + 1])
@@ -95,24 +95,24 @@ def test_transposed_kernels_give_the_same(length: int):
     stacked = {"query": jax.tree.map(lambda x: x[None], params)}
     kept, transposed = (jax.tree.map(lambda x: x[0], part) for part in split_kernels(stacked))
     assert transposed["query"]["transposed"].shape == (15, 7)
-    assert kept["query"].keys() == {"bias"}  # and no second copy
+    assert kept["query"].keys() == {"bias"}  # no second copy of the kernel
     y = module.apply({"params": kept["query"], "decode": transposed["query"]}, x)
     expected = np.tensordot(x, params["kernel"], 1) + params["bias"]
     np.testing.assert_allclose(y, expected, atol=1e-5)
 
 
 def kept_by(pull) -> list[tuple[int, ...]]:
-    """Shapes of the arrays that a backward pass holds."""
+    """Return the shapes of the arrays that a backward pass keeps."""
     return [np.shape(x) for x in jax.tree.leaves(pull) if np.size(x) > 1]
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "layernorm without bias", "rmsnorm"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_norm(kind: str, dtype):
-    # A large mean makes bfloat16 statistics useless: only float32 ones give the right answer.
+    # With a large mean, statistics in bfloat16 are useless; those in float32 are right.
     x = jnp.asarray(random(B, T, WIDTH) + 30, dtype)
     name, has_bias = kind.split()[0], kind == "layernorm"
-    # rmsnorm has none, whatever norm.bias says
+    # rmsnorm has no bias for any value of norm.bias.
     module = Norm(tiny(norm_kind=name, norm_epsilon=0.1, norm_bias=has_bias or name == "rmsnorm"))
     params = params_of(module, x)
     y = np.float64(x)
@@ -162,7 +162,7 @@ def test_feed_forward(activation: str, gated: bool):
     h = bend(linear("gate", x)) * linear("up", x) if gated else bend(linear("up", x))
     assert params["up"]["kernel"].shape == (WIDTH, INNER)
     out = apply(module, params, jnp.float32(x))
-    # The two forms of gelu differ by up to 5e-4 each: the tolerance has to tell them apart.
+    # The two forms of gelu differ by up to 5e-4: the tolerance must be smaller.
     np.testing.assert_allclose(out, linear("down", h), rtol=1e-5, atol=3e-5)
 
 
@@ -170,7 +170,7 @@ def test_feed_forward(activation: str, gated: bool):
 def test_gelu_has_its_derivative(name: str, function):
     x = np.linspace(-9, 9, 1009)
     wanted = (ACTIVATIONS[name](x + 1e-5) - ACTIVATIONS[name](x - 1e-5)) / 2e-5
-    # 1 - tanh^2 loses digits where |x|, which multiplies it, is about 4.
+    # 1 - tanh^2 loses digits where |x| is about 4, and x multiplies it.
     atol = {"gelu": 2e-6, "gelu_tanh": 5e-6}[name]
     np.testing.assert_allclose(jax.vmap(jax.grad(function))(jnp.float32(x)), wanted, atol=atol)
 
@@ -236,7 +236,7 @@ def test_sown_weights_are_those_that_were_used():
     mixed = np.einsum("bnts,bsnh->btnh", weights, v.repeat(HEADS // KV_HEADS, axis=2))
     expected = np.tensordot(mixed, params["out"]["kernel"], 2) + params["out"]["bias"]
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
-    # In training too they are whole: what dropout takes away is noise to someone who looks.
+    # The recorded weights are without dropout in training too, as dropout is noise to a reader.
     training = {"deterministic": False, "rngs": {"dropout": jax.random.key(0)}}
     (loud, _), sown = apply(module, params, x, context, mask, mutable="intermediates", **training)
     np.testing.assert_array_equal(sown["intermediates"]["weights"][0], weights)
@@ -244,7 +244,7 @@ def test_sown_weights_are_those_that_were_used():
 
 
 def project(params: dict, name: str, x: np.ndarray) -> np.ndarray:
-    """Heads [B, T, N, H], each key head repeated for its query heads."""
+    """Project x to heads [B, T, N, H]; each key head is repeated for its query heads."""
     y = np.tensordot(x, np.float64(params[name]["kernel"]), 1) + np.float64(params[name]["bias"])
     return y.repeat(HEADS // y.shape[2], axis=2)
 
@@ -253,7 +253,8 @@ def project(params: dict, name: str, x: np.ndarray) -> np.ndarray:
 def test_global_tokens_look_through_projections_of_their_own(core: str):
     x = random(B, T, WIDTH)
     segments = np.array([[1, 1, 2, 2, 2], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
-    places = [[0, 3, 1], [4, -1, 2], [2, 0, 2]]  # one of padding, one that is none, one twice
+    # Row 1 has a global token in padding and -1, which is no token; row 2 has one token twice.
+    places = [[0, 3, 1], [4, -1, 2], [2, 0, 2]]
     mask = masks.longformer(1, jnp.array(places)) & masks.packed(jnp.array(segments))
     options = {"window": 1, "global_tokens": 3, "global_projections": True, "core": core}
     config = tiny("encoder_only", **{f"attention_{name}": x for name, x in options.items()})
@@ -276,7 +277,7 @@ def test_global_tokens_look_through_projections_of_their_own(core: str):
     np.testing.assert_allclose(sown["intermediates"]["weights"][0], weights, atol=1e-5)
     expected = np.tensordot(mixed, params["out"]["kernel"], 2) + params["out"]["bias"]
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
-    assert not np.asarray(mixed[1, 4]).any()  # padding, though global
+    assert not np.asarray(mixed[1, 4]).any()  # This global token is padding.
 
 
 def test_global_projections_need_what_they_are_for():
@@ -300,7 +301,7 @@ def test_a_cache_gives_what_the_whole_sequence_gives(per_row: bool):
     module = MultiHeadAttention(tiny())
     params = params_of(module, x, None, masks.causal())
     expected, _ = apply(module, params, x, None, masks.causal())
-    cache = KVCache.zeros(tiny(), B, S)  # longer than needed: what lies behind is not seen
+    cache = KVCache.zeros(tiny(), B, S)  # longer than needed; no query sees the unused end
     cache = jax.tree.map(lambda x: x + 1e3, cache)
     for start, stop in ((0, 2), (2, 3), (3, 5)):
         offset = jnp.full(B, start) if per_row else jnp.int32(start)

@@ -1,7 +1,7 @@
-"""No information goes where the masks forbid: by gradient, and by bits.
+"""Test that no information flows where masks forbid it, by gradients and by bits.
 
-Each position of each row holds a token of its own, so the gradient for a row of the embedding table
-is the gradient for one position; the head has its own matrix.
+Each position of each row holds a different token. Therefore the gradient for a row of the embedding
+table is the gradient for one position; the head has its own matrix.
 """
 
 from typing import Any
@@ -25,10 +25,11 @@ PREFIX = np.array([4, 2])
 
 
 def reachable(architecture: str, segments: np.ndarray, prefix: np.ndarray) -> np.ndarray:
-    """[b, t, token]: whether the scores at row b, position t may depend on it."""
+    """Return [b, t, token], True where the logits at row b, position t may depend on the token."""
     allowed = np.zeros((B, T, V), bool)
     for b, t in np.ndindex(B, T):
-        allowed[b, t, TARGETS[b, t]] = True  # itself, even as padding, through the residual
+        # The residual connection carries a token to its own position, in padding too.
+        allowed[b, t, TARGETS[b, t]] = True
         own = segments[b, t]
         if own == 0:
             continue
@@ -107,7 +108,7 @@ def test_padding_and_the_future_change_no_bit(dtype: str):
         changed = np.asarray(run(later, SOURCES))
         np.testing.assert_array_equal(changed[:, :t][real[:, :t]], logits[:, :t][real[:, :t]])
         assert (changed[:, t] != logits[:, t]).any(-1).all()
-    # What is real does matter, or nothing above would mean much.
+    # Real tokens change the logits; otherwise the checks above would prove nothing.
     sources = np.where(np.arange(S) == 0, (SOURCES + 3) % V, SOURCES)
     assert (np.asarray(run(TARGETS, sources)) != logits).any(-1)[real].all()
 
@@ -115,15 +116,15 @@ def test_padding_and_the_future_change_no_bit(dtype: str):
 @pytest.mark.parametrize(
     ("architecture", "kind", "core"),
     [(name, kind, "dense") for name in ("encoder_only", "decoder_only") for kind in POSITIONS]
-    # Its stacks are of those two kinds, its inputs are its own.
+    # The stacks of an encoder_decoder are tested above, but its inputs differ.
     + [("encoder_decoder", kind, "dense") for kind in ("sinusoidal", "rotary", "relative")]
     + [("encoder_decoder", "relative", "flash"), ("decoder_only", "alibi", "flash")],
 )
 def test_packed_documents_give_what_they_give_alone(architecture: str, kind: str, core: str):
-    """Three documents packed into one row, and each by itself: in its place, and from the start.
+    """Compare three documents in one row with each document alone, in place and at column 0.
 
-    In its place, with padding where the others were, the arithmetic is the same and so is each bit.
-    From the start sums run over other columns, which rounds differently.
+    In place, with padding instead of the other documents, the arithmetic is the same, and so are
+    the bits. At column 0 sums run over other columns, which rounds differently.
     """
     names = ("encoder_", "") if architecture == "encoder_decoder" else ("",)
     lengths = {"": [3, 1, 2], "encoder_": [2, 4, 3]}

@@ -1,4 +1,4 @@
-"""Attention to projected keys and values against loops over the formula in float64."""
+"""Test attention to projected keys and values against loops over the formula in float64."""
 
 import flax.linen as nn
 import jax
@@ -31,7 +31,7 @@ def inputs() -> list[np.ndarray]:
 
 
 def linformer(sharing: str):
-    """The core, its random parameters, and the projection that its stack would give."""
+    """Return a core, random parameters, and the projection that its stack would provide."""
     rng = np.random.default_rng(1)
     given = rng.normal(size=(LONGEST, R)) if sharing == "layers" else None
     config = LinformerConfig(rank=R, max_length=LONGEST, sharing=sharing)  # type: ignore[arg-type]
@@ -76,8 +76,8 @@ def test_it_is_the_formula(sharing: str, block: int, monkeypatch):
     expected = naive(q, k, v, params, given, q_ids, kv_ids, 1 / np.sqrt(H))
     out = run(*arrays, masks.cross(q_ids, kv_ids))
     np.testing.assert_allclose(out, expected, atol=2e-5, rtol=1e-5)
-    assert not np.asarray(out[2]).any()  # all its keys are padding
-    # Dropout acts on weights by their place in [B, K, G, T, R].
+    assert not np.asarray(out[2]).any()  # All keys of row 2 are padding.
+    # Dropout depends on the index of a weight in [B, K, G, T, R].
     key = jax.random.key(3)
     kept = np.asarray(keep(jax.random.key_data(key), (B, K, N // K, T, R), 0.3)) / 0.7
     call = AttentionCall(*arrays, masks.full(), dropout_rate=0.3, dropout_key=key)

@@ -1,4 +1,4 @@
-"""The expressions of ListOps: their values, their lengths, their splits."""
+"""Test the expressions of ListOps: values, lengths and splits."""
 
 import random
 import re
@@ -35,7 +35,7 @@ def config(short: ListOpsConfig = SHORT, **changes) -> DataConfig:
 
 
 def value(text: str, most: int = 10) -> int:
-    """Evaluates an expression of at most so many arguments each, without the code under test."""
+    """Evaluate an expression without the code under test; `most` is the limit of arguments."""
     stack: list = []
     for token in text.split():
         if token != "]":
@@ -59,7 +59,7 @@ def value(text: str, most: int = 10) -> int:
 
 
 def depth(text: str) -> int:
-    """Of the deepest digits; the outermost operation is at depth 1."""
+    """Return the depth of the deepest digits; the outermost operation is at depth 1."""
     deepest = level = 1
     for token in text.split():
         level += token.startswith("[") - (token == "]")
@@ -115,12 +115,12 @@ def test_a_quarter_of_the_arguments_are_operations():
     deep = ListOpsConfig(max_depth=3, max_length=10_000)
     texts = [listops.draw(rng, deep)[0].split() for _ in range(4000)]
     inside = sum(tokens.count("]") - 1 for tokens in texts)
-    arguments = 4000 * 6  # (2 + 10) / 2 each on average
+    arguments = 4000 * 6  # An operation has (2 + 10) / 2 arguments on average.
     assert abs(inside / arguments - 0.25) < 0.02
 
 
 def test_lengths_and_classes_of_long_range_arena():
-    """As its own generator gives them: a sixth each of 0 and 9, a mean length of about 1,040."""
+    """Compare with the generator of Long Range Arena: mean length 1,040; 0 and 9 a sixth each."""
     rng, seen = random.Random(3), set()
     drawn = [listops._new(rng, ListOpsConfig(), seen) for _ in range(300)]
     lengths = [len(text.split()) for text, _ in drawn]
@@ -148,7 +148,7 @@ def test_no_expression_twice_and_the_seed_decides(monkeypatch, tmp_path):
 
 
 def test_the_draws_are_pinned():
-    """Another version of Python, or a change of the code, would be another dataset."""
+    """The dataset must not change with the version of Python or with the code."""
     drawn = listops.draw(random.Random(22), SHORT)
     assert drawn == ("[SM [SM [MED 2 3 9 9 0 ] 5 1 ] 5 7 ]", 1)
 
@@ -198,7 +198,7 @@ def test_settings_of_another_source_are_not_ignored():
 
 def test_what_cannot_be_found_ends(monkeypatch):
     monkeypatch.setattr(listops, "PATIENCE", 300)
-    # Two digits under one of four operators: there are only 400 of these.
+    # There are only 400 expressions of one of four operators and two digits.
     few = ListOpsConfig(examples=401, min_length=3, max_length=5, max_depth=2, max_arguments=2)
     with pytest.raises(DataError, match=r"300 draws gave no new .*min_length 3 .*max_length 5"):
         sources.load(config(few), "train")
@@ -206,7 +206,7 @@ def test_what_cannot_be_found_ends(monkeypatch):
 
 @pytest.mark.parametrize("name", ["listops", "listops_tiny"])
 def test_each_core_trains_by_the_command_that_the_config_gives(name):
-    """As far as tracing goes, with dropout, where a core refuses what it cannot do."""
+    """The test traces a forward pass with dropout; a core refuses unsupported settings then."""
     experiment, text = base.load(name)
     text = re.sub(r" --run-dir \S+", "", text.replace("\\\n", " "))
     commands = re.findall(rf"heedful train {name}((?:\s+--\S+ \S+)*)\n", text)

@@ -1,4 +1,4 @@
-"""Checkpoints of llama2.c against a plain forward pass in their own terms."""
+"""Test checkpoints of llama2.c against a plain forward pass with the names of llama2.c."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ SIZES = {"D": 24, "F": 13, "L": 2, "N": 6, "K": 3, "V": V, "T": 19}
 
 
 def llama2c(path: Path, is_tied: bool = True) -> dict[str, np.ndarray]:
-    """A file in its format, and its tensors as llama2.c names them."""
+    """Write a file in the format of llama2.c; return its tensors under their names there."""
     D, F, L, N, K, _, length = SIZES.values()
     H, rng = D // N, np.random.default_rng(0)
     shapes = {
@@ -47,7 +47,7 @@ def llama2c(path: Path, is_tied: bool = True) -> dict[str, np.ndarray]:
 
 
 def plain_llama2c(w: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
-    """Its forward pass in float64: rotary positions turn neighbours (2i, 2i + 1)."""
+    """Compute logits as llama2.c does, in float64; rotary positions turn features (2i, 2i + 1)."""
     D, _, L, N, K, _, _ = SIZES.values()
     H, length = D // N, len(tokens)
     w = {name: array.astype(np.float64) for name, array in w.items()}

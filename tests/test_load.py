@@ -1,4 +1,4 @@
-"""Which parameters of a run are used: one checkpoint, or the mean of several."""
+"""Test the choice of a run's parameters: one checkpoint, or the mean of several."""
 
 import dataclasses
 import io
@@ -29,7 +29,7 @@ def run(tmp_path_factory) -> Run:
 
 
 def parameters(run: Run, step: int) -> list[np.ndarray]:
-    """Those of a checkpoint, as they were saved."""
+    """Return the saved parameters of a checkpoint."""
     abstract = load(run.directory, toy.QUIET, checkpoint=str(step)).params
     checkpoints = Checkpoints(run.checkpoints, run.tokenizer().fingerprint)
     return [np.asarray(x) for x in jax.tree.leaves(checkpoints.restore_params(step, abstract))]
@@ -70,7 +70,7 @@ def test_without_averaging_the_best_is_used(tmp_path):
 
 
 def test_where_none_has_a_score_the_newest_is_used(tmp_path):
-    """As after a stop before the first measurement."""
+    """A run that stops before its first evaluation has checkpoints without a score."""
     data = toy.data(toy.write_text(tmp_path), "causal_lm")
     train = TrainConfig(max_checkpoints=3, average_last=1)
     run = toy.random_run(tmp_path / "run", toy.model("decoder_only"), data, train, {3: 0.0, 5: 0.0})

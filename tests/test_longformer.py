@@ -1,4 +1,4 @@
-"""The core longformer against dense, values and gradients, and what it costs."""
+"""Test the core longformer: values and gradients against dense, memory and FLOPs."""
 
 import importlib
 from typing import Any
@@ -17,8 +17,9 @@ from heedful.model.masks import AttentionMask, MaskNotSupported
 from heedful.model.positions import PositionBias, alibi_slopes
 
 B, T, S, N, K, H = 2, 23, 29, 6, 3, 5
-STEPS = (1, 1, 2, 3, 3, 2)  # heads of two steps share a key head, in two ways
-PLACES = jnp.array([[0, 5, 22, -1], [7, -1, 3, 7]])  # one twice, some in another's window
+STEPS = (1, 1, 2, 3, 3, 2)  # Query heads with steps 2, 3 and 3, 2 share a key head.
+# Global tokens: one occurs twice, and some are in the window of another one.
+PLACES = jnp.array([[0, 5, 22, -1], [7, -1, 3, 7]])
 OWN = np.array([[1] * 9 + [2] * 11 + [0] * 3, [0] * 2 + [1] * 4 + [3] * 17])
 SEGMENTS = masks.packed(jnp.array(OWN))
 
@@ -55,7 +56,7 @@ BIASES: dict[str, PositionBias] = {
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Several blocks, of which the last is not full."""
+    """Set a block size that gives several blocks, the last one incomplete."""
     monkeypatch.setattr(importlib.import_module("heedful.model.attention.longformer"), "BLOCK", 4)
 
 
@@ -66,7 +67,7 @@ def arrays(dtype: Any = jnp.float32, q_length: int = T, kv_length: int = T) -> l
 
 
 def results(core, mask: AttentionMask, inputs, bias: PositionBias | None = None, **options: Any):
-    """Output and the gradients for queries, keys, values and the bias."""
+    """Return the output, and gradients for queries, keys, values and the bias."""
     *qkv, g = inputs
 
     @jax.jit
@@ -137,7 +138,8 @@ def test_a_query_that_sees_nothing_gives_zero_and_gets_zero(dtype):
 
 
 def test_memory_and_arithmetic_grow_with_the_length_alone(monkeypatch):
-    # Counted by the compiler: doubled length, doubled memory; dense would need four times as much.
+    # If the length doubles, memory and FLOPs that the compiler counts must double; those of dense
+    # would grow fourfold.
     monkeypatch.setattr(importlib.import_module("heedful.model.attention.longformer"), "BLOCK", 16)
     mask = masks.longformer(16, jnp.arange(2)[None])
     used = []

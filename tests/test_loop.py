@@ -1,4 +1,4 @@
-"""The loop's own accounts."""
+"""Test the training loop: its time measurements, its messages and its observers."""
 
 import dataclasses
 import io
@@ -19,7 +19,7 @@ from heedful.train.start import start_run
 
 
 class Loss(float):
-    """Of a step that the devices have finished, or not."""
+    """The loss of a step, which devices have computed if `ready` is True."""
 
     ready = True
 
@@ -28,7 +28,7 @@ class Loss(float):
 
 
 class Seen(Observer):
-    """Keeps all that it is told."""
+    """An observer that records its calls."""
 
     def __init__(self):
         self.events: list[tuple[Any, ...]] = []
@@ -45,7 +45,7 @@ def test_a_batch_is_waited_for_only_where_no_work_is_left():
     meter._since -= 100.0
     norms = {"kernel": jnp.ones(1)}
     for step in range(1, 5 + AHEAD):
-        meter.fetched(10.0)  # nothing to work on at step 1, and after step 2
+        meter.fetched(10.0)  # Devices have no work at step 1 and after step 2.
         loss = Loss(1.5)
         loss.ready = step == 2
         numbers = {"weight": 1.0, "lr": 0.1, "grad_norm": np.float32(1)}
@@ -72,7 +72,7 @@ def test_a_warmup_that_is_longer_than_the_training_is_said(tmp_path):
 
 
 def test_observers_see_all_in_order(tmp_path):
-    """Metrics come late, but before the checkpoint of their step, and that before its score."""
+    """Metrics come late, but before the checkpoint of their step, which comes before its score."""
     config = dataclasses.replace(
         toy.TRAIN, steps=6, log_every=2, checkpoint_every=3, fingerprint_every=2
     )

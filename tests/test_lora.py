@@ -1,4 +1,4 @@
-"""Low-rank adaptation against a model whose matrices were changed instead."""
+"""Test low-rank adaptation against a model whose matrices include the updates."""
 
 import copy
 from typing import Any
@@ -21,7 +21,7 @@ def adapted(**changes: Any):
 
 
 def linears(params: dict) -> dict[str, dict]:
-    """The linear maps of all layers, by name; changing one changes `params`."""
+    """Return the linear maps of all layers by name; they are parts of `params`, not copies."""
     blocks = params["decoder"]["blocks"]
     return blocks["self_attention"] | blocks["feed_forward"]
 
@@ -39,7 +39,7 @@ def test_an_update_equals_a_changed_matrix():
     logits, expected = adapt({"params": params}, TOKENS), run({"params": merged}, TOKENS)
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
-    # As it starts, b being 0, it changes nothing.
+    # An update starts with lora_b = 0 and changes nothing.
     for linear in linears(params).values():
         linear["lora_b"] *= 0
     before = copy.deepcopy(params)

@@ -1,4 +1,4 @@
-"""Cross-entropy against a plain computation in float64."""
+"""Test cross-entropy against a plain computation in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ def test_chunks_change_nothing(size: int, skips: bool):
 
 @pytest.mark.parametrize(("counted", "needed"), [(0, 0), (1, 1), (2, 1), (3, 2), (5, 3)])
 def test_chunks_in_which_nothing_counts_are_left_out(counted: int, needed: int):
-    """In one row `counted` positions count, in the others none; `needed` chunks of two are run."""
+    """One row has `counted` positions with a weight; `needed` chunks of two are computed."""
     weights = np.zeros((B, T), np.float32)
     weights[1, np.random.default_rng(0).permutation(T)[:counted]] = 1
     runs = []

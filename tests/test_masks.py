@@ -1,4 +1,4 @@
-"""Masks against a predicate written as loops over single pairs."""
+"""Test masks against a predicate that loops over single pairs."""
 
 from functools import partial
 from typing import Any
@@ -15,12 +15,12 @@ from heedful.model.masks import AttentionMask
 
 B, T, S, HEADS = 3, 5, 7, 2
 
-# What a mask says, as plain values: the naive side reads these, the builders get the same.
+# The facts of a mask as plain values; the naive predicate and the builders get the same facts.
 Facts = dict[str, Any]
 
 
 def naive(facts: Facts, b: int, n: int, i: int, j: int) -> bool:
-    """Whether head n of query row i of batch row b may look at key j."""
+    """Return True if head n of query row i in batch row b may look at key j."""
     offset = facts.get("offset", [0] * B)[b]
     p = i + offset
     if facts.get("causal") and j > p:
@@ -117,7 +117,7 @@ def test_a_mask_says_what_its_builders_say_and_tiles_are_its_parts(facts, offset
 
 
 def test_blocks_that_need_no_work_are_found():
-    """With one row in each block nothing is left to chance, but for steps between positions."""
+    """In blocks of one query and one key the result is exact; larger blocks are checked by hand."""
     segments = [[1, 1, 2, 2, 0, 0, 0]] * B
     own = jnp.array(segments)
     for mask in (
@@ -142,7 +142,7 @@ def test_blocks_that_need_no_work_are_found():
 @given(first=facts_without_offset, second=facts_without_offset)
 @example(first={"prefix": [0, 3, 5]}, second={"prefix": [2, 1, 7]})
 def test_and_allows_what_both_allow(first, second):
-    # What a second window cannot be combined with, or a single mask, stands in tests below.
+    # Other tests check the facts that two windows cannot combine, or that only one mask may have.
     second = {name: value for name, value in second.items() if name not in ("dilation", "global")}
     if "window" in second:
         first = {name: value for name, value in first.items() if name not in ("dilation", "global")}
@@ -206,7 +206,7 @@ def test_an_offset_moves_no_mask_that_was_built_without_it():
         for pair in ((masks.causal().at(offset), other), (other, masks.causal().at(offset))):
             with pytest.raises(ValueError, match="two positions"):
                 pair[0] & pair[1]
-    # These two are about the same queries, and segments stand nowhere.
+    # These two masks have the same offset, and segments have no offset.
     both = masks.causal().at(offset) & masks.sliding(1, 0).at(offset)
     both = both & masks.cross(segments, jnp.ones((B, S), jnp.int32))
     facts = {"causal": True, "window": (1, 0), "offset": [2] * B}
@@ -250,4 +250,4 @@ def test_a_mask_takes_memory_linear_in_its_length():
     leaves = jax.tree.leaves(mask)
     assert len(leaves) == 4
     assert all(leaf.size <= B * length for leaf in leaves)
-    assert (mask.causal, mask.window) == (True, (3, 3))  # facts, not arrays: jit carries them
+    assert (mask.causal, mask.window) == (True, (3, 3))  # static facts, which jit preserves

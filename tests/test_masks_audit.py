@@ -1,6 +1,6 @@
-"""The audit of masks finds each planted bug, names it, and has nothing to say about our configs.
+"""Test the audit of masks: it finds and names each planted bug, and finds nothing in our configs.
 
-Bugs are planted in the real code, where the audit must see them from outside.
+Tests plant bugs in the real code, and the audit must detect them by the behaviour of the model.
 """
 
 import dataclasses
@@ -72,7 +72,7 @@ def audited(data: DataConfig, *, small: bool = True, **attention: Any) -> Audit:
 def found(
     result: Audit | list[Finding], kind: str, where: str, method: str = ""
 ) -> list[tuple[int, ...]]:
-    """All places of findings of this kind; there must be one."""
+    """Return the positions of all findings of a kind; there must be at least one."""
     findings = result if isinstance(result, list) else result.findings
     chosen = [f for f in findings if (f.kind, f.where) == (kind, where) and method in f.method]
     assert chosen, [str(f) for f in findings]
@@ -80,14 +80,14 @@ def found(
 
 
 def decoded(data: DataConfig) -> list[Finding]:
-    """The part of an audit that goes through the cache."""
+    """Run the part of an audit that decodes with a cache."""
     subject = Subject.of(model(data), data)
     whole = forward(subject.model, deterministic=True)
     probe = Probe(subject.model, subject.params, whole, subject.batch)
     return [f for schedule in _schedules(subject) for f in _cached(subject, probe, schedule)]
 
 
-# The twelve -------------------------------------------------------------------------------------
+# Planted bugs -----------------------------------------------------------------------------------
 
 
 def plant_core(monkeypatch, name: str, core: Callable) -> None:
@@ -154,7 +154,7 @@ def test_prefix_off_by_one(monkeypatch):
 
 
 def test_prefix_of_the_loss_off_by_one(monkeypatch):
-    """The loss asks the last but one position of the prefix for what it can read."""
+    """The loss counts a target inside the prefix, which the position before it can see."""
 
     def eager(example, rng, config, tokenizer):
         row = objectives.prefix_lm(example, rng, config, tokenizer)
@@ -186,7 +186,7 @@ def test_cache_off_by_one(monkeypatch, data):
 
 
 def test_cache_that_looks_one_ahead(monkeypatch):
-    """What comes with a token is seen too early."""
+    """A query sees the key of the next token."""
 
     def attend(self, core, call, cache_write_mask=None):
         mask, cache = call.mask, self.write(call.k, call.v, call.mask.q_offset)
@@ -207,7 +207,7 @@ def test_global_token_missing(monkeypatch):
 
 
 def test_causal_linformer(monkeypatch):
-    """Projections along the length mix what comes later into every key."""
+    """Projections along the sequence mix later tokens into every key."""
     monkeypatch.setattr(CoreSpec, "require", lambda *_: None)
     data = dataclasses.replace(LM, packing=False)
     places = found(audited(data, core="linformer"), "leak", "self-attention")
@@ -274,7 +274,7 @@ def test_one_segment_for_all_documents(monkeypatch):
     ("data", "value"), [(LM, -1e4), (LM, float(jnp.finfo(jnp.float32).min)), (TRANSLATION, -1e9)]
 )
 def test_finite_mask_value(monkeypatch, data, value):
-    """Padding, which may see nothing, sees all; and scores below the value lose against it."""
+    """Padding sees everything, and a masked score beats allowed scores below the mask value."""
 
     def softmax(scores, allowed):
         return jax.nn.softmax(scores if allowed is None else jnp.where(allowed, scores, value))
@@ -289,7 +289,7 @@ def test_finite_mask_value(monkeypatch, data, value):
 
 @pytest.mark.parametrize(("value", "is_added"), [(-1e4, False), (-1e9, True)])
 def test_finite_mask_value_that_spares_empty_rows(monkeypatch, value, is_added):
-    """Nothing is seen with common scores; with tempting ones it is."""
+    """The audit finds the bug with extreme scores only."""
 
     def softmax(scores, allowed):
         masked = jnp.where(allowed, scores, scores + value if is_added else value)
@@ -309,7 +309,7 @@ def test_rows_that_see_one_another(monkeypatch):
     found(audited(LM), "leak", "self-attention", "rows")
 
 
-# Nothing to say ---------------------------------------------------------------------------------
+# No findings ------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -322,7 +322,7 @@ def clean(model: ModelConfig, data: DataConfig, small: bool) -> None:
     "name", quick.only(["translate_tiny", "bert_tiny", "shakespeare_char"], base.names())
 )
 def test_our_configs_are_clean(name: str):
-    """Each once: those that differ in size only are the same small model."""
+    """The audit of a small model is cached: configs that differ only in size share it."""
     experiment = base.load(name)[0]
     subject = Subject.of(experiment.model, experiment.data)
     config = dataclasses.replace(subject.model, dropout=0.1)
@@ -345,7 +345,7 @@ WINDOWS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("window", quick.only(["window"], WINDOWS))
 @pytest.mark.parametrize("core", [name for name in CORES if name not in ("dense", "splash")])
 def test_cores_are_clean_where_they_run(core: str, window: str, data: DataConfig):
-    """All but the one that is audited everywhere else, and a kernel that is slow on a CPU."""
+    """The test omits dense, which all other tests audit, and splash, which is slow on a CPU."""
     config = with_core(model(data, **WINDOWS[window]), core)
     if data == TRANSLATION and window != "all":
         pytest.skip("its two stacks are audited alone")
@@ -394,7 +394,7 @@ def test_the_closure_is_the_reach_of_so_many_steps():
 
 
 def test_the_declaration_is_what_the_masks_say():
-    """Two ways to say the same: by loops here and in model/masks.py."""
+    """The loops of the audit's declaration and model/masks.py define the same pairs."""
     rng = np.random.default_rng(0)
     segments = np.sort(rng.integers(0, 4, (5, 11)), axis=1)[:, ::-1]
     prefix = rng.integers(0, 5, 5)
@@ -411,7 +411,7 @@ def test_the_declaration_is_what_the_masks_say():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of two layers of random parameters, and the text that it would train on."""
+    """Write a run of two layers with random parameters, and the text that it would train on."""
     folder = tmp_path_factory.mktemp("run")
     text = toy.write_text(folder)
     data = toy.data(text, "causal_lm", tokenizer=TokenizerConfig(kind="bytes"))

@@ -1,4 +1,4 @@
-"""What a compilation leaves behind is given back to the system, and steps stay where they were."""
+"""Test that memory of a compilation returns to the system, and that steps run in their thread."""
 
 import os
 import subprocess
@@ -55,12 +55,12 @@ def printed_by(program: str) -> list[str]:
 
 
 def test_steps_run_in_the_thread_that_asks_for_them():
-    assert printed_by(STEP) == ["True"]  # A call that another thread runs returns at once.
+    assert printed_by(STEP) == ["True"]  # A call in another thread would return before the end.
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_what_a_compilation_leaves_is_given_back():
     before, full, kept, left = map(int, printed_by(COMPILATION))
     assert full > before + 100  # MiB
-    assert kept > full - 20  # The allocator keeps what was freed.
+    assert kept > full - 20  # The allocator keeps freed memory.
     assert left < before + 20

@@ -1,4 +1,4 @@
-"""Files of JSON lines: what a kill or a full disk leaves of them."""
+"""Test files of JSON lines and events: their content after a kill or on a full disk."""
 
 import json
 import multiprocessing
@@ -24,7 +24,7 @@ from heedful.train.metrics import MetricsWriter, scores
 def test_later_lines_and_what_was_cut_short_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     whole = json.dumps({"step": 4, "parameters": {"a": "0"}})
-    for cut in (whole[:-1], whole[:20]):  # The first one ends in a brace.
+    for cut in (whole[:-1], whole[:20]):  # The first part ends in a brace.
         path.write_text('{"step": 1}\n{"step": 3}\n{"step": 2}\n' + cut)
         assert [line["step"] for line in read_lines(path)] == [1, 3, 2]
         lines = Lines(path, from_step=2)
@@ -36,7 +36,7 @@ def test_later_lines_and_what_was_cut_short_are_dropped(tmp_path):
 def fill_lines(path: Path) -> None:
     lines, text = Lines(path, from_step=0), "x" * 500
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, former[1]))  # stands for a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, former[1]))  # instead of a full disk
     for step in range(1, 9):
         lines.write({"step": step, "text": text})
     resource.setrlimit(resource.RLIMIT_FSIZE, former)
@@ -86,7 +86,7 @@ def test_scores_are_found_in_the_metrics(tmp_path):
 
 
 def events(folder: Path) -> list[Event]:
-    """What TensorBoard reads; every checksum must be right."""
+    """Read the events of a folder as TensorBoard does, and check each checksum."""
     (path,) = folder.glob("events.out.tfevents.*")
     data, found = path.read_bytes(), []
     while data:

@@ -1,4 +1,4 @@
-"""Each value that no model can have is refused in one line that names the field and the value."""
+"""Test that invalid values of a model config are refused in one line with field and value."""
 
 from collections.abc import Callable
 
@@ -22,12 +22,12 @@ NAN = float("nan")
 
 
 def rotary(scaling, name: str) -> RotaryConfig:
-    """With a field set to 3 that is for llama3."""
+    """Return a config in which a field that only llama3 has is 3."""
     return RotaryConfig(scaling=scaling, factor=1 if scaling == "none" else 2, **{name: 3})
 
 
 def classifier(name: str) -> HeadConfig:
-    """With a field set that is for a language model."""
+    """Return a classifier's config in which a field that only language models have is True."""
     return HeadConfig(kind="classifier", **{name: True})  # type: ignore[arg-type]
 
 

@@ -1,4 +1,7 @@
-"""A core with parameters, a cache form and random features is one file and one line of a table."""
+"""Test that a new core with parameters, a cache and random features needs one file and one line.
+
+The line is the entry of the core in the table of cores.
+"""
 
 import dataclasses
 from functools import partial
@@ -35,7 +38,7 @@ FEATURE_COUNT = 5
 
 @struct.dataclass
 class KernelState:
-    """KernelState over all keys so far, of phi(k) v^T and of phi(k)."""
+    """Sums of phi(k) v^T and of phi(k) over all keys so far."""
 
     values: jax.Array
     total: jax.Array
@@ -48,7 +51,7 @@ class KernelState:
 
 
 class Kernel(nn.Module):
-    """Linear attention with phi(x) = exp(strength tanh(W x)), W random, strength learned."""
+    """Linear attention with phi(x) = exp(strength tanh(W x)); W is random, strength is learned."""
 
     def setup(self):
         init = partitioned(nn.initializers.ones, "rank")
@@ -107,12 +110,12 @@ SPEC = CoreSpec(
 )
 
 
-# What the rest of the project makes of it -------------------------------------------------------
+# The core in the rest of the project ------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
 def core(monkeypatch):
-    """The line in the table."""
+    """Add the line to the table of cores."""
     monkeypatch.setitem(CORES, "kernel", SPEC)
 
 
@@ -148,7 +151,7 @@ def test_decoding_with_its_cache_is_the_whole_at_once():
         rest.append(logits)
     whole = model.apply({"params": params}, TOKENS)
     np.testing.assert_allclose(jnp.concatenate([first, *rest], 1), whole, atol=1e-5, rtol=1e-5)
-    # Hypotheses of a search, each with sums of its own.
+    # Each hypothesis of a search has its own sums.
     beams = cache.repeat(2).reorder(jnp.array([[1, 0]] * B))
     assert beams.self_attention.total.shape[:2] == (LAYERS, 2 * B)
 

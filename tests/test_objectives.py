@@ -1,3 +1,5 @@
+"""Test objectives: the row that each of them makes of an example."""
+
 import numpy as np
 import pytest
 
@@ -21,7 +23,7 @@ def tokenizers():
 
 @pytest.fixture(scope="module")
 def make(tokenizers):
-    """make(objective, example, seed, **config) -> the row."""
+    """Return `make(objective, example, seed, **config)`, which returns the row of an example."""
 
     def make(name, example, seed=0, **changes):
         config = DataConfig(source="tfds:x", objective=name, **changes)
@@ -102,7 +104,7 @@ def test_prefix_lm_predicts_what_comes_after_the_prefix(make):
         prefix = int(row["prefix_len"])
         prefixes.add(prefix)
         assert row["inputs"].tolist() == tokens[:-1]
-        # No position of the prefix sees a target that counts, and the first target follows it.
+        # The loss counts the targets after the prefix, beginning with the first token after it.
         assert row["targets"][row["weights"] > 0].tolist() == tokens[prefix:]
         assert row["weights"].sum() == len(tokens) - prefix
     assert prefixes == {1, 2, 3, 4, 5}
@@ -123,7 +125,7 @@ def test_masked_lm_takes_its_share(make, tokenizers):
     inputs, targets = row["inputs"][chosen], tokens[chosen]
     masked = inputs == tokenizer.mask
     assert masked.mean() == pytest.approx(0.8, abs=0.04)
-    same = inputs == targets  # Kept, or drawn by chance.
+    same = inputs == targets  # kept tokens, and random tokens that equal the target by chance
     vocabulary = len(tokenizer.ordinary)
     assert same.mean() == pytest.approx(0.1 + 0.1 / vocabulary, abs=0.03)
     drawn = inputs[~masked & ~same]
@@ -169,7 +171,7 @@ def test_whole_words_are_masked_whole(make, tokenizers):
 
 
 def restore(row, tokenizer):
-    """The text that both sides tell together, and the lengths of the spans."""
+    """Return the text that inputs and targets give together, and the lengths of the spans."""
     source, target = row["encoder_inputs"].tolist(), row["targets"].tolist()
     assert source.pop() == target.pop() == tokenizer.eos
     order = [token for token in target if token in tokenizer.sentinels]
@@ -202,7 +204,7 @@ def test_both_sides_together_are_the_text(make, tokenizers, noise, span_length):
             assert sum(spans) == lost
             assert len(spans) == max(1, min(round(lost / span_length), n - lost))
             assert row["inputs"].tolist() == [tokenizer.bos, *row["targets"][:-1]]
-            assert "weights" not in row  # All count.
+            assert "weights" not in row  # All targets count.
 
 
 def test_spans_are_drawn(make, tokenizers):

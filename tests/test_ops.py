@@ -1,4 +1,4 @@
-"""Each formula with a variant for a platform: the variant computes what the plain form does."""
+"""Test formulas that have a variant for a platform: the variant equals the plain form."""
 
 import re
 from importlib import import_module
@@ -15,7 +15,7 @@ from heedful.model.ops.platform import OPS, op
 from heedful.model.ops.products import MAX_ROWS_TRANSPOSED
 
 ROOT = Path(__file__).parent.parent
-for file in (ROOT / "model" / "ops").glob("*.py"):  # so that all are in the table
+for file in (ROOT / "model" / "ops").glob("*.py"):  # The imports fill the table.
     import_module(f"heedful.model.ops.{file.stem}")
 FEW, MANY = MAX_ROWS_TRANSPOSED, MAX_ROWS_TRANSPOSED + 1
 
@@ -25,7 +25,7 @@ def random(*shape: int, seed: int = 0) -> jax.Array:
 
 
 def compared(name: str, *args: Any, **options: Any) -> tuple[Any, Any]:
-    """Results of the plain form and of its variant on a CPU."""
+    """Return the results of the plain form and of its CPU variant."""
     made = OPS[name]
     return jax.jit(lambda: (made.plain(*args, **options), made.variants["cpu"](*args, **options)))()
 
@@ -88,7 +88,7 @@ def test_kernels_are_transposed_where_few_rows_are_faster_so():
     np.testing.assert_array_equal(transposed[("query",)], np.swapaxes(kernels[("query",)], 1, 2))
 
 
-@pytest.mark.parametrize("rows", [1, FEW])  # times 12
+@pytest.mark.parametrize("rows", [1, FEW])  # multiplied by 12 in the test
 @pytest.mark.parametrize("size", [7, 1009, 32 * 31])
 def test_the_highest_are_found_block_by_block(size: int, rows: int):
     rng = np.random.default_rng(0)
@@ -174,7 +174,7 @@ def test_layers_per_iteration(asked, remat: bool, decodes: bool, expected: tuple
 
 
 PLACES = ["ops", "attention", "axes.py"]
-"""In model/, the files that may ask for the platform; the cores say on which they run."""
+"""Files and folders of model/ that may name platforms; cores list the platforms they run on."""
 
 
 @pytest.mark.parametrize(

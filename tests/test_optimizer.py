@@ -1,4 +1,4 @@
-"""Schedules against their formulas, optimizers against the papers' update rules."""
+"""Test schedules against their formulas, and optimizers against the update rules of the papers."""
 
 import flax.linen as nn
 import jax
@@ -34,14 +34,14 @@ def test_the_warmup_is_so_many_equal_steps_to_the_peak(schedule):
 def test_a_warmup_may_begin_at_another_rate_than_0(schedule):
     expected = 0.01 + (PEAK - 0.01) * np.arange(WARMUP + 1) / WARMUP
     got = rates(schedule=schedule, initial_lr=0.01)[: WARMUP + 1]
-    np.testing.assert_allclose(got, expected, rtol=1e-5)  # float32, and a difference in it
+    np.testing.assert_allclose(got, expected, rtol=1e-5)  # a difference of float32 numbers
 
 
 def test_inverse_sqrt_is_the_paper_s_rule():
     width = 512  # arXiv:1706.03762 §5.3: width^-0.5 * min(step^-0.5, step * warmup^-1.5)
     config = OptimizerConfig(peak_lr=(width * WARMUP) ** -0.5, warmup_steps=WARMUP)
     schedule = learning_rate(config, STEPS)
-    for step in range(1, STEPS + 1):  # The schedule is asked with the updates before.
+    for step in range(1, STEPS + 1):  # The schedule gets the number of updates before the step.
         expected = width**-0.5 * min(step**-0.5, step * WARMUP**-1.5)
         assert float(schedule(step - 1)) == pytest.approx(expected, rel=1e-5)
 
@@ -53,7 +53,7 @@ def test_with_an_initial_rate_inverse_sqrt_is_fairseq_s_rule():
     assert (optimizer.peak_lr, optimizer.warmup_steps, optimizer.initial_lr) == (
         peak, warmup, initial,
     )  # fmt: skip
-    # fairseq sets the rate of the first update by 0 updates, that of the next by 1, and so on.
+    # fairseq computes the rate of the first update from 0 updates, that of the second from 1, etc.
     for updates in (0, 1, 2, 1000, 1999, 2000, 2001, 7999):
         ramp = initial + updates * (peak - initial) / warmup
         expected = ramp if updates < warmup else peak * warmup**0.5 * updates**-0.5
@@ -79,7 +79,8 @@ def test_the_first_update_changes_the_parameters():
     config = OptimizerConfig(kind="adam", peak_lr=PEAK, warmup_steps=WARMUP)
     optimizer, params = make_optimizer(config, STEPS), {"kernel": jnp.ones((2, 3))}
     updates, _ = optimizer.update(params, optimizer.init(params), params)
-    np.testing.assert_allclose(updates["kernel"], -PEAK / WARMUP, rtol=1e-6)  # by Adam's sign
+    # Adam's first update has size 1 before the learning rate multiplies it.
+    np.testing.assert_allclose(updates["kernel"], -PEAK / WARMUP, rtol=1e-6)
 
 
 def test_linear_and_cosine_end_at_the_final_rate():

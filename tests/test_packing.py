@@ -1,3 +1,5 @@
+"""Test plans of batches: buckets by length, packed rows, and their order in each epoch."""
+
 import dataclasses
 import itertools
 import time
@@ -27,7 +29,7 @@ def test_buckets_are_the_best_there_are(seed, buckets, multiple):
     lengths = np.minimum(rng.geometric(0.05, 101), 53)
     config = DataConfig(buckets=buckets, max_length=53, length_multiple=multiple)
     found = choose_buckets(lengths, config)
-    # 53 is the largest allowed length, so it stands for the multiple that it cannot reach.
+    # 53 is the largest allowed length; it replaces the next multiple, which is larger.
     candidates = [*range(multiple, 53, multiple), 53]
     least = min(
         positions(lengths, chosen)
@@ -86,7 +88,7 @@ def test_a_batch_has_no_more_rows_than_its_bucket():
     with pytest.raises(DataError, match=r"does not hold data.batch_multiple 2 rows of 64 tokens"):
         BatchPlan(lengths, config, 0)
     plan = BatchPlan(lengths, dataclasses.replace(config, batch_tokens=257), 0)
-    assert plan.shapes == [(12, (8,)), (4, (64,))]  # 32 and 4 rows would have room.
+    assert plan.shapes == [(12, (8,)), (4, (64,))]  # 32 rows of 8 tokens would fit.
 
 
 def orders(plan, epoch):
@@ -100,7 +102,7 @@ def test_order_depends_on_seed_and_epoch_alone():
     first, second = orders(plan, 0), orders(plan, 1)
     assert first != second
     assert Counter(map(len, first)) == Counter(map(len, second))
-    # Asked from behind, by another plan: the same.
+    # Another plan gives the same orders if it is asked for the last epoch first.
     again = BatchPlan(lengths, config, 11)
     assert orders(again, 1) == second
     assert orders(again, 0) == first
@@ -147,7 +149,7 @@ def test_a_million_examples_are_planned_in_seconds():
 
 # Packed rows -------------------------------------------------------------------------------------
 
-SIZES = [0, 3, 17, 1, 0, 0, 5, 41, 2, 0]  # Positions of documents; some are empty.
+SIZES = [0, 3, 17, 1, 0, 0, 5, 41, 2, 0]  # numbers of positions of documents; some are empty
 
 
 def packed(sizes=SIZES, seed=7, shuffle=True, **changes):
@@ -157,7 +159,7 @@ def packed(sizes=SIZES, seed=7, shuffle=True, **changes):
 
 
 def all_rows(plan, epoch):
-    """The row numbers of an epoch in their order."""
+    """Return the row numbers of an epoch in their order."""
     n = plan.batches_per_epoch
     batches = [plan.rows(epoch * n + i) for i in range(n)]
     assert {shape for shape, _ in batches} == set(plan.shapes)
@@ -186,7 +188,7 @@ def test_every_position_exactly_once_per_epoch():
         held = [positions_of(plan, epoch, row) for row in range(7)]
         assert sorted(joined(held)) == EVERY
         assert list(map(len, held)) == [11] * 6 + [len(EVERY) - 66]
-        # The same stream, from another place on.
+        # An epoch is the same stream from another position on.
         first = EVERY.index(held[0][0])
         assert joined(held) == EVERY[first:] + EVERY[:first]
         shifts.add(first)

@@ -1,4 +1,4 @@
-"""Attention by random features: the formula in float64, its estimate of softmax, its cache."""
+"""Test attention by random features: formula in float64, estimate of the softmax, and cache."""
 
 import dataclasses
 from functools import partial
@@ -60,7 +60,7 @@ def performer(**values) -> Performer:
 
 
 def naive(core: Performer, q, k, v, allowed, scale: float = H**-0.5):
-    """phi(q) phi(k) of each pair, in the type of the inputs."""
+    """Compute attention from phi(q) phi(k) of each pair, in the type of the inputs."""
     numpy = np if isinstance(q, np.ndarray) else jnp
     w = fixed_features(core.config, H).astype(q.dtype)
 
@@ -89,7 +89,7 @@ def allowed_by(mask: AttentionMask, length: int = T) -> np.ndarray:
 def test_values_and_gradients_are_those_of_the_formula(name: str, kernel: str):
     mask, length = (CROSS, 7) if name == "cross" else (MASKS[name], T)
     allowed, arrays = allowed_by(mask, length), inputs(length)
-    core = performer(kernel=kernel)  # 13 tokens are 3 chunks of 4 and 1 more
+    core = performer(kernel=kernel)  # 13 tokens: 3 chunks of 4 tokens, and 1 token
 
     @jax.jit
     def both(*arrays):
@@ -117,7 +117,7 @@ def test_chunks_change_nothing(name: str):
 @pytest.mark.parametrize("name", ["padding", "packed", "causal packed", "cross"])
 def test_a_query_that_sees_nothing_gives_zero_and_gets_zero(name: str, dtype):
     mask, length = (CROSS, 7) if name == "cross" else (MASKS[name], T)
-    if name == "cross":  # of a source that is all padding
+    if name == "cross":  # The source of row 1 is all padding.
         mask = masks.cross(ONE[:, :7], ONE.at[1].set(0))
     allowed = allowed_by(mask, length)[:, 0]
     q, k, v = (jnp.asarray(x, dtype) for x in inputs(length))
@@ -144,7 +144,7 @@ def test_a_query_that_sees_nothing_gives_zero_and_gets_zero(name: str, dtype):
 def test_causality_is_exact():
     core, (q, k, v) = performer(chunk=8), map(jnp.float32, inputs())
     run = jax.jit(lambda k, v: core.apply({}, AttentionCall(q, k, v, masks.causal())))
-    # Not even the rounding of the first 5 knows the keys that follow in their chunk.
+    # Later keys in the same chunk do not even change the rounding of the first 5 outputs.
     later = run(k.at[:, 5:].multiply(3.0), v.at[:, 5:].add(7.0))
     np.testing.assert_array_equal(later[:, :5], run(k, v)[:, :5])
     assert (later[:, 5:] != run(k, v)[:, 5:]).all()
@@ -159,7 +159,7 @@ def test_large_keys_and_queries_neither_overflow_nor_vanish(name: str):
         out, pull = jax.vjp(lambda *x: core.apply({}, AttentionCall(*x, mask)), q, k, v)
         return out, *pull(jnp.ones_like(out))
 
-    # Norms up to 20: the features of keys differ by e^100 and more.
+    # Norms are up to 20, so that the features of keys differ by factors of e^100 and more.
     sizes = np.linspace(0.1, 9, T)
     for order in (sizes, sizes[::-1]):
         q, k, v = inputs()
@@ -181,7 +181,7 @@ def test_bfloat16_computes_features_and_sums_in_float32():
         np.testing.assert_allclose(np.float64(out), expected, rtol=2**-8, atol=1e-6)
 
 
-# What it refuses --------------------------------------------------------------------------------
+# Refused calls ----------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_expressed_is_refused(unchecked):
@@ -226,7 +226,7 @@ def test_rows_that_are_not_known_to_be_wrong_while_tracing_become_nan():
         right = ~np.array(is_wrong)
         expected = naive(performer(), *inputs(), allowed_by(mask))
         np.testing.assert_allclose(out[right], expected[right], atol=1e-5)
-    # So does a cross-attention to several documents.
+    # Cross-attention to several documents gives NaN too.
     mask = masks.cross(IDS[:, :7], IDS)
     out = performer().apply({}, AttentionCall(q[:, :7], k, v, mask))
     assert np.isnan(out).all((1, 2, 3)).tolist() == [True, False, True]
@@ -245,12 +245,12 @@ def rows_of(features: int, orthogonal: bool, seeds: int, head_dim: int = 8) -> j
 def test_products_of_features_are_unbiased(orthogonal: bool):
     rng = np.random.default_rng(0)
     q, k = rng.normal(0, 0.5, (2, 8))
-    # 12 features: a whole orthogonal block and half of one.
+    # 12 features are one and a half orthogonal blocks.
     w = np.asarray(rows_of(12, orthogonal, 20_000))
     products = np.exp(w @ (q + k) - (q @ q + k @ k) / 2)
     error = products.mean(1).std() / np.sqrt(len(w))
     assert abs(products.mean() - np.exp(q @ k)) < 4 * error < 0.03
-    # Each of them, as QR alone would not have it.
+    # Each single feature must be unbiased; QR alone would not give this.
     deviation = (products.mean(0) - np.exp(q @ k)) / (products.std(0) / np.sqrt(len(w)))
     assert abs(deviation).max() < 4
     fixed = fixed_features(PerformerConfig(features=12, orthogonal=orthogonal), 8)
@@ -262,9 +262,9 @@ def test_products_of_features_are_unbiased(orthogonal: bool):
 
 def test_the_error_falls_with_the_root_of_the_features_and_is_less_if_orthogonal():
     rng = np.random.default_rng(0)
-    # The relative variance of a weight is (exp(|q + k|^2) - 1) / R, scaled q and k: the law holds
-    # where that is below 1 from the fewest features on. With a deviation of 0.8 instead of 0.4 it
-    # is not, and the exponent over these counts is -0.19.
+    # For scaled q and k the relative variance of a weight is (exp(|q + k|^2) - 1) / R. The law
+    # holds if this variance is below 1 even for the fewest features. With a deviation of 0.8
+    # instead of 0.4 the variance is larger, and the exponent over these counts is -0.19.
     q, k, v = (jnp.float32(rng.normal(0, s, (1, 31, 1, 8))) for s in (0.4, 0.4, 1))
     call = AttentionCall(q, k, v, masks.full())
     exact = dense(call)
@@ -317,7 +317,7 @@ def test_a_decoder_decodes_with_sums_as_it_was_taught(kind: str):
         options = {"cache": empty_cache(config, B, 13), "cache_write_mask": real, "offset": 0}
         first, cache = decode(TOKENS[:, :3], **options)
         rest = []
-        for step in range(2):  # each row goes on where it is
+        for step in range(2):  # Each row continues at its own position.
             at = jnp.sum(real, 1) + step
             token = TOKENS[jnp.arange(B), at][:, None]
             logits, cache = decode(token, cache=cache, offset=at)
@@ -328,13 +328,13 @@ def test_a_decoder_decodes_with_sums_as_it_was_taught(kind: str):
     np.testing.assert_allclose(first[0], whole[0, :3], atol=1e-5)
     for at, logits in rest:
         np.testing.assert_allclose(logits, whole[np.arange(B), at], atol=1e-5, rtol=1e-5)
-    # Its size knows of no length.
+    # The size of the cache does not depend on the length.
     assert jax.tree.map(jnp.shape, cache) == jax.tree.map(jnp.shape, empty_cache(config, B, 1))
 
 
 @pytest.mark.parametrize("kind", quick.only(["rotary"], UNBIASED))
 def test_a_batch_of_texts_is_what_each_alone_gives(kind: str, monkeypatch):
-    monkeypatch.setattr(generate, "CHUNK", 6)  # the last chunk begins before the one before ends
+    monkeypatch.setattr(generate, "CHUNK", 6)  # The last chunk overlaps the one before.
     config = small(positions=kind, positions_max_length=25, **CORE)
     generator = make_generator(config, temperature=3.0, seed=3)
     assert generator(PROMPTS) == Plain(generator)(PROMPTS)

@@ -1,3 +1,5 @@
+"""Test the pipeline of data: batches of all objectives, their order, workers and processes."""
+
 import itertools
 import json
 import subprocess
@@ -89,7 +91,7 @@ def same(left, right):
 
 
 def examples_of(batches, tokenizer):
-    """Returns the texts (source, target) of all rows that hold an example."""
+    """Return the texts (source, target) of all rows that hold an example."""
     return sorted(
         (tokenizer.decode(source), tokenizer.decode(target))
         for batch in batches
@@ -172,7 +174,7 @@ def test_processes_together_see_what_one_sees(dataset, processes):
 
 
 def test_a_process_may_read_several_parts(dataset):
-    """As where the devices of a host do not lie next to each other in the mesh."""
+    """A process reads several parts if the devices of its host are not neighbours in the mesh."""
     for index in range(dataset.batches_per_epoch):
         whole = dataset.batch(dataset.eval_plan, index)
         mine = dataset.batch(dataset.eval_plan, index, [0, 2], 3)
@@ -216,9 +218,10 @@ def test_batches_are_placed_while_the_last_one_is_used(dataset):
     iterator = dataset.train_iterator(place=place)
     for n, batch in enumerate(expected):
         np.testing.assert_array_equal(next(iterator), batch["inputs"])
-        assert iterator.get_state() == {"next_batch": n + 1}  # whatever is placed already
+        # The state does not count batches that are already placed but not used.
+        assert iterator.get_state() == {"next_batch": n + 1}
         until = time.monotonic() + 20
-        while len(placed) < min(n + 2, 3):  # Nobody has asked for that one.
+        while len(placed) < min(n + 2, 3):  # The next batch is placed without a request.
             assert time.monotonic() < until
             time.sleep(0.001)
     with pytest.raises(OSError, match="no room"):
@@ -236,7 +239,7 @@ def test_worker_processes_give_the_same_batches(config, tokenizer, dataset):
     state = iterator.get_state()
     same(batches, take(dataset.train_iterator(), n + 2))
     iterator.close()
-    # The state knows nothing of workers.
+    # The state does not depend on workers.
     alone = dataset.train_iterator()
     alone.set_state(state)
     same(take(alone, 1), [dataset.batch(dataset.train_plan, n + 2)])
@@ -258,7 +261,7 @@ DOCUMENTS = ["abcd " * n for n in (1, 7, 0, 3)] + ["\n \n", "éa", "bad cab. " *
 
 @pytest.fixture
 def prepare(monkeypatch):
-    """prepare(objective, examples, **config) -> Dataset, of whatever split."""
+    """Return `prepare(objective, examples, **config)`, which returns a Dataset."""
 
     def prepare(objective, examples=None, split="train", seed=3, **changes):
         if examples is None:
@@ -277,7 +280,7 @@ def prepare(monkeypatch):
 
 
 def segments(batches, *names):
-    """The arrays of every segment of every row, padding left out, as tuples of lists."""
+    """Yield the arrays of each segment of each row, without padding, as tuples of lists."""
     for batch in batches:
         for row, ids in enumerate(batch["segment_ids"]):
             for number in range(1, ids.max() + 1):
@@ -285,7 +288,7 @@ def segments(batches, *names):
 
 
 def spelled(tokenizer, texts=DOCUMENTS):
-    """The tokens of every document that is not blank, begin and end included."""
+    """Return the tokens of each document that is not blank, begin and end included."""
     rows = tokenizer.encode_batch([text for text in texts if text.strip()])
     return [[BOS, *row.tolist(), EOS] for row in rows]
 
@@ -297,7 +300,7 @@ def test_an_evaluation_predicts_every_token_exactly_once(prepare, packing):
     found = list(segments(dataset.eval_batches(), "targets", "weights", "inputs", "positions"))
     targets = [token for segment in found for token in segment[0]]
     if packing:
-        assert targets == expected  # In order, too.
+        assert targets == expected  # Packed rows keep the order.
     assert sorted(targets) == sorted(expected)
     assert dataset.target_count == len(expected) == sum(sum(weights) for _, weights, *_ in found)
     for target, _, inputs, positions in found:
@@ -324,7 +327,7 @@ def test_documents_can_be_put_together_again(prepare, objective, packing):
     overlap = objective in ("causal_lm", "prefix_lm")
     for document in sorted(documents, key=len, reverse=True):
         while document:
-            # The pieces of a document begin in it, one after the other.
+            # Remove the pieces of the document from `found`, from its begin to its end.
             piece = max((p for p in found if document[: len(p)] == p), key=len)
             found.remove(piece)
             document = document[len(piece) - overlap :] if len(piece) < len(document) else []
@@ -332,7 +335,7 @@ def test_documents_can_be_put_together_again(prepare, objective, packing):
 
 
 def pieces_of(objective, row, dataset):
-    """The tokens of the document pieces in a row."""
+    """Return the tokens of each piece of a document in a row."""
     pieces = []
     for number in range(1, row["segment_ids"].max() + 1):
         here = row["segment_ids"] == number
@@ -503,7 +506,7 @@ def test_regression_of_pairs(prepare):
     assert batch["targets"].dtype == np.float32
     assert batch["type_ids"].sum(1).tolist() == [5, 3, 0, 0, 0, 0]
     assert dataset.classes == ()
-    alone = list(dataset.eval_batches([2], 3))  # Its rows are all padding.
+    alone = list(dataset.eval_batches([2], 3))  # The rows of this part are all padding.
     assert [b["weights"].tolist() for b in alone] == [[0, 0]]
     assert alone[0]["inputs"].shape == (2, batch["inputs"].shape[1])
 

@@ -1,4 +1,4 @@
-"""Plans: programs read by hand, the CPU's compiler, and the TPU's where libtpu is installed."""
+"""Test plans: a program read by hand, the CPU's compiler, and the TPU's if libtpu is installed."""
 
 import dataclasses
 from importlib.util import find_spec
@@ -103,7 +103,7 @@ def test_work_is_counted_as_often_as_it_runs_and_slices_by_what_they_take():
     found = {one.name: one for one in instruction_costs(Program(PROGRAM))}
     assert found["dot.1"].flops == 2 * 3 * 3 * 13 and found["dot.1"].times == 5
     assert found["conv"].flops == 2 * 8 * 8 * 128 and found["conv"].times == 1
-    # One slice is read and written; what lies near the arithmetic costs nothing.
+    # The fusion reads and writes one slice; values inside a fusion need no memory access.
     assert found["fusion.1"].bytes == 2 * 7 * 11 * 4
     assert not {"start", "done", "scatter.flops"} & found.keys()
 
@@ -144,7 +144,7 @@ def test_one_exchange_that_goes_on_in_several_fusions_counts_once():
 
 
 def test_windows_of_a_matrix_product_count_without_their_padding():
-    # 32 heads as a window that slides over the kernel: 1 of 32 places meets an element each time.
+    # 32 heads are a window that slides over the kernel: 1 of 32 places has an element each time.
     text = PROGRAM.replace(
         "%conv = f32[8,8]{1,0} convolution(%p, %p), dim_labels=bf_oi->bf",
         "%left = bf16[8,16,64,1]{2,1,3,0} constant({...})\n"
@@ -164,11 +164,11 @@ TORUS = [(x, y, 0) for x in range(4) for y in range(8)]  # device 8x + y
 @pytest.mark.parametrize(
     ("kind", "group", "wanted"),
     [
-        # 100 bytes on links of 10 bytes a second, two of them where an axis closes to a ring.
+        # 100 bytes use links of 10 bytes per second, two links if the axis is a ring.
         ("all-gather", (0, 8, 16, 24), 100 / 20),
         ("all-gather", (0, 8), 100 / 10),
         ("all-gather", tuple(range(32)), 100 / 40),
-        # Every other device: another group shares the links.
+        # Every second device is in the group; another group shares the links.
         ("all-gather", (0, 2, 4, 6), 100 / 5),
         ("all-to-all", tuple(range(8)), 2 * 100 / 20),
         ("collective-permute", (0, 1), 100 / 10),
@@ -212,11 +212,12 @@ def test_a_plan_for_this_machine():
     memory = found.compiled.memory
     known = memory.parameters + memory.moments + memory.batch
     assert memory.fits and memory.temporaries > 0
-    np.testing.assert_allclose(memory.arguments, known + 4, atol=64)  # and the number of the step
+    # The 4 bytes are the step counter.
+    np.testing.assert_allclose(memory.arguments, known + 4, atol=64)
     assert {one.kind for one in found.exchanges} >= {"all-gather", "all-reduce"}
-    # Each product of the model is in the program, and the padded scores of a causal mask.
+    # The program has each product of the model, and also scores that the causal mask discards.
     assert 1 <= found.flops / found.model_flops < 1.6
-    assert found.roofline is None  # no figures of a CPU
+    assert found.roofline is None  # There are no figures for CPUs.
 
 
 @pytest.mark.slow
@@ -230,7 +231,7 @@ def test_what_is_computed_again_is_arithmetic_in_place_of_memory():
     size = 4 * 8 * 16 * 256
     flops, memory = planned()
     more_flops, less_memory = planned(remat="full")
-    # Of each layer at least the inner activations of the feed-forward layer.
+    # Each layer saves at least the inner activations of its feed-forward layer.
     assert more_flops > 1.2 * flops and less_memory < memory - 4 * size
     assert planned(remat="full", unroll=4)[0] > 1.2 * flops
 
@@ -306,7 +307,7 @@ def test_ways_out_are_what_is_left_to_do():
     assert "--model.remat" not in flags(remat="full", attention_core="flash")
 
     model, data, train = experiment(vocab_size=12, feed_forward_width=14)
-    train = dataclasses.replace(train, mesh=MeshConfig(seq=2))  # which flash does not take
+    train = dataclasses.replace(train, mesh=MeshConfig(seq=2))  # flash does not support seq > 1.
     ways = memory_advice(model, data, train, compile_step(model, data, train, jax.devices()))
     assert ways[0].flags == "--model.attention.core ring"
 
@@ -316,7 +317,7 @@ def test_layouts_are_guessed_in_order_and_all_divide(unchecked):
     found = candidates(model, data, train, 8, CHIP)
     meshes = {tuple(vars(one.train.mesh).values()) for one in found}
     assert (2, 2, 1, 2) in meshes and all(np.prod(mesh) == 8 for mesh in meshes)
-    assert all(mesh[3] <= 2 for mesh in meshes)  # two heads of keys and values
+    assert all(mesh[3] <= 2 for mesh in meshes)  # There are two heads of keys and values.
     assert [one.seconds for one in found] == sorted(one.seconds for one in found)
     tight = Chip(**{**vars(CHIP), "memory": sorted(one.memory for one in found)[3]})
     assert [one.memory <= tight.memory for one in candidates(model, data, train, 8, tight)][:5] == [

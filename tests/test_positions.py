@@ -1,4 +1,4 @@
-"""Position signals against the formula of the paper."""
+"""Test positions: sinusoids, rotations and biases against the formulas of the papers."""
 
 import math
 
@@ -57,7 +57,7 @@ def test_nothing_is_added_to_embeddings_by_other_kinds(kind: str):
 SCALINGS = {
     "none": RotaryConfig(base=500_000),
     "linear": RotaryConfig(scaling="linear", factor=2.5),
-    # Of LLaMA 3.1, and one where all but two wavelengths lie between the two bounds.
+    # The config of LLaMA 3.1, and one in which all but two wavelengths are between the two bounds.
     "llama3": RotaryConfig(base=500_000, scaling="llama3", factor=8),
     "llama3 between": RotaryConfig(
         base=100,
@@ -94,7 +94,7 @@ def test_rotary_turns_pairs_by_their_angle():
     x = np.random.default_rng(0).normal(size=(2, 5, 3, 14))
     turned = rotation(jnp.array(positions), 14, config)(jnp.float32(x))
     np.testing.assert_allclose(turned, plain.turn(x, positions, config), atol=2e-4)
-    np.testing.assert_array_equal(turned[0, 0], jnp.float32(x)[0, 0])  # position 0 stays
+    np.testing.assert_array_equal(turned[0, 0], jnp.float32(x)[0, 0])  # Position 0 is not rotated.
     assert rotation(jnp.array(positions), 14, config)(jnp.bfloat16(x)).dtype == jnp.bfloat16
 
 
@@ -126,7 +126,8 @@ def test_alibi_slopes(heads: int):
 
 def test_alibi_slopes_as_the_paper_prints_them():
     np.testing.assert_array_equal(alibi_slopes(8), [2.0**-i for i in range(1, 9)])
-    # 16 heads: also the geometric means of neighbours, and of 1 and the first. 12: the first 4.
+    # 16 heads also have the geometric means of neighbours, and of 1 and the first slope. 12 heads
+    # have the first 4 of these means.
     np.testing.assert_allclose(alibi_slopes(16), [2 ** (-i / 2) for i in range(1, 17)], rtol=1e-6)
     assert alibi_slopes(12)[8:].tolist() == alibi_slopes(16)[:8:2].tolist()
     assert alibi_slopes(12)[:8].tolist() == alibi_slopes(8).tolist()
@@ -135,7 +136,7 @@ def test_alibi_slopes_as_the_paper_prints_them():
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (8, 5), (12, 50), (64, 1000)])
 def test_relative_buckets(buckets: int, max_distance: int, bidirectional: bool):
-    # Powers of two fall on the bounds between buckets: a logarithm rounded down would move them.
+    # Powers of two are bounds between buckets: a logarithm that is rounded down would move them.
     distances = np.arange(-1100, 1101)
     expected = [
         plain.relative_bucket(int(d), buckets, max_distance, bidirectional) for d in distances

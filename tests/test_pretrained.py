@@ -1,4 +1,4 @@
-"""Weights out and in again, to the bit, in the shapes and under the names that files have."""
+"""Test export and import of weights: same bits, and the names and shapes of transformers' files."""
 
 import json
 from dataclasses import replace
@@ -89,7 +89,7 @@ FOUND: dict[str, tuple[str, str, dict[str, Any]]] = {
         | {"force_bos_token_to_be_generated": False, "static_position_embeddings": True},
     ),
 }
-"""What config.json has in known models, beside sizes."""
+"""Keys of config.json in known models, besides sizes."""
 
 
 @pytest.mark.parametrize("name", list(MODELS))
@@ -102,21 +102,21 @@ def test_round_trip_to_the_bit(name: str, tmp_path: Path):
     assert found.special == SPECIAL
     assert_equal(found.params, params)
     wanted = config
-    if config.head.kind == "language_model":  # what a file does not hold comes back as defaults
+    if config.head.kind == "language_model":  # Files lack this value: the default returns.
         wanted = replace(config, head=replace(config.head, dropout=HeadConfig().dropout))
     if "Marian" in name or "T5" in name:
         wanted = replace(wanted, init="glorot")
     assert found.config == wanted
     assert pretrained.read_config(tmp_path / "one") == wanted
     modes = {path.stat().st_mode for path in (tmp_path / "one").iterdir()}
-    assert len(modes) == 1  # readable by whoever may read config.json
+    assert len(modes) == 1  # All files have the permissions of config.json.
     write(tmp_path / "two", found.config, found.params, special=found.special)
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
 def test_config_without_names_of_defaults():
-    # The facts of bert-base-uncased, from what config.json says and from what it leaves out.
+    # The values of bert-base-uncased come from config.json and, for missing keys, from defaults.
     config = pretrained.config_from_hf({"model_type": "bert", "architectures": ["BertForMaskedLM"]})
     assert (config.vocab_size, config.width, config.layers, config.type_vocab_size) == (
         30522,
@@ -143,7 +143,7 @@ def test_ropes_before_and_after_transformers_5(tmp_path: Path):
 
 
 def test_ropes_in_two_places(tmp_path: Path):
-    """As in transformers: rope_scaling wins, and a length beside it over the one in it."""
+    """As in transformers, rope_scaling wins; an original length outside it wins over its own."""
     directory = export(tmp_path, "LlamaForCausalLM tied")
     change(directory, rope_parameters={"rope_type": "linear", "factor": 7.0})
     assert read(directory).config.positions.rotary == LLAMA3
@@ -156,7 +156,7 @@ def test_ropes_in_two_places(tmp_path: Path):
 
 
 def test_keys_under_other_names(tmp_path: Path):
-    """As in transformers: a name of all architectures wins over its own."""
+    """As in transformers, a key's common name wins over the name in its architecture."""
     directory = export(tmp_path, "GPT2LMHeadModel")
     change(directory, num_attention_heads=5, max_position_embeddings=17, n_positions=None)
     config = read(directory).config
@@ -218,7 +218,7 @@ def test_shards(tmp_path: Path):
 
 
 def test_names_that_other_files_use(tmp_path: Path):
-    """The bare body's names, TensorFlow's names of norms, buffers, and copies of tied tensors."""
+    """Files may have a bare body's or TensorFlow's names, buffers, and copies of tied tensors."""
     directory = export(tmp_path, "BertForMaskedLM")
     expected = read(directory)
 
@@ -263,7 +263,7 @@ BUFFERS: list[tuple[str, str, np.ndarray]] = [
 
 @pytest.mark.parametrize(("name", "buffer", "values"), BUFFERS)
 def test_buffers_that_files_have(name: str, buffer: str, values: np.ndarray, tmp_path: Path):
-    """They are compared with what the model computes with, in any precision."""
+    """Buffers of any precision are compared with the values that the model computes."""
     directory = export(tmp_path, name)
     expected = read(directory)
 

@@ -1,4 +1,4 @@
-"""Models that no file can say, and files that no model is in: each refused by name."""
+"""Test refusals: models that transformers' files cannot express, and files that hold no model."""
 
 import json
 import pickle
@@ -43,7 +43,7 @@ from heedful.model.config import (
 from heedful.model.pretrained import read, read_config, write
 from heedful.model.pretrained import tensors as tensors_module
 
-# What no architecture expresses -----------------------------------------------------------------
+# Models that no architecture expresses ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -161,14 +161,14 @@ def test_parameters_of_another_config(tmp_path: Path):
     assert not directory.exists()
 
 
-# Files that stay ---------------------------------------------------------------------------------
+# Files that are not overwritten -------------------------------------------------------------------
 
 
 def test_an_export_is_not_overwritten_by_another(tmp_path: Path):
     directory = export(tmp_path, "GPT2LMHeadModel")
     (directory / "tokenizer.json").write_text("{}")
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
-    export(tmp_path, "GPT2LMHeadModel")  # the same: nothing to do
+    export(tmp_path, "GPT2LMHeadModel")  # The same files are accepted.
     for other in (lambda: export(tmp_path, "LlamaForCausalLM"), lambda: other_values(directory)):
         refused(other, str(directory), "belongs to another export")
     many = lambda: export(tmp_path, "GPT2LMHeadModel", max_shard_bytes=3000)  # noqa: E731
@@ -290,7 +290,7 @@ def test_files_that_are_refused(spoil: Callable, parts: tuple[str, ...], tmp_pat
 
 
 def test_tensors_of_another_model(tmp_path: Path):
-    """What the model would compute with in its body or its head has a place, or is refused."""
+    """A tensor of the body or the head is refused if our model has no parameter for it."""
     cases = {
         "LlamaForCausalLM": ["model.layers.0.self_attn.q_proj.bias", "model.norm.bias",
                              "lm_head.bias"],

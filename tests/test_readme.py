@@ -1,4 +1,4 @@
-"""The commands that README, RESULTS and the configs give can be run one after the other."""
+"""Test the commands in README, RESULTS and the configs: they can run one after the other."""
 
 import re
 import shlex
@@ -9,11 +9,11 @@ from heedful.configs import base
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-GOES_ON = ("--train.mesh.", "--coordinator ", "--process")  # with these a run is still the same
+GOES_ON = ("--train.mesh.", "--coordinator ", "--process")  # flags that do not change a run
 
 
 def trainings() -> list[list[str]]:
-    """The words after `heedful train` of each command in a block, or of a config's description."""
+    """Return the words after `heedful train` of each command in a code block or in a config."""
     pages = [README, (ROOT / "RESULTS.md").read_text("utf-8")]
     texts = [block for page in pages for block in page.split("```")[1::2]]
     texts += [base.load(name)[1] for name in base.names()]
@@ -42,7 +42,7 @@ def test_the_checkpoint_that_is_verified_is_one_of_those_kept():
 
 
 def test_shakespeare_for_a_gpu_has_the_learning_rates_of_nanogpt():
-    """github.com/karpathy/nanoGPT, config/train_shakespeare_char.py."""
+    """The values are those of config/train_shakespeare_char.py in github.com/karpathy/nanoGPT."""
     optimizer = base.load("shakespeare_char_gpu")[0].train.optimizer
     rates = optimizer.peak_lr, optimizer.final_lr, optimizer.warmup_steps, optimizer.b2
     assert rates == (1e-3, 1e-4, 100, 0.99)

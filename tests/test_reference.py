@@ -1,4 +1,4 @@
-"""The reference: it is the plain Transformer's attention, and all exact cores compute the same."""
+"""Test that the reference core, the plain Transformer and all exact cores compute the same."""
 
 import dataclasses
 import importlib
@@ -51,7 +51,7 @@ def can_run(core: str, case: str) -> bool:
 
 
 def value_and_gradients(core: Any, call: AttentionCall, mesh: MeshConfig) -> list[np.ndarray]:
-    """Output, and gradients for queries, keys, values and the bias."""
+    """Return the output, and gradients for queries, keys, values and the bias."""
     g = jnp.asarray(np.random.default_rng(1).normal(size=call.q.shape), call.q.dtype)
 
     @jax.jit
@@ -84,7 +84,7 @@ def test_exact_cores_compute_it(core: str, case: str, dtype: Any):
     exact = value_and_gradients(reference, call.replace(q=q, k=k, v=v), one)
     mesh = dataclasses.replace(one, seq=4) if CORES[core].length == "split" else one
     function = getattr(importlib.import_module(f"heedful.model.attention.{core}"), core)
-    if "cpu" not in CORES[core].platforms:  # The same arguments, by XLA.
+    if "cpu" not in CORES[core].platforms:  # XLA computes with the same arguments.
         function = partial(attend, implementation="xla")
     found = value_and_gradients(function, call, mesh)
     tolerance = 1e-5 if dtype == jnp.float32 else 0.02

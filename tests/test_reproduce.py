@@ -1,4 +1,4 @@
-"""A run that is trained again goes through the same bits, and what differs is named."""
+"""Test that training a run again gives the same bits, and that a difference is named."""
 
 import dataclasses
 import hashlib
@@ -30,7 +30,7 @@ from heedful.train.trainable import named
 
 
 def naive(x: np.ndarray) -> list[int]:
-    """The definition, an element at a time."""
+    """Compute a fingerprint by its definition, one element at a time."""
     hashed = lambda value: int(mix(jnp.uint32(value)))  # noqa: E731
     bits = x.ravel().view(f"uint{8 * x.dtype.itemsize}")
     first = [hashed(int(b) ^ hashed(place)) for place, b in enumerate(bits)]
@@ -71,7 +71,7 @@ def test_fingerprints_do_not_depend_on_the_mesh():
 
 
 def train(directory: Path, text: Path, **values: Any) -> Path:
-    """A run of 6 steps whose parameters are split over 8 devices."""
+    """Train a run of 6 steps whose parameters are sharded over 8 devices."""
     config = dataclasses.replace(
         toy.TRAIN,
         steps=6,
@@ -81,7 +81,7 @@ def train(directory: Path, text: Path, **values: Any) -> Path:
         optimizer=OptimizerConfig(warmup_steps=2),
         **values,
     )
-    keep_compiled()  # as the commands do: then they need not compile it again
+    keep_compiled()  # The commands then find the compiled programs in the cache.
     model, data = toy.model("decoder_only"), toy.data(text, "causal_lm", batch_multiple=8)
     loop.fit(start_run(directory, model, data, config, toy.QUIET), toy.QUIET)
     return directory
@@ -104,7 +104,7 @@ def copy(trained, tmp_path) -> Path:
 
 @pytest.fixture
 def heedful(capsys):
-    """Runs a command, and returns its exit code and what it has printed."""
+    """Return a function that runs a command and returns its exit code and its output."""
 
     def run(*arguments: object) -> tuple[int, str]:
         capsys.readouterr()
@@ -115,7 +115,7 @@ def heedful(capsys):
 
 
 def change(run: Path, step: int, name: str, value: str) -> None:
-    """Puts another value into a line of the fingerprints."""
+    """Replace a value in a line of the fingerprints."""
     path = run / "fingerprints.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines:
@@ -126,7 +126,7 @@ def change(run: Path, step: int, name: str, value: str) -> None:
 
 
 def change_environment(run: Path, part: str, name: str, value: object) -> None:
-    """Puts another value into the newest environment."""
+    """Replace a value in the newest environment."""
     path = run / "environment.json"
     environments = json.loads(path.read_text())
     environments[-1][part][name] = value
@@ -195,7 +195,7 @@ def test_a_changed_seed_is_found_at_once_and_named(copy, heedful):
     (copy / "config.json").write_text(json.dumps(values))
     code, out = heedful("reproduce", copy)
     assert code == 1 and "step 0 differs: parameters " in out
-    assert out.count("config.train.seed is 0 there and 1 here") == 2  # before, and in the end
+    assert out.count("config.train.seed is 0 there and 1 here") == 2  # before and after training
 
 
 def test_a_changed_version_flag_and_source_are_named(copy, heedful):
@@ -308,7 +308,7 @@ def test_another_environment_is_added_and_none_is_lost(copy, capsys):
 
 
 def test_options_of_a_device_are_known_to_xla():
-    """Also where there is no GPU: an unknown or misspelt option does not compile."""
+    """XLA refuses an unknown or misspelt option even if there is no GPU."""
     cpu = make_mesh(MeshConfig(), jax.devices()[:1])
     gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
     options = compiler_options.__wrapped__(gpu, 128, True)

@@ -1,4 +1,4 @@
-"""A run that is cut off and resumed ends with the same bits as one that was not."""
+"""Test that an interrupted and resumed run ends with the same bits as an uninterrupted run."""
 
 import dataclasses
 import json
@@ -60,7 +60,7 @@ def test_killed_at_three_random_moments(corpus, uninterrupted, tmp_path):
         process.wait()
     assert "resuming from the checkpoint of step" in start(flags).finish()
     same_bits(final_state(run), uninterrupted)
-    # Every step has been logged once, however often it was run.
+    # Each step is logged once, even if it ran several times.
     assert [line["step"] for line in lines(run) if "loss" in line] == list(range(2, STEPS + 1, 2))
 
 
@@ -85,7 +85,7 @@ def test_asked_to_stop_it_saves_and_says_how_to_resume(
 
 
 def short_run(directory: Path, text: Path) -> Run:
-    """Of 12 steps, measured after every third, of which the newest three are averaged."""
+    """Start a run of 12 steps that evaluates every third step and averages three checkpoints."""
     train = dataclasses.replace(
         toy.TRAIN, steps=12, checkpoint_every=3, max_checkpoints=3, average_last=3,
         optimizer=OptimizerConfig(warmup_steps=2),
@@ -96,14 +96,14 @@ def short_run(directory: Path, text: Path) -> Run:
 
 
 def stop_at(step: int, monkeypatch) -> None:
-    """A signal that is known after so many steps of the process."""
+    """Let the processes agree to stop after `step` steps, as after a signal."""
     asked = iter(range(1, step + 1))
     monkeypatch.setattr(Stop, "agreed", lambda _: next(asked) == step)
 
 
 @pytest.mark.parametrize("step", quick.only([9], [7, 9]))
 def test_a_stop_changes_nothing_about_what_is_kept_and_averaged(step, tmp_path, monkeypatch):
-    """At 9 it comes when a checkpoint is due: that is measured by who goes on."""
+    """At step 9 a checkpoint is due when the stop comes; the resumed run evaluates it."""
     text = toy.write_text(tmp_path)
     whole, run = short_run(tmp_path / "whole", text), short_run(tmp_path / "run", text)
     loop.fit(whole, toy.QUIET)
@@ -172,7 +172,7 @@ def test_two_do_not_train_in_one_directory(tmp_path):
 
 
 def away(run: Path) -> Path:
-    """Moves the directory of a run, and says where its last checkpoint should be."""
+    """Move the directory of a run; return the directory where the last checkpoint must be."""
     return run.rename(run.with_name("away"))
 
 
@@ -182,7 +182,7 @@ def deleted(run: Path) -> Path:
 
 
 def deleted_and_taken(run: Path) -> Path:
-    """Another run stands in its place."""
+    """Replace a run by another one; return the directory where the last checkpoint must be."""
     shutil.rmtree(run)
     run.mkdir()
     (run / "config.json").write_text("{}")
@@ -196,7 +196,7 @@ def deleted_and_taken(run: Path) -> Path:
 def test_a_run_whose_directory_is_lost_stops_and_loses_nothing(
     lose: Any, elsewhere: bool, tmp_path, monkeypatch
 ):
-    """At step 5, between the checkpoints of 3 and 6."""
+    """The run loses its directory at step 5, between the checkpoints of steps 3 and 6."""
     text = toy.write_text(tmp_path)
     whole, run = short_run(tmp_path / "whole", text), short_run(tmp_path / "run", text)
     if elsewhere:
@@ -272,6 +272,6 @@ def test_the_test_split_is_looked_at_before_the_training(tmp_path):
     with pytest.raises(DataError, match=r"typo\.txt"):
         loop.fit(run, toy.QUIET)
     assert not run.metrics.exists()
-    # The same run with the right file is no other one.
+    # The corrected test file does not make it another run.
     data = dataclasses.replace(data, test=(str(text),))
     start_run(tmp_path / "run", toy.model("decoder_only"), data, train, toy.QUIET)

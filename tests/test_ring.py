@@ -1,4 +1,4 @@
-"""The core ring on eight devices against dense on one."""
+"""Test the core ring on eight devices against dense on one device."""
 
 import math
 import re
@@ -33,7 +33,7 @@ T5 = PositionBias(
     max_distance=11,
 )
 DROP = {"dropout_rate": 0.3, "dropout_key": jax.random.key(7)}
-CASES = {  # mesh, mask, the rest, number of keys
+CASES = {  # mesh, mask, other arguments, number of keys
     "full": (SEQ_4, masks.full(), {}, T),
     "causal": (SEQ_4, masks.causal(), {"scale": 0.7}, T),
     "causal, packed, dropout": (SEQ_4, masks.causal() & DOCUMENTS, DROP, T),
@@ -69,7 +69,7 @@ def inputs(keys: int, dtype=jnp.float32) -> list[jax.Array]:
 
 
 def run(core, arrays, mask, sizes, bias=None, **options):
-    """Output and gradients, of the bias too."""
+    """Return the output, and gradients for queries, keys, values and the bias."""
 
     @jax.jit
     def both(arrays, mask, values):
@@ -89,7 +89,7 @@ def run(core, arrays, mask, sizes, bias=None, **options):
 
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name: str, monkeypatch):
-    if "packed" in name:  # several blocks in a chunk
+    if "packed" in name:  # A chunk has several blocks.
         monkeypatch.setattr(sys.modules["heedful.model.attention.ring"], "_block", lambda chunk: 3)
     sizes, mask, options, keys = CASES[name]
     arrays = inputs(keys)
@@ -113,12 +113,12 @@ def test_bfloat16_is_nearly_as_exact_as_dense():
         errors.append(
             [np.abs(np.float32(x) - y).mean() for x, y in zip(results, exact, strict=False)]
         )
-    # Backward, the output that it starts from is rounded.
+    # The backward pass starts from the rounded output.
     assert (np.array(errors[0]) <= 1.2 * np.array(errors[1])).all(), errors
 
 
 def test_a_causal_mask_gives_every_device_the_same_work():
-    """Tiles that are not empty, by device: with 4 devices 9 of 8 x 8 chunks each."""
+    """The test counts tiles that are not empty: each of 4 devices has 9 of the 8 x 8 tiles."""
     layout = Ring((), ("seq",), (), 4, (B, K, N // K, T, T), 1.0, 0.0, is_balanced=True)
     chunk = T // 8
     seen = np.asarray(masks.causal().to_bool(T, T))[0, 0]
@@ -162,7 +162,7 @@ def test_a_mesh_or_a_length_that_does_not_fit_is_refused():
 
 
 def test_no_array_is_as_long_as_the_sequence():
-    """On a device, forward and backward, in a loop over layers that have the same mask."""
+    """The test reads one device's program: forward and backward through layers with one mask."""
     length, devices, heads, block = 4096, 8, 2, 256
     mesh = on_mesh({**SEQ_4, "seq": devices})
 
@@ -181,4 +181,4 @@ def test_no_array_is_as_long_as_the_sequence():
     found = re.findall(r"(?:f32|pred)\[([\d,]+)\]", text)
     shapes = [[int(size) for size in shape.split(",")] for shape in found]
     assert max(map(max, shapes)) <= length // devices
-    assert max(map(math.prod, shapes)) <= heads * block**2  # a tile, not all of them
+    assert max(map(math.prod, shapes)) <= heads * block**2  # one tile, not all tiles

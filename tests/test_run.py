@@ -1,4 +1,4 @@
-"""A run directory: configs survive the way through JSON, and are compared field by field."""
+"""Test run directories: configs as JSON, comparison of configs by field, and files of a run."""
 
 import dataclasses
 import json
@@ -121,13 +121,13 @@ def test_unknown_fields_and_bad_values_are_refused(tokenizer, tmp_path):
 
 
 def test_checkpoints_that_lie_elsewhere_are_not_forgotten(tokenizer, tmp_path):
-    """The same command without their place would begin anew, and drop what was measured."""
+    """Without the flag for checkpoints the same command would start again and lose the metrics."""
     elsewhere = tmp_path / "elsewhere"
     train = TrainConfig(checkpoints=str(elsewhere))
     run = Run(tmp_path / "run", ModelConfig(vocab_size=8), DataConfig(), train)
     run.start(tokenizer)
     without = dataclasses.replace(run, train=TrainConfig())
-    without.start(tokenizer)  # There is nothing yet.
+    without.start(tokenizer)  # There is no checkpoint yet.
     run.start(tokenizer)
     (elsewhere / "30").mkdir(parents=True)
     with pytest.raises(TrainError, match=r"has its checkpoints in .*elsewhere and none in .*run"):
@@ -191,7 +191,7 @@ def test_a_folder_that_is_no_run_keeps_its_files(run, tokenizer, name):
     path = run.directory / name
     if name == "checkpoints":
         path.mkdir()
-        run.start(tokenizer)  # There is nothing in it.
+        run.start(tokenizer)  # The folder is empty.
         (run.directory / "config.json").unlink()
         run.tokenizer_path.unlink()
         path /= "epoch.pt"
@@ -210,7 +210,7 @@ def test_a_link_to_nothing_is_no_place_for_a_file(run, tokenizer, tmp_path):
 
 
 def test_relative_paths_are_those_of_where_a_run_was_started(tokenizer, tmp_path, monkeypatch):
-    """Such as those of a run that is measured from another folder."""
+    """A run may be evaluated from another folder."""
     home, away = tmp_path / "home", tmp_path / "away"
     for folder in (home, away):
         folder.mkdir()
@@ -233,7 +233,7 @@ def test_relative_paths_are_those_of_where_a_run_was_started(tokenizer, tmp_path
     assert there.data.tokenizer.path == f"{home}/tokenizer.json"
     assert there.train.init_from == f"hf:{home}/source"
     assert there.train.checkpoints == "gs://bucket"
-    path = home / "run" / "config.json"  # one of before has no such entry
+    path = home / "run" / "config.json"  # An older config.json does not have the entry.
     path.write_text(json.dumps(run.values()))
     assert Run.open(home / "run") == dataclasses.replace(run, directory=home / "run")
 
@@ -249,7 +249,7 @@ def test_paths_of_what_a_run_begins_from(init_from, expected):
 
 @pytest.mark.parametrize("name", ["exp[1]", "a*b", "a?b", "a\\b"])
 def test_a_path_that_checkpoints_do_not_come_back_from_is_refused(tokenizer, tmp_path, name: str):
-    """orbax globs below it; the folder above counts too."""
+    """orbax uses the path in a glob pattern, including the names of parent folders."""
     for directory in (tmp_path / name, tmp_path / name / "run"):
         run = Run(directory, ModelConfig(vocab_size=8), DataConfig(), TrainConfig())
         with pytest.raises(TrainError, match=r"has . in its name: .* one of \* \? \[ \\; rename"):
@@ -258,7 +258,7 @@ def test_a_path_that_checkpoints_do_not_come_back_from_is_refused(tokenizer, tmp
     with pytest.raises(TrainError, match=r"train\.checkpoints"):
         dataclasses.replace(run, directory=tmp_path / "run", train=train).start(tokenizer)
     assert list(tmp_path.iterdir()) == []
-    # What is written elsewhere is not concerned.
+    # A run is accepted if its checkpoints are elsewhere.
     train = TrainConfig(checkpoints=str(tmp_path / "elsewhere"))
     dataclasses.replace(run, train=train).start(tokenizer)
     with pytest.raises(TrainError, match="in its name"):

@@ -1,4 +1,4 @@
-"""A checkpoint that cannot be written is no end of the training, unless it is the last one."""
+"""Test that training continues if a checkpoint cannot be written, unless it is the last one."""
 
 import dataclasses
 import multiprocessing
@@ -24,7 +24,7 @@ from heedful.train.state import TrainState, first_state, init_params, set_up
 
 
 class Screen:
-    """A console that remembers."""
+    """A console that records its messages."""
 
     def __init__(self):
         self.said: list[str] = []
@@ -42,7 +42,7 @@ def new_run(folder: Path) -> Run:
 def opened(
     run: Run,
 ) -> Iterator[tuple[Saving, Checkpoints, Callable[[int], TrainState], list[str]]]:
-    """What saves, where, a state at a step, and what was said."""
+    """Yield the object that saves, its checkpoints, a function step -> state, and the messages."""
     setup, screen = set_up(run.model, run.train), Screen()
     state = first_state(setup, init_params(run.model, setup.mesh, 0))
     data = Dataset.prepare(run.data, run.tokenizer(), "train")
@@ -57,7 +57,7 @@ def opened(
 
 @contextmanager
 def full_disk() -> Iterator[None]:
-    """A limit on the size of a file stands for it: both make write() fail."""
+    """Limit the size of files instead of filling the disk, as both make write() fail."""
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, former[1]))
     yield
@@ -88,7 +88,7 @@ def goes_on(folder: Path) -> None:
 
 
 def goes_on_without_the_place(folder: Path) -> None:
-    """Such as a share that is not mounted for a while."""
+    """Save while the folder is missing for a while, as with a network share."""
     run = new_run(folder)
     with opened(run) as (saving, _, at, said):
         saving.save(at(1), last=False)
@@ -96,9 +96,9 @@ def goes_on_without_the_place(folder: Path) -> None:
         saving.settle()
         away = run.checkpoints.parent / "away"
         run.checkpoints.rename(away)
-        run.checkpoints.write_text("")  # Otherwise it would be made again.
+        run.checkpoints.write_text("")  # Otherwise saving would make the folder again.
         for step in (2, 3):
-            saving.save(at(step), last=False)  # It may be known here or in the background.
+            saving.save(at(step), last=False)  # It may fail here or in the background.
             saving.score(step, 1.0)
             saving.settle()
         run.checkpoints.unlink()
@@ -121,7 +121,7 @@ def must_save_the_last(folder: Path) -> None:
 
 
 def alone(what: Callable[[Path], None], folder: Path) -> None:
-    """Ends at once: orbax's threads wait for minutes for the folder of a checkpoint to appear."""
+    """Run a function and exit at once, as threads of orbax wait minutes for a missing folder."""
     try:
         what(folder)
     except BaseException:
@@ -132,7 +132,7 @@ def alone(what: Callable[[Path], None], folder: Path) -> None:
 
 @pytest.mark.parametrize("what", [goes_on, goes_on_without_the_place, must_save_the_last])
 def test_what_cannot_be_written(what, tmp_path):
-    """In a process of its own: see test_cli.test_a_corrupt_checkpoint."""
+    """The test needs a process of its own: see test_cli.test_a_corrupt_checkpoint."""
     process = multiprocessing.get_context("spawn").Process(target=alone, args=(what, tmp_path))
     process.start()
     process.join()
@@ -167,7 +167,7 @@ def test_checkpoints_of_another_run_are_refused(tmp_path, unchecked):
 
 
 def test_so_are_those_of_a_run_of_other_sizes(tmp_path):
-    """Before their arrays are read, which would be called corrupt."""
+    """The configs are compared before arrays are read, which would be called corrupt."""
     data, places = toy.data(toy.write_text(tmp_path), "causal_lm"), str(tmp_path / "checkpoints")
     train = dataclasses.replace(toy.TRAIN, checkpoints=places)
     toy.random_run(tmp_path / "one", toy.model("decoder_only"), data, train)

@@ -1,4 +1,4 @@
-"""Scores against their definitions, computed by hand."""
+"""Test scores against their definitions, computed by hand."""
 
 import warnings
 
@@ -10,13 +10,13 @@ from heedful.train.evaluation import scores
 
 
 def outputs(predicted: list[int], classes: int) -> np.ndarray:
-    """Outputs whose largest is that of the predicted class."""
+    """Return outputs in which the predicted class has the largest value."""
     return np.eye(classes, dtype=np.float32)[predicted] + np.float32(0.25)
 
 
 @pytest.fixture(autouse=True)
 def loud():
-    """A warning of a library would stand in the middle of what the user reads."""
+    """Raise warnings of libraries as errors, because users would see them within the output."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
@@ -27,7 +27,7 @@ def test_two_classes():
     got = scores.classification(outputs([1, 1, 0, 1, 0, 0, 0], 2), targets)
     tp, fp, fn, tn = 2, 1, 1, 3
     assert got["accuracy"] == pytest.approx(5 / 7)
-    assert got["f1"] == pytest.approx(2 * tp / (2 * tp + fp + fn))  # of class 1
+    assert got["f1"] == pytest.approx(2 * tp / (2 * tp + fp + fn))  # F1 of class 1
     product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
     assert got["matthews"] == pytest.approx((tp * tn - fp * fn) / product**0.5)
 
@@ -45,7 +45,7 @@ def test_three_classes():
     assert got["accuracy"] == pytest.approx(5 / 7)
     f1 = [2 * 1 / (2 * 1 + 1 + 1), 2 * 2 / (2 * 2 + 1 + 0), 2 * 2 / (2 * 2 + 0 + 1)]
     assert got["f1"] == pytest.approx(np.mean(f1))
-    # Of several classes it is the correlation of the two matrices of indicators.
+    # With several classes it is the correlation of the one-hot matrices of both.
     x, y = np.eye(3)[predicted], np.eye(3)[targets]
     covariance = lambda a, b: ((a - a.mean(0)) * (b - b.mean(0))).sum()  # noqa: E731
     expected = covariance(x, y) / np.sqrt(covariance(x, x) * covariance(y, y))
@@ -63,7 +63,7 @@ def test_correlations():
     y = np.array([1.0, 1.5, 4.0, 4.0, 0.5], np.float32)
     got = scores.regression(x, y)
     assert got["pearson"] == pytest.approx(np.corrcoef(x[:, 0], y)[0, 1], rel=1e-5)
-    # Ties have the mean of their ranks: 2, 3.5, 3.5, 5, 1 and 2, 3, 4.5, 4.5, 1.
+    # Equal values share the mean of their ranks: 2, 3.5, 3.5, 5, 1 and 2, 3, 4.5, 4.5, 1.
     ranks = [[2, 3.5, 3.5, 5, 1], [2, 3, 4.5, 4.5, 1]]
     np.testing.assert_array_equal(ranks, [rankdata(x[:, 0]), rankdata(y)])
     assert got["spearman"] == pytest.approx(np.corrcoef(ranks)[0, 1], rel=1e-6)
@@ -73,7 +73,7 @@ def test_correlations():
     "x", [[2.0] * 4, [1.0, 1.0, 1.0, 1.0 + 2**-23], [2.0]], ids=["equal", "nearly", "single"]
 )
 def test_no_correlation_of_what_does_not_vary(x: list[float]):
-    """As in the first steps of a training, when all outputs are the bias."""
+    """In the first steps of training all outputs may equal the bias."""
     y = np.arange(len(x), dtype=np.float32)
     got = scores.regression(np.array(x, np.float32)[:, None], y)
     assert all(np.isfinite(value) for value in got.values())

@@ -1,4 +1,4 @@
-"""Axis names to mesh axes, and one device against eight."""
+"""Test sharding: mesh axes of axis names, and training on one device against eight devices."""
 
 import dataclasses
 import functools
@@ -100,7 +100,7 @@ MESHES = [
 def batch(
     rng: np.random.Generator, model: ModelConfig = MODEL, rows: int = 16, length: int = 6
 ) -> dict[str, np.ndarray]:
-    """What the objective of such a model gives; some rows are empty."""
+    """Return a batch of the model's objective; some rows are empty."""
     ids = lambda: rng.integers(4, V, (rows, length)).astype(np.int32)  # noqa: E731
     places = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
     real = places < rng.integers(0, length + 1, (rows, 1))  # 0: an empty row
@@ -115,7 +115,7 @@ def batch(
         types = (second * segments).astype(np.int32)
         return {**one, "type_ids": types, "targets": targets, "weights": counts}
     one |= {"targets": ids(), "weights": segments.astype(np.float32)}
-    if model.architecture == "encoder_only":  # a share of the tokens is restored
+    if model.architecture == "encoder_only":  # A share of the tokens are targets.
         return {**one, "weights": one["weights"] * (rng.random((rows, length)) < 0.3)}
     if model.architecture == "decoder_only":  # two documents in each row
         second = places >= rng.integers(1, length, (rows, 1))
@@ -128,17 +128,17 @@ def batch(
 
 
 class Trained(NamedTuple):
-    """What some steps have done."""
+    """The result of some training steps."""
 
     initial: Any
     metrics: list[dict]
-    """Of each step."""
+    """Metrics of each step."""
     state: TrainState
     setup: Setup
 
 
 def loss_of(model: ModelConfig) -> Loss:
-    """The loss of a language model, of classes, or of the number that is the only output."""
+    """Return the loss for a language model, for classes, or for a regression with one output."""
     if model.head.kind == "language_model":
         return language_model_loss
     return regression_loss if model.head.outputs == 1 else classification_loss
@@ -146,7 +146,7 @@ def loss_of(model: ModelConfig) -> Loss:
 
 @functools.cache
 def prepare(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> tuple[Setup, Callable]:
-    """The setup and the step, which compiles once."""
+    """Return the setup and the training step, which compiles once."""
     setup = set_up(model, config, mesh)
     return setup, make_train_step(model, config, setup, loss_of(model))
 
@@ -159,7 +159,7 @@ def train(
     params: Any = None,
     length: int = 6,
 ) -> Trained:
-    """Some steps from `params` or those of seed 7, on one device unless there is a mesh."""
+    """Train from `params` or those of seed 7, on one device unless `mesh` is given."""
     setup, step = prepare(model, config, mesh or make_mesh(MeshConfig(), jax.devices()[:1]))
     mesh = setup.mesh
     if params is None:
@@ -180,7 +180,7 @@ def train(
 
 @pytest.mark.parametrize("width", [4, 12])
 def test_the_gradient_of_a_kernel_gathers_no_activations(width: int):
-    """Rows and their length are split: each device adds up its products, then all are added."""
+    """Rows and sequences are sharded: each device sums its products, then an all-reduce follows."""
     mesh = make_mesh(MeshConfig(data=2, seq=4), jax.devices()[:8])
     x = jax.ShapeDtypeStruct((4, 8, 8), np.float32, sharding=batch_sharding(mesh, 2))
     kernel = jax.ShapeDtypeStruct((8, width), np.float32, sharding=replicated(mesh))
@@ -199,7 +199,7 @@ def losses(trained: Trained) -> list[float]:
 
 
 def evaluate(model: ModelConfig, trained: Trained) -> tuple[float, Any]:
-    """Mean loss of another batch, and what a classifier predicts for it."""
+    """Return the mean loss of another batch, and a classifier's predictions for it."""
     mesh, other = trained.setup.mesh, batch(np.random.default_rng(1), model)
     with jax.set_mesh(mesh):
         step = make_eval_step(model, mesh, loss_of(model))
@@ -220,13 +220,13 @@ def one_device(kind: str) -> tuple[Trained, float, Any]:
 @pytest.mark.parametrize(("kind", "mesh"), quick.only([("packed", EVERY_AXIS)], MESHES), ids=str)
 def test_eight_devices_equal_one(kind: str, mesh: MeshConfig):
     one, one_loss, one_predicted = one_device(kind)
-    # To compile the initialisation takes as long as all the rest: once per model.
+    # Compiling the initialisation takes half of the time, so that it is tested once per model.
     params = None if mesh == EVERY_AXIS else one.initial
     ours = train(MODELS[kind], mesh=eight(mesh), steps=50, params=params)
     jax.tree.map(np.testing.assert_array_equal, ours.initial, one.initial)
-    # Sums are taken in another order; dropout masks are the same.
+    # Sums have another order; dropout masks are the same.
     np.testing.assert_allclose(losses(ours), losses(one), rtol=1e-5)
-    jax.tree.map(  # the step keeps every array where init put it
+    jax.tree.map(  # The step keeps the sharding of each array.
         lambda x, wanted: x.sharding.is_equivalent_to(wanted.sharding, x.ndim) or pytest.fail(),
         ours.state,
         ours.setup.abstract,
@@ -234,7 +234,7 @@ def test_eight_devices_equal_one(kind: str, mesh: MeshConfig):
     loss, predicted = evaluate(MODELS[kind], ours)
     assert loss == pytest.approx(one_loss, rel=1e-5)
     assert (predicted is None) == (kind != "classifier")
-    if predicted is not None:  # whole on every device, in the order of the rows
+    if predicted is not None:  # Predictions are replicated, in the order of the rows.
         assert all(x.sharding.is_fully_replicated for x in predicted.values())
         outputs, one_outputs = predicted.pop("outputs"), one_predicted["outputs"]
         np.testing.assert_allclose(outputs, one_outputs, atol=1e-4)
@@ -245,7 +245,7 @@ def test_eight_devices_equal_one(kind: str, mesh: MeshConfig):
 
 @pytest.mark.slow
 def test_the_ring_splits_the_sequence_and_changes_nothing():
-    """In an encoder, a decoder and across; dropped weights included, and rows of padding."""
+    """The test covers an encoder, a decoder, cross-attention, dropout and rows of padding."""
     attention = dataclasses.replace(MODEL.attention, dropout=0.2)
     dense, ring = (
         dataclasses.replace(MODEL, attention=dataclasses.replace(attention, core=core))
@@ -261,7 +261,7 @@ def test_the_ring_splits_the_sequence_and_changes_nothing():
 
 @functools.cache
 def gradient_text(core: str, length: int, mesh: Mesh) -> str:
-    """The gradient of one attention over a split length, as one device runs it."""
+    """Return one device's program for the gradient of attention over a sharded sequence."""
     window = 3 if core == "longformer" else None
     projected = LinformerConfig(rank=4, max_length=length) if core == "linformer" else None
     parts: dict[str, Any] = {"linformer": projected} if projected else {}
@@ -290,7 +290,7 @@ def test_cores_that_take_the_length_in_turn_refuse_to_have_it_split(core: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("core", ["auto", "linformer"])
 def test_cores_that_keep_the_length_split_compute_a_part_on_each_device(core: str):
-    """Lengths from 512 on would be taken in turn by one device."""
+    """A core that loops over blocks, from length 512 on, would gather the sequence on a device."""
     text = gradient_text(core, 1024, eight(MeshConfig(data=1, seq=8)))
     keys = 1024 if core == "auto" else 4
     assert (2, 2, 128, keys) in shapes(text)
@@ -335,7 +335,7 @@ def test_a_mesh_that_does_not_fit_says_both_numbers():
 
 
 def compiled_step(model: ModelConfig, mesh: Mesh, rows: int, length: int) -> str:
-    """What one device runs: its shapes are those of the device's parts."""
+    """Return the program of one device, which has the shapes of the device's shards."""
     setup, step = prepare(model, TRAIN, mesh)
     with jax.set_mesh(mesh):
         arrays = batch(np.random.default_rng(3), model, rows=rows, length=length)
@@ -354,11 +354,11 @@ def shapes(text: str) -> set[tuple[int, ...]]:
     ids=str,
 )
 def test_nothing_large_is_replicated(mesh: MeshConfig, capfd):
-    """Neither activations, where rows are long, nor stacked parameters, where the model is wide."""
+    """Activations of long rows and stacked parameters of wide models are sharded."""
     rows, length = 16, 32
-    scanned = dataclasses.replace(PACKED, unroll=1)  # as everywhere but on a CPU
+    scanned = dataclasses.replace(PACKED, unroll=1)  # the default on other platforms than CPUs
     found = shapes(compiled_step(scanned, eight(mesh), rows, length))
-    scores = rows * PACKED.attention.heads * length**2  # of a layer: the largest activation
+    scores = rows * PACKED.attention.heads * length**2  # a layer's largest activation
     assert max(map(math.prod, found)) == PACKED.layers * scores / 8
 
     wide = dataclasses.replace(
@@ -376,7 +376,7 @@ def test_nothing_large_is_replicated(mesh: MeshConfig, capfd):
             if x.ndim > 1 and "kernel" in jax.tree_util.keystr(path):
                 assert math.prod(x.sharding.shard_shape(x.shape)) * parts == x.size
     found = shapes(compiled_step(wide, eight(mesh), 8, 2))
-    # To use a parameter a device gathers its parts over fsdp, one layer at a time.
+    # Before it uses a parameter, a device all-gathers its shards over fsdp, one layer at a time.
     kernels = jax.tree.leaves(setup.abstract.params["decoder"])
     of_layers = {x.shape for x in kernels if x.size > 4096}
     assert len(of_layers) == 5
@@ -391,9 +391,9 @@ def test_nothing_large_is_replicated(mesh: MeshConfig, capfd):
         ([[0], [0], [0], [0]], 0, ((0,), 1)),
         ([[0], [0], [1], [1]], 1, ((1,), 2)),
         ([[0, 0], [0, 0], [1, 1]], 1, ((2,), 3)),
-        # Four hosts of 2 x 2 chips, their 4 x 4 in one row.
+        # Four hosts have 2 x 2 chips each; one axis contains all 4 x 4 chips.
         ([[h] for h in (0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3)], 1, ((1, 3), 8)),
-        # Tensor parallelism over two hosts: both have the same rows.
+        # With tensor parallelism over two hosts both have the same rows.
         ([[0, 1], [0, 1]], 1, ((0,), 1)),
         ([[0, 1], [0, 1], [2, 3], [2, 3]], 3, ((1,), 2)),
     ],

@@ -1,6 +1,7 @@
-"""SIGINT and SIGTERM end a command in every phase, without a traceback, and the second one at once.
+"""Test that SIGINT and SIGTERM end a command in each phase without a traceback.
 
-In processes of their own. A test sends nothing before the command has said that it is there.
+A second signal ends the command at once. The commands run in processes of their own. A test sends
+a signal only after the command has printed that it is ready.
 """
 
 import os
@@ -37,7 +38,7 @@ PHASES = {
     "the end of the process": "atexit.register(time.sleep, 60)",
     "saving": "while True: time.sleep(0.01)",
 }
-BEFORE = {  # a signal may come
+BEFORE = {  # code that runs before a signal may come
     "saving": """signals.is_saving = True
     signal.signal(signal.SIGINT, lambda *_: print("saving", flush=True))""",
 }
@@ -83,7 +84,10 @@ def test_sigterm_says_whether_the_same_command_goes_on(command, code):
 
 @pytest.mark.parametrize("delay", quick.only([5], [1.5, 3, 5, 7]))
 def test_training_ends_wherever_it_is(delay: float, tmp_path: Path):
-    """While it imports, reads, compiles or trains; all of its process group are told."""
+    """The signal comes while the command imports, reads, compiles or trains.
+
+    All processes of its process group get the signal.
+    """
     command = toy.flags(toy.write_corpus(tmp_path), tmp_path / "run", 10**6, 10**5)
     process = subprocess.Popen(
         [sys.executable, "-m", "heedful", "train", *command, "--audit"],

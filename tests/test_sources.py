@@ -1,3 +1,5 @@
+"""Test sources of data: text files, packages, and errors in the config."""
+
 import hashlib
 import io
 import json
@@ -202,7 +204,7 @@ def test_empty_holdout_says_what_to_give(tmp_path):
 
 
 def archive(name, members):
-    """Returns the bytes of a wheel or of a tar.gz of members, path -> text or bytes."""
+    """Return the bytes of a wheel or a tar.gz with these members, path -> text or bytes."""
     data = io.BytesIO()
     if name.endswith(".whl"):
         with zipfile.ZipFile(data, "w") as wheel:
@@ -219,7 +221,7 @@ def archive(name, members):
 
 
 def fake_package(cache, monkeypatch, name, members):
-    """Puts a package where a user would put it by hand."""
+    """Put a package where a user would put it by hand, and pin its checksum."""
     package = packages.PACKAGES[name]
     path = cache / "packages" / package.file
     path.parent.mkdir(parents=True)
@@ -379,5 +381,5 @@ def test_homeassistant_reads_unspaced_languages_and_lists_the_known(cache, monke
     for language in ("xx", "..", ""):
         with pytest.raises(DataError, match="homeassistant has en, zh-Hans"):
             sources.load(DataConfig(languages=("en", language)), "train")
-    path.unlink()  # What has been extracted does not need the package any more.
+    path.unlink()  # The extracted files do not need the package any more.
     assert sources.load(DataConfig(languages=("en", "zh-Hans")), "train")

@@ -1,4 +1,4 @@
-"""The core splash against dense, interpreted."""
+"""Test the core splash, with interpreted kernels, against dense."""
 
 import math
 import sys
@@ -24,7 +24,7 @@ B, N, K, H = 2, 4, 2, 11
 
 
 def segments(length: int, *cuts: int) -> jax.Array:
-    """Documents that end at these positions, padding after the last; the second row all padding."""
+    """Return segments: a row of documents that end at `cuts`, and a row of padding."""
     row = np.zeros(length, np.int32)
     for cut in reversed(cuts):
         row[:cut] += 1
@@ -60,7 +60,7 @@ def inputs(queries: int, keys: int, dtype=jnp.float32) -> list[jax.Array]:
 
 @partial(jax.jit, static_argnums=(0, 3))
 def run(core, arrays, mask, scale=None):
-    """Output and gradients."""
+    """Return the output and the gradients for queries, keys and values."""
     *arrays, g = arrays
     out, pull = jax.vjp(lambda *x: core(AttentionCall(*x, mask, scale=scale)), *arrays)
     return (out, *pull(g))
@@ -68,7 +68,7 @@ def run(core, arrays, mask, scale=None):
 
 @pytest.mark.parametrize("name", MASKS)
 def test_values_and_gradients(name: str, monkeypatch):
-    # Three blocks and not one, so that some are skipped.
+    # There are several blocks instead of one, so that some blocks are skipped.
     monkeypatch.setattr(sys.modules["heedful.model.attention.splash"], "_block", lambda length: 128)
     queries, keys, mask = MASKS[name]
     arrays = inputs(queries, keys)
@@ -92,7 +92,7 @@ def test_bfloat16_is_nearly_as_exact_as_dense():
         errors.append(
             [np.abs(x.astype(jnp.float32) - y).mean() for x, y in zip(results, exact, strict=True)]
         )
-    # The scale rounds q once more.
+    # Multiplying q by the scale rounds q once more.
     assert (np.array(errors[0]) < 1.3 * np.array(errors[1])).all(), errors
 
 
@@ -125,7 +125,7 @@ def test_a_gpu_and_other_lengths_are_refused(monkeypatch):
 
 
 def on_mesh(**sizes: int):
-    """A mesh of these axes."""
+    """Return a mesh with axes of these sizes."""
     names = tuple(sizes)
     return jax.make_mesh(
         tuple(sizes.values()), names, devices=jax.devices()[: math.prod(sizes.values())],

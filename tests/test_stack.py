@@ -1,4 +1,4 @@
-"""Stacks of blocks run other ways: with a cache, watched from within, in training."""
+"""Test stacks of blocks: decoding with a cache, intermediate values and training."""
 
 from functools import partial
 from typing import Any
@@ -41,15 +41,15 @@ close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
     quick.only(
         [("rotary", "dense"), ("relative", "flash")],
         [(kind, "dense") for kind in POSITIONS]
-        + [(kind, "flash") for kind in ("rotary", "alibi", "relative")],  # which reach the core
+        + [(kind, "flash") for kind in ("rotary", "alibi", "relative")],  # The core gets positions.
     ),
 )
 def test_a_decoder_decodes_with_a_cache_as_it_was_taught(kind: str, core: str):
     config = tiny("decoder_only", attention_core=core, **POSITIONS[kind])
     model, params = init(config)
     rows = np.arange(B)[:, None]
-    # Chunks of columns per row: all together, then each row at a place of its own, where some go
-    # back and write again; at last single tokens.
+    # Chunks of columns per row: first all rows are at the same position. Then each row has its own
+    # position, and some rows write a position again. The last chunk has single tokens.
     chunks = [
         (0, np.array([[0, 1]] * B)),
         ([2, 1, 0], np.array([[2, 3], [1, 2], [0, 1]])),
@@ -92,7 +92,7 @@ def test_a_prefix_is_read_into_the_cache_as_one_chunk():
 
 
 def test_an_encoder_decoder_decodes_with_a_cache_as_it_was_taught():
-    config = tiny(**POSITIONS["relative"])  # which both stacks have; others: test_decoding
+    config = tiny(**POSITIONS["relative"])  # Both stacks have them; others: test_decoding.
     model, params = init(config)
     real = jnp.array(np.minimum(SOURCE_SEGMENTS, 1))
 
@@ -104,7 +104,7 @@ def test_an_encoder_decoder_decodes_with_a_cache_as_it_was_taught():
         first = {"cache": empty_cache(config, B, T + 2), "offset": jnp.int32(0)}
         logits, cache = decode(TOKENS[:, :2], encoded, real, **first)
 
-        def step(cache, t):  # without the source, which the cache has seen
+        def step(cache, t):  # The cache holds keys and values of the source.
             token = jax.lax.dynamic_slice_in_dim(TOKENS, t, 1, axis=1)
             logits, cache = decode(token, None, real, cache=cache, offset=t)
             return cache, logits[:, 0]
@@ -116,7 +116,7 @@ def test_an_encoder_decoder_decodes_with_a_cache_as_it_was_taught():
     close(decoded, whole)
 
 
-# Watched from within ----------------------------------------------------------------------------
+# Intermediate values ----------------------------------------------------------------------------
 
 
 def meet(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -140,12 +140,12 @@ def test_intermediates_are_those_of_the_pass():
     source = SOURCE, SOURCE_SEGMENTS, np.arange(S)[None]
     close(logits, plain(TOKENS, SEGMENTS, np.arange(T)[None], source=source))
 
-    # The last hidden states are what the last norm and the head get ...
+    # The last norm and the head get the last hidden states ...
     (hidden,) = decoder["hidden"]
     assert hidden.shape == (LAYERS, B, T, WIDTH)
     p = plain.params["decoder"]
     close(plain.logits(plain.norm(p["norm"], np.asarray(hidden[-1], np.float64))), logits)
-    # ... and those of one block what the next block gets.
+    # ... and a block gets the hidden states of the block before.
     block = jax.tree.map(lambda x: x[1], p["blocks"])
     x = plain.norm(block["self_attention_norm"], np.asarray(hidden[0], np.float64))
     q, k = (plain.linear(block["self_attention"][name], x) for name in ("query", "key"))
@@ -164,7 +164,8 @@ def test_intermediates_are_those_of_the_pass():
         assert weights.shape == (layers, B, HEADS, *allowed.shape[1:])
         everywhere = np.broadcast_to(allowed[:, None], weights.shape)
         np.testing.assert_array_equal(weights > 0, everywhere)
-        np.testing.assert_allclose(weights.sum(-1), everywhere.any(-1), atol=1e-6)  # or 0: padding
+        # The weights of a query sum to 1, or to 0 in padding.
+        np.testing.assert_allclose(weights.sum(-1), everywhere.any(-1), atol=1e-6)
 
 
 # In training ------------------------------------------------------------------------------------
@@ -231,7 +232,7 @@ def test_dropout_acts_at_each_place_in_training_only():
     places = ("dropout", "attention_dropout", "feed_forward_dropout")
     model, params = init(tiny("decoder_only", **dict.fromkeys(places, 0.5)))
     quiet = Plain(model.config, params)(TOKENS, np.ones((B, T)), np.arange(T)[None])
-    with pytest.raises(Exception, match="dropout"):  # a key is needed in training
+    with pytest.raises(Exception, match="dropout"):  # Training needs a key.
         jax.eval_shape(partial(model.apply, deterministic=False), {"params": params}, TOKENS)
     close(jax.jit(model.apply)({"params": params}, TOKENS), quiet)
     for place in places:
@@ -250,7 +251,7 @@ def test_dropout_acts_at_each_place_in_training_only():
 
 
 def test_layers_drop_different_elements():
-    # Two blocks of which each adds 1 to everything, and so 1 / (1 - rate) or 0 in training.
+    # Each of two blocks adds 1 to all elements; with dropout it adds 1 / (1 - rate) or 0.
     config = tiny("decoder_only", dropout=0.5, norm_position="pre", positions_kind="none")
     model, params = init(config)
     params = jax.tree.map(jnp.zeros_like, params)
@@ -260,4 +261,5 @@ def test_layers_drop_different_elements():
     _, sown = jax.jit(train)({"params": params}, TOKENS, rngs=rngs)
     added = sown["intermediates"]["decoder"]["blocks"]["hidden"][0][-1]
     shares = [(added == value).mean() for value in (0, 2, 4)]
-    np.testing.assert_allclose(shares, [0.25, 0.5, 0.25], atol=0.15)  # 1/2, 0, 1/2 if they agreed
+    # The shares would be 1/2, 0 and 1/2 if both layers had the same dropout mask.
+    np.testing.assert_allclose(shares, [0.25, 0.5, 0.25], atol=0.15)

@@ -1,4 +1,4 @@
-"""A run begins with three configs that fit together, and what the data adds to them."""
+"""Test the start of a run: three configs must fit together, and the data completes them."""
 
 import dataclasses
 from pathlib import Path
@@ -47,12 +47,12 @@ def test_vocabulary_classes_and_outputs_come_from_the_data(folder, tmp_path):
     assert run.model.vocab_size == run.tokenizer().vocab_size == 4 + len(words)
     assert run.data.classes == ("bad", "good") and run.model.head.outputs == 2
     assert Run.open(run.directory) == run
-    assert start(folder, run.directory, "classification", CLASSES) == run  # the same again
+    assert start(folder, run.directory, "classification", CLASSES) == run  # the second start
 
 
 def test_a_regression_has_one_output(folder, tmp_path):
     toy.write_table(tmp_path, toy.number)
-    model = dataclasses.replace(CLASSES, vocab_size=23)  # room for more is no mistake
+    model = dataclasses.replace(CLASSES, vocab_size=23)  # A larger vocabulary is accepted.
     run = start(tmp_path, tmp_path / "run", "regression", model)
     assert run.model.head.outputs == 1 and run.model.vocab_size == 23 and run.data.classes == ()
 
@@ -128,7 +128,7 @@ def test_a_run_that_fine_tunes_has_the_tokenizer_of_its_source(folder, tmp_path)
     source = toy.random_run(tmp_path / "source", toy.model(), data)
     train = {"init_from": str(source.directory)}
     model = dataclasses.replace(CLASSES, vocab_size=source.model.vocab_size)
-    # It knows no "." of its own data, which has none, and has the mask of the source.
+    # The tokenizer is not learned from the run's own data: it has the mask token of the source.
     run = start(folder, tmp_path / "run", "classification", model, train=train)
     assert run.tokenizer().fingerprint == source.tokenizer().fingerprint
 

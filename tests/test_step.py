@@ -1,4 +1,4 @@
-"""One update: what it must not depend on, and what it must report."""
+"""Test a training step: settings that must not change its result, and its metrics."""
 
 import dataclasses
 from typing import Any
@@ -46,10 +46,10 @@ def run(model: ModelConfig, config: TrainConfig = TRAIN, steps: int = 1) -> Trai
     "model", quick.only([PACKED], [MODEL, PACKED, CLASSIFIER]), ids=["pairs", "packed", "classes"]
 )
 def test_accumulation_equals_the_large_batch(model: ModelConfig):
-    # With a large epsilon Adam is linear in the gradient, and rounding stays rounding.
+    # With a large epsilon Adam is linear in the gradient, so that it does not amplify rounding.
     linear = OptimizerConfig(peak_lr=0.1, warmup_steps=0, epsilon=1.0)
     config = TrainConfig(accumulate=4, optimizer=linear)
-    # Each part would draw its own dropout masks.
+    # Dropout is off because each part of a batch would draw its own masks.
     head = dataclasses.replace(model.head, dropout=0.0)
     model = dataclasses.replace(model, dropout=0.0, head=head)
     parts = run(model, config, steps=2)
@@ -102,7 +102,7 @@ def test_a_loss_in_chunks_on_every_axis_of_a_mesh(model: ModelConfig):
 
 @pytest.mark.slow
 def test_a_loss_in_chunks_never_holds_all_scores():
-    """Of a vocabulary beside which the rest of the model is small."""
+    """The vocabulary is so large that the rest of the model needs little memory."""
     model = dataclasses.replace(PACKED, vocab_size=4999, dropout=0.0)
 
     def memory(chunk: int | None) -> int:
@@ -136,7 +136,7 @@ def test_the_gradient_is_clipped_and_its_norm_reported_before():
     def update(clip: float | None) -> tuple[float, float]:
         optimizer = OptimizerConfig(peak_lr=1.0, warmup_steps=0, epsilon=1e3, clip_norm=clip)
         trained = run(CLASSIFIER, TrainConfig(optimizer=optimizer))
-        mean = trained.state.opt_state[0].mu  # after one step a tenth of the applied gradient
+        mean = trained.state.opt_state[0].mu  # a tenth of the applied gradient after one step
         norm = np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(mean))) * 10
         return trained.metrics[0]["grad_norm"], norm
 
@@ -189,7 +189,7 @@ def with_performer(performer: PerformerConfig) -> ModelConfig:
 
 
 def test_random_features_are_drawn_again_every_redraw_steps():
-    """By the step alone, so that a run which resumes draws what it would have drawn."""
+    """The features depend on the step only, so that a resumed run draws the same features."""
     model = with_performer(PerformerConfig(features=5, redraw_steps=2))
     mesh = make_mesh(ONE, jax.devices()[:1])
     setup, step = prepare(model, TRAIN, mesh)
@@ -204,7 +204,7 @@ def test_random_features_are_drawn_again_every_redraw_steps():
 
 
 def test_a_performer_is_measured_with_the_features_that_it_trains_with():
-    """A model adapts to its draw: with another one it would be worse than in training."""
+    """A model adapts to its features; with other features its loss would be worse."""
     model = with_performer(PerformerConfig(features=5))
     config = dataclasses.replace(TRAIN, label_smoothing=0.0)
     mesh = make_mesh(ONE, jax.devices()[:1])
@@ -220,7 +220,7 @@ def test_a_performer_is_measured_with_the_features_that_it_trains_with():
 
 @pytest.mark.parametrize("model", [CLASSIFIER, REGRESSION], ids=["classes", "numbers"])
 def test_the_measurement_of_a_classifier_gives_its_outputs(model: ModelConfig):
-    """The loss follows from what is predicted, in float64 and without the padding rows."""
+    """The loss follows from the outputs, in float64 and without rows of padding."""
     mesh = make_mesh(ONE, jax.devices()[:1])
     params = initial(model)
     with jax.set_mesh(mesh):

@@ -1,3 +1,5 @@
+"""Test the store of tokens: it keeps tokens, labels and a fingerprint of a dataset on disk."""
+
 import pickle
 
 import numpy as np
@@ -71,7 +73,7 @@ def test_sizes_labels_and_blanks(tokenizer):
     assert store.sizes.tolist() == [[12, 2], [14, 2]]
     assert store.labels() == ["a", "b"]
     assert store.blank.tolist() == [False, True]
-    # The fields, too, are part of what is kept.
+    # A store with other fields is another one.
     assert (
         TokenStore.build(examples, ("text",), tokenizer, "labelled").blank.tolist() == [False] * 2
     )

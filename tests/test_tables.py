@@ -1,3 +1,5 @@
+"""Test tables of examples: CSV, TSV and JSON lines, their columns, labels and errors."""
+
 import json
 
 import pytest
@@ -14,7 +16,7 @@ def write(path, text):
 
 
 def config(*train, objective="classification", **more):
-    """The table is all splits at once, so that nothing is held out."""
+    """Return a config in which the table is each of the splits, so that nothing is held out."""
     more = {"valid": train, "test": train} | more
     return DataConfig(source="files", objective=objective, train=train, **more)
 
@@ -97,7 +99,7 @@ def test_columns_make_documents_of_a_table(tmp_path):
     rows = load(path, objective="causal_lm", columns=("body",))
     assert rows == [{"text": "one"}, {"text": "two"}]
     with pytest.raises(DataError, match=r"data.train has the table .*a.jsonl: name its text col"):
-        load(path, objective="causal_lm")  # Nobody wants to learn its braces.
+        load(path, objective="causal_lm")  # Training must not read JSON as text.
 
 
 def test_tables_are_joined_and_held_out_by_text(tmp_path):

@@ -1,4 +1,4 @@
-"""An objective of one's own: rows of two texts, and a loss that is no cross-entropy over tokens."""
+"""Test a new objective: rows of two texts, and a loss other than cross-entropy over tokens."""
 
 import ast
 import dataclasses
@@ -44,7 +44,7 @@ def test_each_objective_has_a_task():
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_no_objective_is_named_outside_the_tables(path: Path):
-    """Except for the default of the config, and a value in the config.json of transformers."""
+    """Exceptions are the default of the config, and a value in the config.json of transformers."""
     name = str(path.relative_to(ROOT))
     allowed = {"translation"} if name == "data/config.py" else set()
     allowed |= {"regression"} if name.startswith("model/pretrained/") else set()
@@ -56,7 +56,7 @@ def test_no_objective_is_named_outside_the_tables(path: Path):
     assert found <= allowed
 
 
-# A contrastive objective: each text is nearer to its own translation than to others of the batch.
+# A contrastive objective: a text must be closer to its own translation than to others in the batch.
 
 
 def contrast_row(example: Any, rng: None, config: Any, tokenizer: Any) -> Arrays:
@@ -74,7 +74,7 @@ def contrastive_loss(model: Any, params: Any, batch: Any, options: LossOptions) 
 
     weights = batch["weights"]
     likeness = 10 * embed("") @ embed("pair_").T
-    likeness = jnp.where(weights > 0, likeness, -1e9)  # but for padding rows
+    likeness = jnp.where(weights > 0, likeness, -1e9)  # without rows of padding
     own = jnp.diagonal(jax.nn.log_softmax(likeness))
     ranks = jnp.sum(likeness > jnp.diagonal(likeness)[:, None], axis=-1)
     return -jnp.sum(own * weights), jnp.sum(weights), {"ranks": ranks, "weights": weights}
@@ -110,7 +110,7 @@ def write_pairs(folder: Path) -> Path:
 
 
 def test_an_objective_with_two_inputs_and_a_loss_of_its_own_trains(contrast, tmp_path):
-    """Through the real pipeline, step, loop and evaluation, on all devices."""
+    """The test uses the real pipeline, step, loop and evaluation on all devices."""
     data = toy.data(write_pairs(tmp_path), "contrast", batch_tokens=512)
     head = HeadConfig(kind="classifier", pooling="mean", pooler=False, outputs=8)
     train = dataclasses.replace(

@@ -1,3 +1,5 @@
+"""Test text files: documents, held-out parts and errors."""
+
 import bz2
 import gzip
 import lzma
@@ -73,7 +75,7 @@ def test_text_without_line_ends_is_cut_at_a_space_or_between_characters(tmp_path
     joined = [parts[split][0] for split in ("train", "test", "valid")]
     assert "".join(joined) == words
     assert joined[0].endswith(" ")
-    for n in range(7):  # Every place that a character of three bytes can be cut at.
+    for n in range(7):  # The border falls on each byte of a character of three bytes.
         signs = "家" * (101 + n)
         parts = load_all(config(write(tmp_path / "signs", signs), holdout=0.1))
         joined = [parts[split][0] for split in ("train", "test", "valid")]

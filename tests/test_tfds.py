@@ -1,3 +1,5 @@
+"""Test sources of TensorFlow Datasets with small builders in place of the real ones."""
+
 import sys
 
 import pytest
@@ -14,7 +16,7 @@ import tiny_tfds
 
 @pytest.fixture(autouse=True, scope="module")
 def prepared(tmp_path_factory):
-    """Each dataset is prepared once for all tests."""
+    """Set folders in which each dataset is prepared once for all tests."""
     folder = tmp_path_factory.mktemp("tfds")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", str(folder / "data"))
@@ -97,7 +99,7 @@ def test_errors_name_what_there_is(source, more, names):
     ],
 )
 def test_a_name_that_may_run_code_is_refused_before_anything_is_imported(name, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)  # importing it would fail
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)  # An import would fail.
     with pytest.raises(DataError, match="may run code of the data") as error:
         sources.load(config(name), "valid")
     assert repr(f"tfds:{name}") in str(error.value)
@@ -139,7 +141,7 @@ def test_known_by_version_split_and_columns_without_reading_it():
     ],
 )
 def test_the_real_definitions_have_the_fields(name, objective, fields, one):
-    """They come with tfds; only the texts need a network."""
+    """The definitions are part of tfds; only the texts need a network."""
     data = config(name, objective)
     assert sources.fields(data) == fields
     if one:
@@ -151,7 +153,7 @@ def test_the_real_definitions_have_the_fields(name, objective, fields, one):
 def test_glue_features_are_mapped_and_classes_named(name):
     texts, classes = tiny_tfds.GLUE[name]
     data = config(f"tiny_glue/{name}", "classification" if classes else "regression")
-    assert labels.classes(data) == (classes or ())  # not sorted: F1 of GLUE is that of the second
+    assert labels.classes(data) == (classes or ())  # not sorted: GLUE's F1 is of the second
     assert sources.fields(data) == ("text", "pair")[: len(texts)]
     split = "validation_matched" if name == "mnli" else "validation"
     expected = []
@@ -176,7 +178,7 @@ def test_hidden_test_labels_move_the_splits_and_this_is_said(capsys):
     everything = {f"sentence {n} of train" for n in range(199)}
     assert texts["train"] | texts["valid"] == everything
     assert texts["valid"] == {text for text in everything if share(text) < 0.1}
-    # Without need of the labels, the test split is the real one.
+    # If labels are not needed, the test split is the real one.
     assert len(sources.load(config("tiny_glue/sst2", "masked_lm"), "test")) == 7
     assert len(sources.load(config("tiny_glue/sst2", "masked_lm"), "valid")) == 5
 
@@ -211,7 +213,7 @@ def test_train_alone_gives_all_splits():
 
 
 def test_example_without_label_is_an_error():
-    """SNLI has such, where the raters disagreed."""
+    """SNLI has examples without a label, on which the raters disagreed."""
     data = config("tiny_reviews", "classification")
     feature = tfds._builder(data).info.features["label"]
     read = tfds._label_reader(data, "label", feature)

@@ -1,3 +1,5 @@
+"""Test tokenizers: all kinds, files of other libraries, special tokens and limits."""
+
 import json
 import pickle
 import random
@@ -92,7 +94,7 @@ def test_spelled_special_tokens_are_text(bpe, words, text):
 def test_words_that_are_spelled_like_special_tokens_leave_their_ids_alone():
     tokenizer = learn("words", texts=["a <eos> b <eos> <pad> a", "<mask> <eos>"])
     assert (tokenizer.pad, tokenizer.bos, tokenizer.eos, tokenizer.unk) == (0, 1, 2, 3)
-    assert tokenizer.mask is None  # A word of the text.
+    assert tokenizer.mask is None  # Here "<mask>" is a word of the text.
     (ids,) = tokenizer.encode_batch(["a <eos> <mask>"])
     assert (ids[[0, 2]] > UNK).all()
     assert ids[1] == UNK
@@ -124,7 +126,7 @@ def test_training_is_deterministic_whatever_the_order(bpe):
             prints = {learn(kind, "masked_lm", size, t).fingerprint for t in (TEXTS, mixed, TEXTS)}
             assert len(prints) == 1
             assert learn(kind, "masked_lm", size, iter(TEXTS)).fingerprint in prints
-    for vocab_size in (8, 9):  # Words of equal count at the edge of the vocabulary.
+    for vocab_size in (8, 9):  # Words with equal counts are the last of the vocabulary.
         config = TokenizerConfig(kind="words", vocab_size=vocab_size)
         prints = {Tokenizer.train(order, config).fingerprint for order in (WORDS, WORDS[::-1])}
         assert len(prints) == 1
@@ -226,11 +228,11 @@ def test_alphabet_that_does_not_fit(kind, objective, size):
         learn(kind, objective, size)
 
 
-# Tokenizers of other people ----------------------------------------------------------------------
+# Tokenizers of other libraries -------------------------------------------------------------------
 
 
 def other(model, special, path, **parts):
-    """Writes a tokenizer.json as other libraries do: special tokens, post-processor, truncation."""
+    """Write a tokenizer.json as other libraries do, with a post-processor and truncation."""
     tokenizer = tokenizers.Tokenizer(model)
     for name, part in parts.items():
         setattr(tokenizer, name, part)
@@ -289,7 +291,7 @@ def t5(tmp_path):
 def test_bert(bert):
     assert (bert.pad, bert.unk, bert.bos, bert.eos, bert.mask) == (0, 1, 2, 3, 4)
     (ids,) = bert.encode_batch(["The cats, the cats sat, the cats"])
-    expected = "the cat ##s , the cat ##s sat , the cat ##s"  # Neither cut at 5 nor framed.
+    expected = "the cat ##s , the cat ##s sat , the cat ##s"  # no truncation at 5, no frame
     assert tokens(bert, ids) == expected.split()
     assert bert.decode([bert.bos, *ids[:3], bert.mask, bert.eos]) == "the cats"
     (ids,) = bert.encode_batch(["cat [SEP] [MASK]"])
@@ -309,7 +311,7 @@ def test_gpt2(gpt2):
 def test_t5(t5):
     assert (t5.pad, t5.bos, t5.eos, t5.unk, t5.mask) == (0, 0, 1, 2, None)
     assert tokens(t5, t5.sentinels) == ["<extra_id_0>", "<extra_id_1>"]
-    # The model's own vocabulary has these as pieces, and would find them in a text.
+    # The vocabulary has special tokens as pieces, but a text must not be split into them.
     (ids,) = t5.encode_batch(["the </s> is<extra_id_0>"])
     assert t5.decode(ids) == "the </s> is<e<unk>t<unk>a_id_0>"
     assert not {t5.eos, *t5.sentinels} & set(ids.tolist())
@@ -323,7 +325,7 @@ def test_vocab_txt(bert, tmp_path):
     texts = ["The CATS sat", "[SEP] [MASK] the", "zz, cat"]
     for ids, expected in zip(*(t.encode_batch(texts) for t in (tokenizer, bert)), strict=True):
         assert ids.tolist() == expected.tolist()
-    path.write_text("\n".join([*BERT, "Cat"]))  # With capitals: case is not folded.
+    path.write_text("\n".join([*BERT, "Cat"]))  # A capital keeps the case.
     cased = Tokenizer.load(path)
     assert tokens(cased, cased.encode_batch(["Cat The"])[0]) == ["Cat", "[UNK]"]
     path.write_text("a\nb\n")
@@ -336,7 +338,7 @@ def test_the_last_of_repeated_entries_counts(tmp_path):
     path.write_text("\n".join([*BERT, "cat", "dog"]))
     tokenizer = Tokenizer.load(path)
     (ids,) = tokenizer.encode_batch(["the cat dog"])
-    assert ids.tolist() == [5, 12, 13]  # As in transformers 5.24; id 6 is a hole.
+    assert ids.tolist() == [5, 12, 13]  # as in transformers 5.24; id 6 is unused
     assert tokenizer.vocab_size == 14 and tokenizer.is_special[6]
 
 
@@ -485,7 +487,7 @@ def test_words(bert, gpt2, t5, words):
     assert bert.words(np.array(framed)).tolist() == [0, 1, 1, 2, 3, 4]
 
 
-# What a tokenizer loses --------------------------------------------------------------------------
+# Text that a tokenizer loses ---------------------------------------------------------------------
 
 
 def test_text_that_the_vocabulary_lacks(bpe, bert, words):
@@ -522,7 +524,7 @@ def test_long_words_are_learned_from_in_pieces(kind, monkeypatch):
     assert shorter.fingerprint != ordinary.fingerprint
     longest = max(len(shorter.name(int(i)).removeprefix("##")) for i in shorter.ordinary)
     assert longest == 3
-    # Texts are split as before.
+    # Both tokenizers split texts in the same way.
     whole, cut = (json.loads(t._json)["pre_tokenizer"] for t in (ordinary, shorter))
     assert whole == cut
 
@@ -531,7 +533,7 @@ def test_a_vocabulary_has_bounds(tmp_path):
     vocabulary = {"[UNK]": 0, "a": 1, "b": 2}
     path = tmp_path / "tokenizer.json"
     for model in (models.WordPiece, models.WordLevel):
-        # The library lists each missing id when it saves: in 16 GB.
+        # When the library saves such a tokenizer, it lists each missing id, which takes 16 GB.
         text = tokenizers.Tokenizer(model(vocabulary, unk_token="[UNK]")).to_str()
         path.write_text(text.replace('"b":2', '"b":4000000000'))
         with pytest.raises(

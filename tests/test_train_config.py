@@ -1,4 +1,4 @@
-"""Every value that cannot work is refused, by its name."""
+"""Test that each invalid value of a train config is refused by the name of its field."""
 
 import dataclasses
 import inspect

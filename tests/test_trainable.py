@@ -1,4 +1,4 @@
-"""What is frozen keeps its bits and costs no memory; the others move as fast as asked."""
+"""Test trainable parameters: frozen ones keep their bits without moments, others have factors."""
 
 import dataclasses
 from typing import Any
@@ -34,7 +34,7 @@ def abstract(model: ModelConfig) -> Any:
 
 
 def factors(model: ModelConfig, **values) -> dict[str, list[float]]:
-    """The factor of each layer's part of each parameter, or of the parameter, by name."""
+    """Return the factors of a parameter's layers, or the factor of the parameter, by name."""
     params = abstract(model)
     found = rate_factors(params, model, OptimizerConfig(**values))
     return {
@@ -46,7 +46,7 @@ def factors(model: ModelConfig, **values) -> dict[str, list[float]]:
 
 
 def changes(trained: Trained) -> dict[str, bool]:
-    """Whether any bit is another one than at first, by name and layer."""
+    """Return True if any bit has changed in training, by name and layer."""
     found = {}
     for (name, before), (_, after) in zip(
         named(trained.initial), named(jax.device_get(trained.state.params)), strict=True
@@ -79,7 +79,7 @@ def frozen() -> Trained:
 
 
 def test_what_is_frozen_keeps_its_bits_and_nothing_else(free, frozen):
-    assert all(changes(free).values())  # decay included, everything moves
+    assert all(changes(free).values())  # Everything changes, by weight decay too.
     fixed = {name for name, changed in changes(frozen).items() if not changed}
     asked = ("embedding.", "decoder.blocks.1.")
     assert fixed == {name for name in changes(frozen) if name.startswith(asked)}
@@ -88,8 +88,9 @@ def test_what_is_frozen_keeps_its_bits_and_nothing_else(free, frozen):
 def test_what_is_frozen_has_no_optimizer_state(free, frozen):
     table = frozen.initial["embedding"]["table"].size
     whole, less = size(free.state.opt_state), size(frozen.state.opt_state)
-    assert whole - less == 2 * table  # both moments; a layer within a stack keeps its own
-    assert whole == pytest.approx(2 * size(free.initial), abs=3)  # and a counter or two
+    # Both moments of the table are missing; a frozen layer within a stack keeps its moments.
+    assert whole - less == 2 * table
+    assert whole == pytest.approx(2 * size(free.initial), abs=3)  # The rest are counters.
     assert len(jax.tree.leaves(free.state.opt_state)) == 2 + len(
         jax.tree.leaves(frozen.state.opt_state)
     )
@@ -122,7 +123,7 @@ def test_with_low_rank_updates_only_they_and_the_head_train():
     changed = changes(ours)
     for name, is_other in changed.items():
         assert is_other == ("lora_" in name or name.startswith("head.")), name
-    assert sum("lora_" in name for name in changed) == LORA.layers * 3 * 2  # A, B; three targets
+    assert sum("lora_" in name for name in changed) == LORA.layers * 3 * 2  # 3 targets, A and B
     trainable, _ = split(ours.initial, ours.setup.factors)
     assert size(ours.state.opt_state) == pytest.approx(2 * size(trainable), abs=3)
     assert size(trainable) < size(ours.initial) / 5
@@ -139,7 +140,7 @@ def test_rates_fall_from_the_head_down_to_the_embeddings():
         if name.startswith("head."):
             assert values == [8.0]
         elif ".blocks." in name:
-            assert values == [0.25, 0.5]  # the top layer is one below the head
+            assert values == [0.25, 0.5]  # The top layer is one level below the head.
         else:
             assert name.split(".")[0] in ("embedding", "inputs") and values == [0.125]
     assert set(map(str, factors(CLASSIFIER).values())) == {"[1.0]", "[1.0, 1.0]"}
@@ -167,7 +168,7 @@ def test_freezing_goes_before_any_rate():
 
 @pytest.mark.parametrize("lora", [LoraConfig(), LORA.lora])
 def test_queries_learn_as_if_their_scores_were_scaled(lora: LoraConfig):
-    """Half the queries, and scores that nothing scales: the same model with H = 4, at all steps."""
+    """With H = 4, unscaled scores of halved queries equal scaled scores, at all steps."""
     scaled = dataclasses.replace(MODEL, dropout=0.0, lora=lora)
     attention = dataclasses.replace(MODEL.attention, scaled=False)
     unscaled = dataclasses.replace(scaled, attention=attention)
@@ -186,14 +187,14 @@ def test_queries_learn_as_if_their_scores_were_scaled(lora: LoraConfig):
     np.testing.assert_allclose(losses(ours), losses(theirs), rtol=1e-5)
     assert any(name.endswith(halved) for name in moved)
     for name, values in moved.items():
-        if name.endswith("key.bias"):  # the softmax cancels it: its gradient is rounding
+        if name.endswith("key.bias"):  # The softmax cancels it, so that its gradient is rounding.
             continue
         wanted = expected[name] * (0.5 if name.endswith(halved) else 1.0)
         np.testing.assert_allclose(values, wanted, atol=2e-4, err_msg=name)
 
 
 def test_an_update_is_proportional_to_its_factor():
-    """Decay included; powers of two are exact."""
+    """Weight decay is included; the factors are powers of two, which are exact."""
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), abstract(CLASSIFIER)
@@ -206,7 +207,7 @@ def test_an_update_is_proportional_to_its_factor():
         optimizer = make_optimizer(optimizer_config, 9, found)
         trainable, rest = split(params, found)
         moved, _ = optimizer.update(split(grads, found)[0], optimizer.init(trainable), trainable)
-        # Nothing is lost on the way through the two halves.
+        # Splitting and joining keeps all parameters.
         whole = join(optax.apply_updates(trainable, moved), rest)
         assert jax.tree.structure(whole) == jax.tree.structure(params)
         return dict(named(moved))

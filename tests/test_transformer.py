@@ -1,4 +1,4 @@
-"""Whole models against a plain one in float64, and what holds for all of their parts."""
+"""Test whole models against a plain implementation in float64, and properties of all parts."""
 
 from functools import partial
 from typing import Any
@@ -111,14 +111,14 @@ def test_logits_are_those_of_a_plain_implementation(name: str):
         extra["encoder_segment_ids"] = jnp.array(SOURCE_SEGMENTS)
         extra["encoder_positions"] = jnp.array(SOURCE_PLACES)
         plain["source"] = np.asarray(SOURCE), SOURCE_SEGMENTS, SOURCE_PLACES
-    if name == "bert":  # "gpt" is called without: type 0
+    if name == "bert":  # "gpt" gets no types, so that all types are 0.
         extra["type_ids"], plain["types"] = jnp.array(TYPES), TYPES
     if name == "bloom":
         extra["prefix_len"], plain["prefix"] = jnp.array(PREFIX), PREFIX
     logits = jax.jit(model.apply)({"params": params}, *arrays, **extra)
     assert logits.dtype == jnp.float32
     expected = Plain(config, params)(np.asarray(TOKENS), SEGMENTS, PLACES, **plain)
-    # Without norms logits are in the thousands, sums of larger numbers yet.
+    # Without norms, logits are thousands, and they are sums of even larger numbers.
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
@@ -134,7 +134,7 @@ def test_bfloat16_computes_with_float32_parameters_to_float32_logits(tied: bool)
     error = np.abs(low - logits["float32"]).max() / np.abs(logits["float32"]).max()
     assert 1e-5 < error < 0.05
     rounded = low.astype(jnp.bfloat16).astype(jnp.float32)
-    assert (rounded != low).mean() > 0.9  # they were float32 all along, not converted at the end
+    assert (rounded != low).mean() > 0.9  # Logits are computed in float32, not converted to it.
 
 
 def test_every_part_of_a_model_computes_in_bfloat16():

@@ -1,4 +1,4 @@
-"""Translations against a plain loop that runs the whole model for each token."""
+"""Test translations against a plain loop that runs the whole model for each token."""
 
 from typing import Any
 
@@ -19,10 +19,10 @@ from heedful.train.sharding import make_mesh
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])
 CONFIG = TokenizerConfig(kind="chars", vocab_size=99)
 CHARS = Tokenizer.train(["abcdefghijklm"], CONFIG, "translation")
-# Of T5 and Marian: other numbers, and decoders that begin with the padding token.
+# T5 and Marian have other ids, and their decoders begin with the padding token.
 OTHERS = Tokenizer(CHARS._json)
 OTHERS.pad, OTHERS.bos, OTHERS.eos = 2, 2, 0
-# As of BART: a text begins with its end.
+# BART's texts begin with the end token.
 SAME = Tokenizer(CHARS._json)
 SAME.bos = SAME.eos
 TEXTS = ["abc", "  ", "lkjihgfedcba", "m", *"fgacd"]
@@ -38,7 +38,7 @@ def make(tokenizer: Tokenizer = CHARS, positions: str = "relative", **options: A
 
 
 def plain(translator: Translator, texts: list[str]) -> dict[int, tuple[list[int], float]]:
-    """Tokens of each text that is not blank, and the sum of their log-probabilities."""
+    """Return tokens and the sum of their log-probabilities for each text that is not blank."""
 
     @jax.jit
     def forward(tokens, source):
@@ -61,7 +61,7 @@ def plain_one(translator: Translator, forward: Any, text: str, line: int):
         tokens = np.zeros((1, 20), np.int32)
         tokens[0, : len(written)] = written
         row = np.array(forward(tokens, source)[len(written) - 1])
-        for token in set(written[1:]):  # The begin is no token of the text.
+        for token in set(written[1:]):  # The begin token is not part of the text.
             row[token] *= decode.repetition_penalty ** -np.sign(row[token])
         noise = jax.random.gumbel(jax.random.fold_in(key, len(written) - 1), row.shape)
         written.append(int(np.argmax(row / decode.temperature + noise)))
@@ -109,7 +109,7 @@ def test_the_score_of_a_beam_is_divided_by_the_length():
 
 def test_learned_positions_leave_room_for_the_translation():
     translator = make(positions="learned", extra_length=50)
-    assert len(translator(["a" * 13])) == 1  # 14 tokens and 50 more: 64
+    assert len(translator(["a" * 13])) == 1  # 14 tokens and 50 for the translation: 64
     with pytest.raises(TrainError, match=r"2 sentences have more than 14 tokens.*line 2"):
         translator(["a", "a" * 14, "b", "b" * 20])
 

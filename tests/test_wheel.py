@@ -1,4 +1,4 @@
-"""The installed package, in a folder whose files have the names of heedful's own folders."""
+"""Test the installed package in a folder whose files have the names of heedful's own folders."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def build(kind: str, project: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module", params=["wheel", pytest.param("sdist", marks=pytest.mark.slow)])
 def scripts(request, tmp_path_factory) -> Path:
-    """The folder of commands of a fresh environment with heedful from a wheel.
+    """Return the folder of commands of a fresh environment with heedful from a wheel.
 
     The wheel is built from a copy of the clone, or from an sdist of it. Other packages come from
     the environment of these tests.
@@ -62,7 +62,7 @@ def scripts(request, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with a user's own modules, which fail when they are imported."""
+    """Write a folder with a user's own modules, which fail when they are imported."""
     folder = tmp_path / "mine"
     for name in USERS:
         path = folder / name

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and never through a link."""
+"""Test that files are written completely or not at all, and never through a link."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""The smallest model that has every part, and inputs; sizes differ: a swapped axis fails."""
+"""The smallest model with all parts, and its inputs; sizes differ, so that a swapped axis fails."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ from heedful.model.transformer import build
 B, T, S, V = 3, 5, 7, 11
 WIDTH, HEADS, KV_HEADS, HEAD_DIM, INNER, LAYERS = 12, 6, 3, 2, 13, 2
 
-# Documents in rows, with positions that begin again in each, and padding.
+# Rows hold documents and padding; positions begin at 0 in each document.
 RNG = np.random.default_rng(0)
 TOKENS = jnp.array(RNG.integers(0, V, (B, T)))
 SEGMENTS = np.array([[1, 1, 2, 2, 2], [1, 1, 1, 1, 0], [1, 2, 3, 3, 3]])
@@ -32,7 +32,7 @@ SOURCE_SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 1, 1, 0], [1, 2,
 SOURCE_PLACES = np.array([[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6], [0, 0, 1, 0, 0, 1, 2]])
 PREFIX = np.array([2, 3, 1])
 
-# Every kind of positions, with distances and wavelengths that matter within a few tokens.
+# All kinds of positions; distances and wavelengths are so small that they matter for few tokens.
 POSITIONS: dict[str, dict[str, Any]] = {
     "none": {"positions_kind": "none"},
     "sinusoidal": {"positions_kind": "sinusoidal"},
@@ -42,7 +42,7 @@ POSITIONS: dict[str, dict[str, Any]] = {
         "positions_rotary": RotaryConfig(
             base=10, scaling="llama3", factor=3, low_frequency_factor=2, original_length=40
         ),
-        "attention_head_dim": 6,  # wavelengths 6, 14 and 29: kept, between, scaled
+        "attention_head_dim": 6,  # wavelengths 6 (kept), 14 (between) and 29 (scaled)
     },
     "alibi": {"positions_kind": "alibi"},
     "relative": {
@@ -54,7 +54,7 @@ POSITIONS: dict[str, dict[str, Any]] = {
 
 
 def tiny(architecture: Any = "encoder_decoder", **changes: Any) -> ModelConfig:
-    """A ModelConfig; keywords as `norm_position` reach the part `norm`."""
+    """Return a ModelConfig; a keyword such as `norm_position` sets a field of the part `norm`."""
     parts: dict[str, Any] = {
         "attention": (AttentionConfig, {"heads": HEADS, "kv_heads": KV_HEADS}),
         "feed_forward": (FeedForwardConfig, {"width": INNER}),
@@ -76,7 +76,7 @@ def tiny(architecture: Any = "encoder_decoder", **changes: Any) -> ModelConfig:
 
 
 def random_params(model: nn.Module, *args: Any, scale: float = 0.5) -> dict:
-    """Parameters without their axis names, all drawn at random: no bias is 0, no scale is 1."""
+    """Return parameters without axis names, all drawn at random: no bias is 0, no scale is 1."""
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *args))["params"]
     leaves, tree = jax.tree.flatten(shapes)
     rng = np.random.default_rng(0)
@@ -86,7 +86,7 @@ def random_params(model: nn.Module, *args: Any, scale: float = 0.5) -> dict:
 
 
 def init(config: ModelConfig) -> tuple[nn.Module, dict]:
-    """A model and random parameters for it."""
+    """Return a model and random parameters for it."""
     model = build(config)
     arrays = (TOKENS, SOURCE) if config.architecture == "encoder_decoder" else (TOKENS,)
     return model, random_params(model, *arrays)

@@ -141,7 +141,7 @@ MODELS = {
 
 @cache
 def random(config: ModelConfig, scale: float = 0.5) -> dict[str, Any]:
-    """Random parameters; for a bare body without the classes."""
+    """Return random parameters; those of a bare body do not include the classes."""
     is_body = config.head.kind == "classifier" and config.head.outputs is None
     full = replace(config, head=replace(config.head, outputs=1)) if is_body else config
     inputs = (TOKENS, SOURCE) if config.architecture == "encoder_decoder" else (TOKENS,)
@@ -175,7 +175,7 @@ def refused(call: Callable[[], object], *parts: str) -> None:
 
 
 def change(directory: Path, **values: Any) -> None:
-    """Changes config.json; a value of None takes the key out."""
+    """Change config.json; a value of None removes the key."""
     path = directory / "config.json"
     changed = json.loads(path.read_text()) | values
     path.write_text(json.dumps({k: v for k, v in changed.items() if v is not None}))

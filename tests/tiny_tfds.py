@@ -1,6 +1,6 @@
-"""TFDS datasets of a few made-up texts, with the features and splits of the real ones.
+"""TFDS datasets of a few invented texts, with the features and splits of the real datasets.
 
-TFDS finds a builder only in an importable module.
+They are in a module of their own, as TFDS finds builders only in an importable module.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ PAIRS = {
     "validation": [("a grün day", "ein grüner Tag"), ("no", "nein"), ("yes", "ja")],
     "test": [("last one", "das letzte")],
 }
-# The features of GLUE: config -> texts, classes; None for the scores of stsb.
+# The features of GLUE: config -> (texts, classes); None stands for the scores of stsb.
 GLUE = {
     "cola": (("sentence",), ("unacceptable", "acceptable")),
     "sst2": (("sentence",), ("negative", "positive")),
@@ -25,7 +25,7 @@ GLUE_SIZES = {"train": 199, "validation": 5, "test": 7}
 
 
 def glue_example(config: str, split: str, n: int) -> dict:
-    """Labels of the test split are hidden: -1."""
+    """Return example `n`; the labels of the test split are hidden, which is -1."""
     texts, classes = GLUE[config]
     label = n % len(classes) if classes else np.float32(n % 6 + 0.1)
     example = {name: f"{name} {n} of {split}" for name in texts}
@@ -48,7 +48,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
 
 
 class TinyPairs(_Builder):
-    """`train` alone, or all splits: the config is called like the languages of WMT."""
+    """Pairs in all splits, or in one split; a config is named by languages, as in WMT."""
 
     BUILDER_CONFIGS = [  # noqa: RUF012
         tfds.core.BuilderConfig(name="de-en", description="all splits"),
@@ -106,7 +106,7 @@ class TinyGlue(_Builder):
 
 
 class TinyReviews(_Builder):
-    """Like imdb_reviews, whose unsupervised reviews have the label -1."""
+    """Reviews as in imdb_reviews, whose unsupervised reviews have the label -1."""
 
     FEATURES = {  # noqa: RUF012
         "text": tfds.features.Text(),
@@ -127,7 +127,7 @@ class TinyReviews(_Builder):
 
 
 class TinyLines(_Builder):
-    """Like lm1b."""
+    """Lines of text as in lm1b."""
 
     FEATURES = {"text": tfds.features.Text()}  # noqa: RUF012
 

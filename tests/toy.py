@@ -1,6 +1,6 @@
-"""Small tasks to learn in seconds: a language pair, running text, and tables with labels.
+"""Small tasks that a model learns in seconds: a language pair, running text, and labelled tables.
 
-Words are those of a language in which each word has one translation, and the order is reversed.
+Each word of the language has one translation, and the translation reverses the order of words.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,12 +42,12 @@ def translate(line: str) -> str:
 
 
 def label(sentence: str) -> str:
-    """What is red or green is good."""
+    """Return "good" for a sentence with red or green, else "bad"."""
     return "good" if {"red", "green"} & set(sentence.split()) else "bad"
 
 
 def number(sentence: str) -> str:
-    """The share of animals."""
+    """Return the share of words that name animals."""
     words = sentence.split()
     return f"{sum(word in ('cat', 'dog', 'bird') for word in words) / len(words):.3f}"
 
@@ -58,7 +58,7 @@ def sentences(count: int) -> list[str]:
 
 
 def write_corpus(folder: Path, sizes: dict[str, int] | None = None) -> list[str]:
-    """Writes the splits as pairs of files, and returns the flags that name them."""
+    """Write the splits as pairs of files, and return the flags that name the files."""
     folder.mkdir(parents=True, exist_ok=True)
     flags = ["--data.source", "files", "--data.tokenizer.kind", "words"]
     sizes = sizes or {"train": 211, "valid": 23, "test": 29}
@@ -73,7 +73,7 @@ def write_corpus(folder: Path, sizes: dict[str, int] | None = None) -> list[str]
 
 
 def write_text(folder: Path) -> Path:
-    """Writes running text."""
+    """Write running text."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "text.txt"
     path.write_text("".join(line + ".\n" for line in sentences(307)))
@@ -81,7 +81,7 @@ def write_text(folder: Path) -> Path:
 
 
 def write_table(folder: Path, of: Callable[[str], str] = label, rows: int = 499) -> Path:
-    """Writes sentences, with `of(sentence)` as their labels."""
+    """Write sentences with `of(sentence)` as their labels."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "table.tsv"
     lines = [f"{line}\t{of(line)}\n" for line in sentences(rows)]
@@ -93,14 +93,14 @@ def write_table(folder: Path, of: Callable[[str], str] = label, rows: int = 499)
 
 
 def files(path: Path) -> list[str]:
-    """The flags of data in one file: a tenth is for validation, and as much for the test."""
+    """Return flags for data in one file; a tenth is for validation and a tenth for the test."""
     return ["--data.source", "files", "--data.train", str(path), "--data.holdout", "0.1"]
 
 
 def flags(
     data: list[str], run_dir: Path, steps: int = 12, every: int = 4, config: str = "translate_tiny"
 ) -> list[str]:
-    """The command line of a run of a few seconds."""
+    """Return the command line of a run that takes a few seconds."""
     return [
         config, "--run-dir", str(run_dir), *data,
         "--data.batch-tokens", "256", "--data.batch-multiple", "8",
@@ -112,14 +112,14 @@ def flags(
 
 
 def training(steps: int = 12, every: int = 4) -> list[str]:
-    """The part of the command line that is not about the model and the data."""
+    """Return the part of the command line that does not concern the model and the data."""
     return [
         "--train.steps", str(steps), "--train.checkpoint-every", str(every),
         "--train.log-every", "2", "--train.max-checkpoints", "3", "--train.average-last", "2",
         "--train.samples", "2", "--train.decode.extra-length", "5",
         "--train.optimizer.warmup-steps", "5", "--train.optimizer.schedule", "inverse_sqrt",
         "--train.optimizer.final-lr", "0",
-        "--no-audit",  # test_masks_audit.py runs it
+        "--no-audit",  # test_masks_audit.py runs the audit
     ]  # fmt: skip
 
 
@@ -128,7 +128,7 @@ CLASSIFIER = HeadConfig(kind="classifier", pooling="mean", pooler=False)
 
 
 def model(architecture: str = "encoder_only", **values: Any) -> ModelConfig:
-    """The smallest model of an architecture."""
+    """Return the smallest model of an architecture."""
     return ModelConfig(
         architecture=architecture,  # type: ignore[arg-type]
         width=16,
@@ -141,7 +141,7 @@ def model(architecture: str = "encoder_only", **values: Any) -> ModelConfig:
 
 
 def data(path: Path, objective: str, **values: Any) -> DataConfig:
-    """The data in one file."""
+    """Return the config of data in one file."""
     return DataConfig(
         source="files",
         train=(str(path),),
@@ -166,7 +166,7 @@ def random_run(
     train: TrainConfig = TRAIN,
     scores: Mapping[int, float] | None = None,
 ) -> Run:
-    """A run with random parameters in checkpoints at the steps that have these scores."""
+    """Write a run with random parameters in checkpoints at the steps of `scores`."""
     run, scores = start_run(directory, model, data, train, QUIET), scores or {3: 0.0}
     mesh = make_mesh(run.train.mesh)
     checkpoints = Checkpoints(
@@ -183,7 +183,7 @@ def random_run(
 
 
 def random_params(model: ModelConfig, mesh: Mesh, seed: int) -> Any:
-    """Parameters that differ everywhere, biases and scales too; nothing is compiled."""
+    """Return random parameters, also for biases and scales, without compiling a program."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda x: jax.device_put(rng.normal(0, 0.3, x.shape).astype(x.dtype), x.sharding),
