@@ -1,4 +1,4 @@
-"""What the comparisons with transformers share."""
+"""Functions that the comparisons with transformers share."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,11 +28,11 @@ REAL, SOURCE_REAL = (
 
 
 def randomised(model: Any) -> Any:
-    """The torch model with every weight random: no bias is 0, no scale is 1."""
+    """Set all weights of a torch model to random values: no bias is 0, no scale is 1."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "embed_positions" not in name:  # Marian's sinusoids
+            if "embed_positions" not in name:  # These are Marian's sinusoids.
                 weight.normal_(0.0, 0.2, generator=generator)
                 if "norm" in name.lower() and name.endswith("weight"):
                     weight += 1.0
@@ -40,7 +40,7 @@ def randomised(model: Any) -> Any:
 
 
 def ours(model: Any, directory: Path) -> Pretrained:
-    """The model as transformers saves it and we read it."""
+    """Save a model of transformers and read its files with this library."""
     model.save_pretrained(directory)
     found = read(directory)
     assert found.unused == []
@@ -48,7 +48,7 @@ def ours(model: Any, directory: Path) -> Pretrained:
 
 
 def back(cls: Any, directory: Path) -> Any:
-    """What transformers loads of our export; nothing is missing and nothing is left."""
+    """Load our export with transformers; no tensor may be missing or unused."""
     model, info = cls.from_pretrained(
         directory, output_loading_info=True, attn_implementation="eager"
     )
@@ -62,7 +62,7 @@ def export(found: Pretrained, directory: Path) -> Path:
 
 
 def run(found: Pretrained, *args: Any, **kwargs: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Scores, and the hidden states [L, B, T, D] by stack."""
+    """Run our model; return its outputs, and the hidden states [L, B, T, D] by stack."""
     apply = jax.jit(partial(build(found.config).apply, mutable=["intermediates"]))
     args, kwargs = jax.tree.map(jnp.asarray, (args, kwargs))
     scores, state = apply({"params": found.params}, *args, **kwargs)
@@ -71,7 +71,7 @@ def run(found: Pretrained, *args: Any, **kwargs: Any) -> tuple[np.ndarray, dict[
 
 
 def run_with_cache(found: Pretrained, tokens: np.ndarray, *encoded: Any) -> np.ndarray:
-    """Scores of the same model, given one token after the other.
+    """Run our model with a cache, one token after the other, and return the logits.
 
     `encoded` are the hidden states of the source and its segments.
     """
@@ -88,7 +88,10 @@ def run_with_cache(found: Pretrained, tokens: np.ndarray, *encoded: Any) -> np.n
 
 
 def hidden(blocks: Sequence[Any], forward: Callable[[], Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Their scores, and what each block gives [L, B, T, D], before any last norm."""
+    """Run a torch model; return its outputs, and those of each block [L, B, T, D].
+
+    Outputs of blocks do not include a last norm.
+    """
     outputs = []
 
     def record(module: Any, args: Any, output: Any) -> None:
@@ -105,7 +108,7 @@ def hidden(blocks: Sequence[Any], forward: Callable[[], Any]) -> tuple[np.ndarra
 def with_cache(
     model: Any, tokens: np.ndarray, name: str = "input_ids", **kwargs: Any
 ) -> np.ndarray:
-    """Their scores, given one token after the other."""
+    """Run a model of transformers with a cache, one token after the other; return the logits."""
     scores, cache = [], None
     with torch.no_grad():
         for t in range(tokens.shape[1]):
@@ -120,7 +123,7 @@ PAIRS = [(SOURCE[i, :s], TOKENS[i, :t]) for i, (s, t) in enumerate([(4, 2), (2, 
 
 
 def run_packed(found: Pretrained) -> np.ndarray:
-    """Scores of an encoder-decoder for PAIRS in one row."""
+    """Run our encoder-decoder on PAIRS packed into one row, and return the logits."""
     packed = {}
     for name, parts in zip(("encoder_", ""), zip(*PAIRS, strict=True), strict=True):
         lengths = [len(part) for part in parts]
@@ -131,7 +134,7 @@ def run_packed(found: Pretrained) -> np.ndarray:
 
 
 def one_by_one(model: Any) -> np.ndarray:
-    """Their scores for each of PAIRS alone, end to end."""
+    """Run a model of transformers on each of PAIRS alone; return the logits, concatenated."""
     with torch.no_grad():
         scores = [
             array(model(**tensors(input_ids=s[None], decoder_input_ids=t[None])).logits)
@@ -141,7 +144,7 @@ def one_by_one(model: Any) -> np.ndarray:
 
 
 def encode(found: Pretrained, source: np.ndarray, segments: np.ndarray) -> Any:
-    """Hidden states of the source, as the decoder wants them."""
+    """Encode a source with our model into hidden states for the decoder."""
     apply = build(found.config).apply
     arrays = jnp.asarray(source), jnp.asarray(segments)
     return apply({"params": found.params}, *arrays, method="encode")
@@ -158,7 +161,7 @@ def tensors(**arrays: np.ndarray) -> dict[str, Any]:
 def assert_close(
     what: str, found: np.ndarray, expected: np.ndarray, real: Any = None, most: float = 1e-5
 ) -> None:
-    """Largest absolute difference, where `real` [B, T]; printed."""
+    """Print the largest absolute difference where `real` [B, T] is True; it is at most `most`."""
     assert found.shape == expected.shape
     difference = np.abs(found - expected)
     if real is not None:
@@ -168,5 +171,5 @@ def assert_close(
 
 
 def compact(config: ModelConfig, params: Any) -> Pretrained:
-    """A model of ours, ready to be compared."""
+    """Return a model of this library in the form that the comparisons take."""
     return Pretrained(config=config, params=jax.tree.map(np.asarray, params), architecture="")

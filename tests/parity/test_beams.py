@@ -1,4 +1,4 @@
-"""Beam search beside that of transformers: every row, of random decoders and encoder-decoders."""
+"""Test beam search against transformers: all rows, for random decoders and encoder-decoders."""
 
 from collections import Counter
 from pathlib import Path
@@ -24,7 +24,7 @@ IDS = {"pad_token_id": PAD, "bos_token_id": START, "eos_token_id": EOS}
 
 
 def sharp(model: Any, seed: int) -> Any:
-    """Random weights whose scores differ enough for hypotheses to end early, late and never."""
+    """Set random weights whose logits differ so much that hypotheses end early, late or never."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -54,7 +54,7 @@ def marian() -> Any:
     )  # fmt: skip
     model = sharp(transformers.MarianMTModel(config), 2)
     model.final_logits_bias[0, EOS] = 3.0
-    model.final_logits_bias[0, START] = -99.0  # Theirs is penalised as seen, ours is not.
+    model.final_logits_bias[0, START] = -99.0  # Only transformers penalises START.
     return model
 
 
@@ -86,7 +86,7 @@ def theirs(
 
 
 def cut(row: list[int], last: tuple[int, ...] = (EOS,)) -> list[int]:
-    """Up to the end, or to the padding behind a shorter hypothesis."""
+    """Return a row up to its end token, which excludes the padding after a shorter hypothesis."""
     ends = [i for i, token in enumerate(row) if token in last]
     return row[: ends[0] + 1] if ends else row
 
@@ -99,7 +99,7 @@ def searched(
     known = tokenizer()
     known._ends = last
     if make is Generator:
-        known.bos = None  # The prompts have no begin, all of it is text.
+        known.bos = None  # The prompts have no begin token; all tokens are text.
     writer: Any = make(found.config, decode, known, found.params, MESH)
     run = writer._run if make is Translator else writer._search
     rows, scores = [[0]] * ROWS, np.zeros(ROWS)
@@ -134,7 +134,7 @@ def test_every_row_is_that_of_transformers(
         assert own == rows
         np.testing.assert_allclose(own_scores, scores, rtol=1e-4)
         ends += [EOS in row for row in rows]
-    assert {*ends} == {True, False}  # or living ones never competed with finished ones
+    assert {*ends} == {True, False}  # Unfinished hypotheses compete with finished ones.
 
 
 def test_several_ends_and_words_that_are_never_written(both):

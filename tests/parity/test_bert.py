@@ -1,4 +1,4 @@
-"""The encoder equals transformers' BERT with each head, given the same random weights."""
+"""Test that the encoder equals transformers' BERT with each head and the same random weights."""
 
 from dataclasses import replace
 
@@ -62,7 +62,7 @@ def bert(name: str):
 
 @pytest.fixture(scope="module", params=list(HEADS))
 def models(request, tmp_path_factory):
-    """Theirs, and ours out of its file."""
+    """Return a model of transformers, and our model from its file."""
     theirs = bert(request.param)
     found = ours(theirs, tmp_path_factory.mktemp("bert"))
     assert found.architecture == request.param
@@ -115,7 +115,7 @@ def test_the_bare_body_and_its_pooler(tmp_path):
     with torch.no_grad():
         expected, back_again = theirs(**inputs), again(**inputs)
     np.testing.assert_array_equal(array(back_again.pooler_output), array(expected.pooler_output))
-    # With classes that copy the pooled features, the scores are these.
+    # With an identity matrix for the classes, the outputs are the pooled features.
     classes = {"kernel": np.eye(20, dtype=np.float32), "bias": np.zeros(20, np.float32)}
     config = replace(found.config, head=replace(found.config.head, outputs=20))
     params = found.params | {"head": found.params["head"] | {"classes": classes}}

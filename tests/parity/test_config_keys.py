@@ -1,7 +1,8 @@
-"""Each key of a config.json, changed alone: followed as transformers does, refused by its name, or
-on the list of those that change nothing.
+"""Test each key of a config.json, changed alone.
 
-The keys are those of the classes of transformers' configs, and those that its code asks for.
+A key has the same effect as in transformers, or is refused by its name, or is on the list of keys
+without effect. The keys are those of the classes of transformers' configs, and those that the code
+of transformers reads.
 """
 
 import copy
@@ -117,7 +118,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "decoder_start_token_id": 2,
     },
 }
-"""The smallest models; sizes have common divisors, so that one can change alone."""
+"""The smallest models; sizes have common divisors, so that each size can change alone."""
 
 CHANGED: dict[str, list[Any]] = {
     "activation_function": ["relu", "tanh"],
@@ -143,7 +144,7 @@ CHANGED: dict[str, list[Any]] = {
     ],
     "summary_activation": ["tanh"],
     "torch_dtype": ["bfloat16"],
-    # Sizes that go on dividing one another.
+    # These sizes remain divisible.
     "d_model": [30],
     "head_dim": [8],
     "hidden_size": [30],
@@ -169,7 +170,7 @@ def config_class(name: str) -> Any:
 
 @cache
 def keys_of(name: str) -> list[str]:
-    """Keys of the class of its config, those that its code asks for, and those of our lists."""
+    """Return keys of a model: of the class of its config, of its code, and of our lists."""
     cls = config_class(name)
     properties = [n for c in cls.__mro__ for n, x in vars(c).items() if isinstance(x, property)]
     found = {
@@ -188,7 +189,7 @@ def keys_of(name: str) -> list[str]:
     for module in (configuration_utils, modeling_rope_utils):
         found |= set(re.findall(r'kwargs\.(?:pop|get)\(\s*"(\w+)"', inspect.getsource(module)))
     found |= set(re.findall(r"\bconfig\.(\w+)", inspect.getsource(model)))  # type: ignore[arg-type]
-    found -= {"return_dict"}  # without which some of transformers' own models fail
+    found -= {"return_dict"}  # Without it some models of transformers fail.
     return sorted(key for key in found if not callable(getattr(cls, key, None)))
 
 
@@ -197,7 +198,7 @@ def lists(model_type: str) -> frozenset[str]:
 
 
 def changed(name: str, key: str) -> list[Any]:
-    """Other values than the model has."""
+    """Return other values for a key than the model has."""
     if key in CHANGED:
         return CHANGED[key]
     value = getattr(base(name).config, key, FIXED.get(key))
@@ -224,14 +225,14 @@ def base(name: str) -> Base:
     config = config_class(name)(**MODELS[name])
     values = json.loads(config.to_json_string(use_diff=True)) | {"architectures": [name]}
     model = randomised(getattr(transformers, name)(config))
-    for key in ("dense_act_fn", "is_gated_act"):  # which win over T5's feed_forward_proj
+    for key in ("dense_act_fn", "is_gated_act"):  # They would win over T5's feed_forward_proj.
         values.pop(key, None)
     state, logits = state_of(model), scores(model)
     return Base(config, values, state, logits, config_from_hf(values, state.keys()))
 
 
 def state_of(model: Any) -> dict[str, np.ndarray]:
-    """Its tensors, each under one name."""
+    """Return the tensors of a model, each under one name."""
     found = {x.data_ptr(): name for name, x in reversed(model.state_dict().items())}
     return {name: array(model.state_dict()[name]).copy() for name in found.values()}
 
@@ -241,7 +242,7 @@ def is_equal(state: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool
 
 
 def scores(model: Any) -> np.ndarray:
-    """Theirs, where no token is padding."""
+    """Return the outputs of a model of transformers where no token is padding."""
     inputs = dict(input_ids=TOKENS, attention_mask=REAL)
     if model.config.model_type in ("t5", "marian"):
         inputs = dict(
@@ -277,7 +278,7 @@ def our_scores(directory: Path) -> np.ndarray:
 
 
 def outcome(name: str, key: str, value: Any, directory: Path) -> str:
-    """What becomes of a value: refused, idle or followed."""
+    """Return the effect of a value: "refused", "idle" or "followed"."""
     values, was = base(name).values | {key: copy.deepcopy(value)}, base(name)
     try:
         ours = config_from_hf(values, was.state.keys())
@@ -290,7 +291,7 @@ def outcome(name: str, key: str, value: Any, directory: Path) -> str:
     if _function(ours) == _function(was.ours) and is_equal(state, was.state):
         np.testing.assert_allclose(expected, was.logits, atol=1e-6)
         return "idle"
-    assert key not in lists(was.config.model_type) - {"id2label"}  # which classifiers follow
+    assert key not in lists(was.config.model_type) - {"id2label"}  # Classifiers follow id2label.
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(values))
     save_file(state, directory / "model.safetensors")

@@ -1,4 +1,4 @@
-"""The decoder equals transformers' GPT-2, given the same random weights."""
+"""Test that the decoder equals transformers' GPT-2 with the same random weights."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ from heedful.model.transformer import build
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
 def models(request, tmp_path_factory):
-    """Theirs, and ours out of its file."""
+    """Return a model of transformers, and our model from its file."""
     config = transformers.GPT2Config(
         vocab_size=V,
         n_embd=20,

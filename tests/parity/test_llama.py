@@ -1,4 +1,4 @@
-"""The decoder equals transformers' LLaMA, given the same random weights."""
+"""Test that the decoder equals transformers' LLaMA with the same random weights."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ from heedful.model.transformer import build
 ROPE = {
     "none": {"rope_type": "default", "rope_theta": 500.0},
     "linear": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.5},
-    "llama3": {  # of wavelengths 6 to 906 one is kept, one lies between, three are stretched
+    "llama3": {  # Of wavelengths 6 to 906 one is kept, one is between, three are scaled.
         "rope_type": "llama3",
         "rope_theta": 500.0,
         "factor": 3.0,
@@ -52,7 +52,10 @@ ROPE = {
 
 @pytest.fixture(scope="module", params=list(ROPE))
 def models(request, tmp_path_factory):
-    """Theirs, and ours out of its file: tied and with biases where positions are scaled."""
+    """Return a model of transformers, and our model from its file.
+
+    Models with scaled positions have tied embeddings and biases.
+    """
     is_scaled = request.param != "none"
     config = transformers.LlamaConfig(
         vocab_size=V,
@@ -84,7 +87,7 @@ def test_padded(models):
 
 
 def test_far_positions(tmp_path):
-    """Frequencies that are off in their last bit show at this distance."""
+    """At this distance frequencies with an error in the last bit change the logits."""
     config = transformers.LlamaConfig(
         vocab_size=V,
         hidden_size=24,

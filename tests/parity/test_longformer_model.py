@@ -1,4 +1,4 @@
-"""The encoder with windows and global tokens equals transformers' Longformer, with its weights."""
+"""Test that an encoder with windows and global tokens equals transformers' Longformer."""
 
 from dataclasses import replace
 from functools import partial
@@ -55,7 +55,7 @@ def longformer(name: str) -> Any:
 
 @pytest.fixture(scope="module", params=HEADS)
 def models(request, tmp_path_factory):
-    """Theirs, and ours out of its file."""
+    """Return a model of transformers, and our model from its file."""
     theirs = longformer(request.param)
     found = ours(theirs, tmp_path_factory.mktemp("longformer"))
     assert found.architecture == request.param
@@ -70,7 +70,10 @@ def models(request, tmp_path_factory):
 
 
 def outputs(theirs: Any, tokens: int, **inputs: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Their result, and hidden states [L, B, T, D], with so many global tokens."""
+    """Run a model of transformers whose first `tokens` tokens are global.
+
+    Returns its outputs and its hidden states [L, B, T, D].
+    """
     first = np.broadcast_to(np.arange(T) < tokens, (B, T)).astype(int)
     arrays = tensors(input_ids=TOKENS, global_attention_mask=first, **inputs)
     with torch.no_grad():
@@ -103,7 +106,7 @@ def test_the_way_back(models, tmp_path):
     theirs, found = models
     again = back(type(theirs), export(found, tmp_path / "export"))
     mine, expected = (outputs(model, 1, attention_mask=REAL) for model in (again, theirs))
-    real = REAL.astype(bool)  # The position of padding is not ours to keep.
+    real = REAL.astype(bool)  # Positions of padding may change.
     np.testing.assert_array_equal(mine[1][:, real], expected[1][:, real])
     if found.architecture == "LongformerForSequenceClassification":
         np.testing.assert_array_equal(mine[0], expected[0])

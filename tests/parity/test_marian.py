@@ -1,4 +1,4 @@
-"""The encoder-decoder equals transformers' Marian, given the same random weights."""
+"""Test that the encoder-decoder equals transformers' Marian with the same random weights."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ PADDED = tensors(
 
 
 def marian(**values: Any) -> Any:
-    """Theirs, with every weight random."""
+    """Return a Marian of transformers with random weights."""
     config = transformers.MarianConfig(
         vocab_size=V,
         d_model=20,
@@ -73,7 +73,7 @@ def marian(**values: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Theirs, and ours out of its file."""
+    """Return a model of transformers, and our model from its file."""
     theirs = marian(max_position_embeddings=17)
     theirs.final_logits_bias.normal_(generator=torch.Generator().manual_seed(1))
     return theirs, ours(theirs, tmp_path_factory.mktemp("marian"))
@@ -90,7 +90,7 @@ def test_padded(models):
 
 
 def test_far_positions(tmp_path):
-    """Angles in float32 are off by more than what the logits may differ."""
+    """Errors of float32 angles would exceed the tolerance for logits."""
     theirs = marian(max_position_embeddings=1500)
     source, tokens = (np.random.default_rng(k).integers(1, V, (1, 1500)) for k in (0, 1))
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_loss_and_its_gradient(models):
 
     value, gradient = our_loss(found.params)
     assert float(value) == pytest.approx(loss.item(), abs=1e-5)
-    # The embedding's gradient has come through every layer, and the padding's row is not trained.
+    # The gradient for the embedding passes through all layers; the row of padding is not trained.
     wanted = theirs.model.shared.weight.grad.numpy()
     assert_close("gradient", np.asarray(gradient["embedding"]["table"])[1:], wanted[1:])
 

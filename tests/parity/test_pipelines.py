@@ -1,4 +1,4 @@
-"""Exported runs answer texts in transformers as they do here, begin and end included."""
+"""Test that exported runs give the same answers in transformers, with begin and end tokens."""
 
 import dataclasses
 from itertools import pairwise
@@ -36,12 +36,12 @@ SENTENCES = [
 
 
 def texts_for(kind: str) -> list[str]:
-    """The sentences; a word that is spelled like a special token is that token in transformers."""
+    """Return the sentences; for words, "<eos>" is replaced, as transformers reads it as a token."""
     return [s.replace("<eos>", "<unk>") for s in SENTENCES] if kind == "words" else SENTENCES
 
 
 def without_unknown(text: str, kind: str) -> str:
-    """A text of ours as transformers shows it: unknown tokens are special ones there."""
+    """Remove unknown tokens from our text: they are special tokens in transformers."""
     if kind == "words":
         return " ".join(word for word in text.split(" ") if word != "<unk>")
     return text.replace("<unk>", "")
@@ -74,7 +74,7 @@ MARIAN = dataclasses.replace(
 
 
 def exported(folder: Path, model: ModelConfig, data: Any) -> tuple[Trained, Any, Path]:
-    """A random run, the tokenizer of its export in transformers, and where the export lies."""
+    """Export a random run; return the run, transformers' tokenizer, and the export's folder."""
     toy.random_run(folder / "run", model, data)
     assert cli.run(["export", str(folder / "run"), str(folder / "hf")]) == 0
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "hf")
@@ -145,6 +145,6 @@ def test_texts_that_go_on(kind: str, tmp_path: Path):
     for row, text, expected in zip(ids, texts, generator(texts), strict=True):
         (prompt,) = trained.tokenizer.encode_batch([text])
         whole = tokenizer.decode([*prompt, *row[start:]], skip_special_tokens=True)
-        whole = whole.rstrip("\ufffd")  # Bytes that are no character yet are not shown here.
+        whole = whole.rstrip("\ufffd")  # Our text omits an incomplete character.
         ours = trained.tokenizer.decode(prompt) + expected
         assert whole == without_unknown(ours, kind)

@@ -1,4 +1,4 @@
-"""Weights that people use, from package indexes: MiniLM (BERT) and the stories model (LLaMA)."""
+"""Test published weights from package indexes: MiniLM (BERT) and the stories model (LLaMA)."""
 
 from functools import partial
 from pathlib import Path
@@ -63,11 +63,11 @@ def test_minilm_embeds_sentences_as_transformers_does(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def stories() -> tuple[Pretrained, list[bytes]]:
-    """The model, and the text of each token."""
+    """Return the model, and the text of each token."""
     path = packages.stories15m()
     found = read_llama2c(path, following=packages.STORIES_TOKENIZER_BYTES)
     rest, pieces = path.read_bytes()[-packages.STORIES_TOKENIZER_BYTES + 4 :], []
-    while rest:  # a float32 score, an int32 length, and as many bytes
+    while rest:  # A token is a float32 score, an int32 length, and as many bytes.
         length = int.from_bytes(rest[4:8], "little")
         pieces.append(rest[8 : 8 + length])
         rest = rest[8 + length :]
@@ -105,4 +105,4 @@ def test_the_stories_model_tells_the_same_story(prompt: list[bytes], stories, tm
     logits = build(found.config).apply({"params": params}, jnp.array([tokens]))
     with torch.no_grad():
         wanted = array(theirs(**tensors(input_ids=np.array([tokens]))).logits)
-    assert_close("logits", np.asarray(logits), wanted, most=1e-4)  # of 26
+    assert_close("logits", np.asarray(logits), wanted, most=1e-4)  # The largest logit is 26.

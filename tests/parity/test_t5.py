@@ -1,6 +1,7 @@
-"""The encoder-decoder equals transformers' T5, given the same random weights.
+"""Test that the encoder-decoder equals transformers' T5 with the same random weights.
 
-Both generations: relu, and the output tied and scaled; gated gelu, and an output of its own.
+Version 1.0 has relu and a head that is tied and scaled; version 1.1 has gated gelu and an untied
+head.
 """
 
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ from heedful.model.config import (
 from heedful.model.pretrained import write
 from heedful.model.transformer import build
 
-MOST = 1e-4  # nothing scales the scores
+MOST = 1e-4  # Attention scores are not scaled and therefore large.
 PADDED = tensors(
     input_ids=SOURCE,
     attention_mask=SOURCE_REAL,
@@ -54,7 +55,7 @@ PADDED = tensors(
 
 @pytest.fixture(scope="module", params=["1.0", "1.1"])
 def models(request, tmp_path_factory):
-    """Theirs, and ours out of its file."""
+    """Return a model of transformers, and our model from its file."""
     is_new = request.param == "1.1"
     config = transformers.T5Config(
         vocab_size=V,
@@ -64,7 +65,7 @@ def models(request, tmp_path_factory):
         num_heads=3,
         num_layers=3,
         num_decoder_layers=2,
-        relative_attention_num_buckets=8,  # few, so that distances of 2 are taken by logarithm
+        relative_attention_num_buckets=8,  # Few buckets: distance 2 is in a logarithmic bucket.
         relative_attention_max_distance=6,
         feed_forward_proj="gated-gelu" if is_new else "relu",
         tie_word_embeddings=not is_new,
@@ -72,7 +73,7 @@ def models(request, tmp_path_factory):
         attn_implementation="eager",
     )
     theirs = transformers.T5ForConditionalGeneration(config)
-    if is_new:  # this version of transformers ties them until it reads a file that has both
+    if is_new:  # This version of transformers ties both until it reads a file that has both.
         theirs.lm_head.weight = torch.nn.Parameter(torch.empty(V, 20))
     found = ours(randomised(theirs), tmp_path_factory.mktemp("t5"))
     assert found.config.tie_embeddings == found.config.head.scale == (not is_new)

@@ -1,4 +1,7 @@
-"""The encoder-decoder equals `torch.nn.Transformer`, post-norm and pre-norm, with padding masks."""
+"""Test that the encoder-decoder equals `torch.nn.Transformer` with post-norm and with pre-norm.
+
+Both have padding masks.
+"""
 
 import math
 
@@ -36,7 +39,7 @@ def dense(linear) -> dict:
 
 
 def attention(layer) -> dict:
-    """torch keeps query, key and value in one matrix [3 D, D]."""
+    """Convert attention from torch, which has query, key and value in one matrix [3 D, D]."""
     heads = (HEADS, WIDTH // HEADS)
     kernels = np.split(array(layer.in_proj_weight), 3)
     biases = np.split(array(layer.in_proj_bias), 3)
@@ -81,8 +84,8 @@ def test_hidden_states_through_the_same_head(position: str):
         activation="relu",
         batch_first=True,
         norm_first=position == "pre",
-    ).train()  # in eval mode torch's encoder drops padded columns from its output
-    if position == "post":  # torch norms the end of each stack a second time, the paper does not
+    ).train()  # In eval mode torch's encoder removes columns of padding from its output.
+    if position == "post":  # torch adds a second norm at the end of a stack; the paper does not.
         theirs.encoder.norm = theirs.decoder.norm = None
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -99,7 +102,7 @@ def test_hidden_states_through_the_same_head(position: str):
     hidden = theirs(
         embed(source),
         embed(tokens),
-        tgt_mask=torch.ones(T, T, dtype=torch.bool).triu(1),  # True where torch must not look
+        tgt_mask=torch.ones(T, T, dtype=torch.bool).triu(1),  # True where attention is forbidden
         src_key_padding_mask=torch.tensor(~source_real),
         tgt_key_padding_mask=torch.tensor(~real),
         memory_key_padding_mask=torch.tensor(~source_real),

@@ -1,4 +1,4 @@
-"""The benchmark of training steps builds the models of other libraries as its settings say."""
+"""Test that the benchmark of training steps builds models of other libraries by its settings."""
 
 import sys
 
@@ -22,7 +22,7 @@ def test_transformers_drops_as_much_as_the_setting_says(name, model, monkeypatch
         configs.append(config.to_dict())
         raise Built
 
-    assert hasattr(transformers, model)  # which may put another module in the place of the first
+    assert hasattr(transformers, model)  # This may replace the module in sys.modules.
     monkeypatch.setattr(sys.modules["transformers"], model, build)
     monkeypatch.setattr(torch, "set_default_device", lambda device: None)
     setting = training.SETTINGS[name]._replace(dropout=0.3)
