@@ -2,15 +2,15 @@
 
 python -m benchmarks.ablations
 
-Each demonstration trains a small model twice, as it should be and without one thing, plots both
-validation losses beside what a guess by frequency alone gives, and prints what `heedful train`
-says about it.
+Each demonstration trains a small model twice: correctly, and with one part missing or wrong. It
+plots both validation losses and the loss of a guess by frequency alone, and prints the messages of
+`heedful train` about the wrong model.
 
-Warmup: Adam's first steps push a stack of post-norm blocks to where its gradients vanish, and it
-stays there (arXiv:2002.04745). Positions: to a model that looks to both sides a row is a bag of
-letters. Residuals and norms: gradients vanish, or activations grow, with each layer. Mask: a model
-that may look at the next letter copies it; its loss falls below what is possible, and what it
-writes, where there is no next letter, is worthless.
+Warmup: Adam's first steps push a stack of post-norm blocks to parameters at which its gradients
+vanish, and it stays there (arXiv:2002.04745). Positions: a bidirectional model without positions
+sees a row as a bag of characters. Residuals and norms: gradients vanish, or activations grow, with
+each layer. Mask: a model that sees the next character copies it. Its loss falls below the possible
+minimum, and its generated text is worthless, because no next character exists then.
 """
 
 import subprocess
@@ -24,14 +24,14 @@ from benchmarks.runs import Trained, train
 
 
 class Demonstration(NamedTuple):
-    """Two trainings: `right` flags and `wrong` ones, beside those of both."""
+    """Two runs of a config with the flags `both`: one with the flags `right`, one with `wrong`."""
 
     config: str
     both: str
     right: str = ""
     wrong: str = ""
     is_leaking: bool = False
-    """True if the wrong training has no causal mask."""
+    """True if the wrong run has no causal mask."""
 
 
 SHORT = "--train.steps 400 --train.checkpoint-every 25"
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def demonstrate(name: str, shown: Demonstration, out: Path, flags: Sequence[str]) -> None:
-    """Train, plots OUT/NAME.png, and prints what the command line says of the wrong one."""
+    """Train both runs, plot OUT/NAME.png, and print the messages about the wrong run."""
     both, program = [*shown.both.split(), *flags], LEAKING if shown.is_leaking else ()
     right = train(shown.config, out / name / "right", [*both, *shown.right.split()])
     wrong_flags = [*both, *shown.wrong.split()]
@@ -98,7 +98,7 @@ def ends(trained: Trained) -> str:
 
 
 def verdict(trained: Trained) -> str:
-    """Return what a training printed on its loss: the error, or the lines on validation data."""
+    """Return the output of a run about its loss: the error, or the lines on validation data."""
     lines = trained.said.splitlines()
     first = [i for i, line in enumerate(lines) if line.startswith(("heedful: error", "validation"))]
     last = [i for i, line in enumerate(lines) if line.startswith("test loss")]

@@ -1,23 +1,23 @@
-"""Time and peak memory of the attention cores over the length, beside other people's.
+"""Time and peak memory of the attention cores and of other implementations, by length.
 
 python -m venv /tmp/peers
 /tmp/peers/bin/python -m pip install -r benchmarks/peers.txt
 python -m benchmarks.attention --peers /tmp/peers/bin/python
 
 The peers are torch's scaled_dot_product_attention, the Longformer of `transformers`, and the
-packages performer-pytorch and linformer; without --peers the cores are measured alone. Batch 1, 8
-heads of 64, float32 unless the flags say otherwise; Longformer's w is 512 (256 to each side),
-Performer has 256 features, Linformer 256 rows.
+packages performer-pytorch and linformer. Without --peers only the cores are measured. The batch is
+1, with 8 heads of 64 in float32, unless flags change this. Longformer's w is 512 (256 on each
+side), Performer has 256 features, and Linformer has 256 rows.
 
-Each attention at each length is measured in two processes of its own. Those for time take turns,
-one sample each in every round, with the allocator's settings that `heedful` gives itself; a number
-is the median over the rounds, a ratio that of the ratios in each round. Those for memory say what a
-run takes at its peak beyond its inputs: results and gradients included, the compiler not.
-An attention is left out where memory or --budget is too small, and the reason is listed. The growth
-is the slope of a line through log time over log length, from 4,096 tokens on.
+Each attention at each length is measured in two processes of its own. The processes for time take
+turns: each takes one sample per round, with the allocator settings of `heedful`. A time is the
+median over the rounds; a ratio is the median of the ratios in each round. The process for memory
+measures the peak of a run without its inputs: it includes results and gradients, but not the
+compiler. An attention is skipped if memory or --budget is too small, and the reason is listed. The
+growth is the slope of a line through log time over log length, from 4,096 tokens on.
 
-On a GPU the same command measures there; both interpreters need packages for it. On two CPU cores
-all lengths take about an hour: choose --lengths, --core, --mask or --mode.
+With a GPU the same command measures on the GPU; both interpreters need packages for GPUs. On two
+CPU cores all lengths take about an hour: choose --lengths, --core, --mask or --mode.
 """
 
 import argparse
@@ -39,10 +39,10 @@ from benchmarks.turns import Process
 from benchmarks.worker import RETURNS_MEMORY, Case
 from heedful.train.cpu_allocator import ALLOCATOR
 
-STARTUP = 120.0  # Seconds for a process to import, compile and run for the first time.
+STARTUP = 120.0  # seconds for a process to import, compile and run for the first time
 ENVIRONMENT = {
-    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # On a GPU the processes share the memory.
-    "JAX_TRACEBACK_FILTERING": "off",  # The last line is the error.
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # The processes share the memory of a GPU.
+    "JAX_TRACEBACK_FILTERING": "off",  # The last line of a traceback is then the error.
 }
 PEERS = {
     "dense": "torch sdpa",
@@ -55,7 +55,7 @@ PEERS = {
 
 
 def worker(case: Case, what: str, interpreter: str) -> Process:
-    """A process that measures "memory" or "time" of one case."""
+    """Start a process that measures "memory" or "time" of one case."""
     module = "attention_peers" if case.name in PEERS.values() else "attention_cores"
     return Process(
         [interpreter, "-m", f"benchmarks.{module}", case.text(), what],
@@ -65,7 +65,7 @@ def worker(case: Case, what: str, interpreter: str) -> Process:
 
 
 def measure(cases: Sequence[Case], interpreters: dict[str, str], rounds: int) -> Iterator[dict]:
-    """Yield what was measured of each case, after all have taken turns."""
+    """Yield the measurements of each case after all rounds."""
     workers: dict[Case, Process] = {}
     points: dict[Case, dict[str, Any]] = {}
 
@@ -97,7 +97,7 @@ def _place(case: Case) -> dict[str, Any]:
 
 
 def expected(points: Sequence[dict], case: Case) -> float:
-    """Seconds that a run will take at least, from the shorter lengths of the same attention."""
+    """Return a lower bound for the seconds of a run, from shorter lengths of the same attention."""
     alike = [
         (point["length"], statistics.median(point["seconds"]))
         for point in points
@@ -114,14 +114,14 @@ def expected(points: Sequence[dict], case: Case) -> float:
 
 
 def available_memory() -> int:
-    """Bytes that processes may still take without pushing others out (Linux)."""
+    """Return the bytes that processes can take without pushing other processes out (Linux)."""
     text = Path("/proc/meminfo").read_text()
     (line,) = (line for line in text.splitlines() if line.startswith("MemAvailable"))
     return int(line.split()[1]) * 1024
 
 
 def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield the results after each length, all so far."""
+    """Yield all results so far after each length."""
     interpreters = {name: sys.executable for name in arguments.core}
     if arguments.peers:
         interpreters |= {PEERS[name]: arguments.peers for name in arguments.core if name in PEERS}

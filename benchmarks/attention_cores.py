@@ -20,7 +20,7 @@ from heedful.model.masks import AttentionMask
 
 
 class Attention(nn.Module):
-    """A core by itself; some have parameters."""
+    """A core alone; some cores have parameters."""
 
     config: ModelConfig
 
@@ -34,7 +34,7 @@ def prepare(case: Case) -> Program:
     on_cpu = jax.default_backend() == "cpu"
     if on_cpu:
         limit_memory(case.memory)
-    elif case.dtype == "float32":  # Otherwise it is TF32, which torch does not choose by itself.
+    elif case.dtype == "float32":  # The default is TF32, which is not the default of torch.
         jax.config.update("jax_default_matmul_precision", "highest")
     mask = masks.causal() if case.causal else masks.full()
     if case.name == "longformer":
@@ -58,7 +58,7 @@ def prepare(case: Case) -> Program:
         compiled = function.lower(params, q, k, v).compile()
     except ModelError as error:
         raise Skipped(str(error)) from error
-    # Results and intermediate values, as the compiler has laid them out.
+    # The compiler plans the memory of results and intermediate values.
     sizes: Any = compiled.memory_analysis()
     planned = sizes.temp_size_in_bytes + sizes.output_size_in_bytes
     if on_cpu and planned > case.memory:
@@ -81,14 +81,14 @@ def model_config(case: Case) -> ModelConfig:
 
 
 def peak_on_device(run: Run, planned: int) -> int:
-    """Bytes that a run takes on an accelerator at its peak."""
+    """Return the bytes that a run takes on an accelerator at its peak."""
     device = jax.devices()[0]
     before = device.memory_stats()
     run()
     after = device.memory_stats()
     if after["peak_bytes_in_use"] > before["peak_bytes_in_use"]:
         return after["peak_bytes_in_use"] - before["bytes_in_use"]
-    return planned  # The first run, or trying kernels before it, took as much.
+    return planned  # An earlier run, or autotuning before it, had the same or a higher peak.
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The worker for other people's attention: `PYTHON -m benchmarks.attention_peers CASE WHAT`.
+"""The worker for attention of peers: `PYTHON -m benchmarks.attention_peers CASE WHAT`.
 
-Each is measured without projections from and to hidden states, as the cores are: what
-`transformers` and `linformer` project is given to them, in the layout in which they ask for it.
+Like the cores, peers are measured without projections from and to hidden states: `transformers` and
+`linformer` get the projected values as inputs, in the layout that they use.
 """
 
 import logging
@@ -18,7 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Given(torch.nn.Module):
-    """Stands for a projection whose result is known."""
+    """A replacement of a projection, with a given result."""
 
     def __init__(self, values: Callable[[], torch.Tensor]):
         super().__init__()
@@ -50,7 +50,7 @@ def longformer(case: Case, leaf: Callable[..., torch.Tensor]):
     layer = LongformerSelfAttention(config, layer_id=0)
     q, k, v = (leaf(case.length, 1, width) for _ in range(3))
     layer.query, layer.key, layer.value = (
-        Given(lambda: q.clone()),  # It is divided in place.
+        Given(lambda: q.clone()),  # The layer divides it in place.
         Given(lambda: k),
         Given(lambda: v),
     )

@@ -1,8 +1,8 @@
-"""Libraries side by side: each in a process of its own, one sample each in every round.
+"""Libraries are measured in turns: each runs in its own process and takes one sample per round.
 
-A ratio is the median of those in each round, above 1 where this library is faster. `start` is the
-time from when a library is imported until it is ready, with what it compiles not cached; `peak` is
-what its process held at most.
+A ratio is the median of the ratios in each round; it is above 1 if this library is faster. `start`
+is the time from the import of a library until it is ready, without cached compiled programs. `peak`
+is the largest memory of its process.
 """
 
 import argparse
@@ -23,15 +23,15 @@ from benchmarks.command import parser
 from benchmarks.turns import Process
 from heedful.train.cpu_allocator import ALLOCATOR
 
-OURS = ALLOCATOR | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # Others need memory of a GPU too.
+OURS = ALLOCATOR | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # Peers need memory of a GPU too.
 PATIENCE = 600.0
-PAUSE = 0.5  # Threads of the process before may spin for a while when their work is done.
+PAUSE = 0.5  # Threads of the previous process may still spin after their work.
 
 ON_GPU: dict[str, Any] = {"dtype": "bfloat16", "product": 8192}
 
 
 class Setting(NamedTuple):
-    """A model, the shape of its batch, and how many steps are in one sample."""
+    """A model, the shape of its batch, and the number of steps in one sample."""
 
     config: str
     rows: int
@@ -41,17 +41,17 @@ class Setting(NamedTuple):
     peers: tuple[str, ...]
     dropout: float = 0.0
     targets: int = 0
-    """Tokens of a row that are to be predicted; 0: all."""
+    """Number of targets in a row; 0: all tokens."""
     beam: int = 0
-    """0: a step trains on all tokens; else it writes one for each row."""
+    """Beams of decoding, where a step writes one token per row; 0: a step trains on all tokens."""
     dtype: str = "float32"
-    """Type of the computations; parameters are in float32 in any case."""
+    """Type of the computations; parameters are always float32."""
     core: str = "auto"
     """Attention core of this library."""
     product: int = 2048
     """Rows of the matrices whose product is the ceiling."""
     profile: str = ""
-    """Folder in which this library leaves a profile of one sample."""
+    """Folder in which this library writes a profile of one sample."""
 
     @property
     def tokens(self) -> int:
@@ -60,7 +60,7 @@ class Setting(NamedTuple):
 
 
 def measure(name: str, setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Samples and facts of each library; `name` is that of the benchmark's modules."""
+    """Return samples and facts of each library; `name` is the name of the benchmark's modules."""
     libraries = ["heedful", *(peer for peer in setting.peers if _is_given(peer, arguments))]
     found: dict[str, dict[str, Any]] = {}
     processes: dict[str, Process] = {}
@@ -90,14 +90,14 @@ def measure(name: str, setting: Setting, arguments: argparse.Namespace) -> dict[
 
 
 def _is_given(peer: str, arguments: argparse.Namespace) -> bool:
-    """Tell if the command line gives the path of a peer."""
+    """Return True if the command line gives the path of a peer."""
     if peer.startswith("flax"):
         return bool(arguments.flax)
     return bool(arguments.peers and (arguments.nanogpt or "nanogpt" not in peer))
 
 
 def table(name: str, setting: Setting, found: dict[str, Any]) -> str:
-    """Lines for one setting; the utilisation is that of the best product of all libraries."""
+    """Return the table of one setting; utilisation is relative to the fastest matrix product."""
     ours = found["heedful"]
     if "skipped" in ours:
         return f"{name}: heedful was not measured: {ours['skipped']}"
@@ -127,7 +127,7 @@ def table(name: str, setting: Setting, found: dict[str, Any]) -> str:
 def main(
     name: str, description: str | None, settings: Mapping[str, Setting], argv: Sequence[str] | None
 ) -> None:
-    """The command line of a benchmark."""
+    """Run the command line of a benchmark."""
     command = parser(name, f"{description}\n{__doc__}")
     add = command.add_argument
     is_gpu = shutil.which("nvidia-smi") is not None

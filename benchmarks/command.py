@@ -4,7 +4,7 @@ import argparse
 
 
 def parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """Return the parser of `python -m benchmarks.NAME`; its help shows the description as it is."""
+    """Return the parser of `python -m benchmarks.NAME`; its help shows the raw description."""
     return argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}",
         description=description,

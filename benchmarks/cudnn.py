@@ -1,12 +1,13 @@
-"""The core cudnn beside dense on a GPU: errors at lengths of every residue modulo 128, and speed.
+"""The core cudnn against dense on a GPU: errors at lengths of each residue modulo 128, and speed.
 
     python -m benchmarks.cudnn [--quick]
 
-Lengths go from 64 to 8,191 in steps of 63, which is prime to 128, so that each of the 128 residues
-comes up; --quick takes every eighth. For each length and mask: the largest
-error of the output and of each gradient, relative to the largest entry of dense in float32, and
-that of dense in bfloat16 beside it. Exit code 1 where cudnn gives NaN or more than three times
-dense's error. Then achieved TFLOP/s forward and backward, half of them where the mask is causal.
+Lengths go from 64 to 8,191 in steps of 63, which is coprime to 128, so that each of the 128
+residues occurs; --quick takes every eighth length. For each length and mask the benchmark computes
+the largest error of the output and of each gradient, relative to the largest entry of dense in
+float32, for cudnn and for dense in bfloat16. The exit code is 1 if cudnn gives NaN or more than
+three times the error of dense. Then it prints the achieved TFLOP/s of the forward and the backward
+pass; a causal mask counts half of the operations.
 """
 
 import argparse
@@ -46,14 +47,14 @@ def inputs(length: int, dtype=jnp.bfloat16, batch: int = B, seed: int = 0) -> li
 
 @partial(jax.jit, static_argnums=0)
 def run(core: Callable, arrays: list[jax.Array], mask: AttentionMask) -> tuple[jax.Array, ...]:
-    """Output and gradients of q, k, v."""
+    """Return the output, and gradients for q, k and v."""
     *arrays, g = arrays
     out, pull = jax.vjp(lambda q, k, v: core(AttentionCall(q, k, v, mask)), *arrays)
     return (out, *pull(g))
 
 
 def errors(found: tuple, exact: tuple) -> list[float]:
-    """Return the relative errors of output, dq, dk and dv; NaN where one of them is NaN."""
+    """Return the relative errors of output, dq, dk and dv; an error is NaN if its array has NaN."""
     return [
         float(jnp.max(jnp.abs(x.astype(jnp.float32) - y)) / jnp.max(jnp.abs(y)))
         for x, y in zip(found, exact, strict=True)
@@ -61,7 +62,7 @@ def errors(found: tuple, exact: tuple) -> list[float]:
 
 
 def compare(lengths: list[int]) -> int:
-    """Print the worst of each mask, and every failure; returns the number of failures."""
+    """Print the largest errors of each mask and all failures; return the number of failures."""
     failures = 0
     for name, make in MASKS.items():
         worst = np.zeros((2, 4))
@@ -72,7 +73,7 @@ def compare(lengths: list[int]) -> int:
             both = np.array(
                 [errors(run(core, inputs(length), mask), exact) for core in (cudnn, dense)]
             )
-            if not (both[0] <= 3 * both[1]).all():  # NaN fails too
+            if not (both[0] <= 3 * both[1]).all():  # NaN fails too.
                 failures += 1
                 print(f"FAILED {name}, length {length}: cudnn {both[0]}, dense {both[1]}")
             worst = np.fmax(worst, both)
@@ -83,7 +84,7 @@ def compare(lengths: list[int]) -> int:
 
 
 def seconds(function: Callable, *arguments) -> float:
-    """The best of five, each of ten calls."""
+    """Return the seconds of a call: the best of five means of ten calls."""
     jax.block_until_ready(function(*arguments))
     times = []
     for _ in range(5):
@@ -96,7 +97,7 @@ def seconds(function: Callable, *arguments) -> float:
 
 
 def speed(length: int) -> None:
-    """Two products forward, five backward, each of 2 B N T S H operations."""
+    """Print TFLOP/s at a length: two products forward, five backward, of 2 B N T S H operations."""
     batch = max(1, 16384 // length)
     *arrays, g = inputs(length, batch=batch)
     for name, share in (("full", 1.0), ("causal", 0.5)):

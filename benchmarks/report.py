@@ -7,19 +7,19 @@ from typing import Any
 
 import numpy as np
 
-FROM = 4096  # Shorter lengths do not show yet how the time grows.
+FROM = 4096  # Shorter lengths do not show how the time grows.
 Key = tuple[str, int]
 
 
 def growth(lengths: Sequence[int], values: Sequence[float]) -> float | None:
-    """The exponent e of values ~ lengths^e by least squares on logarithms; None below 2 points."""
+    """Fit the exponent e of values ~ lengths^e to logarithms; None for less than 2 points."""
     if len(lengths) < 2:
         return None
     return float(np.polyfit(np.log(lengths), np.log(values), 1)[0])
 
 
 def tables(results: Mapping[str, Any], peers: Mapping[str, str]) -> str:
-    """All tables, then the environment and what was left out."""
+    """Return all tables, then the environment and the skipped cases."""
     lines = []
     for causal, backward, points in groups(results["points"]):
         title = f"{_mask(causal)}, {_mode(backward)}"
@@ -55,7 +55,7 @@ def tables(results: Mapping[str, Any], peers: Mapping[str, str]) -> str:
 
 
 def groups(points: Iterable[dict]) -> list[tuple[bool, bool, dict[Key, dict]]]:
-    """The points by (causal, backward), each by (name, length)."""
+    """Group the points by (causal, backward), each group by (name, length)."""
     found: dict[tuple[bool, bool], dict[Key, dict]] = {}
     for point in points:
         group = found.setdefault((point["causal"], point["backward"]), {})
@@ -64,7 +64,7 @@ def groups(points: Iterable[dict]) -> list[tuple[bool, bool, dict[Key, dict]]]:
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
-    """Time and memory over the length, on logarithmic axes, a row for each mask and mode."""
+    """Plot time and memory over the length on logarithmic axes; each mask and mode has a row."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -109,7 +109,7 @@ def _table(
     values: Mapping[Key, float],
     fitted: Mapping[Key, float] | None,
 ) -> list[str]:
-    """Rows of names and columns of lengths; the last column is the exponent of what is `fitted`."""
+    """Return a table, names by lengths; the last column is the exponent of the values `fitted`."""
     width = max(map(len, names))
     head = " " * width + "".join(f"{length:>10,}" for length in lengths)
     lines = ["", title, head + ("    growth" if fitted else "")]
@@ -131,7 +131,7 @@ def _number(value: float | None) -> str:
 
 
 def _left_out(points: Iterable[dict]) -> list[str]:
-    """A line for each attention and reason, with the lengths where it holds."""
+    """Return a line for each skipped attention and reason, with the lengths of that reason."""
     found: dict[tuple[str, str], list[str]] = {}
     for point in points:
         if "skipped" in point:

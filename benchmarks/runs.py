@@ -1,4 +1,4 @@
-"""Trainings beside each other: each a run of the command line, in a process of its own."""
+"""Runs that are compared: each is trained by the command line in a process of its own."""
 
 import json
 import shlex
@@ -20,7 +20,7 @@ class Trained(NamedTuple):
     """Losses and scores at the end; empty if the run did not come to its end."""
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps, and the metric `name` at each."""
+        """Return steps, and the metric `name` at each step."""
         found = [entry for entry in self.metrics if name in entry]
         return [entry["step"] for entry in found], [entry[name] for entry in found]
 
@@ -33,10 +33,10 @@ def train(
     cwd: Path | None = None,
     program: Sequence[str] = (),
 ) -> Trained:
-    """`heedful train CONFIG --run-dir DIRECTORY FLAGS`, unless it has come to its end before.
+    """Run `heedful train CONFIG --run-dir DIRECTORY FLAGS`, unless the run has ended before.
 
-    It runs in `cwd`; `program` are other arguments for Python than those that start heedful. What
-    it was trained with stands in DIRECTORY.flags: SystemExit where that was something else.
+    The command runs in `cwd`; `program` replaces the arguments for Python that start heedful. The
+    file DIRECTORY.flags records the flags. Raises SystemExit if a run there had other flags.
     """
     directory = directory.resolve()
     log, metrics, result = directory.with_suffix(".log"), "metrics.jsonl", "result.json"

@@ -1,9 +1,9 @@
-"""Table 3 of "Attention Is All You Need" in a small size: how each variation moves the perplexity.
+"""Table 3 of "Attention Is All You Need" in a small size: the change of perplexity per variation.
 
 python -m benchmarks.table3 --data FOLDER    # of the files of configs/multi30k
 
-Each row is one training of `multi30k_table3`, the base one for each seed. A variation moves the
-perplexity if it does so by more than twice the deviation between the seeds of the base.
+Each row is one run of `multi30k_table3`; the base has a run for each seed. A change of perplexity
+counts if it is more than twice the deviation between the seeds of the base.
 """
 
 import math
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def table(losses: Mapping[str, float]) -> str:
-    """Validation losses in nats by run, those of the base as seed_I, as a table in Markdown."""
+    """Return a Markdown table of validation losses in nats by run; the base's runs are seed_I."""
     seeds = [loss for name, loss in losses.items() if name.startswith("seed_")]
     base, spread = statistics.mean(seeds), statistics.stdev(seeds)
     lines = [
@@ -63,7 +63,7 @@ def table(losses: Mapping[str, float]) -> str:
 
 
 def direction(moved: float, published: float, spread: float) -> str:
-    """Tell if a loss moves as published, as far as the seeds allow."""
+    """Return whether a loss changes in the published direction, or too little for the seeds."""
     if abs(moved) <= 2 * spread:
         return "too small to tell"
     if published == 0:

@@ -1,4 +1,4 @@
-"""Training steps beside those of other libraries, on the same cores in the same run.
+"""Training steps against those of other libraries, on the same cores in the same run.
 
 python -m venv /tmp/peers
 /tmp/peers/bin/python -m pip install -r benchmarks/peers.txt
@@ -6,20 +6,20 @@ git clone https://github.com/karpathy/nanoGPT /tmp/nanoGPT
 git clone https://github.com/google/flax /tmp/flax
 python -m benchmarks.training --peers /tmp/peers/bin/python --nanogpt /tmp/nanoGPT --flax /tmp/flax
 
-The same model, batch and type for all, random tokens, gradients clipped at 1, AdamW (Adam for the
-translation). BERT restores 15 % of its tokens; transformers scores the others as well. nanoGPT runs
-as it is and with torch.compile, transformers' GPT-2 and BERT and torch.nn.Transformer in a plain
-loop, the models of Flax's examples lm1b and wmt as their train.py does; without its option a
-library is left out. A sample is the mean of some steps after three for warming up.
+All libraries have the same model, batch and type, random tokens, gradients clipped at 1, and AdamW
+(Adam for the translation). BERT has 15 % of its tokens as targets; transformers computes logits for
+the others as well. nanoGPT runs as it is and with torch.compile. GPT-2 and BERT of transformers and
+torch.nn.Transformer run in a plain loop, and the models of Flax's examples lm1b and wmt run as in
+their train.py. A library is skipped without its option. A sample is the mean of some steps, after
+three steps to warm up.
 
-The utilisation is that of the floating-point operations of the model (attention of a GPT counted
-half, for what its mask hides, and the head for the tokens to predict only), of the best rate at
-which a library multiplied two square matrices, of 2,048 rows on a CPU and 8,192 on a GPU, in the
-same run.
+The utilisation is the rate of the model's floating-point operations, relative to the best rate at
+which a library multiplied two square matrices in the same run, of 2,048 rows on a CPU and 8,192 on
+a GPU. Causal attention counts half, because of its mask, and the head counts for targets only.
 
-A CPU computes in float32. Where there is a GPU, settings are larger, without dropout and computed
-in bfloat16, parameters in float32 (torch: by autocast), this library with cuDNN's attention. With
---profile the time of each of its operations is kept, and the longest are listed.
+A CPU computes in float32. On a GPU settings are larger and have no dropout; they compute in
+bfloat16 with parameters in float32 (torch: by autocast), and this library uses cuDNN's attention.
+With --profile the time of each of its operations is kept, and the longest are listed.
 """
 
 from collections.abc import Sequence

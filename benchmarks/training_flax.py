@@ -1,8 +1,8 @@
 """The worker for Flax's examples: `python -m benchmarks.training_flax SETTING LIBRARY`.
 
-Models are those of examples/lm1b and examples/wmt in the clone that FLAX names. Their train.py
-imports TensorFlow and clu; loss and update are written here as they are there: the cross-entropy
-with a one-hot matrix of targets, and optax's AdamW under one jit that donates its state.
+The models come from examples/lm1b and examples/wmt in the clone that FLAX names. Their train.py
+imports TensorFlow and clu, so that loss and update are written here in the same way: the
+cross-entropy with a one-hot matrix of targets, and optax's AdamW in one jit that donates its state.
 """
 
 import json

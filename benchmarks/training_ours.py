@@ -87,7 +87,7 @@ def about_jax(dtype: str, size: int) -> dict[str, Any]:
 
 
 def peak() -> int:
-    """Bytes held at most, on the device if it has memory of its own."""
+    """Return the peak memory in bytes, of the device if it has its own memory."""
     counted = jax.devices()[0].memory_stats() or {}
     return counted.get("peak_bytes_in_use") or highest_resident()
 

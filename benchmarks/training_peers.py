@@ -1,4 +1,4 @@
-"""The worker for other people's steps: `PYTHON -m benchmarks.training_peers SETTING LIBRARY`."""
+"""The worker for steps of peers: `PYTHON -m benchmarks.training_peers SETTING LIBRARY`."""
 
 import json
 import os
@@ -24,7 +24,7 @@ SIZES = {  # layers, heads, width
 
 
 class Translator(nn.Module):
-    """torch.nn.Transformer between one matrix of embeddings, as in the paper."""
+    """torch.nn.Transformer with one matrix of embeddings for inputs and head, as in the paper."""
 
     def __init__(self, layers: int, heads: int, width: int, vocab_size: int, dropout: float):
         super().__init__()
@@ -49,7 +49,8 @@ def prepare(given: dict[str, Any], library: str) -> Ready:
     torch.set_default_device(DEVICE)
     x, y, source = torch.randint(0, vocab_size, (3, given["rows"], length))
     if given["targets"]:
-        y[torch.rand(y.shape).argsort(1) >= given["targets"]] = -100  # which cross_entropy ignores
+        # cross_entropy ignores the target -100.
+        y[torch.rand(y.shape).argsort(1) >= given["targets"]] = -100
     cross_entropy = lambda z: nn.functional.cross_entropy(z.flatten(0, 1), y.flatten())  # noqa: E731
     if library.startswith("nanogpt"):
         sys.path.insert(0, os.environ["NANOGPT"])
@@ -125,7 +126,7 @@ def about_torch(dtype: torch.dtype, size: int) -> dict[str, Any]:
 
 
 def peak() -> int:
-    """Bytes held at most, on the device if it has memory of its own."""
+    """Return the peak memory in bytes, of the device if it has its own memory."""
     return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else highest_resident()
 
 

@@ -1,6 +1,6 @@
-"""Processes that are measured in turns: each answers a line of standard input with one of JSON.
+"""Processes that are measured in turns: each answers a line of standard input with a line of JSON.
 
-No library that is measured is imported here.
+This module must not import a measured library.
 """
 
 import contextlib
@@ -17,10 +17,10 @@ ROOT = Path(__file__).parent.parent
 
 
 class Process:
-    """A process that answers; it is killed when an answer takes longer than `patience` seconds."""
+    """A process that answers; it is killed if an answer takes longer than `patience` seconds."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], patience: float):
-        # A pipe that nobody reads would hold it up.
+        # A full pipe that nobody reads would block the process.
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             command,
@@ -34,7 +34,7 @@ class Process:
         self.patience = patience
 
     def ask(self, request: str = "") -> dict[str, Any]:
-        """Return the next answer, or why there is none."""
+        """Return the next answer, or the reason for its absence."""
         process = self.process
         assert process.stdin and process.stdout
         timer = threading.Timer(self.patience, process.kill)
@@ -52,7 +52,7 @@ class Process:
             timer.cancel()
 
     def _last(self, code: int) -> str:
-        """The last line that the process has written before it ended."""
+        """Return the last line of errors that the process wrote before its end."""
         self.errors.seek(max(0, self.errors.seek(0, os.SEEK_END) - 4096))
         lines = self.errors.read().decode(errors="replace").strip().splitlines()
         return lines[-1][:200] if lines else f"the process ended with {code} and no message"

@@ -1,6 +1,6 @@
-"""A process that is measured: it answers in JSON, one line when it is ready, one for each sample.
+"""A measured process: it prints a line of JSON when it is ready, and one for each sample.
 
-No library that is measured is imported here.
+This module must not import a measured library.
 """
 
 import json
@@ -13,29 +13,29 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-# The environment of glibc for measuring memory: otherwise a run is served from what earlier ones
-# have freed, which is not counted.
+# Settings of glibc for measuring memory: freed memory returns to the system. Otherwise a run would
+# reuse memory that earlier runs freed, and this memory would not be counted.
 RETURNS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-SAMPLE_SECONDS = 0.2  # A sample is the median of as many runs as fit, at least one.
+SAMPLE_SECONDS = 0.2  # A sample is the median of the runs that fit into this time, at least one.
 Run = Callable[[], object]
 Ready = tuple[Callable[[], dict[str, Any]], dict[str, Any]]
-"""A function that takes a sample, and what is to be said before the first."""
+"""A function that takes a sample, and facts to print before the first sample."""
 
 
 class Program(NamedTuple):
-    """A program to measure; `peak` runs it once and returns the most bytes that it held."""
+    """A program to measure; `peak` runs it once and returns its peak memory in bytes."""
 
     run: Run
     peak: Callable[[], int]
 
 
 class Skipped(Exception):
-    """Why this cannot be measured."""
+    """The reason why a case cannot be measured."""
 
 
 def answer_with(prepare: Callable[[], Ready]) -> None:
-    """Say what `prepare` tells, or why it cannot; then gives a sample for each line that comes."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # Libraries may print.
+    """Print the facts of `prepare` or the reason to skip; then print a sample per line of input."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # Libraries may print to stdout.
 
     def say(values: dict[str, Any]) -> None:
         print(json.dumps(values), file=answers, flush=True)
@@ -51,10 +51,10 @@ def answer_with(prepare: Callable[[], Ready]) -> None:
 
 
 def samples(run: Run, peak: Callable[[], int]) -> Callable[[], dict[str, Any]]:
-    """A function that times a run, and tells the bytes held at most, which `peak` gives.
+    """Return a function that times a run and returns the seconds and the bytes of `peak`.
 
-    It runs once before the time is taken: after a pause, caches and memory that the system has
-    taken back are not what they are in the middle of work.
+    The function runs once before it takes the time, because after a pause the caches are cold and
+    the system may have taken memory back.
     """
 
     def sample() -> dict[str, Any]:
@@ -66,7 +66,7 @@ def samples(run: Run, peak: Callable[[], int]) -> Callable[[], dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One attention at one length."""
+    """An attention at one length."""
 
     name: str
     length: int
@@ -79,9 +79,9 @@ class Case:
     rank: int
     dtype: str
     memory: int
-    """Bytes that the process may have on a CPU."""
+    """Limit of the process's memory on a CPU, in bytes."""
     budget: float
-    """Seconds that a run may take."""
+    """Limit of the time of a run, in seconds."""
 
     def text(self) -> str:
         return json.dumps(asdict(self))
@@ -98,7 +98,7 @@ def serve(prepare: Callable[[Case], Program], environment: dict[str, Any]) -> No
             raise Skipped(f"a run takes {first:.0f} s")
         facts: dict[str, Any] = {"environment": environment}
         if what == "memory":
-            time.sleep(0.1)  # Libraries may give back what the first run took a little later.
+            time.sleep(0.1)  # Libraries may return memory of the first run with a delay.
             facts["memory"] = program.peak()
         repeats = range(max(1, round(SAMPLE_SECONDS / first)))
         median = lambda: statistics.median(seconds(program.run) for _ in repeats)  # noqa: E731
@@ -114,29 +114,29 @@ def seconds(run: Run) -> float:
 
 
 def ceiling(product: Run, size: int) -> float:
-    """FLOP/s of `product`, which multiplies two square matrices of this size; the best of ten."""
+    """Return the best FLOP/s of ten runs of `product`, a product of two square matrices."""
     return 2 * size**3 / min(seconds(product) for _ in range(10))
 
 
 def limit_memory(n_bytes: int) -> None:
-    """Lets an allocation fail that the machine has no room for, instead of ending other work."""
+    """Limit the memory of this process: a large allocation fails and does not end other work."""
     resource.setrlimit(resource.RLIMIT_DATA, (n_bytes, n_bytes))
 
 
 def peak_resident(run: Run) -> int:
-    """Bytes that a run takes at its peak beyond what the process holds before it (Linux).
+    """Return the bytes that a run takes at its peak, without those held before it (Linux).
 
-    Right where what is freed is given back to the system, as with `RETURNS_MEMORY`.
+    The result is right only if freed memory returns to the system, as with `RETURNS_MEMORY`.
     """
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # The peak begins anew, at what is resident now (man 5 proc).
+        file.write("5")  # This resets the peak to the current memory (man 5 proc).
     before = highest_resident()
     run()
     return highest_resident() - before
 
 
 def highest_resident() -> int:
-    """Bytes that this process has held at most (Linux)."""
+    """Return the peak memory of this process in bytes (Linux)."""
     with open("/proc/self/status") as file:
         found = re.search(r"VmHWM:\s+(\d+) kB", file.read())
     assert found
