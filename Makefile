@@ -1,10 +1,11 @@
-# make train: install and train the default experiment; make test: install and run the tests;
-# make test-slow: the long ones: kills, damaged inputs, every mesh, core and config;
-# make coverage: both, and the lines that no test runs.
+# make train: install the package and train the default experiment
+# make test: install the package and run the quick tests
+# make test-slow: run the slow tests: kills, damaged inputs, each mesh, core and config
+# make coverage: run both and list the lines that no test runs
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST := $(BIN)/pytest -n 2 --dist loadfile # a file's tests share the runs that they train
-OWN := --ignore tests/parity # which compares with PyTorch
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile # Tests of one file share their training runs.
+OWN := --ignore tests/parity # These tests need PyTorch.
 
 .PHONY: train test test-slow coverage parity check clean
 

@@ -1,1 +1,1 @@
-"""Experiments: values only."""
+"""Experiments: their modules hold values only."""

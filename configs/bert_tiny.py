@@ -1,4 +1,4 @@
-"""Masked letters of Shakespeare with BERT's smallest size (arXiv:1908.08962): minutes on a CPU.
+"""Masked characters of Shakespeare, BERT's smallest size (arXiv:1908.08962): minutes on a CPU.
 
 heedful train bert_tiny
 """
@@ -21,7 +21,7 @@ def get_config() -> Experiment:
             layers=2,
             attention=AttentionConfig(heads=2),
             feed_forward=FeedForwardConfig(width=512, activation="gelu"),
-            # Post-norm needs a longer warmup than there are steps here.
+            # Post-norm would need a warmup of more steps than this experiment has.
             norm=NormConfig(position="pre", epsilon=1e-12, embeddings=True),
             positions=PositionConfig(kind="learned", max_length=128),
             dropout=0.0,

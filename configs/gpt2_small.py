@@ -2,8 +2,9 @@
 
 heedful train gpt2_small
 
-The recipe of nanoGPT: 600,000 steps of 491,520 tokens. Its README gives a validation loss of about
-2.85 on OpenWebText after 4 days on 8 A100; C4 is another text. Not yet run here.
+The recipe is that of nanoGPT: 600,000 steps of 491,520 tokens. The README of nanoGPT gives a
+validation loss of about 2.85 on OpenWebText after 4 days on 8 A100; C4, which is used here, is
+another text. The experiment has not been run here yet.
 """
 
 from heedful.configs.base import Experiment

@@ -2,7 +2,7 @@ r"""ListOps of Long Range Arena (arXiv:2011.04006 §2.2.1), 500 to 2,000 tokens,
 
 heedful train listops
 
-The same model with each other core:
+These commands train the same model with each other core:
 
 heedful train listops --run-dir runs/lra_longformer --model.attention.core longformer \
     --model.attention.window 256 --model.attention.global-tokens 1
@@ -13,15 +13,15 @@ heedful train listops --run-dir runs/lra_linformer --model.attention.core linfor
 Long Range Arena gives accuracies (%) in Table 1: exact 36.37, Longformer 35.63, Performer 18.01,
 Linformer 35.70.
 
-Sizes, optimizer and 5,000 steps of 32 rows are those of its public configs. Its paper says 6 layers
-and a feed-forward width of 2,048 (appendix A): --model.layers 6 --model.feed-forward.width 2048.
-Here the dense layer before the classes is as wide as the model and ends in tanh, and only matrices
-decay. There the Longformer has no global token, the Linformer 16 rows (here 256;
---model.attention.linformer.rank 16), and the Performer 2 features in the public config (here 256).
-Performer has no weights of attention that could be dropped.
+Sizes, optimizer and 5,000 steps of 32 rows are those of the public configs of Long Range Arena. Its
+paper gives 6 layers and a feed-forward width of 2,048 (appendix A): --model.layers 6
+--model.feed-forward.width 2048. Here the dense layer before the classes is as wide as the model and
+ends in tanh, and only matrices have weight decay. In the public configs the Longformer has no
+global token, the Linformer has 16 rows (here 256; --model.attention.linformer.rank 16), and the
+Performer has 2 features (here 256). Performer has no dropout because it has no attention weights.
 
-The first run draws 96,000 + 2 x 2,000 expressions and tokenises them (--data.listops.examples).
-Not yet run here at this size: it needs a GPU. `listops_tiny` runs on a CPU.
+The first run draws 96,000 + 2 x 2,000 expressions and tokenises them (--data.listops.examples). The
+experiment has not been run here at this size, as it needs a GPU. `listops_tiny` runs on a CPU.
 """
 
 from heedful.configs.base import Experiment
@@ -54,7 +54,7 @@ def get_config() -> Experiment:
             classes=tuple(map(str, range(10))),
             tokenizer=TokenizerConfig(kind="words"),
             max_length=2048,
-            # 32 rows of one length, that of the longest expression.
+            # 32 rows, each as long as the longest expression.
             batch_tokens=32 * 2048,
             buckets=1,
         ),

@@ -8,8 +8,8 @@ heedful train listops_tiny --run-dir runs/listops_performer --model.attention.co
 heedful train listops_tiny --run-dir runs/listops_linformer --model.attention.core linformer \
     --model.attention.linformer.rank 32 --model.attention.linformer.max-length 208
 
-Not comparable to `listops`, nor to anything published: the expressions are shorter. The README has
-the accuracies of each core.
+The accuracies are not comparable to those of `listops` or to published ones, because the
+expressions are shorter. The README has the accuracies of each core.
 """
 
 import dataclasses

@@ -3,8 +3,10 @@
 heedful train llama_70b --train.mesh.fsdp 512
 
 The sizes are those of the published weights (https://huggingface.co/meta-llama/Llama-2-70b-hf,
-config.json), the recipe that of §2.2: 2 trillion tokens in batches of 4 million. Not yet run here;
-`heedful plan llama_70b --topology v5p:8x8x8 --train.mesh.fsdp 512` says what it needs.
+config.json), and the recipe is that of §2.2: 2 trillion tokens in batches of 4 million. The
+experiment has not been run here yet. This command shows what it needs:
+
+heedful plan llama_70b --topology v5p:8x8x8 --train.mesh.fsdp 512
 """
 
 from dataclasses import replace

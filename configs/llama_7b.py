@@ -2,8 +2,8 @@
 
 heedful train llama_7b --train.mesh.fsdp 64
 
-The paper: 1 trillion tokens in batches of 4 million, 82,432 GPU-hours on A100 80 GB (tables 2, 15).
-Not yet run here.
+The paper trains on 1 trillion tokens in batches of 4 million, 82,432 GPU-hours on A100 80 GB
+(tables 2, 15). The experiment has not been run here yet.
 """
 
 from heedful.configs.base import Experiment

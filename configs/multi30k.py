@@ -3,11 +3,12 @@
 heedful train multi30k     # in the folder of the files, or with --data.train A B and so on
 
 The files are not part of the project: 29,000 pairs in the lower-cased form that papers use, split
-by 10,000 merges, pieces joined by `@@ `. Published, text only: 41.02 BLEU on test.2016 (lower-cased
-and tokenised, pieces joined again). An epoch has 63 batches: the last ten, one checkpoint each,
-are averaged. As in fairseq, with which it was published, the smoothed loss says whether training
-still helps, and the score of a translation is divided by its length. Seed 0 gave 41.07 after 7,245
-steps, of about 0.6 seconds on two cores of an EPYC (Zen 5; RESULTS.md).
+into pieces by 10,000 merges; `@@ ` marks the end of a piece within a word. The paper gives 41.02
+BLEU on test.2016 for text alone (lower-cased and tokenised, pieces joined again). An epoch has 63
+batches; the checkpoints of the last ten epochs are averaged. As in fairseq, which the paper uses,
+the smoothed loss decides whether training still helps, and the score of a translation is divided by
+its length. Seed 0 gave 41.07 after 7,245 steps, each of about 0.6 seconds on two cores of an EPYC
+(Zen 5; RESULTS.md).
 """
 
 from heedful.configs.base import Experiment

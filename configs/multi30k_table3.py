@@ -1,11 +1,12 @@
 """The variations of `vaswani_table3` in a small size, on the captions of Multi30k.
 
 heedful train multi30k_table3:heads_1       # in the folder of the files of `multi30k`
-python -m benchmarks.table3 --data FOLDER   # all, and the table: RESULTS.md has what came out
+python -m benchmarks.table3 --data FOLDER   # all runs, and the table: RESULTS.md has the results
 
-A quarter of the width, half of the layers, and 400 steps of 2,048 tokens, less than two epochs:
-what a variation does to a long training it need not do here. Norms stand before the sublayers and
-the learning rate falls to 0, or seeds would differ by more than most variations in so few steps.
+The models have a quarter of the width and half of the layers, and train for 400 steps of 2,048
+tokens, which is less than two epochs. A variation may have another effect in a longer run. Norms
+are before the sublayers and the learning rate falls to 0; otherwise seeds would differ by more than
+most variations after so few steps.
 """
 
 from dataclasses import replace

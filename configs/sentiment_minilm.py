@@ -1,4 +1,4 @@
-"""Is a sentence positive or negative? MiniLM, which has read a billion pairs, fine-tuned.
+"""Positive and negative sentences: fine-tuning of MiniLM, which was trained on a billion pairs.
 
 heedful train sentiment_minilm
 """
@@ -11,7 +11,7 @@ from heedful.train.config import OptimizerConfig, TrainConfig
 
 def get_config() -> Experiment:
     return Experiment(
-        # Its body, and the vocabulary, are those of the model that it begins from.
+        # The body and the vocabulary are those of the source.
         model=ModelConfig(
             architecture="encoder_only",
             head=HeadConfig(kind="classifier"),

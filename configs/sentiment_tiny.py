@@ -1,4 +1,4 @@
-"""Is a sentence positive or negative? A small encoder that has learned nothing before.
+"""Positive and negative sentences: a small encoder without pretraining.
 
 heedful train sentiment_tiny
 """

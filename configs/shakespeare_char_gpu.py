@@ -1,10 +1,10 @@
-"""Shakespeare letter by letter with a GPT of 10 million parameters, for one GPU.
+"""Shakespeare character by character with a GPT of 10 million parameters, for one GPU.
 
 heedful train shakespeare_char_gpu --data.source files --data.train input.txt
 
-nanoGPT's `train_shakespeare_char`: 6 layers, 5,000 steps of 64 rows of 256 letters, with its
-learning rates. Its README gives a validation loss of 1.4697 on the last tenth of tinyshakespeare,
-after 3 minutes on an A100. Not yet run here.
+The setting is nanoGPT's `train_shakespeare_char`: 6 layers, 5,000 steps of 64 rows of 256
+characters, and its learning rates. Its README gives a validation loss of 1.4697 on the last tenth
+of tinyshakespeare, after 3 minutes on an A100. The experiment has not been run here yet.
 """
 
 import dataclasses

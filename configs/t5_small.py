@@ -3,7 +3,8 @@
 heedful train t5_small
 
 The paper pretrains for 524,288 steps of 128 rows of 512 tokens on C4 (§3.1.2; 60 million parameters
-§3.2.2). AdamW with an inverse square root replaces its AdaFactor. Not yet run here.
+§3.2.2). AdamW with an inverse square root schedule replaces its AdaFactor. The experiment has not
+been run here yet.
 """
 
 from heedful.configs.base import Experiment

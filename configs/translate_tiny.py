@@ -17,7 +17,7 @@ def get_config() -> Experiment:
             layers=2,
             attention=AttentionConfig(heads=4),
             feed_forward=FeedForwardConfig(width=256),
-            # The paper's post-norm needs thousands of steps to get going; there are hundreds here.
+            # The paper's post-norm needs thousands of steps at the start; there are fewer here.
             norm=NormConfig(position="pre"),
             dropout=0.1,
         ),

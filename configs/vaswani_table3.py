@@ -2,8 +2,8 @@
 
 heedful train vaswani_table3:heads_1     # or another name of ROWS; without one: the base model
 
-The paper measured perplexity and BLEU on newstest2013, English to German. Not run here at this
-size: multi30k_table3 has the same variations of a small model.
+The paper measures perplexity and BLEU on newstest2013, English to German. The variations have not
+been run here at this size: multi30k_table3 has the same variations of a small model.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ BASE = 4.92, 25.8
 
 
 class Row(NamedTuple):
-    """One variation, and what the paper found."""
+    """A variation, and its results in the paper."""
 
     group: str
     change: Callable[[Experiment], Experiment]
@@ -31,7 +31,7 @@ def _model(experiment: Experiment, **changes: Any) -> Experiment:
 
 
 def heads(factor: float) -> Callable[[Experiment], Experiment]:
-    """So many times as many heads, each smaller by as much."""
+    """Multiply the number of heads by `factor`; each head is smaller by the same factor."""
 
     def change(e: Experiment) -> Experiment:
         count = round(factor * e.model.attention.heads)
@@ -41,7 +41,7 @@ def heads(factor: float) -> Callable[[Experiment], Experiment]:
 
 
 def keys(factor: float) -> Callable[[Experiment], Experiment]:
-    """Smaller queries and keys beside values of the same size."""
+    """Multiply the size of queries and keys by `factor`; values keep their size."""
 
     def change(e: Experiment) -> Experiment:
         size = round(factor * e.model.head_dim)
@@ -55,7 +55,7 @@ def layers(factor: float) -> Callable[[Experiment], Experiment]:
 
 
 def width(factor: float) -> Callable[[Experiment], Experiment]:
-    """Heads grow with it, and the learning rate follows the paper's rule (§5.3)."""
+    """Multiply the width, and so the size of heads; the learning rate follows the rule of §5.3."""
 
     def change(e: Experiment) -> Experiment:
         optimizer = e.train.optimizer
@@ -107,7 +107,7 @@ ROWS = {
     "smoothing_2": Row("D", smoothing(0.2), 5.47, 25.7),
     "positions_learned": Row("E", learned, 4.92, 25.7),
 }
-"""The rows of the table by their name in the paper's sizes; changes are relative to the base."""
+"""The rows of the table by name, with the paper's sizes; changes are relative to the base."""
 
 
 def get_config(row: str | None = None) -> Experiment:
