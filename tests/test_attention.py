@@ -186,7 +186,7 @@ def test_dropout_of_weights():
 
 def test_kept_elements_are_independent_of_key_and_place():
     rate, shape = 0.3, (31, 37, 41)
-    # Some of these random keys share one word; all have the same sum of both words.
+    # Two of these random keys share either one word or the sum of both words.
     words = jnp.array([(0, 1), (1, 1), (1, 0)], jnp.uint32)
     kept = [np.asarray(keep(each, shape, rate), float) - (1 - rate) for each in words]
     variance = rate * (1 - rate)

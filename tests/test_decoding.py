@@ -443,7 +443,7 @@ def test_a_beam_over_a_real_cache_finds_what_a_beam_without_a_cache_finds():
     source = jnp.array(rng.integers(0, vocab, (rows, length)))
     segments = jnp.array((np.arange(length) < [[5], [2], [3]]).astype(int))
     begins = jnp.ones((rows, 1), jnp.int32)
-    late_end = jnp.zeros(vocab).at[EOS].set(-1.0)  # without it, all hypotheses end at once
+    late_end = jnp.zeros(vocab).at[EOS].set(-1.0)  # Otherwise all hypotheses would end at once.
     params = {"params": random_params(model, begins, source, scale=0.7)}
 
     @jax.jit

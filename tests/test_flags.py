@@ -114,7 +114,7 @@ def test_a_flag_of_before_names_its_new_name(old):
 
 
 def test_a_mistake_is_one_line_in_a_terminal_too():
-    """In a terminal the parser colours its messages."""
+    """The parser colours its messages in a terminal."""
     ours, theirs = pty.openpty()
     code = (
         "from heedful.train.config import TrainConfig; from heedful.train.cli.flags import parse\n"

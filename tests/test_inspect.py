@@ -380,7 +380,7 @@ def test_an_encoder_decoder_has_three_masks():
     ],
 )
 def test_the_drawn_masks_are_what_the_model_attends_to(name: str, data: DataConfig):
-    """If all parameters are 0, allowed pairs have equal weights, and other pairs have weight 0."""
+    """Allowed pairs have equal weights if all parameters are 0, and other pairs have weight 0."""
     config = MODELS[name]
     batch, _ = example(config, data)
     batch = {key: jnp.minimum(x, V - 1) for key, x in batch.items()}

@@ -1,4 +1,4 @@
-"""Test checkpoints of llama2.c against a plain forward pass with the names of llama2.c."""
+"""Test checkpoints of llama2.c against a plain forward pass that uses the names of llama2.c."""
 
 from pathlib import Path
 

@@ -117,7 +117,7 @@ def test_a_mask_says_what_its_builders_say_and_tiles_are_its_parts(facts, offset
 
 
 def test_blocks_that_need_no_work_are_found():
-    """In blocks of one query and one key the result is exact; larger blocks are checked by hand."""
+    """Results for blocks of one query and one key are exact; larger blocks are checked by hand."""
     segments = [[1, 1, 2, 2, 0, 0, 0]] * B
     own = jnp.array(segments)
     for mask in (

@@ -111,7 +111,7 @@ def test_rotary_scores_depend_on_distance_only():
     for distance in (-11, 0, 1, 5):
         scores = [score(at, at - distance) for at in (11, 12, 60, 200)]
         np.testing.assert_allclose(scores, scores[0], atol=1e-4)
-    assert abs(score(11, 10) - score(11, 12)) > 0.1  # the sign matters
+    assert abs(score(11, 10) - score(11, 12)) > 0.1  # The sign of a distance matters.
 
 
 # Biases by distance -----------------------------------------------------------------------------

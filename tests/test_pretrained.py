@@ -143,7 +143,7 @@ def test_ropes_before_and_after_transformers_5(tmp_path: Path):
 
 
 def test_ropes_in_two_places(tmp_path: Path):
-    """As in transformers, rope_scaling wins; an original length outside it wins over its own."""
+    """rope_scaling wins, as in transformers; an original length outside it wins over its own."""
     directory = export(tmp_path, "LlamaForCausalLM tied")
     change(directory, rope_parameters={"rope_type": "linear", "factor": 7.0})
     assert read(directory).config.positions.rotary == LLAMA3
@@ -156,7 +156,7 @@ def test_ropes_in_two_places(tmp_path: Path):
 
 
 def test_keys_under_other_names(tmp_path: Path):
-    """As in transformers, a key's common name wins over the name in its architecture."""
+    """A key's common name wins over the name in its architecture, as in transformers."""
     directory = export(tmp_path, "GPT2LMHeadModel")
     change(directory, num_attention_heads=5, max_position_embeddings=17, n_positions=None)
     config = read(directory).config

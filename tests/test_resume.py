@@ -103,7 +103,7 @@ def stop_at(step: int, monkeypatch) -> None:
 
 @pytest.mark.parametrize("step", quick.only([9], [7, 9]))
 def test_a_stop_changes_nothing_about_what_is_kept_and_averaged(step, tmp_path, monkeypatch):
-    """At step 9 a checkpoint is due when the stop comes; the resumed run evaluates it."""
+    """A checkpoint is due when the stop comes at step 9; the resumed run evaluates it."""
     text = toy.write_text(tmp_path)
     whole, run = short_run(tmp_path / "whole", text), short_run(tmp_path / "run", text)
     loop.fit(whole, toy.QUIET)

@@ -73,7 +73,7 @@ def test_correlations():
     "x", [[2.0] * 4, [1.0, 1.0, 1.0, 1.0 + 2**-23], [2.0]], ids=["equal", "nearly", "single"]
 )
 def test_no_correlation_of_what_does_not_vary(x: list[float]):
-    """In the first steps of training all outputs may equal the bias."""
+    """All outputs may equal the bias in the first steps of training."""
     y = np.arange(len(x), dtype=np.float32)
     got = scores.regression(np.array(x, np.float32)[:, None], y)
     assert all(np.isfinite(value) for value in got.values())

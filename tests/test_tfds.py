@@ -106,7 +106,7 @@ def test_a_name_that_may_run_code_is_refused_before_anything_is_imported(name, m
 
 
 def test_a_version_may_be_named():
-    load_all(config("tiny_pairs/de-en"))  # prepares it
+    load_all(config("tiny_pairs/de-en"))  # This prepares the dataset.
     named = identity(config("tiny_pairs/de-en:1.0.0"), "test")
     assert named == identity(config("tiny_pairs/de-en"), "test")
 

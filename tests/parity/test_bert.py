@@ -115,7 +115,7 @@ def test_the_bare_body_and_its_pooler(tmp_path):
     with torch.no_grad():
         expected, back_again = theirs(**inputs), again(**inputs)
     np.testing.assert_array_equal(array(back_again.pooler_output), array(expected.pooler_output))
-    # With an identity matrix for the classes, the outputs are the pooled features.
+    # If the kernel of the classes is the identity, the outputs are the pooled features.
     classes = {"kernel": np.eye(20, dtype=np.float32), "bias": np.zeros(20, np.float32)}
     config = replace(found.config, head=replace(found.config.head, outputs=20))
     params = found.params | {"head": found.params["head"] | {"classes": classes}}

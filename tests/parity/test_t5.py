@@ -73,7 +73,7 @@ def models(request, tmp_path_factory):
         attn_implementation="eager",
     )
     theirs = transformers.T5ForConditionalGeneration(config)
-    if is_new:  # This version of transformers ties both until it reads a file that has both.
+    if is_new:  # transformers ties head and embedding until it reads a file that has both.
         theirs.lm_head.weight = torch.nn.Parameter(torch.empty(V, 20))
     found = ours(randomised(theirs), tmp_path_factory.mktemp("t5"))
     assert found.config.tie_embeddings == found.config.head.scale == (not is_new)
