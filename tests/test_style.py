@@ -1,4 +1,4 @@
-"""How the code is written: its docstrings, its words and the length of its files."""
+"""Test the style of the code: docstrings, names and the length of files."""
 
 import ast
 import re
@@ -11,12 +11,13 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("model", "data", "train", "configs", "benchmarks")
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 FILES += sorted((ROOT / "heedful").glob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 MAX_LINES = 400
 
-# A docstring is an imperative or names a thing: it begins with none of these.
+# A docstring begins with an imperative or with the name of a thing, and with none of these words.
 NO_OPENINGS = {"Of", "What", "That", "Those", "Whether", "Which", "Who", "How", "Where", "If", "In"}
 
-# Names that this code once had for things that have a name in the field.
+# Former names in this code for things that have an established name in the field.
 OLD_NAMES = {
     "Apart", "Cut", "FEW", "FEWEST", "FITTING", "Inputs", "Place", "Shared", "Sums", "WIDEST",
     "Witness", "Writing", "adopt", "head_lr", "how", "is_real", "labelled", "log_total",
@@ -37,7 +38,7 @@ def tree(path: Path) -> ast.Module:
 
 
 def docstrings(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield line and text of each docstring: of the module, classes, functions and fields."""
+    """Yield line and text of each docstring of the module, its classes, functions and fields."""
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             for statement in node.body:
@@ -47,14 +48,14 @@ def docstrings(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def names(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield line and name of whatever the code names."""
+    """Yield line and name of each variable, attribute, argument, function and class."""
     for node in ast.walk(tree(path)):
         for field in ("id", "attr", "arg", "name"):
             if isinstance(name := getattr(node, field, None), str):
                 yield getattr(node, "lineno", 0), name
 
 
-@parametrize(FILES)
+@parametrize(FILES + TESTS)
 def test_docstrings_begin_with_an_imperative_or_name_a_thing(path: Path):
     openings = [(line, text, re.match(r"\w*", text)) for line, text in docstrings(path)]
     assert [
