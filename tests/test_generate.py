@@ -16,7 +16,7 @@ from tiny import INNER, KV_HEADS, LAYERS, POSITIONS, WIDTH, random_params, tiny
 from heedful.configs import base
 from heedful.data.config import TokenizerConfig
 from heedful.data.tokenizer import BOS, EOS, PAD, Tokenizer
-from heedful.model import transformer
+from heedful.model import stack_cache
 from heedful.model.cache import KVCache
 from heedful.model.config import ModelConfig
 from heedful.model.decoding.beam_search import length_penalty
@@ -169,7 +169,7 @@ def test_a_window_rolls_in_constant_memory(kind: str, beam: int, core: str, monk
     if beam == 1:
         assert rolling == Plain(make(config, **options))(PROMPTS)
     # A cache of all positions gives the same texts.
-    monkeypatch.setattr(transformer, "new_cache", KVCache.zeros)
+    monkeypatch.setattr(stack_cache, "new_cache", KVCache.zeros)
     assert rolling == make(config, **options)(PROMPTS)
     assert len(set(rolling)) > 2
 

@@ -180,7 +180,7 @@ def test_an_offset_without_a_cache_is_refused(architecture: str):
 
 def test_types_are_refused_where_there_is_no_table():
     model, params = init(tiny("encoder_only"))
-    with pytest.raises(ModelError, match=r"type_ids .* model\.types is 0"):
+    with pytest.raises(ModelError, match=r"type_ids .* model\.type_vocab_size is 0"):
         jax.eval_shape(model.apply, {"params": params}, TOKENS, type_ids=jnp.array(TYPES))
 
 

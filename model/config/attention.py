@@ -8,7 +8,7 @@ from heedful.model.config.checks import require, require_choices, require_rate
 AttentionSite = Literal["self", "decoder", "cross"]
 """Self-attention alone in its stack, self-attention beside cross-attention, or cross-attention."""
 
-MAX_GLOBAL_TOKENS = 100_000
+GLOBAL_TOKENS_LIMIT = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +107,8 @@ class AttentionConfig:
             f"attention.window must be None or at least 0, not {self.window}",
         )
         require(
-            0 <= self.global_tokens <= MAX_GLOBAL_TOKENS,
-            f"attention.global_tokens must lie in [0, {MAX_GLOBAL_TOKENS}], not "
+            0 <= self.global_tokens <= GLOBAL_TOKENS_LIMIT,
+            f"attention.global_tokens must lie in [0, {GLOBAL_TOKENS_LIMIT}], not "
             f"{self.global_tokens}",
         )
         for name in ("dilation", "global_tokens"):
