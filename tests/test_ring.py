@@ -139,12 +139,12 @@ def test_a_mesh_or_a_length_that_does_not_fit_is_refused():
     *arrays, _ = inputs(T)
     with pytest.raises(ModelError, match=r"core ring .* set train\.mesh\.seq to at least 2"):
         ring(AttentionCall(*arrays, masks.causal()))
-    with pytest.raises(MaskNotSupported, match=r"core 'ring' .* a cache asks for one"):
+    with pytest.raises(MaskNotSupported, match=r"core 'ring' .* does not support a cache"):
         ring(AttentionCall(*arrays, masks.causal().at(3)))
     cases = [
-        ([x[:, :20] for x in arrays], masks.causal(), "queries into 8 parts, and 20 does not"),
-        ([arrays[0][:, :22], *arrays[1:]], masks.full(), "queries into 4 parts, and 22 does not"),
-        ([arrays[0], *(x[:, :22] for x in arrays[1:])], masks.full(), "keys into 4 parts, and 22"),
+        ([x[:, :20] for x in arrays], masks.causal(), "queries into 8 parts, but 20 is no"),
+        ([arrays[0][:, :22], *arrays[1:]], masks.full(), "queries into 4 parts, but 22 is no"),
+        ([arrays[0], *(x[:, :22] for x in arrays[1:])], masks.full(), "keys into 4 parts, but 22"),
     ]
     with jax.set_mesh(on_mesh(SEQ_4)), nn.logical_axis_rules(flax_rules()):
         for arrays, mask, words in cases:
@@ -156,7 +156,7 @@ def test_a_mesh_or_a_length_that_does_not_fit_is_refused():
     with (
         jax.set_mesh(thirds),
         nn.logical_axis_rules(flax_rules()),
-        pytest.raises(ModelError, match="heads into 3 parts, and 2 does not divide"),
+        pytest.raises(ModelError, match="heads into 3 parts, but 2 is no multiple of 3"),
     ):
         jax.eval_shape(lambda *x: ring(AttentionCall(*x, masks.full())), *inputs(T)[:3])
 

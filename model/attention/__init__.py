@@ -1,6 +1,6 @@
 """Attention cores by name, and the choice among them.
 
-A new core is one file, which ends with its SPEC, and one line in the table here.
+To add a core, write a file that ends with its SPEC, and add one line to the table here.
 """
 
 from heedful.model.attention import (
@@ -38,7 +38,7 @@ CORES: dict[str, CoreSpec] = {
 
 
 def spec_of(core: str) -> CoreSpec:
-    """Return the spec of a core by its name; `auto`, which chooses among exact ones, has dense's.
+    """Return the spec of a core by its name; for auto that of dense: auto chooses exact cores.
 
     Raises ModelError for an unknown name.
     """
@@ -55,7 +55,7 @@ def specs(config: ModelConfig) -> dict[AttentionSite, CoreSpec]:
 
 
 def redraw_steps(config: ModelConfig) -> int | None:
-    """Return the training steps between two draws of the cores' random numbers; None: no draws."""
+    """Return the training steps between two draws of random features; None: no new draws."""
     asked = (spec.redraw_steps(config) for spec in specs(config).values())
     return min((steps for steps in asked if steps is not None), default=None)
 
@@ -67,7 +67,7 @@ def spec_here(core: str, length: int, queries: int) -> CoreSpec:
 
 
 def saves_memory(platform: str, shards: int) -> str:
-    """Return the core to choose where a quadratic one runs out of memory."""
+    """Return the core to choose if a core with quadratic memory runs out of memory."""
     return next(
         name
         for name, spec in CORES.items()
@@ -80,8 +80,9 @@ def choose(
 ) -> tuple[str, str]:
     """Return the name of the core to run on `platform` ("cpu", "gpu", "tpu"), and the reason.
 
-    There are `length` keys and as many queries, or `queries`: few when decoding. The mesh splits
-    the length over `shards` devices.
+    `length` is the number of keys, `queries` the number of queries (None: `length`), which is small
+    in decoding. The mesh splits the sequence over `shards` devices. Raises ModelError for an
+    unknown name.
     """
     if core != "auto":
         spec_of(core)

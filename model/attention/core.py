@@ -1,4 +1,4 @@
-"""The contract of attention cores: what a core is given, and what is known of it."""
+"""The interface of attention cores: the inputs of a core, and its properties."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,16 +14,17 @@ from heedful.model.masks import AttentionMask, MaskNotSupported
 from heedful.model.positions import PositionBias
 
 FEATURES = "features"
-"""The stream of keys from which cores draw random numbers: a training step may give it."""
+"""Stream of random keys from which cores draw features; only training steps may provide it."""
 
 
 DEVICES = {"cpu": "a CPU", "gpu": "a GPU", "tpu": "a TPU"}
 
 
 class AttentionCall(struct.PyTreeNode):
-    """Everything that an attention core is given.
+    """The inputs of an attention core.
 
-    Each of the K key/value heads serves N / K consecutive query heads.
+    Axes: B rows of the batch, T queries, S keys, N query heads, K key/value heads, H size of a
+    head. Each key/value head serves N / K consecutive query heads.
     """
 
     q: Float[Array, "B T N H"]
@@ -31,16 +32,16 @@ class AttentionCall(struct.PyTreeNode):
     v: Float[Array, "B S K H"]
     mask: AttentionMask
     bias: PositionBias | None = None
-    """Added to the scaled attention scores."""
+    """Bias that is added to the scaled attention scores; None: 0."""
     scale: float | None = struct.field(pytree_node=False, default=None)
-    """Multiplies q k^T; None: 1 / sqrt(H)."""
+    """Factor of q @ k^T; None: 1 / sqrt(H)."""
     dropout_rate: float = struct.field(pytree_node=False, default=0.0)
-    """Share of attention weights that is dropped."""
+    """Dropout rate of attention weights."""
     dropout_key: jax.Array | None = None
 
     @property
     def factor(self) -> float:
-        """The scale as a number."""
+        """`scale`, or 1 / sqrt(H) if `scale` is None."""
         return self.q.shape[3] ** -0.5 if self.scale is None else self.scale
 
     def require_shapes(self) -> None:
@@ -49,7 +50,8 @@ class AttentionCall(struct.PyTreeNode):
         (B, T, N, H), (S, K) = self.q.shape, self.k.shape[1:3]
         if self.k.shape != (B, S, K, H) or N % K or self.v.shape != self.k.shape:
             raise ValueError(
-                f"shapes do not fit: q {self.q.shape}, k {self.k.shape}, v {self.v.shape}"
+                f"shapes do not fit: q {self.q.shape}, k {self.k.shape}, v {self.v.shape}; give q "
+                "[B, T, N, H], and k and v [B, S, K, H], where K divides N"
             )
         self.mask.require_lengths(T, S)
 
@@ -59,94 +61,98 @@ Core = Callable[[AttentionCall], Float[Array, "B T N H"]]
 
 @runtime_checkable
 class Cache(Protocol):
-    """The earlier tokens of one layer in the form that its core reads while decoding.
+    """The earlier tokens of one layer, in the form that its core reads in decoding.
 
-    All arrays lead with the batch, then the key/value heads if they have any.
+    The leading axis of each array is the batch.
     """
 
     def attend(
         self, core: Core, call: AttentionCall, cache_write_mask: Bool[Array, "B T"] | None
     ) -> tuple[Float[Array, "B T N H"], "Cache"]:
-        """Attend from new tokens at `mask.q_offset` to themselves and to all before them.
+        """Attend from new tokens at `mask.q_offset` to these tokens and all tokens before them.
 
-        Return the cache with the new tokens added as well. Tokens outside of `cache_write_mask`
-        (None: none) leave no trace that a later query sees.
+        Return the outputs, and the cache with the new tokens added. Later queries do not see the
+        tokens for which `cache_write_mask` is False; None: all tokens are added.
         """
         ...
 
     def keys(self, new: int) -> int:
-        """Return the number of keys that `new` tokens are compared with."""
+        """Return the number of keys, new ones included, that `new` new tokens attend to."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class CoreSpec:
-    """All that the rest of the project knows of an attention core."""
+    """The properties of an attention core that the rest of the project uses."""
 
     name: str
     make: Callable[[ModelConfig, Mapping[str, jax.Array]], Core]
-    """(config, parameters that the layers of a stack share) -> core. A core that is a module gets a
-    name, and is made anew in each call of the layer that holds it."""
+    """(config, parameters that the layers of a stack share) -> core. A core that is a flax module
+    must have a name; each call of its layer makes a new instance."""
 
-    # What it computes.
+    # What the core computes.
     is_exact: bool = True
-    """True: it computes softmax attention, as reference.py does; False: an approximation."""
+    """True: the core computes softmax attention, like reference.py; False: an approximation."""
     has_weights: bool = True
-    """True: its output is the mean of the values by attention weights, which can be shown."""
+    """True: the core averages values by attention weights [T, S], which can be shown."""
     refusal: Callable[[AttentionCall], str | None] = lambda call: None
-    """Reason why it cannot express the mask, bias or dropout of a call; None: it can."""
+    """Returns why the core does not support the mask, bias or dropout of a call, and the fix; None:
+    the core supports the call."""
     one_document_at: tuple[AttentionSite, ...] = ()
-    """Sites at which it cannot tell the documents of a packed row apart: such a row becomes NaN."""
+    """Sites at which the core cannot separate the documents of a packed row: such a row gives
+    NaN."""
 
-    # Where it runs.
+    # Where the core runs.
     platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
-    """Platforms that can run it; it is made for the first."""
+    """Platforms that can run the core; the first is the platform for which it was written."""
     length: Literal["any", "whole", "split"] = "any"
-    """The mesh may split the sequence (any), must not (whole), or must (split)."""
+    """any: the mesh may split the sequence; whole: it must not; split: it must."""
     head_sizes: range | None = None
-    """Sizes H of a head; None: all."""
+    """Supported sizes H of a head; None: all sizes."""
     dtypes: tuple[str, ...] = ()
-    """Types of the queries; none: all."""
+    """Supported types of queries; empty: all types."""
 
-    # When it pays.
+    # When to choose the core.
     faster_from: Mapping[str, int] = field(default_factory=dict)
-    """{platform: length from which it is faster than dense, forward and backward}: auto takes it
-    from there on."""
+    """{platform: length}; from this length on, the core is faster than dense in forward and
+    backward pass together, and auto chooses it."""
     is_quadratic: bool = False
-    """True: its memory grows with the square of the length."""
+    """True: the memory of the core grows with the square of the length."""
     saves_memory_on: tuple[str, ...] = ()
-    """Platforms on which it is the first choice where a quadratic core runs out of memory."""
+    """Platforms on which this core is recommended if a quadratic core runs out of memory."""
     keys: Callable[[ModelConfig], int] | None = None
-    """Keys that the products of a query are worth; None: those that its mask leaves."""
+    """Number of keys per query that take as many FLOPs as the core; None: the keys that the mask
+    allows."""
     sizes: Callable[[ModelConfig], Mapping[str, int]] = lambda config: {}
-    """Numbers in its largest arrays, by the config fields that they follow from."""
+    """{config fields that determine an array: its number of elements}, for the largest arrays."""
     shrunk: Callable[[AttentionConfig, int], Mapping[str, Any]] = lambda attention, length: {}
-    """Fields of `attention` changed for a small model on rows of this length, which is audited."""
+    """(attention, length) -> fields of `attention` to change for the small model of the mask audit,
+    whose rows have this length."""
 
-    # What it brings along.
+    # Further parts of the core.
     shared_params: Callable[[ModelConfig], Mapping[str, tuple[Any, tuple[int, ...]]]] = (
         lambda config: {}
     )
     """{name: (initializer, shape)} of parameters that the layers of a stack share."""
     redraw_steps: Callable[[ModelConfig], int | None] = lambda config: None
-    """Training steps between two draws of its random numbers from the stream FEATURES; None: the
-    stream is not given."""
+    """Training steps between two draws of random numbers from the stream FEATURES; None: training
+    does not provide the stream."""
     new_cache: Callable[[ModelConfig, int], Cache] | None = None
-    """(config, batch) -> an empty cache of one layer, of one size for any number of tokens; None:
-    keys and values are cached."""
+    """(config, batch) -> an empty cache of one layer, whose size does not depend on the number of
+    tokens; None: keys and values are cached."""
     cached: str = "keys and values"
-    """The content of its cache, in words."""
+    """Content of the cache, in words."""
 
     def fits(self, platform: str, shards: int) -> bool:
-        """Return True if the platform runs it, with the length split over so many devices."""
+        """Return True if `platform` runs the core with the sequence split over `shards` devices."""
         can_split = {"any": True, "whole": shards == 1, "split": shards > 1}[self.length]
         return platform in self.platforms and can_split
 
     def require(self, call: AttentionCall) -> None:
-        """Raise an error unless the core can do what the call asks for, where it is to run.
+        """Raise an error unless the core supports the call, on the target platform and the mesh.
 
-        MaskNotSupported says what it cannot express, another ModelError what it needs to run;
-        ValueError means that shapes do not fit.
+        MaskNotSupported is for mask, bias and dropout; ModelError for the size of heads, the type
+        of queries, the platform and the mesh; ValueError for shapes that do not fit.
         """
         call.require_shapes()
         reason = self.refusal(call)
@@ -159,13 +165,14 @@ class CoreSpec:
         sizes, device = self.head_sizes, DEVICES[self.platforms[0]]
         if sizes is not None and head_dim not in sizes:
             raise ModelError(
-                f"core {self.name} needs heads of a multiple of {sizes.step} up to {sizes[-1]}, "
-                f"not model.attention.head_dim = {head_dim}"
+                f"core {self.name} needs a head size that is a multiple of {sizes.step} up to "
+                f"{sizes[-1]}, not model.attention.head_dim = {head_dim}: change the size, or "
+                "choose model.attention.core auto"
             )
         if self.dtypes and dtype not in self.dtypes:
             raise ModelError(
                 f"core {self.name} needs {device} and model.dtype {' or '.join(self.dtypes)}, "
-                f"not {dtype}"
+                f"not {dtype}: change model.dtype, or choose model.attention.core auto"
             )
 
     def _require_here(self) -> None:
@@ -177,11 +184,11 @@ class CoreSpec:
             )
         if self.length == "whole" and length:
             raise ModelError(
-                f"core {self.name} needs whole sequences, and the mesh splits them over {length}: "
-                "set train.mesh.seq to 1, or choose model.attention.core ring or dense"
+                f"core {self.name} needs whole sequences, but the mesh axes {length} split "
+                "sequences: set train.mesh.seq to 1, or choose model.attention.core ring or dense"
             )
         if self.length == "split" and not length:
             raise ModelError(
-                f"core {self.name} splits the sequence over devices: set train.mesh.seq to at "
-                "least 2, or choose model.attention.core flash"
+                f"core {self.name} needs a mesh that splits the sequence over devices: set "
+                "train.mesh.seq to at least 2, or choose model.attention.core flash"
             )

@@ -12,30 +12,38 @@ from heedful.model.masks import cross
 
 
 def cudnn(call: AttentionCall) -> Float[Array, "B T N H"]:
-    """Compute `dense` for a mask that is causal, a window that looks back, or neither.
+    """Compute `dense` for a full mask, a causal mask, or a window that looks back.
 
-    cuDNN is told lengths, not segments: a row of the mask may hold one segment and padding after
-    it. The segments are not known while tracing: a row that holds several becomes NaN.
+    cuDNN takes lengths, not segments: each row must have one segment, and padding only after the
+    segment. Segments are not known while tracing, so other rows give NaN.
     """
     SPEC.require(call)
     return attend(call, "cudnn")
 
 
 def refusal(call: AttentionCall) -> str | None:
-    """Return the reason why cuDNN cannot express the mask; None: it can."""
+    """Return why cuDNN does not support the call, and the fix; None: it supports the call."""
     reason = band_refusal(call)
     if reason is not None:
         return reason
     (left, right), T, S = band(call.mask), call.q.shape[1], call.k.shape[1]
     if right not in (0, None) or (left is not None and right is None):
-        return f"its windows look back only, not ({left}, {right}); choose flash"
+        return (
+            f"its windows look back only, not ({left}, {right}): choose model.attention.core flash"
+        )
     if left is not None and T > S:
-        return f"a window needs a key for each query, not {S} for {T}; choose flash"
+        return (
+            f"its windows need at least as many keys as queries, not {S} for {T}: choose "
+            "model.attention.core flash"
+        )
     return None
 
 
 def attend(call: AttentionCall, implementation: str) -> Float[Array, "B T N H"]:
-    """Compute attention over a band and segments, by an implementation of jax.nn."""
+    """Compute attention over a band and segments with jax.nn.dot_product_attention.
+
+    `implementation` is the argument of this function, "cudnn" or "xla".
+    """
     q, k, v = call.q, call.k, call.v
     left, right = band(call.mask)
     attention = partial(
@@ -48,13 +56,14 @@ def attend(call: AttentionCall, implementation: str) -> Float[Array, "B T N H"]:
     T, ids = q.shape[1], segment_ids(call)
     if ids is None:
         return attention(q, k, v)
-    # Backward cuDNN has given NaN, and jax refuses odd lengths: a tile is filled up, and lengths
-    # say with what. See github.com/NVIDIA/cudnn-frontend/issues/160.
+    # With incomplete tiles, the backward pass of cuDNN has given NaN, and jax refuses odd lengths.
+    # So the arrays are padded, and the lengths exclude padding. See
+    # github.com/NVIDIA/cudnn-frontend/issues/160.
     q, k, v, q_ids, kv_ids = map(fill, (q, k, v, *ids))
     q_real, kv_real = q_ids != 0, kv_ids != 0
     q_lengths, kv_lengths = (jnp.sum(real, 1, dtype=jnp.int32) for real in (q_real, kv_real))
-    # What a kernel leaves in padding is not defined: it is taken out of values and gradients. With
-    # a length of at least 1 there is a softmax in each row.
+    # The output of the kernel in padding is not defined: outputs and gradients are set to 0 there.
+    # With lengths of at least 1, each row has a softmax.
     q, k, v = _zero(q, q_real), _zero(k, kv_real), _zero(v, kv_real)
     out = attention(
         q,
@@ -65,13 +74,13 @@ def attend(call: AttentionCall, implementation: str) -> Float[Array, "B T N H"]:
     )
     out = _zero(out, q_real & (kv_lengths > 0)[:, None])
     is_expressed = _is_one_segment(q_ids, kv_ids)
-    if left is not None:  # every query that is real sees itself
+    if left is not None:  # each query that is not padding must see its own key
         is_expressed &= q_lengths <= kv_lengths
     return jnp.where(is_expressed[:, None, None, None], out[:, :T], jnp.nan)
 
 
 def _is_one_segment(q_ids: Int[Array, "B T"], kv_ids: Int[Array, "B S"]) -> Bool[Array, " B"]:
-    """Return True for rows in which all tokens have one id, and padding comes after them."""
+    """Return True for rows in which all tokens have one id, and padding comes after the tokens."""
     one = cross(q_ids, kv_ids).has_one_segment()
     for ids in (q_ids, kv_ids):
         one &= jnp.all((ids[:, :-1] != 0) | (ids[:, 1:] == 0), axis=1)

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention that computes every pair of a query and a key."""
+"""Scaled dot-product attention that computes all pairs of queries and keys."""
 
 from functools import partial
 from typing import Any
@@ -14,10 +14,10 @@ from heedful.model.positions import PositionBias
 
 
 def dense(call: AttentionCall) -> Float[Array, "B T N H"]:
-    """Return softmax(scale q k^T + bias) v over the pairs that the mask allows.
+    """Return softmax(scale * q @ k^T + bias) @ v over the pairs that the mask allows.
 
-    arXiv:1706.03762 §3.2.1. The softmax is in float32. A query that may look at nothing gives 0,
-    with gradient 0. Memory: B * N * T * S.
+    arXiv:1706.03762 §3.2.1. The softmax is computed in float32. A query without allowed keys gives
+    0, with gradient 0. Memory: O(B * N * T * S).
     """
     SPEC.require(call)
     pairs = pairs_of(call.mask, call.bias, call.q.shape[1], call.k.shape[1])
@@ -27,7 +27,10 @@ def dense(call: AttentionCall) -> Float[Array, "B T N H"]:
 def pairs_of(
     mask: AttentionMask, bias: PositionBias | None, q_length: int, kv_length: int
 ) -> tuple[Bool[Array, "b n T S"] | None, Float[Array, "c N T S"] | None]:
-    """Return the pairs that are allowed, None: all; and the bias of each score, None: 0."""
+    """Return the allowed pairs (None: all) and the bias of attention scores (None: 0).
+
+    b, c and n are B, B and N, or 1 if the array is the same for all rows or heads.
+    """
     allowed = None if mask.is_full else mask.to_bool(q_length, kv_length)
     added = None if bias is None else bias.tile(jnp.arange(q_length), jnp.arange(kv_length))
     return allowed, added
@@ -38,7 +41,7 @@ def attend_pairs(
     allowed: Bool[Array, "b n T S"] | None,
     bias: Float[Array, "c N T S"] | None,
 ) -> Float[Array, "B T N H"]:
-    """Compute `dense` with these pairs (None: all) and this bias in place of the call's own."""
+    """Compute `dense` with `allowed` pairs (None: all) and `bias` instead of those of the call."""
     q, v, rate = call.q, call.v, call.dropout_rate
     scores, allowed = _scores(call, allowed, bias)
     words = dropout_words(rate, call.dropout_key)
@@ -48,7 +51,10 @@ def attend_pairs(
 
 
 def attention_weights(call: AttentionCall) -> Float[Array, "B K G T S"]:
-    """Compute the attention weights in float32, without dropout; all 0 where nothing is allowed."""
+    """Return the attention weights in float32, without dropout.
+
+    Queries without allowed keys have the weights 0. G = N / K query heads share a key head.
+    """
     call.require_shapes()
     T, S = call.q.shape[1], call.k.shape[1]
     weights = masked_softmax(*_scores(call, *pairs_of(call.mask, call.bias, T, S)))
@@ -60,15 +66,17 @@ def _scores(
     allowed: Bool[Array, "b n T S"] | None,
     bias: Float[Array, "c N T S"] | None,
 ) -> tuple[Float[Array, "B K R S"], Bool[Array, "b k R S"] | None]:
-    """Return attention scores in float32, and the pairs that count; None: all.
+    """Return attention scores in float32, and the allowed pairs (None: all).
 
-    The R rows of a key/value head are its G query heads' T queries, one head after the other.
+    R = G * T: the T queries of the first of the G query heads of a key/value head, then those of
+    the next query head, and so on.
     """
     (B, _, N, H), (S, K) = call.q.shape, call.k.shape[1:3]
     q = jnp.swapaxes(call.q, 1, 2).reshape(B, K, -1, H)
     k = jnp.swapaxes(call.k, 1, 2)
     factor = call.factor
-    is_fine = q.dtype == jnp.float32  # Otherwise q may be too coarse a type for the scale.
+    # Types other than float32 are too coarse to scale q: the scores are scaled instead.
+    is_fine = q.dtype == jnp.float32
     q = q * factor if is_fine else q
     scores: Any = _products(q, k)
     scores = scores if is_fine else scores * factor
@@ -83,7 +91,7 @@ def _scores(
 
 @jax.custom_vjp
 def _products(q: Float[Array, "B K R H"], k: Float[Array, "B K S H"]) -> Float[Array, "B K R S"]:
-    """Compute scalar products in float32; their derivatives sum over queries by `_over_queries`."""
+    """Return q @ k^T in float32; its derivative sums over queries by `_over_queries`."""
     return _products_forward(q, k)[0]
 
 
@@ -103,7 +111,10 @@ _products.defvjp(_products_forward, _products_backward)
 def _over_queries(
     pairs: Float[Array, "B K R S"], queries: Float[Array, "B K R H"]
 ) -> Float[Array, "B K S H"]:
-    """Sum over R with the larger factor second: a CPU would transpose it if it were first."""
+    """Return pairs^T @ queries, summed over R.
+
+    The larger factor `pairs` is the second one in the einsum: as the first, a CPU transposes it.
+    """
     return jnp.swapaxes(jnp.einsum("BKRH,BKRS->BKHS", queries, pairs), 2, 3)
 
 
@@ -115,10 +126,10 @@ def _average(
     kept: Bool[Array, "B K R S"] | None,
     v: Float[Array, "B K S H"],
 ) -> Float[Array, "B K R H"]:
-    """Average `v` by the softmax of the scores, some of whose weights are dropped.
+    """Return dropout(softmax(scores)) @ v; allowed None: all pairs; kept None: no dropout.
 
-    The derivative of the softmax takes its sum over all keys from the result, which has H numbers
-    a query in place of S (arXiv:2205.14135 appendix B.2).
+    The derivative of the softmax needs a sum over the S keys of each query. It is computed as a sum
+    over H numbers, output times gradient of the output (arXiv:2205.14135 appendix B.2).
     """
     return _average_forward(dropout_rate, scores, allowed, kept, v)[0]
 
@@ -150,13 +161,13 @@ def _dropped(weights: jax.Array, kept: jax.Array | None, rate: float) -> jax.Arr
 def masked_softmax(
     scores: Float[Array, "*b T S"], allowed: Bool[Array, "*#b T S"] | None
 ) -> Float[Array, "*b T S"]:
-    """Compute the softmax over the allowed entries of the last axis.
+    """Compute the softmax over the allowed entries of the last axis; None: all entries.
 
-    The others, and all of a row without allowed entries, get 0. `allowed` None: all.
+    Entries that are not allowed get 0, and so do all entries of a row without allowed entries.
     """
     if allowed is None:
         return jax.nn.softmax(scores)
-    # Excluded entries are replaced, not offset: no score is large enough to get around that.
+    # Excluded scores are replaced, as a very large score could outweigh a number added to it.
     scores = jnp.where(allowed, scores, -jnp.inf)
     highest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     highest = jnp.where(jnp.isfinite(highest), highest, 0.0)

@@ -1,9 +1,13 @@
 """Exact attention by blocks, in memory linear in the length.
 
-Scores exist for one block of queries and one of keys at a time. Forward, each block of queries
-keeps the maximum and the sum of its softmax so far and rescales when the maximum grows
-(arXiv:2205.14135 §3.1); backward, the weights are computed again from the logarithm of that sum
-(arXiv:2307.08691 §3.1.2). Blocks in which the mask allows nothing are never visited.
+Attention scores exist for one tile at a time, a block of queries and a block of keys. In the
+forward pass, each block of queries keeps the running maximum and sum of its softmax, and rescales
+the sum when the maximum grows (arXiv:2205.14135 §3.1). The backward pass recomputes the weights
+from the logarithm of this sum (arXiv:2307.08691 §3.1.2). Tiles without allowed pairs are never
+visited.
+
+Axes: B rows of the batch, T queries, S keys, K key/value heads, G query heads of each, H size of a
+head; R = G * queries of a block.
 """
 
 import math
@@ -23,23 +27,24 @@ from heedful.model.masks import AttentionMask
 from heedful.model.ops.dropout import dropout_words, keep_at
 from heedful.model.positions import PositionBias
 
-# Queries and keys of a tile, for rows of less than 8,192 and of more. On a CPU all cores share a
-# product of 2**23 multiplications (these have as many with heads of 64), and larger products are
-# faster; smaller tiles waste less on the edge of a causal mask.
+# Numbers of queries and keys of a tile, for sequences shorter than 8,192 and for longer ones. On a
+# CPU, all cores share a product of at least 2**23 multiplications, as these tiles have with H = 64.
+# Larger products are faster, but smaller tiles waste less at the edge of a causal mask.
 SHORT, LONG = (512, 256), (1024, 512)
-# Scores of a tile: 4 MiB on a CPU, whose cores they stay near; others have more cores to fill.
+# Scores held at a time: 4 MiB on a CPU, for its caches; other devices have more cores to fill.
 TILE = {"cpu": 2**20, "gpu": 2**26, "tpu": 2**26}
 
 
 def flash(
     call: AttentionCall, q_block: int | None = None, kv_block: int | None = None
 ) -> Float[Array, "B T N H"]:
-    """Compute `dense` by tiles; dropout takes the same weights away.
+    """Compute `dense` tile by tile; dropout drops the same weights.
 
-    All is computed in float32, whatever the type of the inputs. Memory: some copies of the inputs
-    and a few tiles [b, N, q_block, kv_block] of b rows at a time. The sizes of a tile, which are
-    cut to the lengths, change rounding only. Can be differentiated once, in reverse. Raises
-    ModelError where the mesh splits the length: each device would gather and compute all of it.
+    Everything is computed in float32, whatever the type of the inputs. Memory: some copies of the
+    inputs, and a few tiles [b, N, q_block, kv_block] of b rows at a time. `q_block` and `kv_block`
+    are the largest sizes of a tile (None: chosen by the lengths), which change rounding only. The
+    result can be differentiated once, in reverse mode. Raises ModelError if the mesh splits the
+    sequence: each device would gather and compute all of it.
     """
     SPEC.require(call)
     q, k, v, mask, bias = call.q, call.k, call.v, call.mask, call.bias
@@ -70,8 +75,10 @@ def flash(
 
 
 def _in_turn(f: Callable, held: int, name: str, axis: int, *arrays: jax.Array) -> jax.Array:
-    """Compute f(*arrays), along this axis for at most `held` (at least one) of each device at a
-    time."""
+    """Compute f(*arrays) in parts along `axis`, which the mesh shards by its axis name.
+
+    A part has at most `held` entries of each device, but at least one.
+    """
     size, devices = arrays[0].shape[axis], shards(name)
     if size % devices:
         return f(*arrays)
@@ -92,7 +99,7 @@ def _in_turn(f: Callable, held: int, name: str, axis: int, *arrays: jax.Array) -
 
 
 class Part(NamedTuple):
-    """The rows of the batch and the key/value heads that are computed at a time."""
+    """Indices of the rows of the batch and of the key/value heads that are computed together."""
 
     rows: Int[Array, " b"]
     heads: Int[Array, " k"]
@@ -101,7 +108,7 @@ class Part(NamedTuple):
 def _of_part(
     tiles: "Tiles", part: Part, q, k, v, mask: AttentionMask, bias: PositionBias | None, key
 ) -> Float[Array, "b T k G H"]:
-    """Compute attention of a part, in float32."""
+    """Return the output of attention for a part, in float32."""
     q = _cut(q, tiles.q_block)
     out = _attend(
         tiles,
@@ -119,12 +126,12 @@ def _of_part(
 
 
 def _equal(length: int, most: int) -> int:
-    """Return the size of nearly equal blocks of at most `most`: little is padded."""
+    """Return a block size of at most `most` that cuts `length` into nearly equal blocks."""
     return math.ceil(length / math.ceil(length / most))
 
 
 def _cut(x: Float[Array, "B T *heads H"], size: int) -> Float[Array, "i B *heads C H"]:
-    """Cut positions into blocks, the last one filled up with zeros."""
+    """Cut positions into i blocks of C = `size` positions; the last block is padded with zeros."""
     x = jnp.pad(x, [(0, -x.shape[1] % size if axis == 1 else 0) for axis in range(x.ndim)])
     x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
     return jnp.moveaxis(x, (1, 2), (0, -2))
@@ -132,16 +139,16 @@ def _cut(x: Float[Array, "B T *heads H"], size: int) -> Float[Array, "i B *heads
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tiles of the attention scores: their places, masks, biases and dropout."""
+    """The tiles of the attention scores: their positions, masks, biases and dropout."""
 
     shape: tuple[int, int, int, int, int]
-    """B, K, G, T, S of all scores."""
+    """Shape (B, K, G, T, S) of all attention scores."""
     q_block: int
     kv_block: int
     dropout_rate: float
 
     def visits(self, mask: AttentionMask, by_key: bool = False) -> "Visits":
-        """Return the blocks of keys to visit for each block of queries, or the reverse."""
+        """Return the blocks of keys to visit for each block of queries; by_key: the reverse."""
         T, S = self.shape[3:]
         some, every = mask.blocks(T, S, self.q_block, self.kv_block)
         some, every = some.any(0), every.all(0)
@@ -153,22 +160,25 @@ class Tiles:
         return Visits(order, jnp.sum(rank == 0, axis=1), jnp.sum(rank < 2, axis=1))
 
     def indices(self, i, j) -> tuple[jax.Array, jax.Array]:
-        """Return query rows and keys of a tile, which may lie beyond the end."""
+        """Return the positions of the queries [q_block] and the keys [kv_block] of tile (i, j).
+
+        In the last tiles, they may exceed T - 1 and S - 1.
+        """
         rows = i * self.q_block + jnp.arange(self.q_block)
         return rows, j * self.kv_block + jnp.arange(self.kv_block)
 
     def allowed(self, i, j, part: Part, mask: AttentionMask) -> jax.Array:
-        """Return the pairs of a tile that count; the mask is that of the part's rows."""
+        """Return the allowed pairs of tile (i, j); `mask` has the rows of `part` only."""
         rows, columns = self.indices(i, j)
         return self._by_group(mask.tile(rows, columns) & (columns < self.shape[4]), part)
 
     def bias(self, i, j, part: Part, bias: PositionBias, values: jax.Array) -> jax.Array:
-        """Return the bias of a tile, with these values."""
+        """Return the bias of tile (i, j), with `values` in place of bias.values."""
         tile = bias.replace(values=values).tile(*self.indices(i, j))  # type: ignore[attr-defined]
         return self._by_group(tile if len(tile) == 1 else tile[part.rows], part)
 
     def kept(self, i, j, part: Part, key: jax.Array) -> jax.Array:
-        """Return the factors by which dropout multiplies the weights of a tile."""
+        """Return the factors by which dropout multiplies the weights of tile (i, j)."""
         B, K, G, T, S = self.shape
         rows, columns = self.indices(i, j)
         rows = (jnp.arange(G)[:, None] * T + rows).reshape(-1)
@@ -177,7 +187,7 @@ class Tiles:
         return jnp.where(stay, 1 / (1 - self.dropout_rate), 0.0)
 
     def _by_group(self, tile: jax.Array, part: Part) -> jax.Array:
-        """Reshape [b, N or 1, C, C] to [b, k or 1, G C, C]."""
+        """Reshape a tile [b, N or 1, C, D] to [b, k or 1, G * C, D], for the heads of `part`."""
         b, n, rows, columns = tile.shape
         G = self.shape[2]
         tile = tile.reshape(b, -1, G if n > 1 else 1, rows, columns)
@@ -186,14 +196,18 @@ class Tiles:
 
 
 class Visits(NamedTuple):
-    """The blocks to visit for each block: whole ones, then those that need the mask; the others."""
+    """The order in which each block i visits blocks j of the other kind.
+
+    order[i] begins with whole[i] blocks that need no mask. Blocks that need the mask follow, up to
+    count[i] blocks in all; the rest is not visited.
+    """
 
     order: Int[Array, "i j"]
     whole: Int[Array, " i"]
     count: Int[Array, " i"]
 
     def loop(self, step: Callable, state: Any) -> Any:
-        """Run step(other, state, is_whole) for each, where these are the visits of one block."""
+        """Run state = step(j, state, is_whole) for each visited j; `self` is of one block."""
         for is_whole, first, last in ((True, 0, self.whole), (False, self.whole, self.count)):
             one = partial(lambda is_whole, n, state: step(self.order[n], state, is_whole), is_whole)
             state = jax.lax.fori_loop(first, last, one, state)
@@ -210,7 +224,7 @@ def _transpose(x: jax.Array) -> jax.Array:
 
 
 def _forward(tiles: Tiles, q, k, v, values, part: Part, mask: AttentionMask, bias, key):
-    """Return the output [i, B, K, R, H] and the logarithm of the softmax' sum [i, B, K, R]."""
+    """Return the output [i, B, K, R, H] and the log of the softmax denominator [i, B, K, R]."""
 
     def row(row):
         i, q, visits = row
@@ -235,7 +249,7 @@ def _forward(tiles: Tiles, q, k, v, values, part: Part, mask: AttentionMask, bia
 
 
 def _backward(tiles: Tiles, saved, g):
-    """Compute gradients by tiles with keys first: four of five products need no transposed copy."""
+    """Compute gradients by tiles [keys, queries]: four of five products need no transposed copy."""
     q, k, v, out, lse, values, part, mask, bias, key = saved
     delta = jnp.sum(g * out, axis=-1)
     q_blocks, g_blocks = q, g

@@ -1,4 +1,4 @@
-"""The masks of fused kernels by others: a band of the score matrix, and segments."""
+"""Masks that fused kernels of other libraries support: a band of the score matrix, and segments."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
@@ -7,16 +7,19 @@ from heedful.model.attention.core import AttentionCall
 from heedful.model.masks import AttentionMask, Window
 
 TILE = 128
-"""Lengths that are a multiple of it suit every kernel."""
+"""Every kernel supports lengths that are a multiple of this number."""
 
 
 def fill(x: Array) -> Array:
-    """Fill axis 1 up with zeros to a multiple of TILE."""
+    """Pad axis 1 with zeros to a multiple of TILE."""
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % TILE)] + [(0, 0)] * (x.ndim - 2))
 
 
 def segment_ids(call: AttentionCall) -> tuple[Int[Array, "B T"], Int[Array, "B S"]] | None:
-    """Return those of the mask, or 1 for all where `fill` adds padding, which has id 0; or None."""
+    """Return (query ids, key ids) of the mask.
+
+    Without such ids: 1 for all tokens if `fill` pads (padding gets the id 0), else None.
+    """
     mask, q, k = call.mask, call.q, call.k
     if mask.q_segment_ids is not None and mask.kv_segment_ids is not None:
         return mask.q_segment_ids, mask.kv_segment_ids
@@ -26,29 +29,34 @@ def segment_ids(call: AttentionCall) -> tuple[Int[Array, "B T"], Int[Array, "B S
 
 
 def band(mask: AttentionMask) -> Window:
-    """Return how far each query looks back and ahead: window and causality, without segments."""
+    """Return the numbers of positions before and after a query that it sees; None: no limit.
+
+    Window and causality set these limits; segments are left out.
+    """
     left, right = mask.window or (None, None)
     return left, 0 if mask.causal else right
 
 
 def band_refusal(call: AttentionCall) -> str | None:
-    """Return the reason why the call asks for more than a band and segments; None: it does not."""
+    """Return why the call needs more than a band and segments, and the fix; None: it does not."""
     mask = call.mask
     reasons = {
-        "its scores take no bias by position (ALiBi, T5)": call.bias is not None,
+        "it does not support a position bias: choose a model.positions.kind other than alibi and "
+        "relative": call.bias is not None,
         "it does not drop attention weights: set model.attention.dropout to 0": (
             call.dropout_rate > 0
         ),
-        "it is causal without an exception, and a prefix is one": (
+        "it does not support a prefix in a causal mask: leave the prefix out": (
             mask.causal and mask.prefix_len is not None
         ),
-        "it looks at every position of a window, and a dilation leaves some out": (
+        "it does not support a window with dilation: leave model.attention.dilation out": (
             mask.dilation is not None
         ),
-        "it has no global tokens": mask.global_index is not None,
-        "its queries begin at position 0, and those of a cache do not": (
-            mask.q_offset is not None and (mask.causal or mask.window is not None)
+        "it does not support global tokens: set model.attention.global_tokens to 0": (
+            mask.global_index is not None
         ),
+        "its queries must begin at position 0, but queries with a cache do not: decode without a "
+        "cache": (mask.q_offset is not None and (mask.causal or mask.window is not None)),
     }
     found = next((reason for reason, is_present in reasons.items() if is_present), None)
-    return found and f"{found}; choose another model.attention.core"
+    return found and f"{found}, or choose another model.attention.core"

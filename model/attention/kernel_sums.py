@@ -1,7 +1,11 @@
-"""Sums over keys by their features, chunk by chunk: a query needs nothing else of its keys.
+"""Sums over the features of keys, chunk by chunk: queries need nothing else of their keys.
 
-Features are kept as logarithms, and scaled just before they are multiplied: for a query by one
-number, for keys by one for each feature. That changes no quotient, and needs no epsilon.
+Features are kept as logarithms, and scaled just before they are multiplied: the features of a query
+by one number, and those of keys by one number for each feature. The scale cancels in the quotient
+that attention computes, and makes an epsilon in its denominator unnecessary.
+
+Axes: B rows of the batch, T or t queries, S or s keys, N query heads, K key/value heads, G query
+heads of each, R features, H size of a head.
 """
 
 from typing import Any, NamedTuple
@@ -14,11 +18,11 @@ from jaxtyping import Array, Bool, Float, Int
 from heedful.model.attention.core import AttentionCall, Core
 from heedful.model.attention.random_features import Features
 
-HEADROOM = 60.0  # exp(HEADROOM), times keys and values, is far from the end of float32
+HEADROOM = 60.0  # exp(HEADROOM), times keys and values, is far below the largest float32
 
 
 class KernelSums(NamedTuple):
-    """Sums of each query over the keys that it sees (0 without any), divided by exp(log_scale)."""
+    """Sums over the keys that each query sees (0 without keys), divided by exp(log_scale)."""
 
     values: Float[Array, "B K G t H"]
     """Sum of phi(q) phi(k) v."""
@@ -27,7 +31,7 @@ class KernelSums(NamedTuple):
     log_scale: Float[Array, "B K G t"]
 
     def join(self, other: "KernelSums") -> "KernelSums":
-        """Return the sums over the keys of both."""
+        """Return the sums over the keys of `self` and of `other`."""
         logs = [jnp.where(x.total > 0, x.log_scale, -jnp.inf) for x in (self, other)]
         log_scale = _finite(jnp.maximum(*logs))
         a, b = (jnp.exp(x - log_scale) for x in logs)
@@ -35,7 +39,7 @@ class KernelSums(NamedTuple):
         return KernelSums(values, a * self.total + b * other.total, log_scale)
 
     def mean(self, dtype: Any) -> Float[Array, "B t N H"]:
-        """Return the output of attention."""
+        """Return the output of attention: values / total, or 0 without keys."""
         mean = self.values / jnp.where(self.total > 0, self.total, 1)[..., None]
         B, K, G, t, H = mean.shape
         return jnp.moveaxis(mean, 3, 1).reshape(B, t, K * G, H).astype(dtype)
@@ -43,18 +47,18 @@ class KernelSums(NamedTuple):
 
 @struct.dataclass
 class FeatureState:
-    """Sums over all keys so far: a cache of one size for any number of tokens."""
+    """Sums over all keys so far: a cache whose size does not depend on the number of tokens."""
 
     values: Float[Array, "B K R H"]
-    """Sum of phi(k) v^T over the keys, of which feature r is divided by exp(log_scale[r])."""
+    """Sum of phi(k) v^T over the keys; feature r is divided by exp(log_scale[r])."""
     total: Float[Array, "B K R"]
-    """Sum of phi(k), divided likewise."""
+    """Sum of phi(k) over the keys, divided in the same way."""
     log_scale: Float[Array, "B K R"]
-    """-inf where there is no key yet."""
+    """Logarithm of the scale of each feature; -inf before the first key."""
 
     @classmethod
     def zeros(cls, batch: int, heads: int, features: int, head_dim: int) -> "FeatureState":
-        """Return the sums of no keys."""
+        """Return the state before the first key: the sums are 0, and log_scale is -inf."""
         total = jnp.zeros((batch, heads, features))
         values = jnp.zeros((*total.shape, head_dim))
         return cls(values=values, total=total, log_scale=jnp.full_like(total, -jnp.inf))
@@ -62,45 +66,54 @@ class FeatureState:
     def attend(
         self, core: Core, call: AttentionCall, cache_write_mask: Bool[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T N H"], "FeatureState"]:
-        """Attend as `Cache` says. Each token must be written once, whatever its position; a prefix
-        is read as one chunk, before all else."""
+        """Attend as described in `Cache.attend`; positions of tokens play no role.
+
+        Each token must be written exactly once. A prefix must be given in one call, the first one.
+        """
         extend = getattr(core, "extend", None)
         if extend is None:
-            raise ValueError(f"sums of features are no cache for {core}")
+            raise ValueError(
+                f"sums of features are no cache for {core}: make the cache with "
+                "model.cache.new_cache for the config of this core"
+            )
         return extend(self, call, cache_write_mask)
 
     def keys(self, new: int) -> int:
-        """Return `new`: the sums hold all other keys."""
+        """Return `new`, because the sums contain all other keys."""
         return new
 
     def scaled(self, log_scale: Float[Array, "B K R"]) -> "FeatureState":
-        """Return the same sums, divided by exp(log_scale)."""
+        """Return the same sums with another `log_scale`."""
         factor = jnp.exp(self.log_scale - _finite(log_scale))
         return FeatureState(factor[..., None] * self.values, factor * self.total, log_scale)
 
     def add(self, keys: Float[Array, "B K s R"], v: Float[Array, "B K s H"]) -> "FeatureState":
-        """Add keys by their features, which are scaled as these sums are."""
+        """Return the state with s keys added; `keys` has their features / exp(self.log_scale)."""
         values = self.values + jnp.einsum("BKsR,BKsH->BKRH", keys, v)
         return FeatureState(values, self.total + jnp.sum(keys, 2), self.log_scale)
 
     def seen_by(
         self, queries: Float[Array, "B K G t R"], log_scale: Float[Array, "B K G t"]
     ) -> KernelSums:
-        """Return the sums of queries, by their features times exp(log_scale) of these sums."""
+        """Return the sums of each query over the keys in this state.
+
+        `queries` is phi(q) * exp(self.log_scale) / exp(log_scale); `log_scale` has one number for
+        each query.
+        """
         values = jnp.einsum("BKGtR,BKRH->BKGtH", queries, self.values)
         return KernelSums(values, jnp.einsum("BKGtR,BKR->BKGt", queries, self.total), log_scale)
 
 
 class Rows(NamedTuple):
-    """Inputs by head, with the keys that count and the segments."""
+    """Inputs of attention by head, with the keys to include and the segments."""
 
     q: Float[Array, "B K G T H"]
     k: Float[Array, "B K S H"]
     v: Float[Array, "B K S H"]
     is_key: Bool[Array, "B S"]
-    """True for keys that count."""
+    """True for keys that are included in the sums."""
     segment: Int[Array, "B S"]
-    """Segment of each token, without gaps: causal attention sees keys of the query's own."""
+    """Segment of each token, also of padding: causal attention sees keys of the query's segment."""
 
     @classmethod
     def of(cls, call: AttentionCall) -> "Rows":
@@ -116,14 +129,14 @@ class Rows(NamedTuple):
         return Rows(*(jnp.flip(x, axis) for x, axis in zip(self, LENGTH_AXES, strict=True)))
 
 
-LENGTH_AXES = (3, 2, 2, 1, 1)  # the axis T or S of each
+LENGTH_AXES = (3, 2, 2, 1, 1)  # index of the axis T or S of each field of Rows
 
 
 # Chunk by chunk ---------------------------------------------------------------------------------
 
 
 def remember(rows: Rows, features: Features, size: int, state: FeatureState) -> FeatureState:
-    """Return the state with all keys that count."""
+    """Return `state` with the keys of `rows` added where is_key is True, in chunks of `size`."""
 
     @jax.checkpoint
     def step(state: FeatureState, chunk: tuple[jax.Array, ...]):
@@ -142,7 +155,7 @@ def remember(rows: Rows, features: Features, size: int, state: FeatureState) -> 
 
 
 def read(rows: Rows, features: Features, size: int, state: FeatureState) -> KernelSums:
-    """Return the queries' sums over all keys in `state`."""
+    """Return the sums of each query over all keys in `state`, in chunks of `size` queries."""
 
     @jax.checkpoint
     def step(_: None, q: jax.Array):
@@ -160,8 +173,12 @@ def causal(
     state: FeatureState | None = None,
     strict: bool = False,
 ) -> tuple[KernelSums, FeatureState]:
-    """Return sums over the keys up to a query (before it if `strict`) in its segment, and the state
-    of the last segment; `state` holds earlier keys of the first segment."""
+    """Return the sums of each query over earlier keys of its segment, and a new state.
+
+    The key at the query's position is included, unless `strict`. `state` has earlier keys of the
+    first segment (None: no keys); the new state has the keys of the last segment. Chunks have
+    `size` tokens.
+    """
     B, K, _, H = rows.k.shape
     state = state or FeatureState.zeros(B, K, len(features.matrix), H)
 
@@ -173,8 +190,8 @@ def causal(
         allowed = together & ((index < index[:, None]) if strict else (index <= index[:, None]))
         goes_on = segment == last[:, None]
 
-        # A query divides by the sum of features of its keys. With the scale of the first of them it
-        # is at least 1, whatever comes later, unless that is too much greater.
+        # A query divides by its sum over keys. With the scale of the first key that a query sees,
+        # this sum is at least 1, unless later keys are greater by more than exp(HEADROOM).
         keys = jnp.where(is_key[:, None, :, None], features(k), -jnp.inf)
         first = jnp.argmax(together, -1)[:, None, :, None]
         own = jnp.take_along_axis(keys, first, 2)
@@ -210,7 +227,10 @@ def causal(
 
 
 def _chunks(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """Cut the axis into chunks of `size`, the last one filled up with keys that do not count."""
+    """Cut the axis into chunks of `size`.
+
+    The last chunk is padded with its last entry or, in a bool array, with False.
+    """
     size = min(size, x.shape[axis])
     widths = [(0, -x.shape[i] % size if i == axis else 0) for i in range(x.ndim)]
     x = jnp.pad(x, widths, mode="constant" if x.dtype == bool else "edge")
@@ -218,7 +238,7 @@ def _chunks(x: jax.Array, axis: int, size: int) -> jax.Array:
 
 
 def _whole(sums: KernelSums, length: int) -> KernelSums:
-    """Join the chunks along the axis t."""
+    """Join the chunks along the axis t, and cut it to `length`."""
 
     def one(x: jax.Array) -> jax.Array:
         x = jnp.moveaxis(x, 0, 3)
@@ -234,5 +254,5 @@ def _scaled(logs: Float[Array, "*b R"]) -> tuple[Float[Array, "*b R"], Float[Arr
 
 
 def _finite(log_scale: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """Replace -inf, where there is nothing to scale, by 0."""
+    """Replace -inf, the scale before the first key, by 0."""
     return jnp.where(jnp.isneginf(log_scale), 0, log_scale)

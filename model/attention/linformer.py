@@ -16,22 +16,23 @@ from heedful.model.config import AttentionConfig, LinformerConfig, ModelConfig, 
 from heedful.model.masks import AttentionMask
 from heedful.model.ops.dropout import dropout_words, keep_at
 
-BLOCK = 512  # Queries whose weights are held at once; from 512 on a CPU shares the products.
+BLOCK = 512  # Queries whose weights are held at once; from 512 on, CPU cores share a product.
 
 
 class Linformer(nn.Module):
-    """softmax(scale q (E k)^T) F v, where E and F mix S positions into R (arXiv:2006.04768 §4).
+    """softmax(scale * q @ (E k)^T) @ F v; E and F project S positions to R (arXiv:2006.04768 §4).
 
     Row s of a projection [max_length, R] belongs to position s: shorter inputs use the first rows.
-    Masks: full and padding, whose keys count 0; a row with several documents, which is not known
-    while tracing, becomes NaN, as each of the R columns holds a part of all of them. Dropout is of
-    the weights [B, K, G, T, R]. A given `projection` is used instead of own parameters. Time and
-    memory are O(T R), the weights' memory O(R), or O(T R) by device where the mesh splits T.
+    Supported masks are full and padding, which sets keys and values to 0. A row with several
+    documents gives NaN, because each of the R projected keys mixes all documents; documents are not
+    known while tracing. Dropout acts on the weights [B, K, G, T, R]. Time and memory are O(T R);
+    the weights take O(R) memory, or O(T R) on each device if the mesh splits the sequence.
     """
 
     config: LinformerConfig
     projection: Float[Array, "L R"] | None = None
-    """The one that all layers of a stack share."""
+    """Projection [max_length, R] of both keys and values that all layers of a stack share; None:
+    the layer has its own."""
 
     @nn.compact
     def __call__(self, call: AttentionCall) -> Float[Array, "B T N H"]:
@@ -41,7 +42,8 @@ class Linformer(nn.Module):
         if self.config.max_length < S:
             raise ModelError(
                 f"{S} tokens are more than model.attention.linformer.max_length = "
-                f"{self.config.max_length}: its projections end there"
+                f"{self.config.max_length}, where the projections end: give fewer tokens, or train "
+                "a model with a larger max_length"
             )
         keys, values = self._projections(K)
         if mask.kv_segment_ids is not None:
@@ -66,7 +68,8 @@ class Linformer(nn.Module):
             return self.projection, self.projection
         if config.sharing == "layers":
             raise ModelError(
-                "model.attention.linformer.sharing layers needs the projection of the stack"
+                "model.attention.linformer.sharing = layers needs the projection of the stack: "
+                "give it in StackContext.core_params, or choose another sharing"
             )
         axes = {"position": config.max_length, "rank": config.rank}
         if config.sharing == "none":
@@ -86,7 +89,7 @@ def _attend(
     words: jax.Array | None,
     dropout_rate: float,
 ) -> Float[Array, "B T K G H"]:
-    """Attend by blocks of queries, whose weights [B, K, G, C, R] are computed again backward."""
+    """Attend by blocks of C queries; the backward pass recomputes the weights [B, K, G, C, R]."""
     B, T, K, G, _ = q.shape
     R = k.shape[1]
     C = math.ceil(T / math.ceil(T / BLOCK))
@@ -102,7 +105,7 @@ def _attend(
             weights = jnp.where(stay, weights / (1 - dropout_rate), 0)
         return jnp.einsum("BKGCR,BRKH->BCKGH", weights.astype(v.dtype), v)
 
-    if T <= BLOCK or any(mesh_axes("act_length")):  # what is split is not taken in turn
+    if T <= BLOCK or any(mesh_axes("act_length")):  # a sequence that the mesh splits has no blocks
         return block(0, q)
     padded = jnp.pad(q, [(0, 0), (0, -T % C), (0, 0), (0, 0), (0, 0)])
     blocks = jnp.moveaxis(padded.reshape(B, -1, C, *q.shape[2:]), 1, 0)
@@ -116,7 +119,7 @@ def projection_init(config: LinformerConfig, *axes: str):
 
 
 def _only_known(out: Float[Array, "B T N H"], mask: AttentionMask) -> Float[Array, "B T N H"]:
-    """Replace queries that are padding by 0, and rows of several documents by NaN."""
+    """Set the outputs of padding to 0, and those of rows with several documents to NaN."""
     assert mask.q_segment_ids is not None
     out = jnp.where((mask.q_segment_ids != 0)[:, :, None, None], out, 0)
     return jnp.where(mask.has_one_segment()[:, None, None, None], out, jnp.nan)
@@ -125,18 +128,19 @@ def _only_known(out: Float[Array, "B T N H"], mask: AttentionMask) -> Float[Arra
 def _refusal(call: AttentionCall) -> str | None:
     if call.mask.causal:
         return (
-            "its keys mix what comes later with what came before: for a decoder choose another "
-            "model.attention.core or, beside an encoder, model.attention.decoder_core"
+            "its keys mix earlier and later positions, so it cannot be causal: for a decoder "
+            "choose another model.attention.core or, in an encoder_decoder, another "
+            "model.attention.decoder_core"
         )
     if call.mask.window is not None:
         return (
-            f"its keys mix all positions, there is no window {call.mask.window} among them: leave "
-            "model.attention.window out, or choose the core longformer"
+            f"its keys mix all positions, so it has no window {call.mask.window}: leave "
+            "model.attention.window out, or choose model.attention.core longformer"
         )
     if call.bias is not None:
         return (
-            "its keys mix all positions and have no distance: choose a model.positions.kind other "
-            "than alibi and relative"
+            "its keys mix all positions, so they have no distance: choose a model.positions.kind "
+            "other than alibi and relative"
         )
     return None
 
@@ -170,7 +174,7 @@ SPEC = CoreSpec(
     has_weights=False,
     refusal=_refusal,
     one_document_at=("self", "decoder", "cross"),
-    # As much work goes into the projections as into the products with them (§4).
+    # The projections take as many FLOPs as the products with them (arXiv:2006.04768 §4).
     keys=lambda config: 2 * config.attention.linformer.rank,
     sizes=_sizes,
     shrunk=_shrunk,

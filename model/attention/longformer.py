@@ -1,10 +1,11 @@
 """Attention in a sliding window, with dilation and global tokens, in O(T w) (arXiv:2004.05150).
 
-Queries are taken in blocks, each against the band of keys around it and the global keys. A head
-of dilation d sees the sequence as d interleaved ones, in which its window has no gaps.
+Each block of queries attends to the band of keys around it and to the global keys. A head with
+dilation d sees the sequence as d interleaved sequences, in which its window has no gaps.
 
-Letters of this file: r interleaved sequences, k and g heads of one dilation, t rows of queries, s
-keys that they are held against.
+Axes in this file: r interleaved sequences (r = d); k key heads and g query heads of each key head,
+all of one dilation; t queries; s the keys that the queries attend to. B, T, S, N, K, H are those of
+AttentionCall, and G = N / K.
 """
 
 from collections.abc import Callable
@@ -25,16 +26,16 @@ from heedful.model.masks import AttentionMask, Window
 from heedful.model.ops.dropout import dropout_words, keep_at
 from heedful.model.positions import PositionBias
 
-BLOCK = 128  # queries of a block: memory and time, not the result
+BLOCK = 128  # queries of a block; affects memory and time, not the result
 
 
 def longformer(call: AttentionCall) -> Float[Array, "B T N H"]:
     """Compute `dense` for masks with a window, in time and memory linear in T, both ways.
 
-    With w positions to each side and g global tokens: time O(T (w + g)), memory O(T + g S). Where
-    a cache holds no more keys than a window, dense or flash computes them all. The bias must depend
-    on distances only. Raises MaskNotSupported for a mask without a window, and ModelError where the
-    mesh splits the length.
+    With w positions on each side and g global tokens: time O(T (w + g)), memory O(T + g S). If a
+    cache holds no more keys than a window, dense or flash computes all pairs. The bias must depend
+    on distances only. Raises MaskNotSupported for a mask without a window, and ModelError if the
+    mesh splits the sequence.
     """
     SPEC.require(call)
     q, k, v, mask, bias = call.q, call.k, call.v, call.mask, call.bias
@@ -42,12 +43,12 @@ def longformer(call: AttentionCall) -> Float[Array, "B T N H"]:
     left, right = _sides(mask)
     assert left is not None and right is not None
     if mask.q_offset is not None and left + 1 + right >= S:
-        # A band around positions that are not known while tracing would be wider than all keys.
+        # Positions are not known while tracing; a band around them would be wider than all keys.
         core = dense if T <= BLOCK else flash
         if bias is not None:
             bias = bias.replace(q_offset=mask.q_offset)  # type: ignore[attr-defined]
         return core(call.replace(bias=bias))
-    if bias is not None:  # distances stay when both ends move
+    if bias is not None:  # an offset of queries and keys changes no distance
         bias = bias.replace(q_offset=None)  # type: ignore[attr-defined]
     rule = Rule(
         mask=mask.replace(dilation=None),  # type: ignore[attr-defined]
@@ -58,7 +59,7 @@ def longformer(call: AttentionCall) -> Float[Array, "B T N H"]:
     )
     parts, order = [], []
     for step, heads in _groups(mask.dilation or (1,) * N, K):
-        # No window is longer than the sequence; with an offset, queries may stand beyond all keys.
+        # Windows end with the sequence; with an offset, queries may be beyond all keys.
         reach = -(-max(T, S) // step) if mask.q_offset is None else max(left, right)
         band = Band(step, min(left, reach), min(right, reach), heads)
         parts.append(_in_windows(band, q, k, v, rule, bias))
@@ -68,7 +69,7 @@ def longformer(call: AttentionCall) -> Float[Array, "B T N H"]:
 
 
 def _sides(mask: AttentionMask) -> Window:
-    """Return the window, as narrow as causality makes it."""
+    """Return the window (left, right); with causality and no prefix, right is 0."""
     left, right = mask.window or (None, None)
     return left, 0 if mask.causal and mask.prefix_len is None else right
 
@@ -77,8 +78,8 @@ def _refusal(call: AttentionCall) -> str | None:
     if None not in _sides(call.mask):
         return None
     return (
-        "it has no window, or one without an end: set model.attention.window, and for "
-        "cross-attention, which never has one, model.attention.cross_core"
+        "it needs a window with a limit on both sides: set model.attention.window or, for "
+        "cross-attention, which never has a window, set model.attention.cross_core to another core"
     )
 
 
@@ -86,7 +87,7 @@ Heads = tuple[tuple[int, ...], ...]
 
 
 def _groups(steps: tuple[int, ...], kv_heads: int) -> list[tuple[int, Heads]]:
-    """Return query heads [k, g] of each step; a row shares a key head, rows are equally long."""
+    """Return (step, query heads [k, g]) for each step; the g heads of a row share a key head."""
     found: dict[tuple[int, int], list[tuple[int, ...]]] = {}
     for row in np.arange(len(steps)).reshape(kv_heads, -1).tolist():
         for step in sorted({steps[n] for n in row}):
@@ -99,7 +100,10 @@ def _groups(steps: tuple[int, ...], kv_heads: int) -> list[tuple[int, Heads]]:
 
 
 class Band(NamedTuple):
-    """The window of some heads: every `step`-th position, so many of them to each side."""
+    """The window of the query heads `heads` [k, g].
+
+    It has `left` positions before and `right` positions after the query, `step` apart.
+    """
 
     step: int
     left: int
@@ -115,18 +119,18 @@ def _in_windows(
     rule: "Rule",
     bias: PositionBias | None,
 ) -> Float[Array, "B T n H"]:
-    """Attend from these heads' queries to their windows and to the global keys."""
+    """Attend from the queries of the n heads of `band` to their windows and to the global keys."""
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     mask, step, heads = rule.mask, band.step, np.array(band.heads)
     if step > 1:
         rule = rule.replace(mask=mask.replace(dilation=(step,)))  # type: ignore[attr-defined]
     size = min(BLOCK, -(-T // step))
     blocks = -(-T // (size * step))
-    serving = heads[:, 0] * K // N  # their key heads
+    serving = heads[:, 0] * K // N  # key head of each row of `heads`
     before, rows = band.left * step, (band.left + blocks * size + band.right) * step
 
     def around(x: jax.Array) -> jax.Array:
-        """Return keys [B, r, k, s, H] from the first one of the first window on."""
+        """Return keys or values [B, r, k, s, H], from the first position of the first window on."""
         x = x if len(serving) == K else x[:, :, serving]
         if mask.q_offset is None:
             pads = [(0, 0, 0), (before, rows - before - S, 0), (0, 0, 0), (0, 0, 0)]
@@ -148,10 +152,10 @@ def _in_windows(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _slide(band, q, k, v, far, bias, rule):
-    """Attend from block after block [i, B, r, k, g, t, H] along keys [B, r, k, s, H].
+    """Attend block by block from queries [i, B, r, k, g, t, H] to keys [B, r, k, s, H].
 
-    Derived automatically, what a block gives to its keys would be padded to the whole length and
-    added, once for each block; here it is added where it belongs.
+    JAX's own derivative would pad the gradients that each block gives to keys to the whole length
+    before adding them; here they are added at the positions of these keys only.
     """
 
     def one(block):
@@ -191,14 +195,17 @@ _slide.defvjp(_slide_forward, _slide_backward)
 
 
 def _near(band: Band, i: jax.Array, q: jax.Array, *keys: jax.Array) -> list[jax.Array]:
-    """Return the keys in reach of block i."""
+    """Return the part of each array of `keys` that the windows of block i cover."""
     size = q.shape[-2]
     length = band.left + size + band.right
     return [jax.lax.dynamic_slice_in_dim(x, i * size, length, axis=3) for x in keys]
 
 
 def _block(band, rule, i, q, k, v, far, bias):
-    """Attend from block i to the keys near it and to the global ones, neither twice."""
+    """Attend from the queries of block i to the keys near it (k, v) and to the global keys.
+
+    `far` has global keys and values, or is None. A key that is near and global is used once.
+    """
     (size, _), step = q.shape[-2:], band.step
     sequence = jnp.arange(step)[None, :, None]
     rows = (i * size + jnp.arange(size)) * step + sequence
@@ -216,7 +223,7 @@ def _block(band, rule, i, q, k, v, far, bias):
 
 
 def _join(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """Concatenate along `axis`; along the others, sizes of 1 are repeated."""
+    """Concatenate along `axis`; along other axes, sizes of 1 are broadcast."""
     shape = np.maximum(np.delete(a.shape, axis), np.delete(b.shape, axis)).tolist()
     fit = lambda x: jnp.broadcast_to(x, (*shape[:axis], x.shape[axis], *shape[axis:]))  # noqa: E731
     return jnp.concatenate([fit(a), fit(b)], axis)
@@ -226,7 +233,7 @@ def _join(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
 
 
 def _with_global_rows(y, q, k, v, rule, bias):
-    """Replace rows of global queries, which see all keys that causality and segments leave them."""
+    """Replace the outputs of global queries, which see all keys, but for causality and segments."""
     (B, _, N, H), (S, K) = q.shape, k.shape[1:3]
     rows = rule.mask.global_index - rule.offset
     keys = (x.swapaxes(1, 2)[:, None] for x in (k, v))
@@ -246,18 +253,18 @@ def _with_global_rows(y, q, k, v, rule, bias):
 
 @struct.dataclass
 class Rule:
-    """The mask, the dropout and the scale of pairs of a query and a key."""
+    """Mask, dropout and scale of the attention scores."""
 
     mask: AttentionMask
     key: jax.Array | None
     scale: float = struct.field(pytree_node=False)
     rate: float = struct.field(pytree_node=False)
     shape: tuple[int, int, int, int, int] = struct.field(pytree_node=False)
-    """B, K, G, T, S of the whole."""
+    """Shape (B, K, G, T, S) of all attention scores."""
 
     @property
     def offset(self) -> Int[Array, "b 1"]:
-        """Position of query row 0."""
+        """Position of the first query."""
         return jnp.reshape(0 if self.mask.q_offset is None else self.mask.q_offset, (-1, 1))
 
 
@@ -272,7 +279,10 @@ def _attend(
     columns: Int[Array, "#b r s"],
     counted: Bool[Array, "#b r s"],
 ) -> Float[Array, "B r k g t H"]:
-    """Attend from query rows to the keys at `columns`, counted from the position of row 0."""
+    """Attend from the queries `rows` to the keys `columns`, both counted from the first query.
+
+    `counted` is True for the columns that are keys to attend to.
+    """
     numbers = np.array(heads)
     scores = jnp.einsum("BrkgtH,BrksH->Brkgts", q, k, preferred_element_type=jnp.float32)
     scores *= rule.scale
@@ -293,7 +303,7 @@ def _attend(
 def _tiles(
     of: AttentionMask | None, tile: Callable, rows: jax.Array, columns: jax.Array
 ) -> jax.Array:
-    """Compute tile(of, rows, columns) [b, r, n, t, s] by row of the batch and sequence r."""
+    """Return tile(of, rows, columns) [b, r, n, t, s] for each row of the batch and sequence r."""
     arrays = jax.tree.map(jnp.atleast_1d, (of, rows, columns))
     batch = max(map(len, jax.tree.leaves(arrays)))
     of, rows, columns = jax.tree.map(partial(repeat_batch, batch=batch), arrays)

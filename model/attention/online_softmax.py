@@ -1,4 +1,4 @@
-"""Softmax over keys that arrive block by block, and its derivative (arXiv:2205.14135 §3.1, B.2)."""
+"""Softmax over keys that arrive in blocks, and its derivative (arXiv:2205.14135 §3.1, §B.2)."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,17 +22,17 @@ class OnlineSoftmax(NamedTuple):
 
     @classmethod
     def start(cls, shape: tuple[int, ...]) -> "OnlineSoftmax":
-        """Return the sums of no keys, for values of this shape [*rows, H]."""
+        """Return the state before the first key, for values of shape [*rows, H]: sums are 0."""
         zeros = jnp.zeros(shape, jnp.float32)
-        # The lowest number and not -inf, whose difference from itself is no number.
+        # The lowest number, not -inf: -inf minus -inf would be NaN.
         return cls(zeros, jnp.full(shape[:-1], LOWEST), zeros[..., 0])
 
     def add(
         self, scores: Float[Array, "*rows S"], weigh: Callable[[jax.Array], jax.Array]
     ) -> "OnlineSoftmax":
-        """Add a block of keys by their attention scores, -inf where nothing may be seen.
+        """Return the state with S keys added; `scores` is -inf for pairs that are not allowed.
 
-        `weigh` takes weights [*rows, S] to their sum with the block's values, [*rows, H].
+        `weigh` returns weights [*rows, S] @ values of the S keys, [*rows, H].
         """
         maximum = jnp.maximum(self.maximum, jnp.max(scores, axis=-1))
         weights = jnp.exp(scores - maximum[..., None])
@@ -41,9 +41,9 @@ class OnlineSoftmax(NamedTuple):
         return OnlineSoftmax(self.values * shrink[..., None] + weigh(weights), maximum, total)
 
     def finish(self) -> tuple[Float[Array, "*rows H"], Float[Array, "*rows"]]:
-        """Return the mean of the values, and the logarithm of the softmax' sum.
+        """Return the weighted mean of values, and the logarithm of the softmax denominator.
 
-        Rows that see nothing get 0, and inf: backward their weights are exp(-inf).
+        Queries without keys get 0 and inf, so that the backward pass gives them weights of 0.
         """
         values = self.values / jnp.where(self.total > 0, self.total, 1.0)[..., None]
         return values, jnp.where(self.total > 0, self.maximum + jnp.log(self.total), jnp.inf)
@@ -57,8 +57,8 @@ def score_gradients(
 ) -> tuple[Float[Array, "*block"], Float[Array, "*block"]]:
     """Return the weights after dropout, and the gradient of the attention scores.
 
-    `dweights` is the gradient of the weights after dropout, `kept` their factors by dropout, and
-    `delta` the product of output and output's gradient for each query.
+    `dweights` is the gradient of the weights after dropout; `kept` has the factors of dropout,
+    None: no dropout; `delta` is, for each query, the scalar product of the output and its gradient.
     """
     if kept is None:
         return weights, weights * (dweights - delta)
@@ -70,7 +70,10 @@ def bias_gradient(
     values: Float[Array, "..."],
     dscores: Float[Array, "B *rest"],
 ) -> Float[Array, "..."]:
-    """Return the gradient of the bias' values for a block, whose bias is tile(values)."""
+    """Return the gradient of `values` for a block whose bias is tile(values).
+
+    `dscores` is the gradient of the attention scores.
+    """
     bias, pull = jax.vjp(tile, values)
     if bias.shape[0] == 1:
         dscores = jnp.sum(dscores, axis=0, keepdims=True)

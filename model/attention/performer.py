@@ -1,8 +1,8 @@
 """FAVOR+: attention by positive orthogonal random features, in linear time (arXiv:2009.14794).
 
-With features phi >= 0 whose products phi(q) phi(k) stand in for exp(q k), a query needs no more of
-its keys than two sums, of phi(k) v^T and of phi(k). They are a `FeatureState`: of all keys of a
-row, carried from chunk to chunk if causal, and all that is remembered while decoding.
+The products phi(q) phi(k) of features phi >= 0 approximate exp(q k). A query therefore needs only
+two sums over its keys, of phi(k) v^T and of phi(k). A `FeatureState` has these sums: over all keys
+of a row; if causal, from chunk to chunk; and in decoding, as the cache.
 """
 
 from collections.abc import Mapping
@@ -30,16 +30,16 @@ from heedful.model.masks import AttentionMask, MaskNotSupported
 
 
 class Performer(nn.Module):
-    """softmax(scale q k^T) v by random features, or the attention of another kernel.
+    """softmax(scale * q @ k^T) @ v by random features, or attention with another kernel.
 
-    Masks: full, padding, causal, prefix, and self-attention in packed documents whose ids ascend
-    along the row; a row with ids of another kind, which are not known while tracing, becomes NaN.
-    Windows, biases and dropout of weights are refused, and a mesh that splits the length. Time is
-    O(T R H), memory beyond that of the inputs O(T R H / chunk), backward too. Features and sums are
-    in float32.
+    Supported masks are full, padding, causal, prefix, and self-attention in packed documents whose
+    ids ascend along the row. A row with other ids gives NaN, as ids are not known while tracing.
+    Windows, biases, dropout of weights, and a mesh that splits the sequence raise ModelError. For R
+    features, time is O(T R H), and memory in addition to the inputs is O(T R H / chunk), also in
+    the backward pass. Features and sums are in float32.
 
-    Features come from the stream "features" of keys where the caller gives one, as training does
-    for `redraw_steps`, and from a fixed draw otherwise. All heads have the same.
+    Features come from the stream "features" of random keys if the caller provides it, as training
+    does with `redraw_steps`, and otherwise from a fixed draw. All heads have the same features.
     """
 
     config: PerformerConfig
@@ -50,8 +50,8 @@ class Performer(nn.Module):
         if mask.causal and (mask.q_offset is not None or T != S):
             raise MaskNotSupported(
                 "performer",
-                f"{T} causal queries stand among {S} keys: give all of both, or decode with the "
-                "cache of model.cache.new_cache, which holds sums of keys",
+                f"it needs all causal queries and all keys, not {T} queries and {S} keys: give all "
+                "of them, or decode with a cache of model.cache.new_cache, which has sums of keys",
             )
         return _attention(Rows.of(call), mask, self._features(call), self.config.chunk)
 
@@ -61,16 +61,20 @@ class Performer(nn.Module):
         call: AttentionCall,
         cache_write_mask: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T N H"], FeatureState]:
-        """Attend from new tokens to those in `state` and to themselves; add them to the state.
+        """Attend from new tokens to the tokens in `state` and to new ones; add these to the state.
 
-        Tokens outside of `cache_write_mask` are neither seen nor added. With a prefix the tokens
-        are all there are: `cache_write_mask` counts only for the state, and an output after other
-        tokens becomes NaN.
+        Tokens for which `cache_write_mask` is False are not seen and not added. With a prefix, the
+        first call must have all tokens so far: they are all seen, `cache_write_mask` selects only
+        the tokens to add, and outputs are NaN if `state` already has tokens.
         """
         SPEC.require(call)
         mask, dtype = call.mask, call.v.dtype
         if not mask.causal or mask.q_segment_ids is not None:
-            raise MaskNotSupported("performer", "a cache continues one causal document per row")
+            raise MaskNotSupported(
+                "performer",
+                "a cache continues one causal document per row: give a causal mask without "
+                "segments",
+            )
         features, size = self._features(call), self.config.chunk
         rows = Rows.of(call)
         if cache_write_mask is not None:
@@ -108,7 +112,7 @@ def _attention(
     else:
         segment = jax.lax.cummax(kv_ids, axis=1)
         is_known |= jnp.all((q_ids == kv_ids) & ((kv_ids == 0) | (kv_ids == segment)), 1)
-        # That of a single document begins before its first key, too.
+        # The segment of a single document includes padding before its first key.
         whole = jnp.max(kv_ids, axis=1, keepdims=True)
         rows = rows._replace(segment=jnp.where(is_single[:, None], whole, segment))
         if mask.causal:
@@ -124,7 +128,7 @@ def _attention(
 
 
 def _sums(rows: Rows, mask: AttentionMask, features: Features, size: int) -> KernelSums:
-    """Sum over all keys that count or, if causal, over those up to the query and in the prefix."""
+    """Return sums over all included keys; if causal, over keys up to the query or in the prefix."""
     B, K, _, H = rows.k.shape
     state = FeatureState.zeros(B, K, len(features.matrix), H)
     if not mask.causal:
@@ -138,7 +142,7 @@ def _sums(rows: Rows, mask: AttentionMask, features: Features, size: int) -> Ker
 
 
 def _packed(rows: Rows, features: Features, size: int) -> KernelSums:
-    """Sum over all keys in a query's segment: those up to it, and those after it."""
+    """Return sums over all keys in a query's segment: keys up to the query, and keys after it."""
     before, _ = causal(rows, features, size)
     after, _ = causal(rows.flip(), features, size, strict=True)
     return before.join(jax.tree.map(partial(jnp.flip, axis=3), after))
@@ -147,8 +151,8 @@ def _packed(rows: Rows, features: Features, size: int) -> KernelSums:
 def _refusal(call: AttentionCall) -> str | None:
     if call.mask.window is not None:
         return (
-            f"a sum over keys has no window {call.mask.window}: leave model.attention.window out, "
-            "or choose the core longformer or flash"
+            f"its sums over keys have no window {call.mask.window}: leave model.attention.window "
+            "out, or choose model.attention.core longformer or flash"
         )
     if call.bias is not None:
         return (
@@ -190,7 +194,7 @@ SPEC = CoreSpec(
     refusal=_refusal,
     one_document_at=("cross",),
     length="whole",
-    # As much work goes into the features as into the products with them (§2.2).
+    # The features take as many FLOPs as the products with them (arXiv:2009.14794 §2.2).
     keys=lambda config: 2 * config.attention.performer.features,
     sizes=_sizes,
     shrunk=_shrunk,

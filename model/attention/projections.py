@@ -1,4 +1,4 @@
-"""Queries, keys and values of multi-head attention, and those of its global tokens."""
+"""Queries, keys and values of multi-head attention, and separate ones for global tokens."""
 
 from collections.abc import Callable
 
@@ -20,9 +20,9 @@ Rotate = Callable[[Float[Array, "B T n h"]], Float[Array, "B T n h"]]
 def queries(
     config: ModelConfig, x: Float[Array, "B T D"], rotation: Rotate | None, prefix: str = ""
 ) -> Float[Array, "B T N H"]:
-    """Project to queries and rotate them; the parameters belong to the layer that calls."""
+    """Return rotated queries (rotation None: not rotated), with parameters of the calling layer."""
     attention = config.attention
-    # Scores that nothing scales need smaller queries, or the softmax begins saturated.
+    # Scores that are not scaled need smaller queries, or the softmax begins saturated.
     gain = 1.0 if attention.scaled else config.key_dim**-0.5
     outputs = {"heads": attention.heads, "head_dim": config.key_dim}
     q = _linear(config, outputs, f"{prefix}query", gain)(x)
@@ -32,7 +32,7 @@ def queries(
 def keys_values(
     config: ModelConfig, x: Float[Array, "B S D"], rotation: Rotate | None, prefix: str = ""
 ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-    """Project to keys, which are rotated like queries, and to values, which are not."""
+    """Return keys, which are rotated like queries, and values, which are not rotated."""
     heads = {"kv_heads": config.kv_heads}
     k = _linear(config, heads | {"head_dim": config.key_dim}, f"{prefix}key")(x)
     k = _padded(k if rotation is None else rotation(k), config.head_dim)
@@ -52,7 +52,7 @@ def _linear(config: ModelConfig, outputs: dict[str, int], name: str, gain: float
 
 
 def _padded(x: Float[Array, "B T N h"], size: int) -> Float[Array, "B T N H"]:
-    """Fill queries or keys up with zeros, which add nothing to their scores."""
+    """Pad queries or keys with zeros to `size`, which does not change attention scores."""
     return jnp.pad(x, [(0, 0)] * 3 + [(0, size - x.shape[-1])]) if x.shape[-1] < size else x
 
 
@@ -66,15 +66,17 @@ def global_call(
     rotation: Rotation | None,
     dropout_key: jax.Array | None,
 ) -> AttentionCall:
-    """Return the call of the global tokens' queries, which see all of their segment.
+    """Return the attention call of the global tokens, whose queries see all of their segment.
 
-    Queries, keys and values come from projections of their own (arXiv:2004.05150 §3.1).
+    Queries, keys and values come from separate projections (arXiv:2004.05150 §3.1).
     """
     mask, rows = call.mask, call.mask.global_index
     if rows is None or mask.causal or call.bias is not None:
         raise MaskNotSupported(
             "model.attention.global_projections",
-            "it needs global tokens, and neither causality nor a bias by distance",
+            "it needs global tokens, and neither causality nor a bias by distance: use "
+            "model.architecture encoder_only with model.attention.global_tokens above 0, and "
+            "model.positions.kind other than alibi and relative",
         )
     at_rows = rotation and jax.tree.map(lambda angles: take_rows(angles, rows), rotation)
     q = queries(config, take_rows(x, rows), at_rows, "global_")
@@ -88,7 +90,7 @@ def global_call(
 def put_global_rows(
     y: Float[Array, "B T N H"], weights: Float[Array, "B N T S"] | None, rows, call: AttentionCall
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"] | None]:
-    """Replace the rows of global tokens in outputs and weights by those of `call`."""
+    """Return outputs and weights, in which the rows of global tokens are those of `call`."""
     y = put_rows(y, rows, dense(call))
     if weights is not None:
         own = attention_weights(call)

@@ -1,4 +1,4 @@
-"""Positive random features, whose products stand in for exp(q k) (arXiv:2009.14794)."""
+"""Positive random features, whose products approximate exp(q k) (arXiv:2009.14794)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from heedful.model.config import PerformerConfig
 
-EPSILON = 1e-3  # least ReLU feature, as in the authors' code
+EPSILON = 1e-3  # smallest ReLU feature, as in the authors' code
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,15 @@ class Features:
 
     matrix: Float[Array, "R H"]
     factor: float
-    """Multiplies queries and keys, so that its square is the scale of their products."""
+    """Factor of queries and of keys, the square root of the scale of attention scores."""
     kernel: str
 
     def __call__(self, x: Float[Array, "*n H"]) -> Float[Array, "*n R"]:
-        """Return the logarithms, up to a number that all features of all x share.
+        """Return logarithms of features, up to a constant that all features of all x share.
 
         softmax: phi(x) = exp(w x - |x|^2 / 2) for each row w of the matrix (arXiv:2009.14794
         §2.3); for normal w, E[phi(q) phi(k)] = exp(q k). relu: phi(x) = max(w x, 0), one of the
-        generalised attentions of §4.
+        generalised attentions of arXiv:2009.14794 §4.
         """
         x = x.astype(jnp.float32) * self.factor
         # Errors in an exponent do not average out: no matrix unit may round these products.
@@ -40,14 +40,17 @@ class Features:
 
 
 def draw_features(config: PerformerConfig, head_dim: int, key: jax.Array) -> Float[Array, "R H"]:
-    """Draw normal rows; if so configured, each H of them are orthogonal to one another (§2.4)."""
+    """Draw R normal vectors.
+
+    With config.orthogonal, each block of H vectors is orthogonal (arXiv:2009.14794 §2.4).
+    """
     keys = iter(jax.random.split(key))
     return _draw(config, head_dim, lambda *shape: jax.random.normal(next(keys), shape), jnp)
 
 
 @lru_cache
 def fixed_features(config: PerformerConfig, head_dim: int) -> np.ndarray:
-    """Return one such draw, the same on every machine."""
+    """Return features of `draw_features` from a fixed seed, the same on every machine."""
     rng = np.random.default_rng(0)
     return _draw(config, head_dim, lambda *shape: rng.normal(size=shape), np).astype(np.float32)
 
@@ -57,7 +60,7 @@ def _draw(config: PerformerConfig, head_dim: int, normal: Callable, numpy: Any) 
     if not config.orthogonal:
         return rows
     q, r = numpy.linalg.qr(normal(-(-config.features // head_dim), head_dim, head_dim))
-    # QR fixes signs by a rule; without it all rotations are equally likely.
+    # QR chooses signs by a fixed rule; undone, all rotations are equally likely.
     q = q * numpy.sign(numpy.diagonal(r, axis1=-2, axis2=-1))[:, None]
     lengths = numpy.linalg.norm(rows, axis=-1, keepdims=True)
     return lengths * q.reshape(-1, head_dim)[: config.features]

@@ -1,5 +1,4 @@
-"""Softmax attention as the paper writes it (arXiv:1706.03762 §3.2.1): all cores are tested
-against it, and none uses it."""
+"""Softmax attention as in arXiv:1706.03762 §3.2.1, with which the tests compare all cores."""
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +9,9 @@ from heedful.model.ops.dropout import dropout
 
 
 def reference(call: AttentionCall) -> Float[Array, "B T N H"]:
-    """Return softmax(scale q k^T + bias) v over the pairs that the mask allows, in float32.
+    """Return softmax(scale * q @ k^T + bias) @ v over allowed pairs, computed in float32.
 
-    A query that may look at nothing gives 0.
+    A query without allowed keys gives 0.
     """
     (T, N), (S, K) = call.q.shape[1:3], call.k.shape[1:3]
     q, k, v = (x.astype(jnp.float32) for x in (call.q, call.k, call.v))
@@ -21,7 +20,7 @@ def reference(call: AttentionCall) -> Float[Array, "B T N H"]:
     if call.bias is not None:
         scores += call.bias.tile(jnp.arange(T), jnp.arange(S))
     allowed = call.mask.to_bool(T, S)
-    # Were the lowest number -inf, a query without keys would have no gradient.
+    # Not -inf: the gradient of a query without keys would be NaN.
     scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores) * allowed
     weights = dropout(weights, call.dropout_rate, call.dropout_key)

@@ -1,13 +1,14 @@
 """Exact attention of a sequence that is split over devices: keys and values travel in a ring.
 
-arXiv:2310.01889. Each device keeps its queries and sees in turn the keys and values of all, by
-blocks with a running softmax; backward they travel again, together with their gradients. A device
-holds O(T / devices) of everything but the arrays of the mask, which are whole on each.
+arXiv:2310.01889. Each device keeps its queries, and sees the keys and values of all devices in
+turn, by blocks with a running softmax. In the backward pass, keys and values travel again, together
+with their gradients. A device holds O(T / devices) of every array, except those of the mask, which
+are whole on each device.
 
-Under a causal mask the first of equal parts would have almost nothing to do. The sequence is
-therefore cut into twice as many chunks as there are devices, of which device i works on i and the
-last but i. The model keeps its order: q, k, v and the output are exchanged here, half of each array
-at a time, which is as much to send as two steps of the ring.
+Under a causal mask, the device with the first part of the sequence would have almost nothing to do.
+Therefore n devices cut the sequence into 2n chunks, and device i works on chunks i and 2n - 1 - i.
+The rest of the model keeps tokens in order: q, k, v and the output are exchanged here, half of each
+array at a time, which sends as much as two steps of the ring.
 """
 
 from dataclasses import dataclass
@@ -31,8 +32,8 @@ from heedful.model.positions import PositionBias
 def ring(call: AttentionCall) -> Float[Array, "B T N H"]:
     """Compute `dense`, with the same weights dropped, on a mesh that splits the sequence.
 
-    Masks: all but the offset of a cache, whose queries come one by one. Raises ModelError where
-    there is no such mesh or a length does not divide.
+    All masks are supported except those with the offset of a cache. Raises ModelError if the mesh
+    does not split the sequence, or if the number of parts does not divide a size.
     """
     SPEC.require(call)
     q, k, v, mask, bias = call.q, call.k, call.v, call.mask, call.bias
@@ -49,8 +50,8 @@ def ring(call: AttentionCall) -> Float[Array, "B T N H"]:
     ):
         require(
             size % into == 0,
-            f"core ring cuts {name} into {into} parts, and {size} does not divide: change "
-            "train.mesh or the length",
+            f"core ring cuts {name} into {into} parts, but {size} is no multiple of {into}: "
+            "change train.mesh, or this size",
         )
 
     layout = Ring(
@@ -88,9 +89,9 @@ class Ring:
     length: tuple[str, ...]
     heads: tuple[str, ...]
     devices: int
-    """Devices in the ring."""
+    """Number of devices in the ring."""
     shape: tuple[int, ...]
-    """B, K, G, T, S of all weights."""
+    """Shape (B, K, G, T, S) of the attention weights over all devices."""
     scale: float
     dropout_rate: float
     is_balanced: bool
@@ -106,10 +107,11 @@ class Ring:
         return jnp.concatenate([chunk * (length // 2) + within for chunk in (even, odd)])
 
     def exchange(self, x: Float[Array, "b t *rest"], back: bool = False) -> jax.Array:
-        """Exchange tokens from the order of the model to that of `index`, or back.
+        """Exchange tokens from the order of the model to the order of `index`, or back.
 
-        Device i has the chunks 2i and 2i + 1. Even ones go to different devices, and so do odd
-        ones: chunk c to c or, in the second half, to the mirror of c.
+        In the order of the model, device i has the chunks 2i and 2i + 1. Chunk c goes to device c
+        or, in the second half, to device 2n - 1 - c of n. Even chunks go to different devices, and
+        so do odd chunks.
         """
         if not self.is_balanced:
             return x
@@ -122,12 +124,12 @@ class Ring:
         return jnp.concatenate(halves, axis=1)
 
     def rotate(self, tree: Any) -> Any:
-        """Send everything to the next device."""
+        """Send all arrays of `tree` to the next device of the ring."""
         moves = [(i, (i + 1) % self.devices) for i in range(self.devices)]
         return jax.tree.map(lambda x: jax.lax.ppermute(x, self.length, moves), tree)
 
     def scores(self, q, k, rows, columns, values, mask: AttentionMask, bias) -> jax.Array:
-        """Return the attention scores [b, k, G, t, s] of a tile, -inf where nothing may be seen."""
+        """Return the attention scores [b, k, G, t, s] of a tile, -inf for pairs not allowed."""
         scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)
         scores *= self.scale
         if bias is not None:
@@ -138,11 +140,14 @@ class Ring:
         return jnp.where(allowed, scores, -jnp.inf)
 
     def bias(self, rows, columns, kv_heads: int, bias: PositionBias, values) -> jax.Array:
-        """Return the bias of this device's heads for a tile, with these values."""
+        """Return the bias of a tile for this device's heads, with `values` for bias.values."""
         return self.own_heads(bias.replace(values=values).tile(rows, columns), kv_heads)  # type: ignore[attr-defined]
 
     def own_heads(self, tile: jax.Array, kv_heads: int) -> jax.Array:
-        """Take this device's [b, k, G, t, s] or [b, 1, 1, t, s] out of [b, N or 1, t, s]."""
+        """Return the heads of this device in a tile [b, N or 1, t, s].
+
+        The result is [b, k, G, t, s], or [b, 1, 1, t, s] for a tile that all heads share.
+        """
         if tile.shape[1] == 1:
             return tile[:, None]
         tile = tile.reshape(tile.shape[0], *self.shape[1:3], *tile.shape[2:])
@@ -160,7 +165,7 @@ class Ring:
 
 
 def _on_device(layout: Ring, q, k, v, mask: AttentionMask, bias: PositionBias | None, key) -> Any:
-    """Compute attention of this device's queries, in the order of the model."""
+    """Return the outputs for the queries of this device; tokens are in the order of the model."""
     b, t, n, H = q.shape
     q, k, v = (layout.exchange(x) for x in (q, k, v))
     q = q.reshape(b, t, k.shape[2], -1, H)
@@ -179,7 +184,7 @@ def _blocks(layout: Ring, x: jax.Array) -> jax.Array:
 
 
 def _block(chunk: int) -> int:
-    """Return the largest divisor from 64 to 512; a chunk without one stays whole."""
+    """Return the largest divisor of `chunk` from 64 to 512, or `chunk` without such a divisor."""
     return next((size for size in range(512, 63, -1) if chunk % size == 0), chunk)
 
 
@@ -190,9 +195,9 @@ def _unblocked(x: jax.Array) -> jax.Array:
 
 
 def _forward(layout: Ring, q, k, v, values, mask: AttentionMask, bias, key):
-    """Return the output, and the logarithm of the softmax' sum [blocks, b, k, G, t]."""
-    # Nothing may seem to be the same for all layers: it would be computed before the loop over them
-    # and kept for each tile of the mask and each head, T S of them.
+    """Return the output, and the log of the softmax denominator [blocks, b, k, G, t]."""
+    # The barrier hides that these are the same in all layers: otherwise XLA computes masks before
+    # the loop over layers, and stores T * S numbers for each head.
     q, mask, me = jax.lax.optimization_barrier((q, mask, jax.lax.axis_index(layout.length)))
     q_rows, q_blocks = _blocks(layout, layout.index(me, q.shape[1])), _blocks(layout, q)
 
@@ -206,7 +211,7 @@ def _forward(layout: Ring, q, k, v, values, mask: AttentionMask, bias, key):
         return softmax.add(layout.scores(q, k, rows, columns, values, mask, bias), weigh)
 
     def visit(state, k, v, step):
-        """Attend from all queries of this device to the keys that came in `step`."""
+        """Attend from all queries of this device to the keys that arrived in `step`."""
         columns = _blocks(layout, layout.index((me - step) % layout.devices, k.shape[1]))
         arrived = _blocks(layout, k), _blocks(layout, v), columns
 
@@ -226,7 +231,7 @@ def _forward(layout: Ring, q, k, v, values, mask: AttentionMask, bias, key):
 
     def step(carry, number):
         k, v, state = carry
-        following = layout.rotate((k, v))  # they travel while these are looked at
+        following = layout.rotate((k, v))  # the next keys travel during `visit`
         return (*following, visit(state, k, v, number)), None
 
     state = OnlineSoftmax.start(q_blocks.shape)
@@ -263,7 +268,10 @@ def _backward(layout: Ring, saved, g):
         return (dk, dv, dvalues), dot("BKGTS,BKSH->BKGTH", dscores, k)
 
     def visit(state, k, v, step):
-        """Add to dq and the bias of this device; return dk and dv of the keys of `step`."""
+        """Add to `state` what the keys that arrived in `step` contribute; return it, dk and dv.
+
+        `state` is (dq, gradient of the bias values) of this device; dk and dv are of these keys.
+        """
         columns = _blocks(layout, layout.index((me - step) % layout.devices, k.shape[1]))
 
         def column(state, keys):
@@ -295,7 +303,7 @@ def _backward(layout: Ring, saved, g):
     state = jnp.zeros(queries[0].shape, jnp.float32), jax.tree.map(jnp.zeros_like, values)
     zeros = jnp.zeros(k.shape, jnp.float32)
     carry, _ = jax.lax.scan(step, (k, v, zeros, zeros, state), jnp.arange(layout.devices))
-    _, _, dk, dv, (dq, dvalues) = carry  # home again
+    _, _, dk, dv, (dq, dvalues) = carry  # dk and dv are back on the device of their keys
     dq, dk, dv = _unblocked(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
     return dq, dk, dv, dvalues, None, None, None
 
@@ -317,7 +325,7 @@ def _refusal(call: AttentionCall) -> str | None:
     if call.mask.q_offset is None:
         return None
     return (
-        "it splits queries over devices, and a cache asks for one: decode with "
+        "it splits queries over devices, and does not support a cache: decode with "
         "model.attention.core flash"
     )
 

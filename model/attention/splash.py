@@ -17,10 +17,10 @@ from heedful.model.masks import AttentionMask, Window
 
 
 def splash(call: AttentionCall) -> Float[Array, "B T N H"]:
-    """Compute `dense` for masks of causality, window and segments.
+    """Compute `dense` for masks with causality, window and segments.
 
-    Lengths are padded to multiples of 128. The scale goes into q, which is rounded once more. On a
-    CPU the kernel is interpreted, which is slow. Memory: O(B * N * T).
+    Lengths are padded to multiples of 128. q is multiplied by the scale, and so rounded once more.
+    On a CPU the kernel is interpreted, which is slow. Memory: O(B * N * T).
     """
     SPEC.require(call)
     q, k, v, mask = call.q, call.k, call.v, call.mask
@@ -79,7 +79,10 @@ def _splash(
 
 
 def _sees(mask: AttentionMask, q_length: int, kv_length: int) -> Bool[Array, "b T"]:
-    """Return True for queries that see any key; by blocks, or the compiler writes out the mask."""
+    """Return True for queries that see any key.
+
+    It is computed by blocks of queries; otherwise the compiler would store the mask of all pairs.
+    """
     rows = jnp.arange(q_length + -q_length % TILE).reshape(-1, TILE)
     columns = jnp.arange(kv_length)
     seen = jax.lax.map(lambda rows: mask.tile(rows, columns)[:, 0].any(-1), rows)  # [i, b, TILE]
@@ -87,7 +90,7 @@ def _sees(mask: AttentionMask, q_length: int, kv_length: int) -> Bool[Array, "b 
 
 
 def _block(length: int) -> int:
-    """Return the largest block that divides a padded length."""
+    """Return the largest of 512, 384, 256 and 128 that divides `length`, a multiple of 128."""
     return next(TILE * n for n in (4, 3, 2, 1) if length % (TILE * n) == 0)
 
 
