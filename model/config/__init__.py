@@ -1,4 +1,4 @@
-"""The schema of a model: frozen values, checked when they are made. No jax is imported here."""
+"""The config of a model: frozen values, checked when they are made. No jax is imported here."""
 
 from heedful.model.config.attention import (
     AttentionConfig,

@@ -6,7 +6,8 @@ from typing import Any, Literal
 from heedful.model.config.checks import require, require_choices, require_rate
 
 AttentionSite = Literal["self", "decoder", "cross"]
-"""Self-attention alone in its stack, self-attention beside cross-attention, or cross-attention."""
+"""self: self-attention in a stack without cross-attention; decoder: self-attention beside
+cross-attention; cross: cross-attention."""
 
 GLOBAL_TOKENS_LIMIT = 100_000
 
@@ -18,24 +19,27 @@ class PerformerConfig:
     features: int = 256
     """Number of random features (R); the error falls as 1 / sqrt(R)."""
     kernel: Literal["softmax", "relu"] = "softmax"
-    """softmax: an unbiased estimate of softmax attention (§2.3); relu: another attention (§4)."""
+    """softmax: an unbiased estimate of softmax attention (arXiv:2009.14794 §2.3); relu: attention
+    with another kernel (arXiv:2009.14794 §4)."""
     orthogonal: bool = True
-    """Make features orthogonal in blocks (§2.4), not independent."""
+    """Make each block of head_dim features orthogonal (arXiv:2009.14794 §2.4); False: all features
+    are independent."""
     redraw_steps: int | None = None
-    """Training steps between two draws of the features; None: one draw, from a fixed key, which
-    evaluation and generation always use. A model adapts to its draw: after hundreds of steps with
-    one draw, the model is worse with others."""
+    """Training steps between two draws of the features; None: one draw from a fixed key. Evaluation
+    and generation always use the draw from the fixed key. A model adapts to its features: after
+    hundreds of steps with one draw, the model is worse with another draw."""
     chunk: int = 128
     """Positions per block of the causal prefix sum; changes memory and time, not the result."""
 
     def __post_init__(self):
-        require_choices("attention.performer", self)
+        require_choices("model.attention.performer", self)
         for name in ("features", "chunk"):
             value = getattr(self, name)
-            require(value > 0, f"attention.performer.{name} must be positive, not {value}")
+            require(value > 0, f"model.attention.performer.{name} must be positive, not {value}")
         require(
             self.redraw_steps is None or self.redraw_steps > 0,
-            f"attention.performer.redraw_steps must be positive or None, not {self.redraw_steps}",
+            "model.attention.performer.redraw_steps must be positive or None, not "
+            f"{self.redraw_steps}",
         )
 
 
@@ -44,20 +48,20 @@ class LinformerConfig:
     """The core `linformer`: keys and values projected along the length (arXiv:2006.04768)."""
 
     rank: int = 256
-    """Rows to which keys and values are projected (k in the paper)."""
+    """Number of projected keys and values (R; k in the paper)."""
     max_length: int = 4096
-    """Columns of the projections, the longest input that is accepted."""
+    """Number of positions of the projections, the longest input that is accepted."""
     sharing: Literal["none", "heads", "key_value", "layers"] = "heads"
-    """none: a projection for keys and one for values in each head; heads: one such pair for all
-    heads; key_value: one projection for all heads, keys and values; layers: one projection for the
-    whole stack (§4)."""
+    """none: each head has a projection of keys and another one of values; heads: all heads of a
+    layer share both projections; key_value: keys and values of a layer share one projection;
+    layers: all layers of a stack share one projection (arXiv:2006.04768 §4)."""
 
     def __post_init__(self):
-        require_choices("attention.linformer", self)
+        require_choices("model.attention.linformer", self)
         require(
             0 < self.rank <= self.max_length,
-            f"attention.linformer.rank = {self.rank} must be positive and at most "
-            f"attention.linformer.max_length = {self.max_length}",
+            f"model.attention.linformer.rank = {self.rank} must be positive and at most "
+            f"model.attention.linformer.max_length = {self.max_length}",
         )
 
 
@@ -72,78 +76,86 @@ class AttentionConfig:
     cross_core: str | None = None
     """Core of cross-attention; None: `core`."""
     window: int | None = None
-    """Positions to each side that self-attention sees; None: all (arXiv:2004.05150 §3.1, whose w is
-    twice that)."""
+    """Number of positions on each side of a token that self-attention sees; None: all. The window w
+    of arXiv:2004.05150 §3.1 is twice this number."""
     dilation: tuple[int, ...] = ()
-    """Steps between the positions of the window, one for each head; none: 1 (§3.1)."""
+    """Step between the positions of the window, one number for each query head; empty: 1 for all
+    heads (arXiv:2004.05150 §3.1)."""
     global_tokens: int = 0
-    """Tokens at the beginning of each row that see all tokens, and that all tokens see (§3.1)."""
+    """Number of tokens at the beginning of each row that see all tokens and that all tokens see
+    (arXiv:2004.05150 §3.1)."""
     global_projections: bool = False
-    """Give the attention of global tokens its own query, key and value projections (§3.1)."""
+    """Give the attention of global tokens its own query, key and value projections
+    (arXiv:2004.05150 §3.1)."""
     heads: int = 8
     """Number of query heads (N)."""
     kv_heads: int | None = None
-    """Number of key and value heads (K), a divisor of `heads`; None: heads (arXiv:2305.13245)."""
+    """Number of key and value heads (K), a divisor of `heads`; None: as many as `heads`
+    (arXiv:2305.13245)."""
     head_dim: int | None = None
     """Size of one head (H); None: width / heads."""
     key_dim: int | None = None
     """Size of a head's queries and keys (d_k); None: head_dim, the size of its values. Cores get
     queries and keys padded with zeros to head_dim: a smaller size saves parameters, not time."""
     bias: bool = True
-    """Give the four projections a bias."""
+    """Add a bias to the projections of queries, keys, values and outputs."""
     scaled: bool = True
-    """Divide attention scores by sqrt(head_dim). T5 does not: its queries begin smaller, and learn
-    in steps that are smaller by the same factor."""
+    """Divide attention scores by sqrt(key_dim). False (T5): the initial matrix of the queries and
+    its learning rate are divided by sqrt(key_dim) instead."""
     dropout: float = 0.0
-    """Share of attention weights dropped in training."""
+    """Dropout rate of attention weights in training."""
     performer: PerformerConfig = field(default_factory=PerformerConfig)
     linformer: LinformerConfig = field(default_factory=LinformerConfig)
 
     def __post_init__(self):
-        require_choices("attention", self)
-        require(self.heads > 0, f"attention.heads must be positive, not {self.heads}")
+        require_choices("model.attention", self)
+        require(self.heads > 0, f"model.attention.heads must be positive, not {self.heads}")
         require(
             self.window is None or self.window >= 0,
-            f"attention.window must be None or at least 0, not {self.window}",
+            f"model.attention.window must be None or at least 0, not {self.window}",
         )
         require(
             0 <= self.global_tokens <= GLOBAL_TOKENS_LIMIT,
-            f"attention.global_tokens must lie in [0, {GLOBAL_TOKENS_LIMIT}], not "
+            f"model.attention.global_tokens must lie in [0, {GLOBAL_TOKENS_LIMIT}], not "
             f"{self.global_tokens}",
         )
         for name in ("dilation", "global_tokens"):
             require(
                 self.window is not None or not getattr(self, name),
-                f"attention.{name} = {getattr(self, name)} needs attention.window",
+                f"model.attention.{name} = {getattr(self, name)} needs model.attention.window: set "
+                f"it, or leave model.attention.{name} out",
             )
         require(
             len(self.dilation) in (0, self.heads) and all(step > 0 for step in self.dilation),
-            f"attention.dilation = {self.dilation} needs a positive step for each of "
-            f"attention.heads = {self.heads}",
+            f"model.attention.dilation = {self.dilation} must have one positive step for each of "
+            f"model.attention.heads = {self.heads}",
         )
         require(
             not self.global_projections or self.global_tokens > 0,
-            "attention.global_projections needs attention.global_tokens above 0",
+            "model.attention.global_projections = True needs model.attention.global_tokens above "
+            "0: set it, or leave model.attention.global_projections out",
         )
         kv_heads = self.kv_heads
         require(
             kv_heads is None or (kv_heads > 0 and self.heads % kv_heads == 0),
-            f"attention.kv_heads = {kv_heads} must divide attention.heads = {self.heads}",
+            f"model.attention.kv_heads = {kv_heads} must divide model.attention.heads = "
+            f"{self.heads}",
         )
         require(
             self.head_dim is None or self.head_dim > 0,
-            f"attention.head_dim must be positive, not {self.head_dim}",
+            f"model.attention.head_dim must be positive, not {self.head_dim}",
         )
         require(
             self.key_dim is None or self.key_dim > 0,
-            f"attention.key_dim must be positive, not {self.key_dim}",
+            f"model.attention.key_dim must be positive, not {self.key_dim}",
         )
-        require_rate("attention.dropout", self.dropout)
+        require_rate("model.attention.dropout", self.dropout)
         used = {self.core, self.decoder_core, self.cross_core}
         for name, options in self.core_options.items():
             require(
                 name in used or options == type(options)(),
-                f"attention.{name} is set, but no attention core is {name}",
+                f"model.attention.{name} is set, but no attention core is {name}: set "
+                f"model.attention.core to {name}, or leave model.attention.{name} out",
             )
 
     def core_of(self, site: AttentionSite) -> str:
@@ -153,6 +165,6 @@ class AttentionConfig:
 
     @property
     def core_options(self) -> dict[str, Any]:
-        """Options of cores by the name of the core: the fields that hold a config."""
+        """{name of a core: its options}, for the cores that have options."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return {name: value for name, value in values.items() if is_dataclass(value)}

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args, get_origin
 
 
 class ModelError(ValueError):
-    """The error of a model that cannot be built, or of its input; one line, with the fix."""
+    """Error of a model that cannot be built, or of its input; one line, which includes the fix."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -16,9 +16,10 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_choices(section: str, config: Any, error: type[ValueError] = ModelError) -> None:
-    """Raise `error` for a value that no Literal has, and for a number that is not finite.
+    """Raise `error` if a field is not among the choices of its Literal, or not a finite number.
 
-    An unknown choice would silently take the last branch, and infinity passes a lower limit.
+    `section` is the full name of the config, such as model.attention. Without this check, an
+    unknown choice would silently act like the last known one, and infinity would pass lower limits.
     """
     for entry in fields(config):
         value, choices = getattr(config, entry.name), get_args(entry.type)
@@ -30,15 +31,16 @@ def require_choices(section: str, config: Any, error: type[ValueError] = ModelEr
 
 
 def require_idle(section: str, config: Any, names: tuple[str, ...], need: str) -> None:
-    """Raise ModelError where one of these fields, which act only with `need`, is set."""
+    """Raise ModelError if one of the fields `names`, which act only with `need`, is set."""
     for entry in fields(config):
         value = getattr(config, entry.name)
         require(
             entry.name not in names or value == entry.default,
-            f"{section}.{entry.name} = {value} needs {need}: set that, or leave it out",
+            f"{section}.{entry.name} = {value} needs {need}: set that, or leave "
+            f"{section}.{entry.name} out",
         )
 
 
 def require_rate(name: str, value: float) -> None:
-    """Raise ModelError for a rate of dropout outside [0, 1)."""
+    """Raise ModelError for a dropout rate outside of [0, 1)."""
     require(0 <= value < 1, f"{name} must lie in [0, 1), not {value}")

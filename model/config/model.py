@@ -1,4 +1,4 @@
-"""A whole model."""
+"""The config of a whole model."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,22 +15,23 @@ Architecture = Literal["encoder_only", "decoder_only", "encoder_decoder"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """One Transformer: which blocks, how many, how wide."""
+    """Config of one Transformer."""
 
     architecture: Architecture = "encoder_decoder"
     """encoder_only (BERT), decoder_only (GPT) or encoder_decoder (translation)."""
     vocab_size: int | None = None
-    """Rows of the embedding (V); None: as many as the tokenizer has."""
+    """Size of the vocabulary (V); None: that of the tokenizer."""
     width: int = 512
     """Width of the residual stream (D)."""
     layers: int = 6
-    """Number of blocks in the stack; in the decoder of an encoder_decoder."""
+    """Number of blocks in the stack (L); in an encoder_decoder: in the decoder."""
     encoder_layers: int | None = None
     """Number of blocks in the encoder of an encoder_decoder; None: layers."""
     pattern: tuple[LayerConfig, ...] = ()
     """Layers of a period, which repeats in each stack from its first layer on. A layer is written
-    as window=16,rotary.base=10000,positions=False with the fields that it changes, window=all for
-    no window, or model where it changes none. No layers: all layers are equal."""
+    as the fields in which it differs from the model, such as window=16,rotary.base=10000 or
+    positions=False; window=all: no window; model: it differs in no field. Empty: all layers are
+    equal."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     feed_forward: FeedForwardConfig = field(default_factory=FeedForwardConfig)
     norm: NormConfig = field(default_factory=NormConfig)
@@ -38,31 +39,34 @@ class ModelConfig:
     head: HeadConfig = field(default_factory=HeadConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     type_vocab_size: int = 0
-    """Rows of the table of token types: BERT has 2, for the sentences of a pair; 0: no table."""
+    """Number of token types: BERT has 2, for the two sentences of a pair; 0: no types."""
     residuals: bool = True
     """Add each sublayer's input to its output. False is an ablation: deep stacks do not learn."""
     dropout: float = 0.1
-    """Share dropped of each sublayer's output and of the embedding sum, in training (§5.4)."""
+    """Dropout rate of each sublayer's output and of the sum of embeddings in training
+    (arXiv:1706.03762 §5.4)."""
     tie_embeddings: bool = True
-    """Use the embedding matrix as the output projection too (§3.4)."""
+    """Use the embedding matrix as the output projection, too (arXiv:1706.03762 §3.4)."""
     scale_embeddings: bool = True
-    """Multiply embeddings by sqrt(width) (§3.4)."""
+    """Multiply embeddings by sqrt(width) (arXiv:1706.03762 §3.4)."""
     init: Literal["glorot", "normal", "scaled_normal"] = "glorot"
-    """Initial matrices: glorot: uniform; normal: of standard deviation 0.02 (BERT); scaled_normal:
-    normal, with the last matrix of each sublayer divided by sqrt(2 layers of its stack) (GPT-2)."""
+    """Initial matrices: glorot: uniform; normal: normal with standard deviation 0.02 (BERT);
+    scaled_normal: normal, and the last matrix of each sublayer is divided by sqrt(2 * number of
+    layers of its stack) (GPT-2)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of computation; parameters, softmax, norms and loss stay in float32."""
     remat: Literal["none", "dots", "attention", "full"] = "none"
-    """Values that the backward pass computes again to save memory: none; dots: all but the outputs
-    of linear maps; attention: all but the outputs of attention's linear maps; full: all but the
-    inputs of blocks, for a third more time (arXiv:1604.06174)."""
+    """Values that the backward pass recomputes, to save memory: none; dots: all but the outputs of
+    linear maps; attention: all but the outputs of attention's linear maps; full: all but the inputs
+    of blocks, which takes a third more time (arXiv:1604.06174)."""
     unroll: int | None = None
-    """Layers per iteration of the loop over layers. More layers are faster, compile longer, and
-    need memory for a copy of their parameters. None: 12 on CPUs without remat, where the loop can
-    cost as much as the layers, else 1. Decoding on CPUs takes at least 12."""
+    """Layers per iteration of the loop over layers. A larger number is faster, compiles longer, and
+    needs memory for a copy of the parameters of these layers. None: 12 on CPUs without remat, where
+    the loop can take as long as the layers themselves; else 1. Decoding on CPUs uses at least
+    12."""
 
     def __post_init__(self):
-        if isinstance(self.remat, bool):  # Runs of old versions have a bool.
+        if isinstance(self.remat, bool):  # Configs of old versions have a bool.
             object.__setattr__(self, "remat", "full" if self.remat else "none")
         require_choices("model", self)
         heads = self.attention.heads
@@ -80,17 +84,17 @@ class ModelConfig:
         )
         require(
             self.positions.kind != "sinusoidal" or self.width % 2 == 0,
-            f"model.width = {self.width} must be even for sinusoidal positions",
+            f"model.width = {self.width} must be even for model.positions.kind sinusoidal",
         )
         require(
             self.key_dim <= self.head_dim,
             f"model.attention.key_dim = {self.key_dim} must be at most the head size "
-            f"{self.head_dim} (width / heads or attention.head_dim)",
+            f"{self.head_dim} (model.attention.head_dim, or model.width / model.attention.heads)",
         )
         require(
             self.positions.kind != "rotary" or self.key_dim % 2 == 0,
-            f"the size {self.key_dim} of a key (width / heads, attention.head_dim or "
-            "attention.key_dim) must be even for rotary positions",
+            f"the size {self.key_dim} of a key (model.attention.key_dim, model.attention.head_dim, "
+            "or model.width / model.attention.heads) must be even for model.positions.kind rotary",
         )
         require(
             self.type_vocab_size >= 0,
@@ -98,53 +102,56 @@ class ModelConfig:
         )
         require(
             self.type_vocab_size == 0 or self.architecture != "encoder_decoder",
-            f"model.type_vocab_size = {self.type_vocab_size} needs an encoder_only or a "
-            "decoder_only",
+            f"model.type_vocab_size = {self.type_vocab_size} needs model.architecture encoder_only "
+            f"or decoder_only, not {self.architecture}: set it to 0, or choose one of them",
         )
         require(
             "gate" not in self.lora.targets or self.feed_forward.gated,
-            "model.lora.targets has 'gate', but model.feed_forward.gated is False",
+            "model.lora.targets has 'gate', but model.feed_forward.gated is False: leave 'gate' "
+            "out, or set model.feed_forward.gated",
         )
         require(
             self.head.kind == "language_model" or self.architecture != "encoder_decoder",
-            "model.head.kind classifier needs an encoder_only or a decoder_only",
+            "model.head.kind = classifier needs model.architecture encoder_only or decoder_only, "
+            f"not {self.architecture}: change one of the two fields",
         )
         require(
             self.head.kind == "language_model"
             or self.architecture == "encoder_only"
             or self.head.pooling == "last",
-            f"model.head.pooling = {self.head.pooling}, but in a decoder_only just the last token "
-            "has seen the others: choose last",
+            f"model.head.pooling = {self.head.pooling} does not fit model.architecture "
+            "decoder_only, in which only the last token sees all other tokens: choose last",
         )
         for name in ("decoder_core", "cross_core"):
             value = getattr(self.attention, name)
             require(
                 value is None or self.architecture == "encoder_decoder",
-                f"model.attention.{name} = {value} belongs to an encoder_decoder only",
+                f"model.attention.{name} = {value} needs model.architecture encoder_decoder, not "
+                f"{self.architecture}: leave model.attention.{name} out",
             )
         require(
             not self.attention.global_projections or self.architecture == "encoder_only",
-            "model.attention.global_projections needs an encoder_only: in a decoder what global "
-            "tokens see is what all others see",
+            "model.attention.global_projections = True needs model.architecture encoder_only, not "
+            f"{self.architecture}: leave it out",
         )
         require(
             not self.attention.global_projections
             or self.positions.kind not in ("alibi", "relative"),
-            "model.attention.global_projections does not go with model.positions.kind "
-            f"{self.positions.kind}, a bias by distance: choose other positions",
+            "model.attention.global_projections = True does not support model.positions.kind "
+            f"{self.positions.kind}, a bias by distance: choose another kind",
         )
         require(
             self.encoder_layers is None
             or (self.architecture == "encoder_decoder" and self.encoder_layers > 0),
-            f"model.encoder_layers = {self.encoder_layers} must be positive, "
-            "and belongs to an encoder_decoder only",
+            f"model.encoder_layers = {self.encoder_layers} must be positive for model.architecture "
+            f"encoder_decoder, and None for others (here: {self.architecture})",
         )
         require_rate("model.dropout", self.dropout)
         most = max(self.layers, self.encoder_layers or 0)
         require(
             len(self.pattern) <= most,
             f"model.pattern has {len(self.pattern)} layers, but a stack has {most} at most: leave "
-            "out the last ones, or add layers",
+            f"out the last layers of the pattern, or set model.layers to {len(self.pattern)}",
         )
         for i, layer in enumerate(self.pattern):
             self._require_fitting(layer, f"model.pattern[{i}]")
@@ -153,17 +160,18 @@ class ModelConfig:
         attention, kind = self.attention, self.positions.kind
         require(
             layer.window != "all" or not (attention.dilation or attention.global_tokens),
-            f"{name}.window = all: attention.dilation and attention.global_tokens need a window in "
-            "each layer; leave them out, or give a number",
+            f"{name}.window = all: model.attention.dilation and model.attention.global_tokens need "
+            f"a window in each layer; leave both out, or set {name}.window to a number",
         )
         require(
             layer.rotary is None or kind == "rotary",
-            f"{name}.rotary is set, but model.positions.kind is {kind}: choose rotary",
+            f"{name}.rotary is set, but model.positions.kind is {kind}: set the kind to rotary, or "
+            f"leave {name}.rotary out",
         )
         require(
             layer.positions or kind in ("rotary", "alibi", "relative"),
-            f"{name}.positions = False: model.positions.kind = {kind} acts on no single layer; "
-            "choose rotary, alibi or relative",
+            f"{name}.positions = False: model.positions.kind = {kind} does not act in single "
+            "layers; choose the kind rotary, alibi or relative",
         )
 
     @property
@@ -190,14 +198,14 @@ class ModelConfig:
 
     @cached_property
     def period(self) -> tuple["ModelConfig", ...]:
-        """The shortest period of the pattern: for each layer of it, a model of such layers only."""
+        """The shortest period of the pattern: one config per layer, for a model of such layers."""
         pattern = self.pattern or (LayerConfig(),)
         sizes = range(1, len(pattern) + 1)
         repeats = (n for n in sizes if pattern == pattern[:n] * (len(pattern) // n))
         return tuple(map(self._with_layer, pattern[: next(repeats)]))
 
     def layer(self, index: int) -> "ModelConfig":
-        """Return the model whose layers are all as layer `index`, from 0, of each stack is here."""
+        """Return the model in which all layers are like layer `index` (from 0) of this model."""
         return self.period[index % len(self.period)]
 
     def _with_layer(self, layer: LayerConfig) -> "ModelConfig":

@@ -15,16 +15,17 @@ class FeedForwardConfig:
     activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "relu"
     """Non-linearity; gelu_tanh is GPT-2's approximation of gelu (arXiv:1606.08415 §2)."""
     gated: bool = False
-    """Multiply by a gate, a third matrix: silu and gated is SwiGLU (arXiv:2002.05202)."""
+    """Multiply by a gate, which a third matrix computes; with silu this is SwiGLU
+    (arXiv:2002.05202)."""
     bias: bool = True
-    """Give the matrices a bias."""
+    """Add a bias to each linear map."""
     dropout: float = 0.0
-    """Share of inner activations dropped in training."""
+    """Dropout rate of inner activations in training."""
 
     def __post_init__(self):
-        require_choices("feed_forward", self)
-        require(self.width > 0, f"feed_forward.width must be positive, not {self.width}")
-        require_rate("feed_forward.dropout", self.dropout)
+        require_choices("model.feed_forward", self)
+        require(self.width > 0, f"model.feed_forward.width must be positive, not {self.width}")
+        require_rate("model.feed_forward.dropout", self.dropout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,17 +35,17 @@ class NormConfig:
     kind: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
     """layernorm (arXiv:1607.06450), rmsnorm (arXiv:1910.07467), or none, for an ablation."""
     position: Literal["post", "pre"] = "post"
-    """post: norm(x + f(x)), the original; pre: x + f(norm(x)) and one last norm."""
+    """post: norm(x + f(x)), the original; pre: x + f(norm(x)), and a norm after the last layer."""
     epsilon: float = 1e-6
-    """Added to the variance."""
+    """Number that is added to the variance."""
     bias: bool = True
     """Give each layernorm a bias."""
     embeddings: bool = False
     """Normalise the sum of embeddings too (BERT)."""
 
     def __post_init__(self):
-        require_choices("norm", self)
-        require(self.epsilon > 0, f"norm.epsilon must be positive, not {self.epsilon}")
+        require_choices("model.norm", self)
+        require(self.epsilon > 0, f"model.norm.epsilon must be positive, not {self.epsilon}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,50 +59,51 @@ class HeadConfig:
     bias: bool = False
     """For language_model: give each entry of the vocabulary a bias (BERT, Marian)."""
     scale: bool = False
-    """For language_model: multiply the input by width^-0.5 (T5, tied)."""
+    """For language_model: multiply the input by width^-0.5 (T5 with tied embeddings)."""
     outputs: int | None = None
-    """For classifier: number of classes, or 1 for a regression; None: classes of the data."""
+    """For classifier: number of classes, or 1 for a regression; None: that of the data."""
     pooling: Literal["first", "mean", "last"] = "first"
-    """For classifier: the hidden state of a row: the first (BERT), the mean, or the last."""
+    """For classifier: vector of a row: its first hidden state (BERT), the mean, or the last one."""
     pooler: bool = True
     """For classifier: apply a dense layer and tanh after the pooling (BERT)."""
     dropout: float = 0.1
-    """For classifier: share of the pooled features dropped in training."""
+    """For classifier: dropout rate of the pooled features in training."""
 
     def __post_init__(self):
-        require_choices("head", self)
+        require_choices("model.head", self)
         require(
             self.outputs is None or self.outputs > 0,
-            f"head.outputs must be positive, not {self.outputs}",
+            f"model.head.outputs must be positive or None, not {self.outputs}",
         )
-        require_rate("head.dropout", self.dropout)
+        require_rate("model.head.dropout", self.dropout)
         if self.kind == "classifier":
-            idle, need = ("transform", "bias", "scale"), "head.kind language_model"
+            idle, need = ("transform", "bias", "scale"), "model.head.kind language_model"
         else:
-            idle, need = ("outputs", "pooling", "pooler"), "head.kind classifier"
-        require_idle("head", self, idle, f"{need}, not {self.kind}")
+            idle, need = ("outputs", "pooling", "pooler"), "model.head.kind classifier"
+        require_idle("model.head", self, idle, f"{need}, not {self.kind}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adaptation (arXiv:2106.09685): W + alpha / rank A B, where only A and B train."""
+    """Low-rank adaptation (arXiv:2106.09685): W + alpha / rank * A @ B; W is not trained."""
 
     rank: int = 0
     """Rank of the update (R); 0: no update."""
     alpha: float = 16.0
-    """Strength of the update."""
+    """Factor of the update, which is also divided by rank."""
     targets: tuple[str, ...] = ("query", "value")
     """Linear maps to adapt, among query, key, value, out, up, gate, down."""
 
     def __post_init__(self):
-        require_choices("lora", self)
-        require(self.rank >= 0, f"lora.rank must be at least 0, not {self.rank}")
-        require(self.alpha > 0, f"lora.alpha must be positive, not {self.alpha}")
+        require_choices("model.lora", self)
+        require(self.rank >= 0, f"model.lora.rank must be at least 0, not {self.rank}")
+        require(self.alpha > 0, f"model.lora.alpha must be positive, not {self.alpha}")
         known = ("query", "key", "value", "out", "up", "gate", "down")
         for target in self.targets:
             require(
-                target in known, f"lora.targets has {target!r}: choose among {', '.join(known)}"
+                target in known,
+                f"model.lora.targets has {target!r}: choose among {', '.join(known)}",
             )
-        require(bool(self.targets), "lora.targets is empty: name a linear map")
+        require(bool(self.targets), "model.lora.targets is empty: name at least one linear map")
         if not self.rank:
-            require_idle("lora", self, ("alpha", "targets"), "lora.rank above 0")
+            require_idle("model.lora", self, ("alpha", "targets"), "model.lora.rank above 0")

@@ -13,25 +13,26 @@ class LayerConfig:
     """One layer of `model.pattern`: the options that differ from those of the model."""
 
     window: int | Literal["all"] | None = None
-    """Window of this layer's self-attention; all: no limit; None: attention.window."""
+    """Window of this layer's self-attention; all: no limit; None: model.attention.window."""
     rotary: RotaryConfig | None = None
-    """Frequencies of this layer's rotary positions; None: positions.rotary."""
+    """Frequencies of this layer's rotary positions; None: model.positions.rotary."""
     positions: bool = True
-    """Apply the model's rotations or bias by distance in this layer (arXiv:2501.18795 has layers
-    without them)."""
+    """Apply the positions of the model, a rotation or a bias by distance, in this layer
+    (arXiv:2501.18795 has layers without positions)."""
 
     def __post_init__(self):
         require(
             self.window in (None, "all") or (isinstance(self.window, int) and self.window >= 0),
-            f"pattern.window = {self.window}: give at least 0, all, or None",
+            f"model.pattern.window = {self.window}: give at least 0, all, or None",
         )
         require(
             self.positions or self.rotary is None,
-            "pattern.rotary is set, but pattern.positions is False: leave one of them out",
+            "model.pattern.rotary is set, but model.pattern.positions is False: leave one of the "
+            "two fields out",
         )
 
     def __str__(self) -> str:
-        """Return the text that the command line takes: window=16,rotary.base=10000.0; or model."""
+        """Return the text for the command line: window=16,rotary.base=10000.0, or model."""
         return ",".join(_settings(self, LayerConfig())) or "model"
 
 

@@ -47,16 +47,16 @@ def read(directory: Path) -> Pretrained:
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """Read only the config of a model; of the tensors only names, shapes and ties are read."""
+    """Read only the config of a model; check names and shapes of its tensors, and tied tensors."""
     return ModelDirectory(directory).config
 
 
 class ModelDirectory:
     """A directory with config.json and safetensors of one model.
 
-    `file_names` maps the names of the family's table to the names in the file. Raises ModelError
-    for a config that is not supported, for a missing tensor, and for a tensor that the model would
-    compute with but that the family's table lacks.
+    `file_names` maps the names in the family's table to the names in the file. Raises ModelError
+    for a config that is not supported, for a missing tensor, and for a tensor that would change the
+    outputs but is not in the family's table.
     """
 
     def __init__(self, directory: Path):
@@ -69,8 +69,8 @@ class ModelDirectory:
             first = self.file_names.setdefault(self.family.canonical(name), name)
             require(
                 first == name,
-                f"{self.tensors.source} has {first} and {name}, which are one tensor of "
-                f"{self.family.model_type}: delete one of them",
+                f"{self.tensors.source} has {first} and {name}, which are two names of one tensor "
+                f"of {self.family.model_type}: delete one of the two",
             )
         self._merge_ties()
         self.config = self.family.config(self.keys, self.architecture, self.file_names.keys())
@@ -79,7 +79,7 @@ class ModelDirectory:
         self._sort_unmapped()
 
     def _merge_ties(self) -> None:
-        """Keep one name of each tensor that the file has under several names."""
+        """Keep one name of each tensor that the file has several times with the same values."""
         for name, copy in self._ties():
             if copy in self.file_names and name not in self.file_names:
                 self.file_names[name] = self.file_names.pop(copy)
@@ -87,7 +87,7 @@ class ModelDirectory:
                 del self.file_names[copy]
 
     def _ties(self) -> Iterator[tuple[str, str]]:
-        """Yield the name of each tied tensor with each of its further names."""
+        """Yield (name, other name) for each other name of each tied tensor."""
         ties_output = self.keys.get("tie_word_embeddings", self.family.ties_output)
         for name, copies in self.family.tied.items():
             yield from ((name, c) for c in copies if ties_output or c != "lm_head.weight")
@@ -100,18 +100,21 @@ class ModelDirectory:
         for mapping in self.mappings:
             for name, _ in mapping.names():
                 if name not in self.file_names:
-                    raise ModelError(f"{self.tensors.source} has no tensor {name}")
+                    raise ModelError(
+                        f"{self.tensors.source} has no tensor {name}, which {CONFIG} asks for: use "
+                        f"the {CONFIG} that these weights were saved with, or fetch the file again"
+                    )
                 self.tensors.check(self.file_names[name], mapping.shape)
 
     def _sort_unmapped(self) -> None:
-        """Sort tensors that are not parameters into `buffers`, which are checked, and `unused`."""
+        """Sort tensors that are not parameters into `buffers`, checked when read, and `unused`."""
         mapped = {name for mapping in self.mappings for name, _ in mapping.names()}
         unmapped = self.file_names.keys() - mapped
         for name, copy in self._ties():
             require(
                 copy not in unmapped,
-                f"{self.tensors.source}: {copy} differs from {name}, "
-                "but only one matrix for both is supported",
+                f"{self.tensors.source}: {copy} differs from {name}, but heedful supports only one "
+                "tensor for both: use a model in which the two are tied",
             )
         if self.config.head.kind == "language_model":
             mapped.update(*self.family.tied.values())
@@ -160,7 +163,7 @@ class ModelDirectory:
 
 
 def _some(names: Iterable[str], most: int = 5) -> str:
-    """List the first names in alphabetical order, and the number of further names."""
+    """List the first `most` names in alphabetical order, and the number of further names."""
     names = sorted(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
@@ -177,10 +180,10 @@ def write(
 ) -> None:
     """Write config.json and safetensors, which transformers' from_pretrained reads.
 
-    `params` is the tree of `config`. `special` has ids of special tokens, named as in config.json
-    (eos_token_id, ...), `labels` the names of a classifier's classes. Raises ModelError where no
-    family can express the config (naming the field), where params, ids or labels do not fit the
-    config, and for a directory that holds another export.
+    `params` is the parameter tree of `config`. `special` has the ids of special tokens, named as in
+    config.json (eos_token_id, ...), `labels` the names of a classifier's classes. Raises ModelError
+    if no family can express the config (the error names the field), if params, ids or labels do
+    not fit the config, or if the directory holds another export.
     """
     values = config_to_hf(config)
     family, name = family_of(Keys(values))
@@ -208,26 +211,29 @@ def _special_values(family: Family, config: ModelConfig, special: Special) -> di
     for key, value in special.items():
         require(
             key.endswith("_token_id"),
-            f"special has {key!r}: name it as in config.json, such as eos_token_id",
+            f"special has {key!r}: use a key of config.json, such as eos_token_id",
         )
         for one in value if isinstance(value, list) else [value]:
             require(
                 0 <= one < (config.vocab_size or 0),
-                f"special has {key} = {one}, but model.vocab_size is {config.vocab_size}",
+                f"special has {key} = {one}: give an id from 0 to {(config.vocab_size or 0) - 1} "
+                f"(model.vocab_size = {config.vocab_size})",
             )
     for key in family.required_ids:
-        require(key in special, f"special has no {key}: {family.model_type} needs one")
+        require(
+            key in special, f"special has no {key}, which {family.model_type} needs: add this id"
+        )
     for key, value in family.fixed_ids.items():
         require(
             special.get(key, value) == value,
             f"special has {key} = {special.get(key)}, but in {family.model_type} it is {value}: "
-            "use a tokenizer with this id",
+            f"use a tokenizer whose {key} is {value}",
         )
     return dict.fromkeys(family.special_ids) | dict(special)
 
 
 def _labels(keys: Keys, config: ModelConfig) -> list[str]:
-    """Return the names of the classes; none where they are the default names of transformers."""
+    """Return the names of the classes; [] if there are only the default names of transformers."""
     names, ids = keys.values.get("id2label"), [str(i) for i in range(_outputs(config))]
     if not ids or names is None:
         return []

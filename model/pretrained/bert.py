@@ -43,7 +43,7 @@ TABLE = {
 
 
 def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
-    """Translate the config of a BERT checkpoint; `names` are those of its tensors."""
+    """Translate the config of a BERT checkpoint; `names` are the names of its tensors."""
     keys.only("is_decoder", False)
     keys.only("add_cross_attention", False)
     keys.only("position_embedding_type", "absolute")
@@ -86,12 +86,16 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """Translate a config to that of a BERT checkpoint."""
+    """Translate a config to the config.json of a BERT checkpoint."""
     head = config.head
     if head.kind == "language_model":
         name = "BertForMaskedLM"
     else:
-        require(head.pooler, "model.head.pooler = False cannot be exported: BERT has a pooler")
+        require(
+            head.pooler,
+            "model.head.pooler = False cannot be exported, because a BERT classifier has a pooler: "
+            "train a model with model.head.pooler True",
+        )
         name = "BertModel" if head.outputs is None else "BertForSequenceClassification"
     labels = default_labels(head.outputs or 0) if head.kind == "classifier" else []
     return {

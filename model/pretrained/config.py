@@ -37,9 +37,9 @@ def config_from_hf(
 ) -> ModelConfig:
     """Return our config for the values of a config.json.
 
-    `names` are the names of the tensors in the file: they tell if a head, a pooler or an output
-    matrix exists. `source` is the file's name for errors. Raises ModelError, which names the key,
-    its value and the supported values.
+    `names` are the names of the tensors in the file, which show if a head, a pooler or an output
+    matrix exists. `source` is the name of config.json in errors. Raises ModelError, which names the
+    key, its value and the supported values.
     """
     keys = Keys(values, source)
     family, name = family_of(keys)
@@ -49,7 +49,7 @@ def config_from_hf(
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """Return the values of a config.json that describe the model of `config`.
 
-    Dropout rates without a key are left out. Raises ModelError where no family can express the
+    Dropout rates that have no key are left out. Raises ModelError if no family can express the
     config; the error names the first field that the nearest family cannot express.
     """
     if config.lora.rank:
@@ -72,17 +72,20 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         if not differing:
             return values
         name, value, supported = differing[0]
-        message = f"{name} = {value} cannot be exported: {family.model_type} has {supported}"
+        message = (
+            f"{name} = {value} cannot be exported: {family.model_type} has {supported}; train a "
+            "model with this value"
+        )
         problems.append((len(differing), message))
     raise ModelError(min(problems)[1])
 
 
 ONLY_FOR = {"max_length": "learned", "buckets": "relative", "max_distance": "relative"}
-"""Fields of `positions` that have an effect with one kind of positions only, and that kind."""
+"""Fields of `positions` that act with one kind of positions only, and this kind."""
 
 
 def _function(config: ModelConfig) -> ModelConfig:
-    """Return the config with defaults in all fields that do not change the model's function.
+    """Return the config with all fields that do not change the outputs set to their defaults.
 
     Two configs with the same result compute the same logits from the same parameters.
     """

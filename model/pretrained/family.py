@@ -1,4 +1,4 @@
-"""A family of checkpoints of Hugging Face's transformers, described by one value."""
+"""The description of a family of checkpoints of Hugging Face's transformers."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -19,60 +19,62 @@ WRAPPERS = r"^(module\.)+|(?<![^.])_orig_mod\."
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One family of checkpoints: how its config.json is converted, and where its tensors go."""
+    """A family of checkpoints: conversion of its config.json, and names of its tensors."""
 
     model_type: str
     architecture: Architecture
-    """The architecture here that runs it."""
+    """Our architecture for models of this family."""
     classes: tuple[str, ...]
     """Names of classes in config.json that can be read."""
     from_hf: Callable[[Keys, str, Set[str]], ModelConfig]
     """Converts (values of config.json, name of the class, names of the tensors) to a config."""
     to_hf: Callable[[ModelConfig], dict[str, Any]]
-    """Converts a config to values of config.json. Where these cannot express a field, `from_hf` of
-    them returns another config."""
+    """Converts a config to values of config.json. If the values cannot express a field, `from_hf`
+    of these values returns a different config."""
     table: Callable[[ModelConfig], dict[str, str]]
-    """Returns the name in the file for the path of each module or parameter here; {} is the layer.
+    """Returns {path of our module or parameter: its name in the file}; {} stands for the layer.
 
-    Several modules with one name share a tensor: it concatenates them in the order of the table.
+    Modules with the same name are concatenated in one tensor, in the order of the table.
     """
     body_prefix: str = ""
-    """Prefix of all tensors but those of the head; files of the bare body lack it."""
+    """Prefix of the names of all tensors outside of the head; files without a head lack the
+    prefix."""
     body_modules: tuple[str, ...] = ()
-    """Names of modules directly below that prefix."""
+    """Names of the modules directly below `body_prefix`."""
     aliases: Mapping[str, str] = field(default_factory=dict)
-    """Further names of keys: the attribute_map of the config class in transformers."""
+    """{other name of a key: key}, the attribute_map of the config class in transformers."""
     ignored_keys: frozenset[str] = frozenset()
-    """Keys of this family that do not change the model, beside those of every family."""
+    """Keys of this family that do not change the model, in addition to those of all families."""
     keys_of_fields: Mapping[str, str] = field(default_factory=dict)
     """The key in config.json for each of our fields; errors name the key."""
     unprefixed: tuple[str, ...] = ()
-    """Classes whose files are written without the prefix."""
+    """Classes whose files are written without `body_prefix`."""
     skipped_rows: Mapping[str, int] = field(default_factory=dict)
-    """Number of first rows in the file's tensor that are never looked up, by our path."""
+    """{our path: number of first rows of the tensor in the file that are never looked up}."""
     conv1d: bool = False
-    """Matrices of blocks are stored as [in, out]; torch's Linear stores [out, in]."""
+    """True: matrices of blocks are stored as [in, out]; torch's Linear stores [out, in]."""
     tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Further names under which a file may hold a tensor."""
+    """{name of a tensor: other names under which a file may hold the tensor}."""
     ties_output: bool = True
-    """The output projection is the embedding, unless config.json says otherwise."""
+    """True: the output projection is the embedding, unless config.json says otherwise."""
     buffers: Mapping[str, Callable[[np.ndarray, ModelConfig], bool]] = field(default_factory=dict)
-    """Tensors that are not parameters: a regular expression of their names, and a function that
-    tells if the values are those that a model of this config computes with."""
+    """Tensors that are not parameters: {regular expression of their names: function that returns
+    True if the values are those with which a model of the config computes}."""
     unused: str = r"(?!)"
-    """Regular expression of tensors of the body that this model does not use."""
+    """Regular expression of names of tensors that a file may have and our model does not use; the
+    default matches no name."""
     special_ids: tuple[str, ...] = ()
-    """Keys of special tokens' ids that its config.json has; null where there is no such token."""
+    """Keys of ids of special tokens in config.json; null if the tokenizer has no such token."""
     required_ids: tuple[str, ...] = ()
-    """Keys of special tokens' ids that must not be null."""
+    """Keys of ids of special tokens that must not be null."""
     fixed_ids: Mapping[str, int] = field(default_factory=dict)
-    """Ids of special tokens that the family fixes."""
+    """{key: id} for special tokens whose id is the same in all models of the family."""
 
     def config(self, keys: Keys, name: str, names: Set[str]) -> ModelConfig:
         """Return our config for class `name` and a file with tensors of these `names`.
 
-        Raises ModelError, which names the file and the key, for a value that is not supported and
-        for a key that is neither read nor known to be irrelevant.
+        Raises ModelError, which names the file and the key, for a value that is not supported, and
+        for a key that is not read and not known to be irrelevant.
         """
         keys.aliases = self.aliases
         try:
@@ -83,9 +85,9 @@ class Family:
         return config
 
     def _about_file(self, error: ModelError, keys: Keys) -> ModelError:
-        """Rewrite an error about our fields to name the keys of the file.
+        """Return the error about our fields as an error about the keys of the file.
 
-        The fix after the colon is dropped: it tells how to change our config, not the file.
+        The fix after the colon is dropped, because it is for our config and not for the file.
         """
         message = str(error)
         if keys.name in message:
@@ -94,10 +96,10 @@ class Family:
         for name in sorted(self.keys_of_fields, key=len, reverse=True):
             key = f'"{keys.name_in_file(self.keys_of_fields[name])}"'
             message = re.sub(rf"\b(model\.)?{re.escape(name)}\b", key, message)
-        return ModelError(f"{keys.name}: {message}")
+        return ModelError(f"{keys.name}: {message}; correct the file, or fetch it again")
 
     def canonical(self, name: str) -> str:
-        """Return a tensor's name as the table has it: with the prefix and with torch's names."""
+        """Return the name of a tensor in the table: with `body_prefix`, and with torch's names."""
         name = re.sub(WRAPPERS, "", name)
         if name.split(".")[0] in self.body_modules:
             name = self.body_prefix + name
@@ -106,9 +108,9 @@ class Family:
         )
 
     def is_needed(self, name: str, mapped: Set[str]) -> bool:
-        """Tell if the model computes another function without a tensor that the table lacks.
+        """Return True if leaving out a tensor, which the table lacks, would change the outputs.
 
-        Such tensors belong to the body, or to a module that has a mapped tensor.
+        Such a tensor belongs to the body, or to a module that has a tensor in `mapped`.
         """
         if re.fullmatch(self.unused, name):
             return False
@@ -123,25 +125,25 @@ class Family:
 class Pretrained:
     """A pretrained model.
 
-    `params` is the float32 parameter tree of `config`. A file of a bare body (BertModel,
+    `params` is the float32 parameter tree of `config`. A file without a head (BertModel,
     LlamaModel) gives a `config.head` of kind classifier with `outputs` None, and `params` without
-    the classes.
+    the output layer of the classes.
     """
 
     config: ModelConfig
     params: dict[str, Any]
     architecture: str
-    """Name of its class in transformers."""
+    """Name of the class of the model in transformers."""
     unused: list[str] = field(default_factory=list)
     """Tensors of the file that the model does not use, such as those of another head."""
     special: dict[str, int | list[int]] = field(default_factory=dict)
     """Ids of special tokens, named as in config.json: eos_token_id, ..."""
     labels: list[str] = field(default_factory=list)
-    """Names of the classes; empty where the file has none."""
+    """Names of the classes; empty if the file names no classes."""
 
 
 def is_close(values: np.ndarray, expected: np.ndarray) -> bool:
-    """Tell if floating-point values equal the expected ones within the precision of their type.
+    """Return True if floating-point values equal `expected` within the precision of their type.
 
     The tolerance is at least 1e-4, for angles that were computed in float32.
     """
@@ -152,12 +154,12 @@ def is_close(values: np.ndarray, expected: np.ndarray) -> bool:
 
 
 def is_range(values: np.ndarray, config: ModelConfig) -> bool:
-    """Tell if the values are 0, 1, 2, ..."""
+    """Return True if the values are 0, 1, 2, ..."""
     return np.array_equal(values.ravel(), np.arange(values.size))
 
 
 def vocab_size(config: ModelConfig) -> int:
-    """Return `config.vocab_size`; raise ModelError where it is None."""
+    """Return `config.vocab_size`; raise ModelError if it is None."""
     require(
         config.vocab_size is not None,
         "model.vocab_size is not set: set it to the tokenizer's vocabulary size",
@@ -171,7 +173,7 @@ def default_labels(outputs: int) -> list[str]:
 
 
 def label_values(labels: Sequence[str]) -> dict[str, Any]:
-    """Return the values of a config.json that name the classes; their length is the number."""
+    """Return the values of config.json that name the classes, and thereby give their number."""
     return {
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "label2id": {label: i for i, label in enumerate(labels)},

@@ -1,6 +1,6 @@
-"""Keys of transformers' generation_config.json, sorted by what a run makes of them.
+"""Keys of transformers' generation_config.json: irrelevant, not supported, or followed by a run.
 
-Older models have these keys in their config.json, where they do not change the model.
+Older models have these keys in their config.json, where the keys do not change the model.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ IRRELEVANT = (
     "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
     "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind",
 )  # fmt: skip
-# Keys that are not supported, and the value of each that leaves generation unchanged.
+# Keys that are not supported, and the value of each key that leaves generation unchanged.
 UNSUPPORTED = {
     "max_length": 20, "min_length": 0, "min_new_tokens": 0, "max_time": None,
     "forced_bos_token_id": None, "forced_eos_token_id": None, "no_repeat_ngram_size": 0,

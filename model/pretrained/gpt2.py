@@ -32,7 +32,7 @@ TABLE = {
 
 
 def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
-    """Translate the config of a GPT-2 checkpoint; `names` are those of its tensors."""
+    """Translate the config of a GPT-2 checkpoint; `names` are the names of its tensors."""
     keys.only("add_cross_attention", False)
     keys.only("scale_attn_by_inverse_layer_idx", False)
     dropout = keys.same("embd_pdrop", "resid_pdrop", 0.1)
@@ -61,7 +61,7 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """Translate a config to that of a GPT-2 checkpoint."""
+    """Translate a config to the config.json of a GPT-2 checkpoint."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "vocab_size": vocab_size(config),

@@ -56,4 +56,4 @@ FIXED: dict[str, Any] = {
     "pruned_heads": {},
     "tie_encoder_decoder": False,
 }
-"""Keys that change the model, and the only value of each that is supported."""
+"""Keys that change the model, and the only supported value of each key."""

@@ -1,4 +1,4 @@
-"""Read the values of a config.json, and name the key in every error."""
+"""Read the values of a config.json, with errors that name the key."""
 
 import sys
 from collections.abc import Mapping, Set
@@ -16,9 +16,9 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
-"""Names of activations in transformers, and the names here."""
+"""Names of activations in transformers, and our names."""
 ACTIVATION_NAMES = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new", "silu": "silu"}
-"""Names of activations here, and those that an export writes."""
+"""Our names of activations, and the names that an export writes."""
 INT_LIMIT = 2**31
 SINGLE_LABEL = "single_label_classification"
 
@@ -26,9 +26,9 @@ SINGLE_LABEL = "single_label_classification"
 class Keys:
     """The values of a config.json; each value is checked when it is read.
 
-    `aliases` maps further names of a key to the key; as in transformers, an alias in the file
+    `aliases` maps other names of a key to the key; as in transformers, an alias in the file
     overrides the key. `read` collects the keys that were read. All methods raise ModelError, which
-    names the key, its value and the values that are supported.
+    names the key, its value and the supported values.
     """
 
     def __init__(self, values: Mapping[str, Any], name: str = "config.json"):
@@ -62,19 +62,19 @@ class Keys:
         return None if self.value(key) is None else self.get(key, kind())
 
     def required(self, key: str, kind: type[T]) -> T:
-        """Return a value of type `kind`; refuse a file without the key."""
+        """Return a value of type `kind`; raise ModelError if the file lacks the key."""
         if self.name_in_file(key) not in self.values:
-            raise ModelError(f'{self.name} has no "{key}"')
+            raise ModelError(f'{self.name} has no "{key}": add this key, or fetch the file again')
         return self.get(key, kind())
 
     def only(self, key: str, *supported: Any) -> None:
-        """Refuse all but the supported values; the first one is the default."""
+        """Raise ModelError for other values than `supported`; the first of these is the default."""
         value = self.value(key, supported[0])
         if value not in supported:
             raise self.unsupported(key, value, " or ".join(map(repr, supported)))
 
     def same(self, key: str, other: str, default: T) -> T:
-        """Return the value of two keys; refuse a file where the two differ."""
+        """Return the value of two keys; raise ModelError if the two values differ."""
         one, two = self.get(key, default), self.get(other, default)
         if one != two:
             raise self.unsupported(key, one, f'{two!r}, as in "{self.name_in_file(other)}"')
@@ -91,7 +91,7 @@ class Keys:
         return outputs
 
     def activation(self, key: str, default: str) -> Any:
-        """Return the name here of an activation."""
+        """Return our name of an activation."""
         value = self.get(key, default)
         if value not in ACTIVATIONS:
             raise self.unsupported(key, value, ", ".join(ACTIVATIONS))
@@ -101,14 +101,14 @@ class Keys:
         """Return the error for a value that is not supported."""
         return ModelError(
             f'{self.name} has "{self.name_in_file(key)}": {_short(value)}, '
-            f"but supported is only {supported}"
+            f"but heedful supports only {supported}: use a model with a supported value"
         )
 
     def refuse_others(self, ignored: Set[str], fixed: Mapping[str, Any]) -> None:
-        """Refuse keys that were not read, unless they cannot change the model.
+        """Raise ModelError for keys that were not read and may change the model.
 
-        These keys are accepted: `ignored` ones, `fixed` ones with the value that `fixed` gives, ids
-        of special tokens, and null values.
+        Accepted are keys in `ignored`, keys in `fixed` with the value in `fixed`, ids of special
+        tokens, and keys with a null value.
         """
         for key, value in self.values.items():
             if key in self.read or key in ignored or key.endswith("_token_id") or value is None:

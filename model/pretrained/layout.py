@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 
 @cache
 def shapes(config: ModelConfig) -> Mapping[str, Shape]:
-    """Return each parameter's shape by its path, without the classes where `outputs` is None."""
+    """Return {path: shape} of all parameters; without the classes if `outputs` is None."""
     is_body = config.head.kind == "classifier" and config.head.outputs is None
     if is_body:
         config = replace(config, head=replace(config.head, outputs=1))
@@ -37,20 +37,20 @@ def shapes(config: ModelConfig) -> Mapping[str, Shape]:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorMapping:
-    """A tensor of the file, or one per layer, and the parameters that are concatenated in it."""
+    """A tensor of the file (or one per layer), and the parameters that it concatenates."""
 
     name: str
-    """Name in the file; {} stands for the layer where there is one tensor per layer."""
+    """Name in the file; {} stands for the layer if there is one tensor per layer."""
     paths: tuple[str, ...]
     parts: tuple[Shape, ...]
     """Shape of each parameter in one layer, as a matrix [in, out] or as a vector."""
     layers: int | None
-    """Number of tensors; None for a tensor that is not of a layer."""
+    """Number of layers, each with its own tensor; None for one tensor outside of the layers."""
     transposed: bool
     shape: Shape
     """Shape of the tensor in the file."""
     skipped_rows: int = 0
-    """Number of first rows that are not parameters."""
+    """Number of first rows of the tensor that are not parameters."""
 
     def names(self) -> Iterator[tuple[str, Any]]:
         """Yield the name of each tensor and its index on the layer axis of our arrays."""
@@ -61,7 +61,7 @@ class TensorMapping:
 
 
 def tensor_mappings(family: Family, config: ModelConfig) -> list[TensorMapping]:
-    """Return where a file has the parameters of `config`, in the order of the family's table.
+    """Return the tensors of all parameters of `config`, in the order of the family's table.
 
     Raises ModelError for a parameter that the table lacks.
     """
@@ -69,7 +69,10 @@ def tensor_mappings(family: Family, config: ModelConfig) -> list[TensorMapping]:
     paths_by_name = _paths_by_name(family, config, expected)
     missing = set(expected).difference(*paths_by_name.values())
     if missing:
-        raise ModelError(f"{family.model_type} has no tensor for the parameter {min(missing)}")
+        raise ModelError(
+            f"{family.model_type} has no tensor for the parameter {min(missing)}: use a config "
+            "without this parameter"
+        )
     return [_mapping(family, name, paths, expected) for name, paths in paths_by_name.items()]
 
 
@@ -81,7 +84,7 @@ def tensor_names(family: Family, config: ModelConfig) -> set[str]:
 def _paths_by_name(
     family: Family, config: ModelConfig, paths: Iterable[str]
 ) -> dict[str, list[str]]:
-    """Return the paths of the parameters that each tensor holds."""
+    """Return {name of a tensor: paths of the parameters in it}."""
     paths_by_name: dict[str, list[str]] = {}
     for module, name in family.table(config).items():
         for path in paths:
@@ -148,19 +151,26 @@ def to_tensor(mapping: TensorMapping, layer: Any, params: dict[str, np.ndarray])
 
 
 def flat(config: ModelConfig, params: Any) -> dict[str, np.ndarray]:
-    """Return the parameters by path.
+    """Return {path: parameter}.
 
-    Raises ModelError where a path or a shape is not that of the config.
+    Raises ModelError if a path or a shape does not fit the config.
     """
     by_path = {path: np.asarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
     expected = shapes(config)
     for path in sorted(by_path.keys() | expected.keys()):
         if path not in by_path:
-            raise ModelError(f"params have no {path}, which the config needs")
+            raise ModelError(
+                f"params have no {path}, which the config needs: give the parameters and the "
+                "config of one model"
+            )
         if path not in expected:
-            raise ModelError(f"params have {path}, which the config does not have")
+            raise ModelError(
+                f"params have {path}, which the config does not have: give the parameters and the "
+                "config of one model"
+            )
         if by_path[path].shape != expected[path]:
             raise ModelError(
-                f"{path} has shape {by_path[path].shape}, but the config asks for {expected[path]}"
+                f"{path} has shape {by_path[path].shape}, but the config asks for "
+                f"{expected[path]}: give the parameters and the config of one model"
             )
     return by_path

@@ -36,7 +36,7 @@ TABLE = {
 
 
 def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
-    """Translate the config of a LLaMA checkpoint; `names` are those of its tensors."""
+    """Translate the config of a LLaMA checkpoint; `names` are the names of its tensors."""
     heads, width = keys.get("num_attention_heads", 32), keys.get("hidden_size", 4096)
     layers, types = keys.get("num_hidden_layers", 32), keys.value("layer_types")
     is_full = isinstance(types, list) and all(x == "full_attention" for x in types)
@@ -81,11 +81,11 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
 
 
 SCALINGS = frozenset({"factor", "low_freq_factor", "high_freq_factor"})
-"""Keys of rope_scaling that only some of its types have."""
+"""Keys of rope_scaling that only some types of scaling have."""
 
 
 def _rotary(keys: Keys) -> RotaryConfig:
-    """Read `rope_scaling` and `rope_theta`, or `rope_parameters` (transformers 5)."""
+    """Read `rope_theta` and `rope_scaling`, or `rope_parameters` (transformers 5)."""
     given = {key: keys.value(key) for key in ("rope_parameters", "rope_scaling")}
     key = "rope_scaling" if given["rope_scaling"] else "rope_parameters"
     values = given[key] or {}
@@ -119,12 +119,12 @@ def _rotary(keys: Keys) -> RotaryConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """Translate a config to that of a LLaMA checkpoint."""
+    """Translate a config to the config.json of a LLaMA checkpoint."""
     heads, rotary = config.attention.heads, config.positions.rotary
     require(
         config.width % heads == 0,
-        f"model.attention.heads = {heads} cannot be exported: in transformers' LLaMA they must "
-        f"divide model.width = {config.width}",
+        f"model.attention.heads = {heads} cannot be exported: in transformers' LLaMA, the number "
+        f"of heads must divide model.width = {config.width}; train a model with such sizes",
     )
     scaling: dict[str, Any] = {"rope_type": rotary.scaling, "factor": rotary.factor}
     if rotary.scaling == "llama3":
@@ -146,7 +146,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "mlp_bias": config.feed_forward.bias,
         "rms_norm_eps": config.norm.epsilon,
         "max_position_embeddings": config.positions.max_length,
-        # transformers reads these two keys before version 5 and since.
+        # Versions of transformers before and after 5 read these two keys.
         "rope_theta": rotary.base,
         "rope_scaling": None if rotary.scaling == "none" else scaling,
         "attention_dropout": config.attention.dropout,
@@ -155,7 +155,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def _are_frequencies(values: np.ndarray, config: ModelConfig) -> bool:
-    """Tell if values are the rotary frequencies, scaled or (in older files) unscaled."""
+    """Return True for the rotary frequencies, scaled or (in older files) unscaled."""
     rotary = config.positions.rotary
     return any(
         is_close(values, rotary_frequencies(config.head_dim, each))

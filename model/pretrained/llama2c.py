@@ -29,21 +29,24 @@ BLOCKS = "decoder/blocks"
 
 
 def read_llama2c(path: Path, *, following: int = 0) -> Pretrained:
-    """Read the LLaMA in a llama2.c checkpoint; `following` bytes after it are not read.
+    """Read the LLaMA in a llama2.c checkpoint; the last `following` bytes are not read.
 
-    Raises ModelError for a header that is not one of llama2.c, a size of the file that does not
-    follow from the header, values that are not finite, and other rotary angles than those of base
-    10,000.
+    Raises ModelError for a header that llama2.c does not write, a file size that does not follow
+    from the header, values that are not finite, and rotary angles of another base than 10,000.
     """
     if not path.is_file():
-        raise ModelError(f"{path} does not exist")
+        raise ModelError(f"{path} does not exist: give the path of a llama2.c checkpoint")
     size = path.stat().st_size
     header = np.fromfile(path, "<i4", len(HEADER)).tolist()
     is_tied = header[5:6] > [0]
     sizes: dict[str, int] = dict(zip(HEADER, map(abs, header), strict=False))
     is_sane = len(sizes) == len(HEADER) and all(0 < value < 1 << 24 for value in sizes.values())
     is_sane = is_sane and min(header[:5] + header[6:]) > 0 and sizes["dim"] % sizes["n_heads"] == 0
-    require(is_sane, f"{path} is not a llama2.c checkpoint: its header is {header}")
+    require(
+        is_sane,
+        f"{path} is not a llama2.c checkpoint of version 0, because its header is {header}: give a "
+        "file in this format",
+    )
     config = _config(sizes, is_tied)
     tensors = _tensors(config)
     expected = 4 * (len(HEADER) + sum(map(math.prod, tensors.values())))
@@ -56,7 +59,10 @@ def read_llama2c(path: Path, *, following: int = 0) -> Pretrained:
     for name, shape in tensors.items():
         values = np.fromfile(path, "<f4", math.prod(shape), offset=offset).reshape(shape)
         offset += values.nbytes
-        require(bool(np.isfinite(values).all()), f"{path}: {name} has NaN or infinite values")
+        require(
+            bool(np.isfinite(values).all()),
+            f"{path}: {name} has NaN or infinite values: fetch the file again",
+        )
         params[name] = _to_our_layout(name, values, config)
     rows = jnp.arange(sizes["seq_len"])[None]
     angles = rotation(rows, config.head_dim, config.positions.rotary)
@@ -64,7 +70,7 @@ def read_llama2c(path: Path, *, following: int = 0) -> Pretrained:
         require(
             np.allclose(params[name], expected[0], atol=1e-3),
             f"{path}: its {name} are not those of rotary positions with base 10,000, the only base "
-            "of this format",
+            "of this format: fetch the file again, or use a model with this base",
         )
     params = {name: values for name, values in params.items() if "/" in name}
     return Pretrained(
@@ -98,7 +104,7 @@ def _config(sizes: dict[str, int], is_tied: bool) -> ModelConfig:
 
 
 def _tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return shapes in the file, in its order, by our path; cosines and sines are no parameters."""
+    """Return {our path: shape in the file}, in the order of the file, with cosines and sines."""
     D, F, L, V = config.width, config.feed_forward.width, config.layers, config.vocab_size or 0
     N, K, H = config.attention.heads, config.kv_heads, config.head_dim
     angles = (config.positions.max_length, H // 2)

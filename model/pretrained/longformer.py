@@ -1,7 +1,7 @@
 """Longformer (arXiv:2004.05150): masked language model, classifier, or the bare encoder.
 
-In transformers each call names its global tokens. Here the first tokens of a row are global: as
-many as the key "global_tokens" of config.json gives; by default one, as in the classifier of
+In transformers, each call chooses its global tokens. Here, the first tokens of each row are global;
+the key "global_tokens" of config.json gives their number, by default one, as in the classifier of
 transformers.
 """
 
@@ -60,14 +60,14 @@ POOLER = {"head/pooler": "longformer.pooler.dense"}
 
 
 def table(config: ModelConfig) -> dict[str, str]:
-    """Return the names of tensors by the paths of our parameters."""
+    """Return {path of our module or parameter: its name in the file}."""
     if config.head.kind == "language_model":
         return BODY | LANGUAGE_MODEL
     return BODY | (POOLER if config.head.outputs is None else CLASSIFIER)
 
 
 def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
-    """Translate the config of a Longformer checkpoint; `names` are those of its tensors."""
+    """Translate the config of a Longformer checkpoint; `names` are the names of its tensors."""
     keys.only("pad_token_id", PADDING)
     keys.only("tie_word_embeddings", True)
     keys.only("attention_mode", "longformer")
@@ -114,7 +114,7 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
 
 
 def _window(keys: Keys) -> int:
-    """Return the window as positions to each side; attention_window counts both sides."""
+    """Return the number of positions on each side; attention_window counts both sides."""
     value = keys.value("attention_window", 512)
     windows = value if isinstance(value, list) else [value]
     if len(set(windows)) != 1 or not isinstance(windows[0], int) or windows[0] % 2:
@@ -123,13 +123,15 @@ def _window(keys: Keys) -> int:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """Translate a config to that of a Longformer checkpoint."""
+    """Translate a config to the config.json of a Longformer checkpoint."""
     head, attention = config.head, config.attention
     if head.kind == "language_model":
         name = "LongformerForMaskedLM"
     else:
         require(
-            head.pooler, "model.head.pooler = False cannot be exported: longformer has a pooler"
+            head.pooler,
+            "model.head.pooler = False cannot be exported, because a Longformer classifier has a "
+            "pooler: train a model with model.head.pooler True",
         )
         name = "LongformerModel" if head.outputs is None else "LongformerForSequenceClassification"
     labels = default_labels(head.outputs or 0) if head.kind == "classifier" else []

@@ -11,9 +11,10 @@ from heedful.model.config import LoraConfig, ModelConfig
 
 
 def merge_lora(config: ModelConfig, params: Any) -> tuple[ModelConfig, dict[str, Any]]:
-    """Return config and parameters without adapters: W becomes W + alpha / rank A B.
+    """Return config and parameters without adapters: W becomes W + alpha / rank * A @ B.
 
-    arXiv:2106.09685 §4.1. Computed in float32 on the host; the logits are the same up to rounding.
+    arXiv:2106.09685 §4.1. The sum is computed in float32 on the host; logits change by rounding
+    only.
     """
     flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
     merged = {path: leaf for path, leaf in flat.items() if "/lora_" not in path}

@@ -41,7 +41,7 @@ TABLE = _table()
 
 
 def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
-    """Translate the config of a Marian checkpoint; `names` are those of its tensors."""
+    """Translate the config of a Marian checkpoint; `names` are the names of its tensors."""
     for key in ("normalize_before", "normalize_embedding", "add_final_layer_norm", "is_decoder"):
         keys.only(key, False)
     for key in ("static_position_embeddings", "share_encoder_decoder_embeddings"):
@@ -81,7 +81,7 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """Translate a config to that of a Marian checkpoint."""
+    """Translate a config to the config.json of a Marian checkpoint."""
     heads, inner = config.attention.heads, config.feed_forward.width
     return {
         "architectures": ["MarianMTModel"],

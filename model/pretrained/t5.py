@@ -16,7 +16,7 @@ from heedful.model.pretrained.keys import ACTIVATION_NAMES, ACTIVATIONS, Keys
 
 
 def table(config: ModelConfig) -> dict[str, str]:
-    """Return the names of tensors by the paths of our parameters."""
+    """Return {path of our module or parameter: its name in the file}."""
     table = {"embedding": "shared", "head/kernel": "lm_head.weight"}
     for stack in ("encoder", "decoder"):
         bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias"
@@ -40,7 +40,7 @@ def table(config: ModelConfig) -> dict[str, str]:
 
 
 def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
-    """Translate the config of a T5 checkpoint; `names` are those of its tensors."""
+    """Translate the config of a T5 checkpoint; `names` are the names of its tensors."""
     keys.only("is_encoder_decoder", True)
     keys.only("is_decoder", False)
     encoder_layers = keys.get("num_layers", 6)
@@ -87,7 +87,7 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
             buckets=keys.get("relative_attention_num_buckets", 32),
             max_distance=keys.get("relative_attention_max_distance", 128),
         ),
-        # The original T5 scales the decoder's output, 1.1 does not; this key tells which it is.
+        # The original T5 scales the decoder's output, T5 1.1 does not: the key tells the version.
         head=HeadConfig(
             scale=keys.get("scale_decoder_outputs", keys.get("tie_word_embeddings", True))
         ),
@@ -98,7 +98,7 @@ def from_hf(keys: Keys, name: str, names: Set[str]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """Translate a config to that of a T5 checkpoint."""
+    """Translate a config to the config.json of a T5 checkpoint."""
     projection = ACTIVATION_NAMES[config.feed_forward.activation]
     if config.feed_forward.gated:
         projection = "gated-" + projection.removesuffix("_new")
@@ -117,7 +117,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "relative_attention_max_distance": config.positions.max_distance,
         "layer_norm_epsilon": config.norm.epsilon,
         "dropout_rate": config.dropout,
-        # transformers before 5 reads the first key (which also ties), later versions the second.
+        # transformers before 5 reads the first key, which also ties; later versions the second.
         "tie_word_embeddings": config.head.scale,
         "scale_decoder_outputs": config.head.scale,
     }

@@ -28,22 +28,24 @@ SIGNATURES = {
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file; raise ModelError for a missing or another file."""
+    """Read the object in a JSON file; raise ModelError if the file is missing or not an object."""
     if not path.is_file():
-        raise ModelError(f"{path} does not exist")
+        raise ModelError(f"{path} does not exist: give a directory that has this file")
     try:
         values = json.loads(path.read_text("utf-8"))
     except RecursionError as error:
-        raise ModelError(f"{path} is not readable JSON: too many levels") from error
+        raise ModelError(
+            f"{path} is not readable JSON, it has too many nested levels: fetch the file again"
+        ) from error
     except ValueError as error:
-        raise ModelError(f"{path} is not JSON ({error})") from error
+        raise ModelError(f"{path} is not JSON ({error}): fetch the file again") from error
     if not isinstance(values, dict):
-        raise ModelError(f"{path} is JSON, but not an object")
+        raise ModelError(f"{path} is JSON, but not an object: fetch the file again")
     return values
 
 
 class Tensors:
-    """The tensors in a directory, read one by one as float32; pickles are refused.
+    """The tensors in a directory, read one by one as float32; pickles raise ModelError.
 
     Methods raise ModelError, which names the file and the tensor.
     """
@@ -65,20 +67,29 @@ class Tensors:
                     "can run any code: convert it to safetensors (in transformers: "
                     "from_pretrained(...).save_pretrained(...))"
                 )
-            raise ModelError(f"{directory} has neither {SINGLE_FILE} nor {INDEX}")
+            raise ModelError(
+                f"{directory} has neither {SINGLE_FILE} nor {INDEX}: fetch the weights of the "
+                "model in safetensors"
+            )
 
     def _read_index(self) -> None:
         weight_map = read_json(self.source).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise ModelError(f'{self.source} has no "weight_map" of tensor names to file names')
+            raise ModelError(
+                f'{self.source} has no "weight_map" of tensor names to file names: fetch the file '
+                "again"
+            )
         for name, file in weight_map.items():
             path = self.source.parent / str(file)
             if path.parent != self.source.parent or not path.is_file():
                 raise ModelError(
-                    f"{self.source} names {file}, which is not in the same directory: fetch it"
+                    f"{self.source} names {file}, which is not in the same directory: fetch {file}"
                 )
             if name not in self._names(path):
-                raise ModelError(f"{path} has no tensor {name}, which {self.source.name} names")
+                raise ModelError(
+                    f"{path} has no tensor {name}, which {self.source.name} names: fetch both "
+                    "files again"
+                )
             self._paths[name] = path
 
     def _open(self, path: Path) -> Any:
@@ -99,18 +110,23 @@ class Tensors:
         return set(self._paths)
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raise ModelError where a tensor has another shape; its values are not read."""
+        """Raise ModelError if a tensor has another shape; the values are not read."""
         path = self._paths[name]
         actual = tuple(self._open(path).get_slice(name).get_shape())
         if actual != shape:
-            raise ModelError(f"{path}: {name} has shape {actual}, but {CONFIG} asks for {shape}")
+            raise ModelError(
+                f"{path}: {name} has shape {actual}, but {CONFIG} asks for {shape}: use the "
+                f"{CONFIG} that these weights were saved with"
+            )
 
     def read(self, name: str) -> np.ndarray:
-        """Return a tensor as float32; refuse other types than float, NaN and infinity."""
+        """Return a tensor as float32; raise ModelError for other types, NaN and infinity."""
         path = self._paths[name]
         dtype = self._open(path).get_slice(name).get_dtype()
         if dtype not in FLOATS:
-            raise ModelError(f"{path}: {name} has type {dtype}: supported are {', '.join(FLOATS)}")
+            raise ModelError(
+                f"{path}: {name} has type {dtype}: convert it to one of {', '.join(FLOATS)}"
+            )
         values = self.raw(name).astype(np.float32, copy=False)
         if not np.isfinite(values).all():
             raise ModelError(
@@ -125,7 +141,7 @@ class Tensors:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """Describe why safetensors cannot read a file."""
+    """Return why safetensors cannot read a file, and the fix."""
     with path.open("rb") as file:
         start = file.read(64)
     has_header = start[8:9] == b"{"  # The header's length takes the first 8 bytes.
@@ -136,7 +152,7 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Split names into shards, in order: each has at most `limit` bytes, or one tensor."""
+    """Split names into shards, in order; a shard has at most `limit` bytes, or a single tensor."""
     result: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():
@@ -155,10 +171,10 @@ def save(
     make: Callable[[str], np.ndarray],
     max_shard_bytes: int,
 ) -> None:
-    """Write config.json, and a tensor `make(name)` of `sizes[name]` bytes for each name.
+    """Write config.json, and a tensor make(name) of sizes[name] bytes for each name.
 
-    Files appear in the directory when all are complete, config.json last. A directory that holds
-    the same export stays as it is. Raises ModelError for a directory that holds another export or
+    Files appear in the directory when all files are complete, config.json last. A directory that
+    holds the same export is not changed. Raises ModelError if the directory holds another export or
     cannot be written.
     """
     parts = shards(sizes, max_shard_bytes)
@@ -183,7 +199,9 @@ def save(
                 (draft / file).chmod((draft / CONFIG).stat().st_mode)
             _publish(draft, directory, [*files, CONFIG])
     except OSError as error:
-        raise ModelError(f"cannot write {directory}: {error.strerror or error}") from error
+        raise ModelError(
+            f"cannot write {directory} ({error.strerror or error}): choose another directory"
+        ) from error
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -201,7 +219,8 @@ def _publish(draft: Path, directory: Path, files: Iterable[str]) -> None:
                 name in files and filecmp.cmp(draft / name, existing, shallow=False)
             ):
                 raise ModelError(
-                    f"{existing} belongs to another export: choose another directory, or delete it"
+                    f"{directory} has {name} of another export: choose another directory, or "
+                    "delete all files of that export"
                 )
     directory.mkdir(exist_ok=True)
     for name in files:
