@@ -1,7 +1,7 @@
 """Activations of the feed-forward layer.
 
-Both forms of gelu are computed in float32, whatever the type of x: 1 + erf is coarse near 0 in
-bfloat16.
+Both forms of gelu are computed in float32, whatever the type of x: for negative x, 1 + erf(x) would
+lose most of its digits in bfloat16.
 """
 
 import math
@@ -15,9 +15,9 @@ from jaxtyping import Array, Float
 
 @jax.custom_vjp
 def gelu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """Return x Phi(x), Phi the normal distribution (arXiv:1606.08415 §2).
+    """Return x * Phi(x); Phi is the cumulative normal distribution (arXiv:1606.08415 §2).
 
-    The derivative keeps x alone. `erf` is faster than flax's `erfc`.
+    The backward pass needs only x. `erf` is faster than the `erfc` of flax.
     """
     y = x.astype(jnp.float32)
     return (y * _normal_cdf(y)).astype(x.dtype)
@@ -28,7 +28,7 @@ def _normal_cdf(x: jax.Array) -> jax.Array:
 
 
 def _gelu_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
-    x = jax.lax.optimization_barrier(x)  # Otherwise the forward pass stores its `erf` for this.
+    x = jax.lax.optimization_barrier(x)  # Otherwise XLA stores `erf` of the forward pass.
     y, g = x.astype(jnp.float32), g.astype(jnp.float32)
     density = jnp.exp(-0.5 * jnp.square(y)) * (2 * math.pi) ** -0.5
     return ((g * (_normal_cdf(y) + y * density)).astype(x.dtype),)
@@ -39,7 +39,10 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 @jax.custom_vjp
 def gelu_tanh(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """Return GPT-2's approximation of gelu (arXiv:1606.08415 §2); its derivative keeps x alone."""
+    """Return GPT-2's approximation of gelu (arXiv:1606.08415 §2).
+
+    The backward pass needs only x.
+    """
     y = x.astype(jnp.float32)
     return (0.5 * y * (1 + jnp.tanh(_inner(y)))).astype(x.dtype)
 

@@ -1,4 +1,4 @@
-"""The masks of the three attentions: in an encoder, in a decoder, and across them."""
+"""Masks of encoder self-attention, decoder self-attention and cross-attention."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,10 @@ from heedful.model.masks import AttentionMask
 
 
 def encoder_mask(config: ModelConfig, segment_ids: Int[Array, "B S"] | None) -> AttentionMask:
-    """Return the mask of all tokens in a token's segment and window."""
+    """Let each token attend to the tokens in its segment and window.
+
+    `segment_ids` None: all tokens are in one segment, without padding.
+    """
     mask = _window(config)
     return mask if segment_ids is None else mask & masks.packed(segment_ids)
 
@@ -21,7 +24,11 @@ def decoder_mask(
     prefix_len: Int[Array, " B"] | None = None,
     offset: jax.Array | int | None = None,
 ) -> AttentionMask:
-    """Return the mask of a token's own past, and of the prefix, in its segment and window."""
+    """Let each token attend to itself, the tokens before it, and the prefix of its row.
+
+    Segments and windows forbid some of these pairs. `segment_ids` None: all tokens are in one
+    segment; `prefix_len` None: no prefix; `offset`: position of the first query, None: 0.
+    """
     mask = masks.causal() if prefix_len is None else masks.prefix(prefix_len)
     mask &= _window(config)
     mask = mask if offset is None else mask.at(offset)
@@ -33,7 +40,11 @@ def cross_mask(
     segment_ids: Int[Array, "B T"] | None,
     encoder_segment_ids: Int[Array, "b S"] | None,
 ) -> AttentionMask:
-    """Return the mask of the source of a token's segment, which B / b successive rows may share."""
+    """Let each input token attend to the source tokens of its segment.
+
+    B / b successive rows of inputs share one row of the source. `encoder_segment_ids` None: each
+    input sees its whole source; `segment_ids` None: all inputs are in segment 1.
+    """
     if encoder_segment_ids is None:
         return masks.full()
     own = jnp.ones_like(inputs) if segment_ids is None else segment_ids

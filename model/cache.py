@@ -1,7 +1,10 @@
-"""Caches of earlier tokens for self-attention while decoding, one kind for each kind of core.
+"""Caches of earlier tokens, for self-attention in decoding.
 
-All arrays lead with the batch, so that a stack can lead with its layers and a search can reorder
-its rows.
+The leading axis of each array is the batch, so that beam search can reorder it. A stack adds a
+leading axis of layers.
+
+Axes: B rows of the batch, K key/value heads, S positions, H size of a head, T new tokens, N query
+heads.
 """
 
 import jax
@@ -18,9 +21,10 @@ from heedful.model.ops.caches import MAX_SHARED_BEAMS, read_filled, write_at
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of all positions. A row overwrites its padding before it could see it.
+    """Keys and values of all positions.
 
-    The keys of a head lie side by side, as a product with one query reads them.
+    Padding is written, too; later tokens overwrite it before any query can see it. The keys of a
+    head are contiguous in memory, as the product with one query reads them.
     """
 
     k: Float[Array, "B K S H"]
@@ -35,7 +39,7 @@ class KVCache:
         return cls(k=jnp.swapaxes(k, 1, 2), v=jnp.swapaxes(v, 1, 2))
 
     def rows(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-        """Return keys and values as `of` takes them."""
+        """Return keys and values [B, S, K, H], in the order that `of` takes."""
         return jnp.swapaxes(self.k, 1, 2), jnp.swapaxes(self.v, 1, 2)
 
     def attend(
@@ -56,7 +60,7 @@ class KVCache:
         return self.k.shape[2]
 
     def write(self, k: jax.Array, v: jax.Array, offset: jax.Array) -> "KVCache":
-        """Write `k`, `v` [B, t, K, H] from position `offset` ([] or [B]) on."""
+        """Return the cache with `k`, `v` [B, t, K, H] written from `offset` ([] or [B]) on."""
         new = KVCache.of(k, v)
         return KVCache(
             k=write_at(self.k, new.k, offset, axis=-2), v=write_at(self.v, new.v, offset, axis=-2)
@@ -65,22 +69,22 @@ class KVCache:
 
 @struct.dataclass
 class BeamCache:
-    """Keys and values of all positions of W hypotheses of each of B texts, for R = B W queries.
+    """Keys and values of all positions of W hypotheses of each of B texts, for R = B * W queries.
 
-    Each hypothesis writes in a place of its own, and what it wrote stays there. The living
-    hypotheses differ in whose keys they see. Products of W queries with all M = S W keys take less
-    time than copies of the keys of each hypothesis for each token.
+    Hypothesis w writes its key at position s to slot s * W + w, and no key is ever moved: when the
+    search reorders hypotheses, only `writer` changes. Multiplying W queries with all M = S * W keys
+    takes less time than copying the keys of each hypothesis for each token.
     """
 
     k: Float[Array, "B K H M"]
-    """The keys of all hypotheses at a position lie side by side."""
+    """Keys; those of all hypotheses at a position are adjacent."""
     v: Float[Array, "B K M H"]
     writer: Int[Array, "B W S"]
-    """Number of the hypothesis whose key hypothesis w sees at a position."""
+    """Number of the hypothesis that wrote the key which hypothesis w sees at position s."""
 
     @classmethod
     def of(cls, cache: KVCache, width: int) -> "BeamCache":
-        """Return the cache of `width` hypotheses with the same past."""
+        """Return the cache of `width` hypotheses of each text, all with the keys of `cache`."""
         batch, length = cache.k.shape[0], cache.k.shape[2]
         own = jnp.arange(width)[None, :, None]
         return cls(
@@ -92,11 +96,11 @@ class BeamCache:
     def attend(
         self, core: Core, call: AttentionCall, cache_write_mask: Bool[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T N H"], "BeamCache"]:
-        """Attend densely, whatever the core: all cores that read a KVCache compute the same."""
+        """Compute dense attention, whatever the core: all cores that read a KVCache are exact."""
         (batch, width, length), (rows, new) = self.writer.shape, call.k.shape[:2]
         if (rows, new) != (batch * width, 1):
             raise ValueError(
-                f"{rows} x {new} tokens for {batch} x {width} hypotheses: a beam takes one for each"
+                f"{rows} x {new} tokens for {batch} x {width} hypotheses: give one token to each"
             )
         offset = _offset(call.mask)
         offset = offset[::width] if offset.ndim else offset
@@ -108,7 +112,7 @@ class BeamCache:
         writer = jnp.where(is_new, hypotheses[:, None], self.writer)
 
         def spread(x: jax.Array) -> jax.Array:
-            """Turn [R, n, 1, S], one query per row, into [B, n, W, M], W queries per text."""
+            """Turn [R, n, 1, S] (one query per row) into [B, n, W, M] (W queries per text)."""
             x = x.reshape(-1, width if len(x) == rows else 1, *x.shape[1:])
             x = jnp.swapaxes(x[:, :, :, 0], 1, 2)
             x = jnp.broadcast_to(x, (*x.shape[:2], width, length))
@@ -136,15 +140,16 @@ class BeamCache:
 
 @struct.dataclass
 class WindowCache:
-    """Keys and values of the last positions, as many as a window needs, in constant memory.
+    """Keys and values of the last W positions, which are all that a window needs.
 
-    Position p is in slot p modulo the number of slots. A row may go back by one token, no further.
+    Position p is in slot p % W. The next new token of a row is at position `end`; it may also be at
+    end - 1 and replace the last token, but not before.
     """
 
     k: Float[Array, "B W K H"]
     v: Float[Array, "B W K H"]
     end: Int[Array, " B"]
-    """Number of tokens seen so far, at positions 0 to end - 1, without padding."""
+    """Number of tokens written so far, at positions 0 to end - 1, without padding."""
 
     @classmethod
     def zeros(cls, config: ModelConfig, batch: int, length: int) -> "WindowCache":
@@ -160,19 +165,20 @@ class WindowCache:
         left = None if mask.window is None else mask.window[0]
         if left is None or left * max(mask.dilation or (1,)) > past:
             raise ValueError(
-                f"the cache remembers {past} positions before a token, but the mask's window is "
-                f"{mask.window} with dilation {mask.dilation}"
+                f"the cache remembers {past} positions before a token, but the mask has the window "
+                f"{mask.window} with dilation {mask.dilation}: make the cache with "
+                "model.cache.new_cache for a config with this window"
             )
         mask.require_lengths(new, past + new)
         rows = jnp.arange(batch)[:, None]
         offset = jnp.broadcast_to(start, batch)[:, None]
         real = jnp.ones((batch, new), bool) if cache_write_mask is None else cache_write_mask
 
-        # All that the new tokens can see, in order: what is remembered, the real new ones over it.
+        # The keys that new tokens can see, by position: cached ones, replaced by new ones if given.
         positions, end = offset - past + jnp.arange(past + new), self.end[:, None]
         slots = positions % (past + 1)
         seen = real
-        if mask.prefix_len is not None:  # It sees all of itself, also what is read again later.
+        if mask.prefix_len is not None:  # A prefix sees all its tokens, even unwritten ones.
             seen |= positions[:, past:] < jnp.reshape(mask.prefix_len, (-1, 1))
         fresh = jnp.pad(seen, ((0, 0), (past, 0)))
         old = (positions >= jnp.maximum(end - past - 1, 0)) & (positions < end)
@@ -181,7 +187,7 @@ class WindowCache:
             x = jnp.pad(x, ((0, 0), (past, 0), (0, 0), (0, 0)))
             return jnp.where(fresh[..., None, None], x, kept[rows, slots])
 
-        # The same distances from another beginning.
+        # The same mask and bias, with positions counted from `offset - past`.
         moved = mask.replace(  # type: ignore[attr-defined]
             q_offset=jnp.asarray(past),
             prefix_len=None if mask.prefix_len is None else mask.prefix_len - offset[:, 0] + past,
@@ -203,7 +209,7 @@ class WindowCache:
 
 
 def new_cache(config: ModelConfig, batch: int, length: int) -> Cache:
-    """Return an empty cache of one layer for `length` positions, as its core reads it."""
+    """Return an empty cache of one layer for `length` positions, of the kind its core reads."""
     own = spec_of(config.attention.core_of(config.decoding_site)).new_cache
     if own is not None:
         return own(config, batch)
@@ -214,14 +220,14 @@ def new_cache(config: ModelConfig, batch: int, length: int) -> Cache:
 
 
 def repeat(cache: Cache, times: int) -> Cache:
-    """Repeat the cache for `times` hypotheses of each text, which are side by side."""
+    """Return the cache of `times` hypotheses of each text, in adjacent rows of the batch."""
     if isinstance(cache, KVCache) and times <= MAX_SHARED_BEAMS:
         return BeamCache.of(cache, times)
     return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), cache)
 
 
 def reorder(cache: Cache, parents: Int[Array, "B W"]) -> Cache:
-    """Let each hypothesis continue the one of the same text whose number is in `parents`."""
+    """Return the cache in which hypothesis w of text b continues hypothesis parents[b, w] of b."""
     if isinstance(cache, BeamCache):
         writer = jnp.take_along_axis(cache.writer, parents[..., None], axis=1)
         return cache.replace(writer=writer)  # type: ignore[attr-defined]
@@ -231,7 +237,7 @@ def reorder(cache: Cache, parents: Int[Array, "B W"]) -> Cache:
 
 
 def remembered(config: ModelConfig) -> int | None:
-    """Return how many of the last positions a cache keeps; None: all."""
+    """Return the number of last positions that a cache keeps; None: all positions."""
     attention = config.attention
     if attention.window is None or attention.global_tokens:
         return None
@@ -245,7 +251,9 @@ def _zeros(config: ModelConfig, batch: int, length: int) -> tuple[jax.Array, jax
 
 
 def _offset(mask: AttentionMask) -> jax.Array:
-    """Return the position of the first new token."""
+    """Return the position of the first new token; raise ValueError if the mask has none."""
     if mask.q_offset is None:
-        raise ValueError("decoding with a cache needs a mask with a position: .at(t)")
+        raise ValueError(
+            "a cache needs a mask with the position t of the first query: use mask.at(t)"
+        )
     return mask.q_offset

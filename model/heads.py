@@ -16,7 +16,7 @@ from heedful.model.ops.products import add_wide_bias, matmul
 
 
 class LanguageModelHead(nn.Module):
-    """Logits for each entry of the vocabulary, from the embedding's matrix or one of its own."""
+    """Logits for each entry of the vocabulary, with the embedding matrix or an own matrix."""
 
     config: ModelConfig
 
@@ -52,7 +52,7 @@ class LanguageModelHead(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Logits for each class, or one number, in float32, from the pooled hidden states of a row."""
+    """Logits of C classes, or C = 1 number, in float32, from the pooled hidden states of a row."""
 
     config: ModelConfig
 
@@ -67,7 +67,10 @@ class Classifier(nn.Module):
     ) -> Float[Array, "B C"]:
         config, head = self.config, self.config.head
         if head.outputs is None:
-            raise ValueError("model.head.outputs is not set: it comes from the data")
+            raise ValueError(
+                "model.head.outputs is not set: set it to the number of classes, or to 1 for a "
+                "regression"
+            )
         model = {"embed": config.width}
         pooled = pool(x, segment_ids, head.pooling)[:, None]
         if head.pooler:
@@ -83,7 +86,8 @@ def pool(
 ) -> Float[Array, "B D"]:
     """Return one vector per row: the first hidden state, the last one, or the mean.
 
-    `pooling` is "first", "last" or "mean"; the latter two do not count padding (segment 0).
+    `pooling` is "first", "last" or "mean"; "last" and "mean" leave out padding (segment id 0).
+    `segment_ids` None: no padding.
     """
     if pooling == "first":
         return x[:, 0]

@@ -1,4 +1,4 @@
-"""Stacks whose layers differ in a pattern that repeats: a loop over periods, then a remainder."""
+"""Stacks whose layers differ by a repeated pattern: a loop over periods, then the rest."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from heedful.model.stack_cache import BlockCache, PatternCache
 
 Layer = Callable[..., tuple[Float[Array, "B T D"], BlockCache | None, Any]]
-"""(variables, x, cache, random keys) -> (x, cache, intermediates), of one layer."""
+"""One layer: (variables, x, cache, random keys) -> (x, cache, intermediates)."""
 
 
 def apply_pattern(
@@ -22,11 +22,11 @@ def apply_pattern(
     rngs: Mapping[str, jax.Array],
     unroll: int,
 ) -> tuple[Float[Array, "B T D"], PatternCache | None, Any]:
-    """Apply L layers, of which number i, from 0, is that of the pattern at i modulo `period`.
+    """Apply L layers; layer i (from 0) is layer i % `period` of the pattern.
 
-    `make_layer(i, is_looped)` returns a layer of the pattern; `is_looped` tells if it stands in a
-    loop when compiled, which computes about `unroll` layers per iteration. Variables and
-    intermediates lead with the layers [L, ...] in their order.
+    `make_layer(i, is_looped)` returns layer i of the pattern; `is_looped` is True if the compiled
+    program has the layer in a loop, which computes about `unroll` layers per iteration. Each array
+    of variables and intermediates has a leading axis of layers [L, ...].
     """
     layers = len(jax.tree.leaves(variables)[0])
     periods, rest = divmod(layers, period)
@@ -46,7 +46,10 @@ def apply_pattern(
 
 
 def _through(stack: Sequence[Layer], rngs: Mapping[str, jax.Array]) -> Callable[..., Any]:
-    """Return the step of a loop: x and what the layers of `stack` have, [P, ...], to new ones."""
+    """Return the step of a scan over periods, which applies the P layers of `stack` in turn.
+
+    (x, ((variables, layer indices) [P, ...], caches)) -> (x, (caches, intermediates [P, ...])).
+    """
 
     def step(x: jax.Array, given: tuple) -> tuple[jax.Array, tuple]:
         part, caches = given
@@ -64,7 +67,10 @@ def _through(stack: Sequence[Layer], rngs: Mapping[str, jax.Array]) -> Callable[
 
 
 def _split(tree: Any, sizes: Sequence[int]) -> list[Any]:
-    """Split arrays along their first axis. Their gradients are joined, where slices' are added."""
+    """Split arrays along their first axis.
+
+    The gradient of a split is a concatenation; the gradient of slices would be a sum.
+    """
     leaves, structure = jax.tree.flatten(tree)
     parts = zip(*(jax.lax.split(leaf, sizes) for leaf in leaves), strict=True)
     return [jax.tree.unflatten(structure, part) for part in parts]

@@ -1,4 +1,4 @@
-"""The parts of a block beside attention: embedding, norms, dropout and feed-forward."""
+"""Layers other than attention: embedding, norms, dropout and feed-forward."""
 
 import math
 from functools import partial
@@ -18,7 +18,7 @@ from heedful.model.positions import lookup
 
 
 class Dropout(nn.Module):
-    """Dropout of activations in training, with the stream "dropout" of keys."""
+    """Dropout of activations in training, with random keys of the stream "dropout"."""
 
     rate: float
 
@@ -37,10 +37,10 @@ def normalise(
     centred: bool,
     epsilon: float,
 ) -> Float[Array, "B T D"]:
-    """Return scale (x - mean) / deviation + bias, in float32; the mean is 0 unless `centred`.
+    """Return scale * (x - mean) / deviation + bias; unless `centred`, the mean is taken as 0.
 
-    The derivative keeps x and two numbers of each row; derived automatically it would keep
-    intermediate results too, of three times the size of x.
+    It is computed in float32. The backward pass needs x and two numbers of each token; JAX's own
+    derivative would also store intermediate results of three times the size of x.
     """
     return _normalise_forward(x, scale, bias, centred, epsilon)[0]
 
@@ -89,7 +89,7 @@ class Norm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear maps, activation(x W1) W2, or if gated (activation(x W_gate) * x W1) W2."""
+    """activation(x @ up) @ down; if gated, (activation(x @ gate) * (x @ up)) @ down."""
 
     config: ModelConfig
 
@@ -112,35 +112,41 @@ class FeedForward(nn.Module):
 
 
 def residual_gain(config: ModelConfig) -> float:
-    """Return the initial gain of a sublayer's last matrix: the residual sum grows with the layers
-    (GPT-2 §2.3)."""
+    """Return the factor of the initial values of a sublayer's last matrix.
+
+    Every sublayer adds to the residual stream, so GPT-2 (Radford et al. 2019, §2.3) divides them by
+    sqrt(2 * layers).
+    """
     return (2 * config.layers) ** -0.5 if config.init == "scaled_normal" else 1.0
 
 
 class Embedding(nn.Module):
-    """The matrix that turns tokens into vectors and, when tied, vectors into logits."""
+    """Embedding matrix [V, D], from tokens to vectors and, if tied, from vectors to logits."""
 
     config: ModelConfig
 
     def setup(self):
         vocab_size, width = self.config.vocab_size, self.config.width
         if vocab_size is None:
-            raise ValueError("model.vocab_size is not set: it comes from the tokenizer")
+            raise ValueError(
+                "model.vocab_size is not set: set it to the size of the tokenizer's vocabulary"
+            )
         config = self.config
-        # Sublayers give values of about 1, beside which a token must not be lost; but what also
-        # makes logits, of an input that no head scales by width^-0.5, is smaller by as much.
+        # Embedded tokens should be about 1, as the outputs of sublayers are. The matrix is smaller,
+        # by width^-0.5, if scale_embeddings makes up for that, or if the matrix also makes logits
+        # and no head.scale makes them smaller.
         is_one = config.head.scale or not (config.tie_embeddings or config.scale_embeddings)
         deviation = 1.0 if is_one else width**-0.5
         init = nn.initializers.normal(deviation if config.init == "glorot" else 0.02)
         self.table = self.param("table", partitioned(init, "vocab", "embed"), (vocab_size, width))
 
     def __call__(self, tokens: jax.Array) -> Float[Array, "B T D"]:
-        # Whole vectors on every device: else the result would be split by vector, not by token.
+        # Gather whole vectors: else the result would be sharded by features, not by tokens.
         table = constrain(jnp.asarray(self.table), "act_vocab", "act_embed")
         x = lookup(table, tokens).astype(self.config.dtype)
         x = constrain(x, *("act_batch", "act_length")[: x.ndim - 1], "act_embed")
         return x * math.sqrt(self.config.width) if self.config.scale_embeddings else x
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Return logits in float32: products with each row of the matrix."""
+        """Return the logits x @ table^T in float32."""
         return tied_logits(x, jnp.asarray(self.table, x.dtype))

@@ -1,4 +1,4 @@
-"""Linear maps from some axes of an array to others."""
+"""Linear maps from the last axes of an array to other axes."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -17,11 +17,12 @@ from heedful.model.ops.products import matmul, transpose_for_decoding, transpose
 
 
 class Linear(nn.Module):
-    """A linear map from the axes `inputs` to the axes `outputs`, each a mapping name -> size.
+    """A linear map from the axes `inputs` to the axes `outputs`, both given as {name: size}.
 
-    Initial values follow `config.init`, with the fan-in and fan-out of all axes together, times
-    `gain`. Where `config.lora` names the map, a low-rank update is added. The collection "decode"
-    may hold the kernel as a matrix `transposed` [out, in] instead; see `split_kernels`.
+    Initial values follow `config.init` and are multiplied by `gain`; fan-in and fan-out are the
+    products of all input sizes and of all output sizes. If `config.lora` names the map, a low-rank
+    update is added. For decoding, the collection "decode" may hold the kernel as a matrix
+    `transposed` [out, in]; see `split_kernels`.
     """
 
     config: ModelConfig
@@ -54,17 +55,17 @@ class Linear(nn.Module):
         y = y.reshape(*y.shape[:-1], *out_shape)
         if self.use_bias:
             zeros = partitioned(nn.initializers.zeros, *self.outputs)
-            # In float32, in which the gradient is then summed up over all rows.
+            # Added in float32, so that its gradient is summed over all rows in float32.
             bias = jnp.asarray(self.param("bias", zeros, out_shape))
             y = (y.astype(jnp.float32) + bias).astype(dtype)
-        return checkpoint_name(y, str(self.name))  # by which model.remat keeps it
+        return checkpoint_name(y, str(self.name))  # model.remat refers to this name
 
 
 def split_kernels(blocks: Any) -> tuple[Any, Any]:
-    """Return the collections "params" and "decode" for the parameters of a stack's blocks.
+    """Split the parameters of a stack's blocks into the collections "params" and "decode".
 
-    The second has a matrix `transposed` [L, out, in] in place of each kernel [L, *in, *out] that
-    decoding reads transposed. In a stack only the `out` of an attention has two axes of inputs.
+    A kernel [L, *in, *out] of which decoding reads the transpose is only in "decode", as a matrix
+    `transposed` [L, out, in]. In a stack, only the map `out` of attention has two input axes.
     """
 
     def matrix(path: tuple[str, ...], kernel: Any) -> jax.Array:
@@ -80,7 +81,7 @@ def split_kernels(blocks: Any) -> tuple[Any, Any]:
 
 
 def _initializer(kind: str, gain: float, inputs: int, outputs: int) -> Callable:
-    """Return the initializer of a kernel with so many axes of inputs, then so many of outputs."""
+    """Return the initializer of a kernel with `inputs` input axes, then `outputs` output axes."""
     if kind != "glorot":
         return nn.initializers.normal(0.02 * gain)
     axes = range(inputs), range(inputs, inputs + outputs)

@@ -1,8 +1,10 @@
-"""Attention masks: one value says which queries may look at which keys, to every core.
+"""Attention masks: the keys to which each query may attend, in a form that every core reads.
 
-An `AttentionMask` holds static facts and arrays of one entry per token, O(B * T) memory in all. Its
-meaning is the single predicate `tile`. Masks are combined with `&` only, so adding a mask can only
-take permissions away.
+An `AttentionMask` holds static values, and arrays with one entry per token: O(B * T) memory in all.
+Its method `tile` defines its meaning. Masks are only combined with `&`, so a further mask can only
+forbid pairs.
+
+Axes: B rows of the batch, T queries, S keys, g global tokens.
 """
 
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ Window = tuple[int | None, int | None]
 
 
 class MaskNotSupported(ModelError):
-    """An attention core cannot express a mask."""
+    """Error of an attention core that does not support the mask, bias or dropout of a call."""
 
     def __init__(self, core: str, reason: str):
         super().__init__(f"attention core '{core}' cannot express this mask: {reason}")
@@ -29,40 +31,42 @@ class MaskNotSupported(ModelError):
 class AttentionMask:
     """The set of (query, key) pairs that attention may use; `AttentionMask()` allows all.
 
-    A pair is allowed when every fact that is present allows it:
-    - `causal`: the key stands at or before the query, or inside the prefix;
-    - `window = (left, right)`: at most so many positions away, self not counted, None for no
-      limit; with `dilation[n] = d`, head n counts in steps of d and looks at nothing in between;
-      waived where the query or the key is global;
-    - segments: both have the same id and it is not 0, the id of padding.
+    A pair is allowed if each of these conditions that is set allows the pair:
+    - `causal`: the key is at or before the query, or among the first `prefix_len` positions;
+    - `window = (left, right)`: the key is at most `left` positions before the query and at most
+      `right` after it (None: no limit). With `dilation[n] = d`, query head n sees only every d-th
+      position, `left` of them before the query and `right` after it. Pairs with a global token are
+      allowed in any case;
+    - segment ids: query and key have the same id, which is not 0 (padding).
     """
 
     causal: bool = struct.field(pytree_node=False, default=False)
     window: Window | None = struct.field(pytree_node=False, default=None)
     dilation: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
-    """One step for each query head; None: 1 for all."""
+    """Step of the window for each query head; None: 1 for all heads."""
     prefix_len: Int[Array, " B"] | None = None
     q_segment_ids: Int[Array, "B T"] | None = None
     kv_segment_ids: Int[Array, "B S"] | None = None
     global_index: Int[Array, "B g"] | None = None
-    """Positions of the global tokens of each row; -1 fills up rows that have fewer."""
+    """Positions of the global tokens of each row, padded with -1; None: no global tokens."""
     q_offset: Int[Array, ""] | Int[Array, " B"] | None = None
-    """Position of query row 0, for decoding with a cache; None: 0."""
+    """Position of the first query, for decoding with a cache; None: 0."""
 
     def at(self, offset: jax.Array | int) -> "AttentionMask":
-        """Return the mask for queries whose first row stands at position `offset` ([] or [B])."""
+        """Return the mask for queries of which the first is at position `offset` ([] or [B])."""
         return self.replace(q_offset=jnp.asarray(offset))  # type: ignore[attr-defined]
 
     @property
     def is_full(self) -> bool:
-        """True where every pair is allowed."""
+        """True if every pair is allowed."""
         return not self.causal and self.window is None and self.q_segment_ids is None
 
     def tile(self, q_index: Int[Array, " t"], kv_index: Int[Array, " s"]) -> Bool[Array, "b n t s"]:
-        """Return True for each pair of these query rows and keys that is allowed.
+        """Return True for each allowed pair of a query in `q_index` and a key in `kv_index`.
 
-        b is B, or 1 if all rows agree; n is the number of query heads, or 1 if all heads agree.
-        `q_index` counts rows of the query array (`q_offset` is added here), `kv_index` positions.
+        b is B, or 1 if the tile is the same for all rows; n is the number of query heads, or 1 if
+        the tile is the same for all heads. `q_index` counts from the first query (`q_offset` is
+        added here); `kv_index` has positions.
         """
         rows = q_index[None, None, :, None]
         columns = kv_index[None, None, None, :]
@@ -97,12 +101,12 @@ class AttentionMask:
     def blocks(
         self, q_length: int, kv_length: int, q_size: int, kv_size: int
     ) -> tuple[Bool[Array, "b i j"], Bool[Array, "c i j"]]:
-        """Return for blocks of `q_size` queries and `kv_size` keys if they hold an allowed pair,
-        and if they hold no other.
+        """Tell which blocks of `q_size` queries and `kv_size` keys have any or only allowed pairs.
 
-        False in the first array is certain: such a block need not be computed. True in the second
-        is certain: such a block needs no mask. The last blocks may be shorter. b and c are B, or 1
-        if all rows agree.
+        False in the first array is certain: the block has no allowed pair and need not be computed.
+        True in the second array is certain: all pairs of the block are allowed, so it needs no
+        mask. i counts blocks of queries, j blocks of keys; the last blocks may be shorter. b and c
+        are B, or 1 if the array is the same for all rows.
         """
         self.require_lengths(q_length, kv_length)
         first = jnp.arange(0, q_length, q_size)[None, :, None]
@@ -144,25 +148,26 @@ class AttentionMask:
         return some, every
 
     def has_one_segment(self) -> Bool[Array, " B"]:
-        """Return True for rows of one segment and padding; the mask must have segments."""
+        """Return True for rows with one segment and any padding; the mask must have segments."""
         assert self.q_segment_ids is not None and self.kv_segment_ids is not None
         ids = jnp.concatenate([self.q_segment_ids, self.kv_segment_ids], 1)
         return jnp.all((ids == 0) | (ids == jnp.max(ids, 1, keepdims=True)), 1)
 
     def require_lengths(self, q_length: int, kv_length: int) -> None:
-        """Raise ValueError where the mask was made for other lengths."""
+        """Raise ValueError if the mask was made for other lengths."""
         for name, length in (("q", q_length), ("kv", kv_length)):
             ids = getattr(self, f"{name}_segment_ids")
-            # Indexing would repeat the last entry for those that are missing.
+            # Indexing beyond the end would silently repeat the last id.
             if ids is not None and ids.shape[1] != length:
                 raise ValueError(
-                    f"the mask describes {ids.shape[1]} {name} positions, there are {length}"
+                    f"the mask describes {ids.shape[1]} {name} positions, there are {length}: "
+                    f"make the mask with {length} segment ids"
                 )
 
     def to_bool(self, q_length: int, kv_length: int) -> Bool[Array, "b n T S"]:
-        """Return the whole mask as an array: for pictures, tests and dense attention.
+        """Return the mask of all pairs as an array, for pictures, tests and dense attention.
 
-        Raises ValueError where the mask was made for other lengths.
+        Raises ValueError if the mask was made for other lengths.
         """
         self.require_lengths(q_length, kv_length)
         return self.tile(jnp.arange(q_length), jnp.arange(kv_length))
@@ -170,8 +175,8 @@ class AttentionMask:
     def __and__(self, other: "AttentionMask") -> "AttentionMask":
         """Return the mask of the pairs that both masks allow.
 
-        Raises ValueError where the result is not an AttentionMask: global tokens or a dilation
-        against another window, and queries at two different positions.
+        Raises ValueError if no AttentionMask can express the result: windows with different
+        dilations, global tokens and a second window, or queries at two different positions.
         """
         return AttentionMask(
             causal=self.causal or other.causal,
@@ -188,28 +193,28 @@ def full() -> AttentionMask:
 
 
 def causal() -> AttentionMask:
-    """Allow keys up to the query."""
+    """Allow keys at or before the query."""
     return AttentionMask(causal=True)
 
 
 def prefix(lengths: Int[Array, " B"]) -> AttentionMask:
-    """Allow keys up to the query, and the first `lengths` positions (arXiv:1910.10683 §3.2.1)."""
+    """Allow keys at or before the query, or among the first `lengths` (arXiv:1910.10683 §3.2.1)."""
     return AttentionMask(causal=True, prefix_len=_counts("prefix lengths", lengths))
 
 
 def padding(lengths: Int[Array, " B"], length: int) -> AttentionMask:
-    """Allow the first `lengths` tokens of rows of `length`; the others are padding."""
+    """Allow the first lengths[b] of the `length` keys of row b; the other tokens are padding."""
     lengths = _counts("padding lengths", lengths)
     return packed((jnp.arange(length)[None] < lengths[:, None]).astype(jnp.int32))
 
 
 def packed(segment_ids: Int[Array, "B T"]) -> AttentionMask:
-    """Allow keys of the query's own document, of several in a row; id 0 is padding."""
+    """Allow keys of the query's document, for rows with several documents; id 0 is padding."""
     return cross(segment_ids, segment_ids)
 
 
 def cross(q_segments: Int[Array, "B T"], kv_segments: Int[Array, "B S"]) -> AttentionMask:
-    """Allow keys of equal segment ids, for queries and keys of two sequences; id 0 is padding."""
+    """Allow keys with the query's segment id, in two different sequences; id 0 is padding."""
     q_segments, kv_segments = jnp.asarray(q_segments), jnp.asarray(kv_segments)
     if q_segments.ndim != 2 or kv_segments.ndim != 2:
         raise ValueError(
@@ -222,9 +227,10 @@ def cross(q_segments: Int[Array, "B T"], kv_segments: Int[Array, "B S"]) -> Atte
 def sliding(
     left: int | None, right: int | None, dilation: Sequence[int] | None = None
 ) -> AttentionMask:
-    """Allow at most `left` positions back and `right` ahead, self not counted; None: no limit.
+    """Allow `left` positions before and `right` positions after the query; None: no limit.
 
-    `dilation` has a step for each query head: with d, every d-th position (arXiv:2004.05150 §3.1).
+    The query's own position is allowed and not counted. With dilation[n] = d, query head n sees
+    every d-th position (arXiv:2004.05150 §3.1); None: every position.
     """
     for side in (left, right):
         if side is not None and side < 0:
@@ -238,9 +244,10 @@ def sliding(
 def longformer(
     window: int, global_index: Int[Array, "B g"], dilation: Sequence[int] | None = None
 ) -> AttentionMask:
-    """Allow `window` positions to each side, and all pairs with a global token (arXiv:2004.05150).
+    """Allow `window` positions on each side, and all pairs with a global token.
 
-    `global_index` holds their positions, filled up with -1.
+    arXiv:2004.05150 §3.1. `global_index` has the positions of the global tokens of each row, padded
+    with -1. For `dilation` see `sliding`.
     """
     global_index = jnp.asarray(global_index)
     if global_index.ndim != 2 or not jnp.issubdtype(global_index.dtype, jnp.integer):
@@ -270,7 +277,7 @@ def _counts(name: str, lengths: jax.Array) -> jax.Array:
 
 
 def _both_prefixes(a: AttentionMask, b: AttentionMask) -> jax.Array | None:
-    if a.causal and b.causal:  # a strictly causal mask takes the other's prefix away
+    if a.causal and b.causal:  # a causal mask without a prefix forbids the other's prefix
         if a.prefix_len is None or b.prefix_len is None:
             return None
         return jnp.minimum(a.prefix_len, b.prefix_len)
@@ -287,9 +294,12 @@ def _both_windows(a: AttentionMask, b: AttentionMask) -> dict:
         for sides in zip(a.window, b.window, strict=True)
     )
     if a.dilation != b.dilation:
-        raise ValueError(f"cannot combine windows of dilation {a.dilation} and {b.dilation}")
+        raise ValueError(
+            f"cannot combine windows of dilation {a.dilation} and {b.dilation}: give both the same "
+            "dilation"
+        )
     for mask, other in ((a, b), (b, a)):
-        # (near | global) & smaller window = smaller window; otherwise it needs two windows.
+        # (near | global) & narrower window = narrower window; other results need two windows.
         is_other = other.global_index is not None or window != other.window
         if mask.global_index is not None and is_other:
             raise ValueError(
@@ -304,7 +314,7 @@ def _both_segments(a: AttentionMask, b: AttentionMask) -> dict:
         source = b if a.q_segment_ids is None else a
         return {"q_segment_ids": source.q_segment_ids, "kv_segment_ids": source.kv_segment_ids}
     assert a.kv_segment_ids is not None and b.kv_segment_ids is not None
-    # One id for each pair of ids: they are equal where both are, and 0 where either is.
+    # One id for each pair of ids: equal if both ids are equal, 0 if one of the two is 0.
     stride = 1 + jnp.maximum(jnp.max(b.q_segment_ids), jnp.max(b.kv_segment_ids))
 
     def pair(first: jax.Array, second: jax.Array) -> jax.Array:
@@ -320,26 +330,29 @@ def _both_offsets(a: AttentionMask, b: AttentionMask) -> jax.Array | None:
     if a.q_offset is b.q_offset:
         return a.q_offset
     for mask, other in ((a, b), (b, a)):
-        # One offset holds for the whole result, and must not move what stands elsewhere.
+        # The result has one offset, which must not move a mask that was made without it.
         placed = other.q_offset is not None or other.causal or other.window is not None
         if mask.q_offset is not None and placed:
-            raise ValueError("cannot combine masks of queries at two positions: .at() the result")
+            raise ValueError(
+                "cannot combine masks of queries at two positions: combine the masks first, then "
+                "call .at(position) of the result"
+            )
     return b.q_offset if a.q_offset is None else a.q_offset
 
 
 def _range_of_ids(ids: Int[Array, "B T"], size: int) -> tuple[jax.Array, jax.Array]:
-    """Return lowest and highest id in each block [B, blocks] without padding; (max, 0) if none."""
+    """Return the lowest and the highest id in each block [B, blocks]; only padding: (max, 0)."""
     blocks, most = _blocks_of(ids, size), jnp.iinfo(ids.dtype).max
     return jnp.min(jnp.where(blocks == 0, most, blocks), -1), jnp.max(blocks, -1)
 
 
 def _only_id(ids: Int[Array, "B T"], size: int) -> jax.Array:
-    """Return the id that a whole block [B, blocks] has, or 0."""
+    """Return the id of each block [B, blocks] in which all ids are equal; 0 for other blocks."""
     blocks = _blocks_of(ids, size)
     return jnp.where((blocks == blocks[..., :1]).all(-1), blocks[..., 0], 0)
 
 
 def _blocks_of(ids: Int[Array, "B T"], size: int) -> Int[Array, "B i C"]:
-    """Cut ids into blocks, the last one filled up with padding."""
+    """Cut ids into i blocks of C = `size` ids; the last block is padded with id 0."""
     filled = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % size)))
     return filled.reshape(ids.shape[0], -1, size)

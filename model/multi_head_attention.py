@@ -25,26 +25,26 @@ from heedful.model.positions import PositionBias, Rotation
 
 @struct.dataclass
 class StackContext:
-    """Everything that attention is given alike in all layers of a stack."""
+    """Inputs of attention that are the same in all layers that share positions."""
 
     rotation: Rotation | None = None
     bias: PositionBias | None = None
     core_params: dict[str, jax.Array] = struct.field(default_factory=dict)
-    """Parameters of the core that the layers share, by name."""
+    """Parameters of the core that all layers share, by name."""
     cache_write_mask: Bool[Array, "B T"] | None = None
-    """The new tokens that a cache remembers; None: all."""
+    """True for the new tokens that are added to the cache; None: all tokens."""
 
 
 class MultiHeadAttention(nn.Module):
     """Projections, grouped heads and the cache around an attention core (arXiv:1706.03762 §3.2.2).
 
-    Keys and values come from `context`, or from `x` itself when there is none. With a cache,
-    self-attention adds its rows at `mask.q_offset` and attends to all that the cache remembers,
-    while cross-attention stores the projected context and reads it when called without one. Keys
-    are cached after their rotation. With `attention.global_projections` what global tokens see goes
-    through projections of its own. The weights are sown as `weights` [B, N, T, S] where the caller
-    makes the collection "intermediates" mutable and the core has such weights; those of
-    self-attention with a cache are refused.
+    Keys and values come from `context`, or from `x` if `context` is None. Self-attention with a
+    cache adds the keys and values of `x` at `mask.q_offset`, after their rotation, and attends to
+    all that the cache holds. Cross-attention returns a cache with the projected context, and reads
+    it in calls without `context`. With `attention.global_projections`, global tokens attend with
+    queries, keys and values of separate projections. If the collection "intermediates" is mutable
+    and the core computes attention weights, it gets `weights` [B, N, T, S]; for self-attention with
+    a cache this raises ValueError.
     """
 
     config: ModelConfig
@@ -89,14 +89,20 @@ class MultiHeadAttention(nn.Module):
         rotation: Rotation | None,
         cache: Cache | None,
     ) -> tuple[Float[Array, "b t N H"], Float[Array, "b S K H"], Float[Array, "b S K H"]]:
-        """Return queries, keys and values with their positions; those of a context from the cache
-        where there is none."""
+        """Return queries, keys (both rotated by `rotation`, if any) and values.
+
+        Cross-attention without `context` takes keys and values from `cache`; b is then the number
+        of sources, and the queries of all hypotheses of a source are in one row.
+        """
         q = queries(self.config, x, rotation)
         if self.site == "cross" and context is None:
             if not isinstance(cache, KVCache):
-                raise ValueError("cross-attention needs a context, or a cache that has seen it")
+                raise ValueError(
+                    "cross-attention needs a context, or the cache that a call with the context "
+                    "returned: give one of them"
+                )
             k, v = cache.rows()
-            q = q.reshape(len(k), -1, *q.shape[2:])  # Hypotheses share their source.
+            q = q.reshape(len(k), -1, *q.shape[2:])  # All hypotheses of a source.
         else:
             k, v = keys_values(self.config, x if context is None else context, rotation)
         q = constrain(q, "act_batch", "act_length", "act_heads", "act_head_dim")
@@ -107,14 +113,14 @@ class MultiHeadAttention(nn.Module):
     def _core(
         self, q: jax.Array, k: jax.Array, cache: Cache | None, shared: StackContext
     ) -> tuple[CoreSpec, Core]:
-        """Return the core of this site for these lengths."""
+        """Return spec and core of this site, for the number of keys that the queries see."""
         length = k.shape[1]
         if cache is not None and self.site != "cross":
             length = cache.keys(length)
         spec = spec_here(self.config.attention.core_of(self.site), length, q.shape[1])
         core = spec.make(self.config, shared.core_params)
         if self.is_initializing() and not isinstance(core, nn.Module):
-            core = dense  # it has no parameters, and may need a mesh or a device that is not there
+            core = dense  # the core has no parameters, and may need an absent mesh or device
         return spec, core
 
     def _attend(
@@ -124,7 +130,7 @@ class MultiHeadAttention(nn.Module):
         cache: Cache | None,
         cache_write_mask: Bool[Array, "B T"] | None,
     ) -> tuple[Float[Array, "b t N H"], Cache | None]:
-        """Run the core, through the cache if there is one; return the cache for the next token."""
+        """Run the core, on the cache if given; return outputs and the cache for the next call."""
         if self.site == "cross":
             return core(call), KVCache.of(call.k, call.v)
         if cache is None:
@@ -134,15 +140,15 @@ class MultiHeadAttention(nn.Module):
     def _weights(
         self, spec: CoreSpec, call: AttentionCall, cache: Cache | None
     ) -> Float[Array, "b N t S"] | None:
-        """Return the attention weights where they are asked for and the core has any."""
+        """Return the attention weights; None if not asked for, or if the core computes none."""
         if not spec.has_weights or self.is_initializing():
             return None
         if not self.is_mutable_collection("intermediates"):
             return None
         if cache is not None and self.site != "cross":
             raise ValueError(
-                "no attention weights are known with a cache, which holds the keys of earlier "
-                "tokens: make intermediates immutable, or give all tokens at once without a cache"
+                "attention weights are not available for self-attention with a cache: make the "
+                "collection intermediates immutable, or give all tokens at once without a cache"
             )
         weights = attention_weights(call)
         return weights.reshape(len(weights), -1, *weights.shape[3:])

@@ -1,7 +1,7 @@
-"""Position signals: they tell the model the order of its tokens.
+"""Position signals, which tell the model the order of its tokens.
 
-Vectors added to the embeddings (sinusoidal, learned), rotations of queries and keys (rotary), or
-a bias on the scores that depends on the distance (ALiBi, T5's relative bias).
+A signal is a vector that is added to the embedding (sinusoidal, learned), a rotation of queries and
+keys (rotary), or a bias of attention scores by distance (ALiBi, T5's relative bias).
 """
 
 import math
@@ -15,17 +15,17 @@ from jaxtyping import Array, Float, Int
 from heedful.model.axes import partitioned
 from heedful.model.config import ModelConfig, ModelError, RotaryConfig
 
-SPAN = 1024  # Rows in a table of sinusoids.
+SPAN = 1024  # Rows of each of the two tables of sinusoids.
 
 
 def sinusoidal(positions: Int[Array, "b T"], width: int) -> Float[Array, "b T D"]:
-    """Return sin(p / 10000^(2i/D)) in the first half of the features, cos in the second.
+    """Return sin(p / 10000^(2i/D)) in the first half of the features, cos in the second half.
 
-    arXiv:1706.03762 §3.5 interleaves the two; halves, as in the authors' code, differ from that by
-    a fixed permutation of features. Angles in float32 are off by 6e-5 at position 1,000, so rows of
-    tables are looked up: below SPAN those of the formula, rounded once. Further on, the rows of
-    p mod SPAN and of the multiple of SPAN below p give the sine and the cosine of the sum of their
-    angles, to 2e-7; from position SPAN^2 on all is NaN.
+    arXiv:1706.03762 §3.5 interleaves sines and cosines; the order here, as in the authors' code,
+    is a fixed permutation of features. Angles computed in float32 would be off by 6e-5 at position
+    1,000. Therefore the values are looked up in two tables, for p % SPAN and for the multiple of
+    SPAN below p, and combined by the angle addition formulas. Below SPAN they are rounded once;
+    above, their error is at most 2e-7; from position SPAN^2 on they are NaN.
     """
     near = lookup(jnp.asarray(sinusoids(np.arange(SPAN), width)), positions % SPAN)
     far = lookup(jnp.asarray(sinusoids(SPAN * np.arange(SPAN), width)), positions // SPAN)
@@ -40,12 +40,18 @@ def sinusoids(positions: np.ndarray, width: int) -> np.ndarray:
 
 
 def lookup(table: Float[Array, "V D"], ids: Int[Array, "*b"]) -> Float[Array, "*b D"]:
-    """Return rows of a table; NaN for an id without a row, which is not known while tracing."""
+    """Return the rows `ids` of a table; an id without a row gives NaN.
+
+    Ids are not known while tracing, so an error cannot be raised.
+    """
     return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 class PositionEmbedding(nn.Module):
-    """The vector added to the embedding of a token at a position; 0 where attention does it."""
+    """Vectors of positions, which are added to the embeddings of tokens.
+
+    They are 0.0 if attention applies the positions (rotary, alibi, relative), or without positions.
+    """
 
     config: ModelConfig
 
@@ -59,7 +65,8 @@ class PositionEmbedding(nn.Module):
         if positions.shape[-1] > config.max_length:
             raise ModelError(
                 f"{positions.shape[-1]} tokens are more than model.positions.max_length = "
-                f"{config.max_length}: learned positions end there"
+                f"{config.max_length}, where learned positions end: give fewer tokens, or train a "
+                "model with a larger max_length"
             )
         deviation = width**-0.5 if self.config.init == "glorot" else 0.02
         init = partitioned(nn.initializers.normal(deviation), "position", "embed")
@@ -72,15 +79,15 @@ class PositionEmbedding(nn.Module):
 
 @struct.dataclass
 class Rotation:
-    """Angles by which each position turns its queries and keys, as cosines and sines."""
+    """Cosines and sines of the angles by which the queries and keys of a position are rotated."""
 
     cos: Float[Array, "b T h"]  # h = H / 2
     sin: Float[Array, "b T h"]
 
     def __call__(self, x: Float[Array, "B T n H"]) -> Float[Array, "B T n H"]:
-        """Turn the pairs (i, i + H/2) of each head, in float32 (arXiv:2104.09864 §3.2.2).
+        """Rotate the feature pairs (i, i + H/2) of each head in float32 (arXiv:2104.09864 §3.2.2).
 
-        The paper pairs neighbours; halves differ from that by a fixed permutation of features.
+        The paper rotates the pairs (2i, 2i + 1): a fixed permutation of features. n is N or K.
         """
         first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         cos, sin = self.cos[:, :, None], self.sin[:, :, None]
@@ -95,9 +102,9 @@ def rotation(positions: Int[Array, "b T"], head_dim: int, config: RotaryConfig) 
 
 
 def rotary_frequencies(head_dim: int, config: RotaryConfig) -> np.ndarray:
-    """Return base^(-2i/H), float32 [H/2], scaled for longer inputs as `config` says.
+    """Return the frequencies base^(-2i/H), float32 [H/2], scaled for longer inputs by `config`.
 
-    Powers in float32 would be off in their last bit, and angles by that times the position.
+    Powers are computed in float64: an error in the last bit would be multiplied by the position.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     powers = config.base ** exponents.astype(np.float64)
@@ -105,7 +112,7 @@ def rotary_frequencies(head_dim: int, config: RotaryConfig) -> np.ndarray:
     if config.scaling == "linear":
         return frequencies / np.float32(config.factor)
     if config.scaling == "llama3":
-        # Turns within the original length: few means a long wavelength, which is stretched.
+        # Full rotations within the original length; with few rotations, a frequency is scaled.
         turns = config.original_length * frequencies / np.float32(2 * math.pi)
         low, high = config.low_frequency_factor, config.high_frequency_factor
         kept = np.clip((turns - low) / (high - low), 0, 1)
@@ -118,10 +125,10 @@ def rotary_frequencies(head_dim: int, config: RotaryConfig) -> np.ndarray:
 
 @struct.dataclass
 class PositionBias:
-    """The bias of the score of a query and a key, by head and distance.
+    """The bias that is added to attention scores, by head and distance.
 
-    Like a mask it is a function of rows and columns; a core asks for the tile that it needs.
-    Distances count rows of one sequence: inside a packed document they are those of the document.
+    A core computes only the tiles of the bias that it needs, as with masks. The distance of a pair
+    is key index minus query index in the row, so it is right in each document of a packed row.
     """
 
     values: Float[Array, "..."]
@@ -130,12 +137,16 @@ class PositionBias:
     max_distance: int | None = struct.field(pytree_node=False, default=None)
     """Distance from which a relative bias is constant; None: ALiBi."""
     q_offset: Int[Array, ""] | Int[Array, " B"] | None = None
-    """Position of query row 0, as in AttentionMask."""
+    """Position of the first query, as in AttentionMask; None: 0."""
 
     def tile(
         self, q_index: Int[Array, " t"], kv_index: Int[Array, " s"]
     ) -> Float[Array, "b N t s"]:
-        """Return the bias of these query rows and keys; b is B, or 1 if all rows agree."""
+        """Return the bias of the queries `q_index` and the keys `kv_index`.
+
+        Both are counted as in `AttentionMask.tile`. b is B, or 1 if the bias is the same for all
+        rows.
+        """
         rows = q_index[None, :, None]
         if self.q_offset is not None:
             rows = rows + jnp.reshape(self.q_offset, (-1, 1, 1))
@@ -151,8 +162,8 @@ class PositionBias:
 def alibi_slopes(heads: int) -> np.ndarray:
     """Return the slopes [N], a geometric sequence from 2^(-8/N) (arXiv:2108.12409 §3).
 
-    If N is no power of two, they are the slopes of the power below, then every second slope of the
-    power above, as in the authors' code.
+    If N is not a power of two, they are the slopes for the next lower power of two, then every
+    second slope for the next higher power, as in the authors' code.
     """
     power = 2 ** math.floor(math.log2(heads))
     slopes = 2.0 ** (-8.0 * np.arange(1, power + 1) / power)
@@ -163,10 +174,11 @@ def alibi_slopes(heads: int) -> np.ndarray:
 def relative_buckets(
     distance: Int[Array, "*d"], buckets: int, max_distance: int, bidirectional: bool
 ) -> Int[Array, "*d"]:
-    """Return the bucket of each distance (key minus query): near ones exactly, then by logarithm.
+    """Return the bucket of each distance, key position minus query position.
 
-    arXiv:1910.10683 §2.1. If bidirectional half of the buckets are for keys that come later;
-    otherwise those share the bucket of distance 0.
+    arXiv:1910.10683 §2.1. Each small distance has its own bucket; larger distances are assigned by
+    their logarithm, and all from `max_distance` on to the last bucket. If `bidirectional`, half of
+    the buckets are for keys after the query; otherwise such keys are in the bucket of distance 0.
     """
     first = 0
     if bidirectional:
@@ -182,7 +194,10 @@ def relative_buckets(
 
 
 class RelativeBias(nn.Module):
-    """The learned table of T5, one for all layers of a stack (arXiv:1910.10683 §2.1)."""
+    """The learned bias table of T5, which all layers of a stack share (arXiv:1910.10683 §2.1).
+
+    Axes: R buckets, N heads.
+    """
 
     config: ModelConfig
 

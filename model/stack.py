@@ -29,7 +29,7 @@ KEPT = {
     "attention": OF_ATTENTION,
     "dots": (*OF_ATTENTION, "up", "gate", "down"),
 }
-"""Linear maps whose outputs are kept for the backward pass, by `config.remat`."""
+"""Linear maps whose outputs are stored for the backward pass, by `config.remat`."""
 
 
 class Block(nn.Module):
@@ -91,11 +91,11 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks, one after the other: parameters lead with the axis `layers` [L, ...].
+    """Blocks, one after the other; their parameters have a leading axis of layers [L, ...].
 
-    Blocks are equal, or differ as `config.pattern` says; their parameters have the same shapes. The
-    collection "intermediates", where it is mutable, gets `hidden` [L, B, T, D] (each block's
-    output) and the attention weights [L, B, N, T, S].
+    Blocks are equal, or differ as `config.pattern` says; the shapes of their parameters are always
+    equal. If the collection "intermediates" is mutable, it gets `hidden` [L, B, T, D] (the outputs
+    of the blocks) and the attention weights [L, B, N, T, S].
     """
 
     config: ModelConfig
@@ -116,7 +116,7 @@ class Stack(nn.Module):
         cache_write_mask: Bool[Array, "B T"] | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], StackCache | None]:
-        """Return hidden states and the cache; `masks` has one for each layer of the period."""
+        """Return hidden states and the cache; `masks` has one mask for each layer of the period."""
         unroll = min(self._unroll(decodes=cache is not None), self.layers)
         contexts = self._contexts(positions, masks[0], cache_write_mask)
         of_layers = [
@@ -144,10 +144,11 @@ class Stack(nn.Module):
         return x, cache
 
     def _block(self) -> type[Block]:
-        """Return the block, which keeps for the backward pass the values that `remat` names."""
+        """Return the class of blocks, which stores only the values that `remat` keeps."""
         if self.config.remat == "none":
             return Block
-        # XLA shares no values between two loops. Without loops it would share and keep all values.
+        # XLA reuses no values across two loops. Without loops it would reuse them, so remat would
+        # save no memory.
         is_looped = self._unroll(decodes=False) < self.layers
         return nn.remat(Block, policy=self._policy(), prevent_cse=not is_looped, static_argnums=7)
 
@@ -161,7 +162,7 @@ class Stack(nn.Module):
         of_layers: list[tuple[Any, ...]],
         unroll: int,
     ) -> tuple[Float[Array, "B T D"], PatternCache | None]:
-        """Apply different blocks as pure functions of the parameters that equal blocks have.
+        """Apply blocks that differ, as pure functions of the parameters [L, ...] of equal blocks.
 
         `of_layers` holds the other arguments of each block of the period.
         """
@@ -197,7 +198,7 @@ class Stack(nn.Module):
         return layers_per_iteration(config.unroll, remat=config.remat != "none", decodes=decodes)
 
     def _core_params(self) -> dict[str, jax.Array]:
-        """Return the parameters that the layers' cores share."""
+        """Return the parameters of the cores that all layers share, by name."""
         sites: tuple[AttentionSite, ...] = ("decoder", "cross") if self.has_cross else ("self",)
         made: dict[str, jax.Array] = {}
         for core in dict.fromkeys(map(self.config.attention.core_of, sites)):
@@ -208,7 +209,7 @@ class Stack(nn.Module):
     def _contexts(
         self, positions: Int[Array, "b T"], mask: AttentionMask, cache_write_mask: jax.Array | None
     ) -> list[StackContext]:
-        """Return the context of self-attention for each layer of the period."""
+        """Return the shared inputs of self-attention for each layer of the period."""
         config, bias = self.config, self._bias(mask)
         common = StackContext(core_params=self._core_params(), cache_write_mask=cache_write_mask)
         by_positions = {
@@ -223,7 +224,7 @@ class Stack(nn.Module):
         return [by_positions[layer.positions] for layer in config.period]
 
     def _bias(self, mask: AttentionMask) -> PositionBias | None:
-        """Return the bias of attention scores, where the positions have one."""
+        """Return the bias of attention scores for alibi and relative positions, else None."""
         config, kind = self.config, self.config.positions.kind
         if kind == "alibi":
             slopes = jnp.asarray(alibi_slopes(config.attention.heads))

@@ -15,17 +15,20 @@ from heedful.model.config import ModelConfig
 
 @struct.dataclass
 class BlockCache:
-    """The cache of a block while decoding; in a stack each array leads with the layers."""
+    """The cache of a block in decoding; in a stack, each array has a leading axis of layers."""
 
     self_attention: Cache
     cross_attention: KVCache | None = None
 
     def repeat(self, times: int) -> "BlockCache":
-        """Return the cache for `times` hypotheses of each text, which share their source."""
+        """Return the cache for `times` hypotheses of each text.
+
+        Cross-attention is not repeated: the hypotheses of a text share its source.
+        """
         return self._each(lambda cache: repeat(cache, times))
 
     def reorder(self, parents: Int[Array, "B W"]) -> "BlockCache":
-        """Let each hypothesis continue the one of the same text that `parents` names."""
+        """Return the cache in which hypothesis w of text b continues hypothesis parents[b, w]."""
         return self._each(lambda cache: reorder(cache, parents))
 
     def _each(self, change: Callable[[Cache], Cache]) -> "BlockCache":
@@ -35,21 +38,22 @@ class BlockCache:
 
 @struct.dataclass
 class PatternCache:
-    """The caches of a stack whose layers differ, and so do the shapes of their caches.
+    """Caches of a stack whose layers have caches of different shapes.
 
-    A stack of L layers has L // P periods of P layers and a remainder. One BlockCache for each
-    layer of the period leads with the periods [L // P, ...], and one for each layer of the
-    remainder leads with [1, ...]. A loop over tokens may hold UnstackedLayers in their place.
+    L layers are L // P periods of P layers, and a remainder.
     """
 
     groups: tuple[Any, ...]
+    """One BlockCache for each layer of the period, whose arrays have the leading axis L // P, then
+    one for each layer of the remainder, with the leading axis 1. In a loop over tokens, an
+    UnstackedLayers can replace each BlockCache."""
 
     def repeat(self, times: int) -> "PatternCache":
-        """Return the cache for `times` hypotheses of each text, which share their source."""
+        """Return the cache for `times` hypotheses of each text; see `BlockCache.repeat`."""
         return PatternCache(tuple(group.repeat(times) for group in self.groups))
 
     def reorder(self, parents: Int[Array, "B W"]) -> "PatternCache":
-        """Let each hypothesis continue the one of the same text that `parents` names."""
+        """Return the cache in which hypothesis w of text b continues hypothesis parents[b, w]."""
         return PatternCache(tuple(group.reorder(parents) for group in self.groups))
 
 
@@ -57,7 +61,7 @@ StackCache = BlockCache | PatternCache
 
 
 def new_stack_cache(config: ModelConfig, batch: int, length: int) -> StackCache:
-    """Return the empty cache of a decoder for `length` positions."""
+    """Return the empty cache of a decoder for `batch` rows of `length` positions."""
 
     def stacked(layer: ModelConfig, count: int) -> BlockCache:
         lead = lambda x: jnp.broadcast_to(x, (count, *x.shape))  # noqa: E731

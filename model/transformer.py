@@ -21,11 +21,11 @@ from heedful.model.stack import Stack
 from heedful.model.stack_cache import StackCache, new_stack_cache
 
 Tokens = Int[Array, "B T"]
-Positions = Int[Array, "b T"]  # b is B, or 1 where all rows agree
+Positions = Int[Array, "b T"]  # b is B, or 1 if all rows have the same positions
 
 
 class InputEmbedding(nn.Module):
-    """Embedded tokens plus position and type, then norm and dropout as the config asks (§5.4)."""
+    """Embeddings of token, position and type, added up; then norm and dropout, if configured."""
 
     config: ModelConfig
 
@@ -42,7 +42,8 @@ class InputEmbedding(nn.Module):
         x = embedded + PositionEmbedding(config, name="positions")(positions)
         if type_ids is not None and not config.type_vocab_size:
             raise ModelError(
-                "type_ids are given, but model.type_vocab_size is 0: set it to their number"
+                "model.type_vocab_size = 0, but type_ids are given: set it to the number of token "
+                "types (BERT: 2), or leave type_ids out"
             )
         if config.type_vocab_size:
             deviation = config.width**-0.5 if config.init == "glorot" else 0.02
@@ -56,7 +57,7 @@ class InputEmbedding(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The parts that all architectures share: an embedding, a head, and the way between them."""
+    """The parts that all architectures share: embedding, head, and how hidden states are made."""
 
     config: ModelConfig
 
@@ -66,7 +67,7 @@ class Transformer(nn.Module):
         self.head = HEADS[self.config.head.kind](self.config)
 
     def setup_stacks(self) -> None:
-        """Make what stands between the embedding and the head."""
+        """Make the modules between the embedding and the head."""
         raise NotImplementedError
 
     def score(
@@ -76,7 +77,7 @@ class Transformer(nn.Module):
         *,
         deterministic: bool = True,
     ) -> Float[Array, "B *T C"]:
-        """Return logits [B, T, V] or [B, C], as the head gives them, of hidden states."""
+        """Return logits of hidden states: [B, T, V] of a language model, [B, C] of a classifier."""
         return self.head(x, self.embedding, segment_ids, deterministic=deterministic)
 
     def hidden(
@@ -92,7 +93,11 @@ class Transformer(nn.Module):
         deterministic: bool,
         **options: Any,
     ) -> tuple[Float[Array, "B T D"], StackCache | None]:
-        """Return hidden states of tokens, and the cache; `options` are those of the stack."""
+        """Return hidden states of `inputs` and the cache; `options` are passed on to the stack.
+
+        `mask` makes the mask from the config of a layer. `positions` None: 0, 1, 2, ..., counted
+        from `offset`.
+        """
         _require_cache(offset, options.get("cache"))
         positions = _or_range(positions, inputs, offset)
         x = embed(self.embedding(inputs), positions, type_ids, deterministic=deterministic)
@@ -101,7 +106,7 @@ class Transformer(nn.Module):
 
 
 class EncoderOnly(Transformer):
-    """Logits of tokens that each see all of their own segment (BERT, arXiv:1810.04805)."""
+    """An encoder, in which each token sees all of its segment (BERT, arXiv:1810.04805)."""
 
     def setup_stacks(self) -> None:
         self.inputs = InputEmbedding(self.config)
@@ -119,7 +124,7 @@ class EncoderOnly(Transformer):
     ) -> Float[Array, "B *T C"]:
         """Return logits, [B, T, V] of a language model or [B, C] of a classifier.
 
-        Without `return_logits` these are hidden states, which `score` takes.
+        If `return_logits` is False, return hidden states [B, T, D], which `score` takes.
         """
         x = self.encode(inputs, segment_ids, positions, type_ids, deterministic=deterministic)
         return self.score(x, segment_ids, deterministic=deterministic) if return_logits else x
@@ -133,7 +138,7 @@ class EncoderOnly(Transformer):
         *,
         deterministic: bool = True,
     ) -> Float[Array, "B T D"]:
-        """Return hidden states."""
+        """Return hidden states [B, T, D]."""
         mask = partial(encoder_mask, segment_ids=segment_ids)
         x, _ = self.hidden(
             self.inputs,
@@ -148,9 +153,10 @@ class EncoderOnly(Transformer):
 
 
 class DecoderOnly(Transformer):
-    """Logits of tokens that each see their own past (GPT).
+    """A decoder, in which each token sees itself and the tokens before it (GPT).
 
-    The first `prefix_len` tokens of a row, where given, see one another (arXiv:1910.10683 §3.2.1).
+    If `prefix_len` is given, the first `prefix_len` tokens of a row also see one another
+    (arXiv:1910.10683 §3.2.1).
     """
 
     def setup_stacks(self) -> None:
@@ -170,7 +176,7 @@ class DecoderOnly(Transformer):
     ) -> Float[Array, "B *T C"]:
         """Return logits of the next tokens [B, T, V], or [B, C] of a classifier.
 
-        Without `return_logits` these are hidden states.
+        If `return_logits` is False, return hidden states [B, T, D] instead.
         """
         outputs, _ = self.decode(
             inputs,
@@ -197,11 +203,12 @@ class DecoderOnly(Transformer):
         deterministic: bool = True,
         return_logits: bool = True,
     ) -> tuple[Float[Array, "B *T C"], StackCache | None]:
-        """Return logits for the token after each of `inputs`, and the cache with these added.
+        """Return the logits for the token after each input, and the cache with the inputs added.
 
-        `inputs` start at position `offset`. The cache remembers those in `cache_write_mask`, None:
-        all. The others are padding, or are read once more, after or before they are remembered.
-        Without `return_logits` there are hidden states in place of logits.
+        The cache is None if None is given. `offset` is the position of the first input; None: 0.
+        `cache_write_mask` is True for the inputs to add; None: all. The other inputs are padding,
+        or tokens that another call adds. If `return_logits` is False, return hidden states
+        [B, T, D] instead of logits.
         """
         mask = partial(decoder_mask, segment_ids=segment_ids, prefix_len=prefix_len, offset=offset)
         x, cache = self.hidden(
@@ -222,13 +229,15 @@ class DecoderOnly(Transformer):
 
 
 class EncoderDecoder(Transformer):
-    """Logits of target tokens that see their own past and all of a source (arXiv:1706.03762 §3)."""
+    """An encoder of a source and a decoder, which sees all of the source (arXiv:1706.03762 §3)."""
 
     def setup_stacks(self) -> None:
         config = self.config
         self.encoder_inputs = InputEmbedding(config)
         self.decoder_inputs = InputEmbedding(config)
-        depth = config.encoder_layers or config.layers  # which `init` looks at, too
+        depth = (
+            config.encoder_layers or config.layers
+        )  # initial values depend on config.layers, too
         encoder = replace(config, layers=depth, pattern=config.pattern[:depth])
         self.encoder = Stack(encoder, depth)
         self.decoder = Stack(config, config.layers, is_causal=True, has_cross=True)
@@ -245,7 +254,7 @@ class EncoderDecoder(Transformer):
         deterministic: bool = True,
         return_logits: bool = True,
     ) -> Float[Array, "B T C"]:
-        """Return logits of the next tokens [B, T, V]; without `return_logits` hidden states."""
+        """Return logits of the next tokens [B, T, V]; if not `return_logits`, hidden states."""
         encoded = self.encode(
             encoder_inputs, encoder_segment_ids, encoder_positions, deterministic=deterministic
         )
@@ -268,7 +277,7 @@ class EncoderDecoder(Transformer):
         *,
         deterministic: bool = True,
     ) -> Float[Array, "B S D"]:
-        """Return hidden states of the source."""
+        """Return hidden states [B, S, D] of the source."""
         mask = partial(encoder_mask, segment_ids=segment_ids)
         x, _ = self.hidden(
             self.encoder_inputs, self.encoder, inputs, positions, mask, deterministic=deterministic
@@ -289,10 +298,10 @@ class EncoderDecoder(Transformer):
         deterministic: bool = True,
         return_logits: bool = True,
     ) -> tuple[Float[Array, "B T C"], StackCache | None]:
-        """Return logits for the token after each of `inputs`, and the cache with these added.
+        """Return the logits for the token after each input, and the cache with the inputs added.
 
-        As `DecoderOnly.decode`. With a cache, its first call takes `encoded` and later ones None:
-        the projected source is in the cache then.
+        The arguments are those of `DecoderOnly.decode`. The first call with a cache takes the
+        source as `encoded`; later calls take None, because the cache has the projected source.
         """
         x, cache = self.hidden(
             self.decoder_inputs,
@@ -323,15 +332,15 @@ def build(config: ModelConfig) -> nn.Module:
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int) -> StackCache:
-    """Return a cache for `length` decoder positions.
+    """Return an empty cache for `batch` rows of `length` decoder positions.
 
-    Raises ModelError for more positions than a learned table has.
+    Raises ModelError if positions are learned and `length` exceeds model.positions.max_length.
     """
     limit = config.positions.max_length
     if config.positions.kind == "learned" and length > limit:
         raise ModelError(
-            f"cannot decode {length} positions: model.positions.max_length is {limit}, "
-            "and learned positions end there"
+            f"cannot decode {length} positions: the table of learned positions ends at "
+            f"model.positions.max_length = {limit}; decode at most {limit}"
         )
     return new_stack_cache(config, batch, length)
 
@@ -339,8 +348,8 @@ def empty_cache(config: ModelConfig, batch: int, length: int) -> StackCache:
 def _require_cache(offset: jax.Array | int | None, cache: StackCache | None) -> None:
     if offset is not None and cache is None:
         raise ValueError(
-            "tokens at an offset need a cache of those before them: give `cache`, or `positions` "
-            "where nothing is before them"
+            "tokens at an offset need a cache of the tokens before them: give `cache`, or leave "
+            "`offset` out and give `positions`"
         )
 
 

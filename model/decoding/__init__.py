@@ -1,1 +1,1 @@
-"""From logits to sequences: sampling, beam search, and parameters as their loops read them."""
+"""Decoding of sequences: sampling, beam search, and parameters arranged for their loops."""

@@ -1,4 +1,4 @@
-"""Beam search: the best of several hypotheses for each text, on the device from end to end."""
+"""Beam search: the best of several hypotheses for each text, computed entirely on the device."""
 
 from typing import Any, NamedTuple
 
@@ -14,10 +14,10 @@ from heedful.model.ops.top_k import top_k
 
 
 class BeamState(NamedTuple):
-    """W living hypotheses of each of B texts, and the best of those that have ended."""
+    """W living hypotheses of each of B texts, and the best hypothesis that has ended."""
 
     time: Int[Array, ""]
-    """Tokens of each living hypothesis."""
+    """Number of tokens of each living hypothesis."""
     done: Bool[Array, " B"]
     last: Int[Array, "B W"]
     """Last token of each living hypothesis."""
@@ -29,18 +29,18 @@ class BeamState(NamedTuple):
     """Tokens of the best hypothesis that has ended."""
     best_length: Int[Array, " B"]
     ended_scores: Float[Array, "B E"]
-    """Best scores of hypotheses that have ended, over their length penalty; -inf: none."""
+    """Best E scores of ended hypotheses, divided by their length penalty; -inf: no hypothesis."""
     seen: Bool[Array, "R V"] | None
-    """Tokens that each living hypothesis holds, R = B W."""
+    """True for the tokens that each of the R = B * W living hypotheses holds; None: not needed."""
     cache: Any
 
 
 class Extensions(NamedTuple):
-    """The likeliest C hypotheses that are one token longer, the likeliest first."""
+    """The C likeliest extensions of living hypotheses by one token, the likeliest first."""
 
     scores: Float[Array, "B C"]
     parents: Int[Array, "B C"]
-    """Number of the living hypothesis that each extends."""
+    """Number of the living hypothesis that each extension continues."""
     last: Int[Array, "B C"]
     tokens: Int[Array, "B C T"]
     ended: Bool[Array, "B C"]
@@ -60,11 +60,11 @@ class Rules(NamedTuple):
 
     @property
     def candidates(self) -> int:
-        """Extensions of which `width` stay alive, if all hypotheses may end in all ways."""
+        """Number of extensions of which `width` live on, even if all hypotheses end in all ways."""
         return self.width * (1 + max(1, np.size(self.eos_id)))
 
     def penalty(self, length: jax.Array) -> jax.Array:
-        """Return what divides the score of a hypothesis."""
+        """Return the length penalty, by which a score is divided."""
         return jnp.asarray(length_penalty(length, self.exponent, self.offset))
 
 
@@ -85,21 +85,24 @@ def beam_search(
     never: tuple[int, ...] = (),
     seen: Bool[Array, "B V"] | None = None,
 ) -> Decoded:
-    """Return the best of `width` hypotheses per row, by log-probability over length penalty.
+    """Return the best of `width` hypotheses per row: log-probability divided by length penalty.
 
-    The rule is that of Hugging Face transformers. Of the extensions of all living hypotheses the
-    likeliest `width` may be finished: those that end, and all of them at the limit of the row. The
-    likeliest others live on. A row stops with `early_stopping`
+    The algorithm is that of Hugging Face transformers. In each step, the `width` likeliest
+    extensions of all living hypotheses may be finished: extensions that end, and all of them at the
+    limit of the row. The `width` likeliest extensions that have not ended live on.
+    `early_stopping` tells when a row stops:
 
-    True: when `width` hypotheses are finished,
-    False: when the worst of these is as good as the best living one would be if it ended now,
-    "never": when no living hypothesis can become better than the best finished one, whatever its
-    length. That is exact, since log-probabilities only fall.
+    True: when `width` hypotheses are finished;
+    False: when the worst of the best `width` finished hypotheses is at least as good as the best
+    living hypothesis would be if it ended now;
+    "never": when no living hypothesis can become better than the best finished hypothesis, at any
+    length. This rule is exact, because the log-probability of a hypothesis only falls.
 
-    The repetition penalty changes log-probabilities, not logits as in sampling, and the sum of the
-    probabilities is then below 1. Tokens in `never` are not chosen, but keep their share of the
-    probability, as in transformers. `cache` must have `repeat(width)` and `reorder(parents
-    [B, W])`. For the other arguments see `sampling.init_decode` and `decode_until`.
+    The repetition penalty changes log-probabilities (in sampling, it changes logits), so that
+    probabilities sum to less than 1. Tokens in `never` are not chosen, but keep their share of the
+    probability, as in transformers. `cache` must have the methods `repeat(width)` and
+    `reorder(parents [B, W])`. The other arguments are those of `sampling.init_decode` and
+    `sampling.decode_until`. Raises ValueError for a repetition penalty without `seen`.
     """
     require_seen(repetition_penalty, seen)
     rules = Rules(
@@ -125,10 +128,10 @@ def beam_search(
 def init_beam(
     last: Int[Array, " B"], cache: Any, max_steps: int, seen: jax.Array | None, rules: Rules
 ) -> BeamState:
-    """Return the state in which all hypotheses of a row are equal, and only one has children."""
+    """Return the first state: hypotheses of a row are equal; only the first has a finite score."""
     batch, width = len(last), rules.width
     one_alive = jnp.where(jnp.arange(width) == 0, 0.0, -jnp.inf)
-    # Scores that decide when a row stops: that of the best one where the rule is exact.
+    # Number of ended scores that decide when a row stops; the exact rule needs only the best.
     deciding = 1 if rules.early_stopping == "never" else width
     return BeamState(
         time=jnp.int32(0),
@@ -150,7 +153,7 @@ def extend(state: BeamState, logits: Float[Array, "R V"], rules: Rules) -> Exten
     if state.seen is not None:
         logits -= logsumexp_given_max(logits, jnp.max(logits, axis=-1))[:, None]
         logits = penalise(logits, state.seen, rules.repetition_penalty)
-    children = min(rules.candidates, logits.shape[-1])  # of one hypothesis
+    children = min(rules.candidates, logits.shape[-1])  # per hypothesis
     log_probs, tokens = top_k(exclude(logits, never), children)
     if state.seen is None:
         highest = jnp.max(logits, axis=-1) if never else log_probs[:, 0]
@@ -169,7 +172,7 @@ def extend(state: BeamState, logits: Float[Array, "R V"], rules: Rules) -> Exten
 
 
 def finish(state: BeamState, extensions: Extensions, rules: Rules) -> BeamState:
-    """Keep the best of the hypotheses that have ended, among them the new ones."""
+    """Return the state with the best ended hypothesis, including ended ones of `extensions`."""
     length = state.time + 1
     scores = jnp.where(extensions.ended, extensions.scores / rules.penalty(length), -jnp.inf)
     scores = jnp.where(state.done[:, None], -jnp.inf, scores[:, : rules.width])
@@ -184,7 +187,7 @@ def finish(state: BeamState, extensions: Extensions, rules: Rules) -> BeamState:
 
 
 def live_on(state: BeamState, extensions: Extensions, rules: Rules) -> BeamState:
-    """Keep the likeliest extensions that have not ended, and tell which rows are done."""
+    """Return the state with the likeliest extensions that have not ended; mark rows as done."""
     row, length, done = _rows(state), state.time + 1, state.done
     scores = jnp.where(extensions.ended, -jnp.inf, extensions.scores)
     scores, order = jax.lax.top_k(scores, rules.width)
@@ -208,11 +211,11 @@ def live_on(state: BeamState, extensions: Extensions, rules: Rules) -> BeamState
 def _stops(
     live_scores: jax.Array, ended_scores: jax.Array, length: jax.Array, rules: Rules
 ) -> Bool[Array, " B"]:
-    """Tell which rows stop, by `early_stopping` or at their limit."""
+    """Return True for rows that stop, by `early_stopping` or at their limit."""
     if rules.early_stopping is True:
         stops = ended_scores[:, -1] > -jnp.inf
     else:
-        # A row that may hold no token has the limit 0, but it divides, too.
+        # With the limit 0, the penalty could be 0, and scores are divided by it.
         at_limit = jnp.maximum(rules.limits, 1)
         penalty = rules.penalty(at_limit if rules.early_stopping == "never" else length)
         stops = live_scores[:, 0] / penalty <= ended_scores[:, -1]

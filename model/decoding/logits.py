@@ -12,9 +12,10 @@ from heedful.model.ops.top_k import values_and_indices
 def penalise(
     logits: Float[Array, "*B V"], seen: Bool[Array, "*B V"] | None, penalty: float
 ) -> Float[Array, "*B V"]:
-    """Divide positive logits of the tokens in `seen` by `penalty`, multiply negative ones by it.
+    """Divide positive logits of tokens in `seen` by `penalty`; multiply negative logits by it.
 
-    This makes tokens rarer that a row holds already (arXiv:1909.05858 §4.1).
+    Tokens that a row already holds become less likely (arXiv:1909.05858 §4.1). `seen` None: return
+    the logits as they are.
     """
     if seen is None or penalty == 1.0:
         return logits
@@ -22,23 +23,27 @@ def penalise(
 
 
 def require_seen(penalty: float, seen: Bool[Array, "*B V"] | None) -> None:
-    """Raise ValueError where a penalty lacks the tokens that it is for."""
+    """Raise ValueError if there is a penalty, but `seen` is None."""
     if penalty != 1.0 and seen is None:
-        raise ValueError(f"repetition_penalty = {penalty} needs the tokens that rows hold: seen")
+        raise ValueError(
+            f"repetition_penalty = {penalty} needs the tokens that each row holds: give `seen`, or "
+            "set repetition_penalty to 1"
+        )
 
 
 def exclude(logits: Float[Array, "B V"], never: tuple[int, ...]) -> Float[Array, "B V"]:
-    """Return -inf for the tokens in `never`."""
+    """Return the logits with -inf for the tokens in `never`."""
     return logits.at[:, jnp.array(never)].set(-jnp.inf) if never else logits
 
 
 def cut_tail(
     logits: Float[Array, "B V"], top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> Float[Array, "B V"]:
-    """Return -inf for the tokens that are not likely enough to be drawn; ties stay together.
+    """Return the logits with -inf for tokens that are too unlikely to be drawn.
 
-    Kept are the `top_k` likeliest tokens, of those the smallest set of probability `top_p`, and of
-    those all with at least `min_p` times the highest probability.
+    Three filters act in turn. They keep the `top_k` likeliest tokens (0: all), of these the
+    smallest set with probability `top_p`, and of this set the tokens with at least `min_p` times
+    the highest probability. Equally likely tokens are kept, or left out, together.
     """
     if top_k > 0:
         best, _ = values_and_indices(logits, min(top_k, logits.shape[-1]))
@@ -53,10 +58,10 @@ def cut_tail(
 
 
 def _nucleus(probabilities: Float[Array, "B V"], mass: float) -> Float[Array, "B 1"]:
-    """Return the highest threshold above which the probabilities sum to at least `mass`.
+    """Return the highest threshold such that probabilities from it on sum to at least `mass`.
 
-    The threshold is found by bisection. Positive floats are ordered as their bits are, so 30 sums
-    tell it exactly, in a fraction of the time of sorting a large vocabulary.
+    The threshold is found by bisection of its bits, which have the same order as positive floats.
+    30 sums find it exactly, in a fraction of the time that sorting a large vocabulary takes.
     """
 
     def halve(_: Any, between: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""The parameters of a model as a loop over tokens reads them."""
+"""Parameters of a model, arranged for a loop over tokens."""
 
 from typing import Any
 
@@ -16,18 +16,22 @@ from heedful.model.transformer import build, empty_cache
 
 @struct.dataclass
 class DecodeParams:
-    """The parameters of a model, arranged for decoding on the platform of the mesh in force.
+    """Parameters of a model, arranged for decoding on the platform of the mesh in force.
 
-    `prepare` makes it once for all texts. It holds each array once: a kernel of which decoding
-    reads the transpose is in the collection "decode" and not in "params". Parameters and caches
-    whose layers are apart (see `ops.loops.unstack_layers`) are apart between calls only.
+    Call `prepare` once, for all texts, to make it. Each array is stored once: a kernel of which
+    decoding reads the transpose is in the collection "decode" and not in "params". Layers of
+    parameters and caches may be unstacked between calls (see `ops.loops.unstack_layers`); each call
+    stacks the layers again.
     """
 
     config: ModelConfig = struct.field(pytree_node=False)
     collections: dict[str, Any]
 
     def apply(self, *args: Any, **options: Any) -> Any:
-        """Return what `build(config).apply` returns for the parameters as they were."""
+        """Call `build(config).apply` with these parameters.
+
+        The result is that of the parameters before `prepare`.
+        """
         return build(self.config).apply(restack_layers(self.collections), *args, **options)
 
     def empty_cache(self, batch: int, length: int) -> Any:
@@ -37,7 +41,7 @@ class DecodeParams:
     def decode(
         self, tokens: Int[Array, "B T"], *args: Any, cache: Any, **options: Any
     ) -> tuple[Float[Array, "B T V"], Any]:
-        """Return logits for the token after each of `tokens`, and the cache with them added.
+        """Return logits for the token after each of `tokens`, and the cache with `tokens` added.
 
         The other arguments are those of the model's method `decode`.
         """
@@ -48,7 +52,7 @@ class DecodeParams:
     def step(
         self, tokens: Int[Array, "R 1"], cache: Any, position: Position, *args: Any
     ) -> tuple[Float[Array, "R V"], Any]:
-        """Decode one token a row: the `Step` of `sample` and `beam_search`."""
+        """Decode one token per row: the `step` that `sample` and `beam_search` take."""
         logits, cache = self.decode(tokens, *args, cache=cache, offset=position)
         return logits[:, -1], cache
 
@@ -60,7 +64,7 @@ class DecodeParams:
 
 
 def prepare(config: ModelConfig, params: Any) -> DecodeParams:
-    """Return parameters as decoding reads them: to be called in a program of its own."""
+    """Arrange parameters for decoding; call it once, in a separate jitted program."""
     if layers_are_looped(config):
         return DecodeParams(config, {"params": params})
     kept, transposed = dict(params), {}
@@ -72,7 +76,7 @@ def prepare(config: ModelConfig, params: Any) -> DecodeParams:
 
 
 def layers_are_looped(config: ModelConfig) -> bool:
-    """Tell if the layers that a token passes are a loop in the compiled program."""
+    """Return True if the compiled program runs the layers of a token in a loop."""
     depth = max(config.layers, config.encoder_layers or 0)
     is_remat = config.remat != "none"
     return layers_per_iteration(config.unroll, remat=is_remat, decodes=True) < depth

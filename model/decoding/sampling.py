@@ -1,8 +1,8 @@
-"""Greedy decoding and sampling: one token after another, on the device from end to end.
+"""Greedy decoding and sampling: one token after another, computed entirely on the device.
 
-The loops here and in `beam_search` take `step(tokens [R, 1], cache, position) -> (logits [R, V],
-cache)`. They begin with the last token of each row so far and its position, one for all rows or
-one for each row. The caller has filled the cache with the tokens before.
+The loops here and in `beam_search` take a function `step(tokens [R, 1], cache, position) ->
+(logits [R, V], cache)` for R rows. They begin with the last token of each row and its position, a
+single number or one for each row. The cache must already hold all tokens before the last token.
 """
 
 from collections.abc import Callable
@@ -21,10 +21,10 @@ Step = Callable[[Int[Array, "R 1"], Any, Position], tuple[Float[Array, "R V"], A
 
 
 class Sampling(NamedTuple):
-    """Rules by which the next token is chosen."""
+    """Rules for the choice of the next token."""
 
     temperature: float = 0.0
-    """Divisor of the logits; 0: the likeliest token."""
+    """Number by which logits are divided; 0: always choose the likeliest token."""
     top_k: int = 0
     """Number of the likeliest tokens to choose among; 0: all."""
     top_p: float = 1.0
@@ -34,11 +34,11 @@ class Sampling(NamedTuple):
     repetition_penalty: float = 1.0
     """Penalty of tokens that the row holds already (arXiv:1909.05858 §4.1); 1: none."""
     never: tuple[int, ...] = ()
-    """Tokens that are not chosen."""
+    """Ids of tokens that are never chosen."""
 
 
 class Decoded(NamedTuple):
-    """Chosen tokens (0 beyond the end), their number, and the sum of their log-probabilities."""
+    """Chosen tokens (0 after the end), their number, and the sum of their log-probabilities."""
 
     tokens: Int[Array, "B T"]
     lengths: Int[Array, " B"]
@@ -49,11 +49,11 @@ class DecodeState(NamedTuple):
     """Rows that are being decoded, between two calls of `decode_until`."""
 
     time: Int[Array, ""]
-    """Tokens decoded in the longest row."""
+    """Number of tokens decoded in the longest row."""
     last: Int[Array, " B"]
     """Last token of each row."""
     start: Int[Array, ""] | Int[Array, " B"]
-    """Position of the first `last`."""
+    """Position of the token `last` with which decoding began."""
     limits: Int[Array, " B"]
     done: Bool[Array, " B"]
     decoded: Decoded
@@ -72,11 +72,11 @@ def init_decode(
     keys: jax.Array | None = None,
     seen: Bool[Array, "B V"] | None = None,
 ) -> DecodeState:
-    """Return the state of rows that end in the tokens `last`, at position `start`.
+    """Return the state of rows that end with the tokens `last`, at position `start`.
 
-    Row b gets at most `limits[b]` tokens, none if that is 0. `keys` [B] holds one random key per
-    row, so that a row's text does not depend on its neighbours. `seen` tells which tokens a row
-    holds already.
+    Row b gets at most limits[b] tokens, and no token if limits[b] is 0. `keys` [B] has one random
+    key per row, so that a row's text does not depend on other rows; None: greedy decoding only.
+    `seen` is True for the tokens that a row already holds; None: no repetition penalty.
     """
     batch = last.shape[0]
     nothing = Decoded(
@@ -100,12 +100,16 @@ def init_decode(
 def decode_until(
     step: Step, state: DecodeState, until: Int[Array, ""] | int, *, eos_id: Ends, sampling: Sampling
 ) -> DecodeState:
-    """Decode token by token until rows hold `until` tokens or all have ended.
+    """Decode token by token until rows hold `until` tokens or all rows have ended.
 
-    Each token of `eos_id` ends a row. No token has the id -1, so -1 leaves the end to the limits.
+    Each id in `eos_id` ends a row; with -1, which is the id of no token, only the limits end rows.
+    Raises ValueError for a temperature without keys and for a repetition penalty without `seen`.
     """
     if sampling.temperature > 0.0 and state.keys is None:
-        raise ValueError(f"temperature = {sampling.temperature} needs random keys; 0 is greedy")
+        raise ValueError(
+            f"temperature = {sampling.temperature} needs random keys: give `keys`, or set "
+            "temperature to 0 for greedy decoding"
+        )
     require_seen(sampling.repetition_penalty, state.seen)
     index = jnp.arange(state.last.shape[0])
     until = jnp.minimum(until, state.decoded.tokens.shape[1])
@@ -148,13 +152,13 @@ def sample(
     sampling: Sampling = Sampling(),  # noqa: B008
     **rows: Any,
 ) -> Decoded:
-    """Decode until all rows have ended: `init_decode`, which takes `rows`, then `decode_until`."""
+    """Decode until all rows have ended; `rows` are the other arguments of `init_decode`."""
     state = init_decode(last, cache, max_steps=max_steps, **rows)
     return decode_until(step, state, max_steps, eos_id=eos_id, sampling=sampling).decoded
 
 
 def is_end(tokens: Int[Array, "*B"], eos_id: Ends) -> Bool[Array, "*B"]:
-    """Tell which tokens end a row."""
+    """Return True for tokens that end a row."""
     return jnp.isin(tokens, jnp.atleast_1d(jnp.asarray(eos_id, jnp.int32)))
 
 

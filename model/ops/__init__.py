@@ -1,1 +1,1 @@
-"""Formulas that some platforms compute faster in another form, each beside its plain form."""
+"""Formulas in a plain form, each with the variants that are faster on some platforms."""

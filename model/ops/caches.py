@@ -1,4 +1,4 @@
-"""Reads and writes of the arrays that a cache holds."""
+"""Reads and writes of the arrays of a cache."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,18 +9,19 @@ from jaxtyping import Array, Float, Int
 
 from heedful.model.ops.platform import op
 
-MIN_PREFIX = 16  # positions that are the least to be read apart
+MIN_PREFIX = 16  # smallest number of positions to read instead of the whole cache
 MAX_SHARED_BEAMS = 16
-"""Hypotheses up to which products with the keys of all take less time than copies of the keys."""
+"""Largest beam width for which multiplying with the keys of all hypotheses is faster than copying
+keys."""
 
 
 @op
 def read_filled(
     read: Callable[[int], Float[Array, "..."]], length: int, offset: Int[Array, "*b"]
 ) -> Float[Array, "..."]:
-    """Return read(n), where `read` looks at the first n of a cache's `length` positions.
+    """Return read(n), where `read` reads the first n of a cache's `length` positions.
 
-    n is at least all that a token at `offset` sees.
+    n covers all positions that a token at `offset` may see.
     """
     return read(length)
 
@@ -29,9 +30,9 @@ def read_filled(
 def _read_prefix(
     read: Callable[[int], Float[Array, "..."]], length: int, offset: Int[Array, "*b"]
 ) -> Float[Array, "..."]:
-    """Read an eighth, a quarter, half or all of the cache: each of them is compiled.
+    """Read an eighth, a quarter, a half or all of the cache; each of these reads is compiled.
 
-    A CPU takes as long as there are keys to read.
+    On a CPU, the time grows with the number of keys that are read.
     """
     sizes = [n for n in (length // 8, length // 4, length // 2) if n >= MIN_PREFIX]
     index = jnp.sum(jnp.max(offset) >= jnp.array(sizes, jnp.int32))
@@ -41,7 +42,7 @@ def _read_prefix(
 def write_at(
     array: Float[Array, "*b"], x: Float[Array, "*c"], start: Int[Array, "*d"], *, axis: int
 ) -> Float[Array, "*b"]:
-    """Return `array` with `x` in it from `start` ([] or [B]) on, along an axis < 0."""
+    """Return `array` with `x` written along `axis` < 0, from index `start` ([] or [B]) on."""
     if start.ndim:
         return jax.vmap(partial(write_at, axis=axis))(array, x, start)
     return write_slice(array, x, start, axis)
@@ -51,7 +52,7 @@ def write_at(
 def write_slice(
     array: Float[Array, "*b"], x: Float[Array, "*c"], start: Int[Array, ""], axis: int
 ) -> Float[Array, "*b"]:
-    """Return `array` with `x` in it from one `start` on, along an axis < 0."""
+    """Return `array` with `x` written along `axis` < 0, from the single index `start` on."""
     return jax.lax.dynamic_update_slice_in_dim(array, x, start, axis=array.ndim + axis)
 
 
@@ -59,9 +60,10 @@ def write_slice(
 def _scatter(
     array: Float[Array, "*b"], x: Float[Array, "*c"], start: Int[Array, ""], axis: int
 ) -> Float[Array, "*b"]:
-    """Write by a scatter of at least two indices, the last behind the end, where it is dropped.
+    """Write by a scatter with one more index, which lies beyond the end and is dropped.
 
-    A CPU fuses a single update with each of its readers, each with a copy of all of `array`.
+    XLA on a CPU would fuse an update at a single index into each of its readers, and each reader
+    would copy all of `array`.
     """
     index = jnp.append(start + jnp.arange(x.shape[axis]), array.shape[axis])
     first = jax.lax.slice_in_dim(x, 0, 1, axis=x.ndim + axis)

@@ -1,4 +1,4 @@
-"""Loops over layers: how many layers an iteration computes, and how arrays carry the layers."""
+"""Loops over layers: the number of layers per iteration, and stacked or unstacked arrays."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,23 +10,25 @@ from jaxtyping import Array, Int
 
 from heedful.model.ops.platform import op
 
-MIN_UNROLLED = 12  # layers up to which a CPU takes less time without a loop over them
+MIN_UNROLLED = 12  # up to this number of layers, a CPU is faster without a loop over layers
 
 
 @op
 def layers_per_iteration(asked: int | None, *, remat: bool, decodes: bool) -> int:
-    """Return how many layers an iteration of the loop over layers computes.
+    """Return the number of layers that an iteration of the loop over layers computes.
 
-    `asked` is `model.unroll`; `remat` tells if the backward pass computes again what it needs.
+    `asked` is `model.unroll`; `remat` is True if the backward pass recomputes values; `decodes` is
+    True in decoding.
     """
     return asked or 1
 
 
 @layers_per_iteration.on("cpu")
 def _unroll_all(asked: int | None, *, remat: bool, decodes: bool) -> int:
-    """Return at least 12, which for most models means that there is no loop.
+    """Return at least 12 in decoding, or if there is no `asked` and no `remat`.
 
-    With `remat` there is one: without it, a CPU computes early what it should compute again.
+    Most models then have no loop. `remat` needs the loop: without it, XLA on a CPU would recompute
+    values too early, and store them.
     """
     is_open = decodes or (asked is None and not remat)
     return max(MIN_UNROLLED if is_open else 1, asked or 1)
@@ -40,7 +42,7 @@ class UnstackedLayers:
 
     @classmethod
     def of(cls, stacked: Any) -> "UnstackedLayers":
-        """Split arrays [L, ...]."""
+        """Split arrays [L, ...] into L layers."""
         count = len(jax.tree.leaves(stacked)[0])
         return cls(tuple(jax.tree.map(lambda x: x[i], stacked) for i in range(count)))  # noqa: B023
 
@@ -53,33 +55,33 @@ class UnstackedLayers:
         return self._each(lambda cache: cache.repeat(times))
 
     def reorder(self, parents: Int[Array, "B W"]) -> "UnstackedLayers":
-        """Reorder the hypotheses of a cache."""
+        """Return the cache in which hypothesis w of text b continues hypothesis parents[b, w]."""
         return self._each(lambda cache: cache.reorder(parents))
 
     def _each(self, change: Callable[[Any], Any]) -> "UnstackedLayers":
-        """Change each layer as a stack of one."""
+        """Apply `change` to each layer as a stack of one layer."""
         stacks = (change(jax.tree.map(lambda x: x[None], layer)) for layer in self.layers)
         return UnstackedLayers(tuple(jax.tree.map(lambda x: x[0], stack) for stack in stacks))
 
 
 @op
 def unstack_layers(stacked: Any) -> Any:
-    """Return parameters or a cache [L, ...] as a loop over tokens should carry them."""
+    """Return parameters or a cache [L, ...] in the form that is fastest in a loop over tokens."""
     return stacked
 
 
 @unstack_layers.on("cpu")
 def _unstack(stacked: Any) -> Any:
-    """Split the layers, which `restack_layers` puts together for each token.
+    """Split the layers; `restack_layers` stacks the layers again for each token.
 
-    A CPU copies what a layer needs of a stacked array whenever it needs it. Where the layers of a
-    token are in no loop, the compiler sees that a layer of the stack is what was apart, and copies
-    nothing.
+    A CPU copies each layer's slice of a stacked array for each token. If the layers are stacked
+    inside the loop over tokens, and have no loop of their own, the compiler sees that the slice of
+    a layer is the array before stacking, and copies nothing.
     """
     return UnstackedLayers.of(stacked) if jax.tree.leaves(stacked) else stacked
 
 
 def restack_layers(tree: Any) -> Any:
-    """Return a tree with what `unstack_layers` was given in place of what it returned."""
+    """Undo `unstack_layers`: stack each UnstackedLayers in the tree to arrays [L, ...]."""
     is_unstacked = lambda x: isinstance(x, UnstackedLayers)  # noqa: E731
     return jax.tree.map(lambda x: x.stack() if is_unstacked(x) else x, tree, is_leaf=is_unstacked)

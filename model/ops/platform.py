@@ -1,7 +1,7 @@
-"""The table of formulas and of their variants for single platforms.
+"""Formulas, and their variants for single platforms.
 
-A formula is one function that reads as mathematics, the plain form. Where a platform computes it
-faster in another form, that form stands beside it, with the measurement that justifies it:
+The plain form of a formula is a function that reads as mathematics. If a platform computes another
+form faster, this variant is written below the plain form:
 
     @op
     def double(x): return 2 * x
@@ -9,7 +9,8 @@ faster in another form, that form stands beside it, with the measurement that ju
     @double.on("cpu")
     def _sum(x): return x + x
 
-`double(x)` takes the variant of the platform for which the program is traced, or the plain form.
+`double(x)` calls the variant for the platform that the program is traced for; without such a
+variant, it calls the plain form.
 """
 
 from collections.abc import Callable
@@ -48,6 +49,6 @@ OPS: dict[str, Op] = {}
 
 
 def op(plain: Callable[P, R]) -> Op[P, R]:
-    """Make a function an `Op`, which is then in `OPS`."""
+    """Turn a function into an `Op`, and add it to `OPS`."""
     OPS[plain.__name__] = made = Op(plain)
     return made

@@ -1,4 +1,4 @@
-"""Products of hidden states [B, T, i] and the matrices of linear maps."""
+"""Products of hidden states [B, T, i] with the matrices [i, o] of linear maps."""
 
 import math
 from functools import partial
@@ -11,18 +11,19 @@ from jaxtyping import Array, Float
 from heedful.model.axes import mesh_axes
 from heedful.model.ops.platform import op
 
-MAX_ROWS_TRANSPOSED = 64  # rows of x up to which a CPU is faster with the matrix as first factor
+# Up to this number of rows of x, a CPU is faster with the matrix as the first factor.
+MAX_ROWS_TRANSPOSED = 64
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(
     x: Float[Array, "B T i"], kernel: Float[Array, "..."], dtype: str | None = None
 ) -> Float[Array, "B T o"]:
-    """Return x kernel in `dtype` (None: the type of x); the gradient for the kernel is x^T g.
+    """Return the product x @ kernel in `dtype` (None: the type of x).
 
-    The kernel [*in, *out] becomes a matrix [i, o] of the type of x here, so that the backward pass
-    finds the parameter itself and no copy of it. A derivative by JAX would give the gradient as
-    (g^T x)^T, for which a CPU copies all of g.
+    For an output gradient g, the gradient of the kernel is computed as x^T g; JAX's own derivative
+    would be (g^T x)^T, for which a CPU copies g. The kernel [*in, *out] is reshaped to [i, o] and
+    cast to the type of x in here, so that the backward pass stores the parameter and no copy.
     """
     return jnp.einsum("BTi,io->BTo", x, _matrix(kernel, x), preferred_element_type=dtype)
 
@@ -50,10 +51,10 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 def summed_outer_products(
     x: Float[Array, "B T i"], y: Float[Array, "B T o"]
 ) -> Float[Array, "i o"]:
-    """Return x^T y, summed over all tokens of all rows.
+    """Return x^T @ y, summed over all B * T tokens.
 
-    As a product of flat arrays, for which a TPU moves less. But where the mesh splits T, flat
-    arrays would be gathered.
+    Arrays are flattened to [B * T, ...], for which a TPU moves less data; but not if the mesh
+    splits T, because then flat arrays would be gathered.
     """
     if any(mesh_axes("act_length")):
         return jax.lax.dot_general(x, y, (((0, 1), (0, 1)), ((), ())))
@@ -62,7 +63,7 @@ def summed_outer_products(
 
 @summed_outer_products.on("cpu")
 def _wider_second(x: Float[Array, "B T i"], y: Float[Array, "B T o"]) -> Float[Array, "i o"]:
-    """Return (y^T x)^T where x is the wider of the two: a CPU copies the first factor."""
+    """Return (y^T @ x)^T if x is wider than y: a CPU copies the first factor."""
     plain = summed_outer_products.plain
     if x.shape[-1] <= y.shape[-1]:
         return plain(x, y)
@@ -73,7 +74,7 @@ def _wider_second(x: Float[Array, "B T i"], y: Float[Array, "B T o"]) -> Float[A
 def transposed_matmul(
     x: Float[Array, "B T i"], transposed: Float[Array, "o i"], dtype: str | None = None
 ) -> Float[Array, "B T o"]:
-    """Return x transposed^T in `dtype` (None: their type)."""
+    """Return x @ transposed^T in `dtype` (None: the type of x and `transposed`)."""
     return jnp.einsum("BTi,oi->BTo", x, transposed, preferred_element_type=dtype)
 
 
@@ -81,48 +82,51 @@ def transposed_matmul(
 def _matrix_first(
     x: Float[Array, "B T i"], transposed: Float[Array, "o i"], dtype: str | None = None
 ) -> Float[Array, "B T o"]:
-    """Return (transposed x^T)^T where x has few rows, as in decoding.
+    """Return (transposed @ x^T)^T if x has at most MAX_ROWS_TRANSPOSED rows, as in decoding.
 
-    That takes down to 0.6 of the time of `matmul`; with many rows, as in a prompt, it would take a
-    fifth more.
+    The product then takes as little as 0.6 of the time of `matmul`; with many rows, as in prefill,
+    it would take a fifth more.
     """
     if _rows(x) > MAX_ROWS_TRANSPOSED:
         return transposed_matmul.plain(x, transposed, dtype)
-    # Written as one einsum, x would become the first factor.
+    # In an einsum with the result BTo, x would become the first factor.
     y = jnp.einsum("oi,BTi->oBT", transposed, x, preferred_element_type=dtype)
     return jnp.moveaxis(y, 0, -1)
 
 
 @op
 def transpose_for_decoding(kernels: dict[Any, Any]) -> dict[Any, Any]:
-    """Return those of the kernels [L, i, o] that decoding reads transposed, as [L, o, i]."""
+    """Return the transposes [L, o, i] of the kernels that decoding reads transposed; here none."""
     return {}
 
 
 @transpose_for_decoding.on("cpu")
 def _transpose_all(kernels: dict[Any, Any]) -> dict[Any, Any]:
-    """Return all, for `transposed_matmul`."""
+    """Return the transposes of all kernels [L, i, o], for `transposed_matmul`."""
     return {name: jnp.swapaxes(kernel, 1, 2) for name, kernel in kernels.items()}
 
 
 @op
 def tied_logits(x: Float[Array, "B T D"], table: Float[Array, "V D"]) -> Float[Array, "B T V"]:
-    """Return x table^T in float32, the products with all rows of an embedding."""
+    """Return the logits x @ table^T in float32; `table` is the embedding matrix."""
     return matmul(x, table.T, "float32")
 
 
 @tied_logits.on("cpu")
 def _tied_logits(x: Float[Array, "B T D"], table: Float[Array, "V D"]) -> Float[Array, "B T V"]:
-    """Take `transposed_matmul` for few rows: the table is a transposed kernel as it stands."""
+    """Use `transposed_matmul` if x has at most MAX_ROWS_TRANSPOSED rows.
+
+    The table [V, D] already has the layout [o, i].
+    """
     if _rows(x) > MAX_ROWS_TRANSPOSED:
         return tied_logits.plain(x, table)
     return transposed_matmul(x, table, "float32")
 
 
 def add_wide_bias(logits: Float[Array, "B T V"], bias: Float[Array, " V"]) -> Float[Array, "B T V"]:
-    """Return logits + bias, where the bias is a product, so that its gradient is one, too.
+    """Return logits + ones @ bias, so that the gradient of the bias is a product, too.
 
-    A CPU is slow to sum rows as wide as a vocabulary.
+    It would be a sum over rows as wide as a vocabulary, which is slow on a CPU.
     """
     ones = jnp.ones(logits.shape[:2])
     return logits + jnp.einsum("BT,V->BTV", ones, bias, precision="highest")

@@ -1,4 +1,4 @@
-"""Sums of exponentials, by which a softmax over a vocabulary divides."""
+"""Logarithm of the denominator of a softmax over a vocabulary."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -19,9 +19,10 @@ def logsumexp_given_max(
 def _vocabulary_first(
     logits: Float[Array, "B V"], highest: Float[Array, " B"]
 ) -> Float[Array, " B"]:
-    """Sum few rows with V in front, as `products.transposed_matmul` leaves their logits.
+    """Sum over the leading axis V if there are at most MAX_ROWS_TRANSPOSED rows.
 
-    Otherwise a CPU transposes all logits first.
+    This is the layout in which `products.transposed_matmul` leaves logits; for a sum over the last
+    axis, a CPU would transpose them first.
     """
     if len(logits) > MAX_ROWS_TRANSPOSED:
         return logsumexp_given_max.plain(logits, highest)
