@@ -1,4 +1,4 @@
-"""An experiment: the values of a model, of data and of a training, in one file."""
+"""Experiments: each file of this folder has the settings of a model, its data and its training."""
 
 import importlib
 import pkgutil
@@ -12,7 +12,7 @@ from heedful.train.config import TrainConfig, TrainError
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """The values of one experiment."""
+    """Settings of one experiment."""
 
     model: ModelConfig
     data: DataConfig
@@ -26,14 +26,17 @@ def names() -> list[str]:
 
 
 def has(name: str) -> bool:
-    """Tell if this is the name of an experiment, or of a row of one: NAME:ROW."""
+    """Tell if `name` is NAME or NAME:ROW with a known experiment NAME.
+
+    ROW, a variation in the ROWS of the experiment's file, is not checked here.
+    """
     return name.partition(":")[0] in names()
 
 
 def load(name: str) -> tuple[Experiment, str]:
-    """Return an experiment by its name, and its description.
+    """Return the experiment NAME or NAME:ROW, and its description.
 
-    Raises TrainError for an unknown name.
+    Raises TrainError for an unknown NAME or ROW.
     """
     if not has(name):
         raise TrainError(f"unknown config '{name}': choose one of {', '.join(names())}")

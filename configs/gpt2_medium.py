@@ -1,9 +1,9 @@
-"""GPT-2 of 350 million parameters (Radford et al. 2019, table 2).
+"""GPT-2 of 355 million parameters (Radford et al. 2019, table 2).
 
 heedful train gpt2_medium --train.mesh.fsdp 8
 
-The recipe is that of gpt2_small, with a peak learning rate between those of arXiv:2005.14165 table
-2.1. The experiment has not been run here yet.
+The recipe is that of gpt2_small, with the peak learning rate of the GPT-3 model of the nearest
+size, 3e-4 (arXiv:2005.14165 table 2.1). The experiment has not been run here yet.
 """
 
 from heedful.configs import gpt2_small

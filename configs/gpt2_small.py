@@ -3,8 +3,8 @@
 heedful train gpt2_small
 
 The recipe is that of nanoGPT: 600,000 steps of 491,520 tokens. The README of nanoGPT gives a
-validation loss of about 2.85 on OpenWebText after 4 days on 8 A100; C4, which is used here, is
-another text. The experiment has not been run here yet.
+validation loss of about 2.85 on OpenWebText after 4 days on 8 A100; this experiment reads C4, so
+its loss will differ. The experiment has not been run here yet.
 """
 
 from heedful.configs.base import Experiment

@@ -1,12 +1,12 @@
 """The variations of `vaswani_table3` in a small size, on the captions of Multi30k.
 
-heedful train multi30k_table3:heads_1       # in the folder of the files of `multi30k`
-python -m benchmarks.table3 --data FOLDER   # all runs, and the table: RESULTS.md has the results
+heedful train multi30k_table3:heads_1       # in the folder with the files of `multi30k`
+python -m benchmarks.table3 --data FOLDER   # all variations, and their table (see RESULTS.md)
 
-The models have a quarter of the width and half of the layers, and train for 400 steps of 2,048
-tokens, which is less than two epochs. A variation may have another effect in a longer run. Norms
-are before the sublayers and the learning rate falls to 0; otherwise seeds would differ by more than
-most variations after so few steps.
+The model has a quarter of the width and half of the layers of `vaswani_base`. It trains for 400
+steps of 2,048 tokens (less than two epochs); a variation can have another effect in a long training
+run. Pre-norm and a learning rate that falls to 0 keep the differences between random seeds smaller
+than those between most variations.
 """
 
 from dataclasses import replace

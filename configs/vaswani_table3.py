@@ -1,9 +1,10 @@
 """The variations of "Attention Is All You Need" (arXiv:1706.03762, table 3), one at a time.
 
-heedful train vaswani_table3:heads_1     # or another name of ROWS; without one: the base model
+heedful train vaswani_table3:heads_1     # heads_1 or another name in ROWS
+heedful train vaswani_table3             # the base model
 
 The paper measures perplexity and BLEU on newstest2013, English to German. The variations have not
-been run here at this size: multi30k_table3 has the same variations of a small model.
+been run here at this size; multi30k_table3 has the same variations of a small model.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ BASE = 4.92, 25.8
 
 
 class Row(NamedTuple):
-    """A variation, and its results in the paper."""
+    """One variation, with the perplexity and BLEU of the paper."""
 
     group: str
     change: Callable[[Experiment], Experiment]
@@ -31,7 +32,7 @@ def _model(experiment: Experiment, **changes: Any) -> Experiment:
 
 
 def heads(factor: float) -> Callable[[Experiment], Experiment]:
-    """Multiply the number of heads by `factor`; each head is smaller by the same factor."""
+    """Return a change that multiplies the number of heads; the head size becomes width / heads."""
 
     def change(e: Experiment) -> Experiment:
         count = round(factor * e.model.attention.heads)
@@ -41,7 +42,7 @@ def heads(factor: float) -> Callable[[Experiment], Experiment]:
 
 
 def keys(factor: float) -> Callable[[Experiment], Experiment]:
-    """Multiply the size of queries and keys by `factor`; values keep their size."""
+    """Return a change that multiplies the size of queries and keys; values keep their size."""
 
     def change(e: Experiment) -> Experiment:
         size = round(factor * e.model.head_dim)
@@ -55,7 +56,10 @@ def layers(factor: float) -> Callable[[Experiment], Experiment]:
 
 
 def width(factor: float) -> Callable[[Experiment], Experiment]:
-    """Multiply the width, and so the size of heads; the learning rate follows the rule of §5.3."""
+    """Return a change that multiplies the width, and with it the size of the heads.
+
+    The learning rate is proportional to width^-0.5, as in the paper (§5.3).
+    """
 
     def change(e: Experiment) -> Experiment:
         optimizer = e.train.optimizer
@@ -107,7 +111,7 @@ ROWS = {
     "smoothing_2": Row("D", smoothing(0.2), 5.47, 25.7),
     "positions_learned": Row("E", learned, 4.92, 25.7),
 }
-"""The rows of the table by name, with the paper's sizes; changes are relative to the base."""
+"""Rows of the table. A name has the size in the paper; a change is relative to the base model."""
 
 
 def get_config(row: str | None = None) -> Experiment:

@@ -1,1 +1,1 @@
-"""From text to the arrays that a model is trained on. Never imports jax."""
+"""Data: convert texts to the arrays that a model is trained on. Nothing here imports jax."""

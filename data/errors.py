@@ -5,7 +5,7 @@ from itertools import islice
 
 
 class DataError(ValueError):
-    """Bad data or a bad setting; the message names the file or field and the fix in one line."""
+    """Bad data or a bad setting; the message, one line, names the file or field and the fix."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -20,7 +20,7 @@ def short(text: str, limit: int = 80) -> str:
 
 
 def listed(names: Collection[object], limit: int = 12) -> str:
-    """Return a list of names for an error message: at most `limit`, and their number."""
+    """Join at most `limit` names for an error message; if there are more, add how many in all."""
     shown = [short(str(name)) for name in islice(names, limit)]
     first = ", ".join(name if name.isprintable() else repr(name) for name in shown)
     return first if len(names) <= limit else f"{first}, ... ({len(names):,} in all)"

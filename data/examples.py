@@ -12,7 +12,8 @@ from heedful.data.objectives import Objective
 Example = dict[str, str]
 SPLITS = ("train", "valid", "test")
 
-# Names in public tables and datasets. Pairs first: "text" may be the first of a pair.
+# Names of text columns in public tables and datasets. Pairs are tried first, because "text" may be
+# the first text of a pair.
 _PAIRS = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
@@ -27,15 +28,19 @@ _SINGLES = (("text",), ("sentence",))
 
 
 def fields_of(objective: Objective, n_columns: int) -> tuple[str, ...]:
-    """Return the fields of an example for this many text columns, at least the required fields."""
+    """Return the text fields of an example with `n_columns` text columns.
+
+    The required fields of the objective are always among them.
+    """
     names = objective.fields + objective.optional_fields
     return names[: max(n_columns, len(objective.fields))]
 
 
 def text_columns(config: DataConfig, known: Sequence[str], has: str) -> tuple[str, ...]:
-    """Return the text columns: data.columns, or `known` columns with usual names.
+    """Return the names of the text columns: data.columns, or else usual names among `known`.
 
-    `has` begins an error message: "FILE has the columns". Raises DataError where no columns fit.
+    `known` has the names of all columns; `has` is the text before them in an error message, such as
+    "FILE has the columns". Raises DataError if no columns fit.
     """
     has, objective = f"{has} {listed(known)}", config.objective_spec
     least = len(objective.fields)
@@ -50,11 +55,11 @@ def text_columns(config: DataConfig, known: Sequence[str], has: str) -> tuple[st
     if config.columns:
         for column in config.columns:
             if column not in known:
-                raise DataError(f"data.columns has {column!r}, but {has}: choose from these")
+                raise DataError(f"data.columns has {column!r}, but {has}: choose among these")
         if len(config.columns) not in counts:
             raise DataError(
-                f"data.columns is {' '.join(config.columns)!r}: {config.objective} reads "
-                f"{' or '.join(map(str, counts))}"
+                f"data.columns is {' '.join(config.columns)!r}, but data.objective "
+                f"{config.objective} reads {' or '.join(map(str, counts))}: name as many"
             )
         return config.columns
     for columns in usual:
@@ -66,14 +71,16 @@ def text_columns(config: DataConfig, known: Sequence[str], has: str) -> tuple[st
 def label_column(config: DataConfig, known: Sequence[str], has: str) -> str | None:
     """Return the column of the label, or None for an objective without labels.
 
-    Raises DataError where the column is missing; `has` is as in `text_columns`.
+    Raises DataError if the column is missing. `known` and `has` are those of `text_columns`.
     """
     if config.objective_spec.label is None:
         return None
     for column in (config.label, "score") if config.label == "label" else (config.label,):
         if column in known:
             return column
-    raise DataError(f"data.label is {config.label!r}, but {has} {listed(known)}: choose one")
+    raise DataError(
+        f"data.label is {config.label!r}, but {has} {listed(known)}: choose one of these"
+    )
 
 
 # Splits -----------------------------------------------------------------------------------------
@@ -85,15 +92,15 @@ def share(text: str) -> float:
 
 
 def shares(texts: Iterable[str]) -> np.ndarray:
-    """Return the hash in [0, 1) of every text, float64 [E]."""
+    """Return the hash in [0, 1) of every text, float64 [texts]."""
     return np.fromiter(map(share, texts), np.float64)
 
 
 def select(parts: np.ndarray, split: str, held: Sequence[str], holdout: float) -> np.ndarray:
-    """Return the numbers of the examples of `split` if the splits `held` are taken from train.
+    """Return the indices of the examples of `split`, if the splits `held` are held out of train.
 
-    `parts` [E] are the hashes of the training texts. As only the text decides, all examples with
-    the same text are in one split.
+    `parts` has the hash of every training text (see `share`). Since only the text decides, all
+    examples with the same text are in one split. `holdout` is the share of each held-out split.
     """
     first = holdout * (held.index(split) if split in held else len(held))
     last = first + holdout if split in held else 1
@@ -101,7 +108,10 @@ def select(parts: np.ndarray, split: str, held: Sequence[str], holdout: float) -
 
 
 class Subset(Sequence[Example]):
-    """Examples of a sequence, chosen by their numbers."""
+    """Examples of a sequence, chosen by their indices.
+
+    identity: name of a version that fixes the texts (see `sources.load`); None: no version does.
+    """
 
     def __init__(
         self, examples: Sequence[Example], chosen: np.ndarray, identity: str | None = None
@@ -130,4 +140,5 @@ class Joined(Sequence[Example]):
     def __getitem__(self, index: int) -> Example:
         index = range(len(self))[index]
         which = int(np.searchsorted(self.stops, index, side="right"))
-        return self.sequences[which][index - int(self.stops[which])]  # From the end: negative.
+        # A negative index, which counts from the end.
+        return self.sequences[which][index - int(self.stops[which])]

@@ -13,8 +13,8 @@ from heedful.data.errors import DataError, listed, short
 def classes(config: DataConfig) -> tuple[str, ...]:
     """Return the names of the classes, in the order of their indices; () without classes.
 
-    They come from the config, or else from the source, or else from the training data (sorted).
-    Raises DataError for fewer than two classes.
+    The names come from data.classes, or else from the source, or else from the training data
+    (sorted). Raises DataError for fewer than two classes.
     """
     if config.objective_spec.label != "class":
         return ()
@@ -23,17 +23,17 @@ def classes(config: DataConfig) -> tuple[str, ...]:
         names = tuple(sorted({example["label"] for example in sources.load(config, "train")}))
     if len(names) < 2:
         raise DataError(
-            f"{', '.join(map(repr, names))} is the only class: give data.classes two or more, "
-            "or training data with them"
+            f"{', '.join(map(repr, names))} is the only class: name two or more in data.classes, "
+            "or give training data with two or more"
         )
     return names
 
 
 def numbers(labels: Sequence[str], names: Sequence[str], split: str) -> np.ndarray:
-    """Return labels as indices of classes, int32 [E], or, without `names`, as numbers, float32 [E].
+    """Return labels [E] as int32 indices in the classes `names`; without names, as float32 numbers.
 
-    Raises DataError for a class that is not in `names`, and for a label that is not a finite
-    number.
+    E is the number of examples. Raises DataError for a class that is not in `names`, and for a
+    number that is not finite.
     """
     if names:
         number = {name: i for i, name in enumerate(names)}
@@ -41,7 +41,7 @@ def numbers(labels: Sequence[str], names: Sequence[str], split: str) -> np.ndarr
             if label not in number:
                 raise DataError(
                     f"split {split!r} has the label {short(label)!r}, which is not among the "
-                    f"classes {listed(names)}: correct the data, or set data.classes to all of them"
+                    f"classes {listed(names)}: correct the data, or name all in data.classes"
                 )
         return np.array([number[label] for label in labels], np.int32)
     values = np.full(len(labels), np.nan, np.float32)
@@ -51,6 +51,6 @@ def numbers(labels: Sequence[str], names: Sequence[str], split: str) -> np.ndarr
         if not np.isfinite(values[i]):
             raise DataError(
                 f"example {i} of split {split!r} has the label {short(label)!r}, which is not "
-                "a finite number: correct it, or choose another data.objective"
+                "a finite number: correct the label, or choose another data.objective"
             )
     return values

@@ -11,14 +11,14 @@ from heedful.data.errors import DataError
 SPACE = "\u2581"
 """The character for a space in SentencePiece."""
 SPECIAL = ("<unk>", "<s>", "</s>")
-"""Names of the first ids; the file has other names."""
+"""Names of the first ids; tokenizer.bin has other names for them."""
 
 
 def read_llama2c(data: bytes, vocab_size: int) -> str:
     """Return the tokenizer.json for a tokenizer.bin with `vocab_size` entries.
 
-    The file has the length of the longest entry (int32), then the score (float32), length (uint32)
-    and UTF-8 text of each entry. Raises DataError where the data is too short or too long.
+    The file has the length of the longest entry (int32), then the score (float32), length in bytes
+    (uint32) and UTF-8 text of each entry. Raises DataError for data of another size or format.
     """
     entries, scores, at = [], [], 4
     try:
@@ -29,14 +29,18 @@ def read_llama2c(data: bytes, vocab_size: int) -> str:
             at += 8 + length
     except (struct.error, UnicodeDecodeError) as error:
         raise DataError(
-            f"tokenizer.bin is not one of llama2.c with {vocab_size} entries: {error}"
+            f"this is not a tokenizer of llama2.c with {vocab_size} entries ({error}): give the "
+            "tokenizer with the vocabulary of the model"
         ) from error
     if at != len(data):
-        raise DataError(f"tokenizer.bin has {len(data) - at} bytes after {vocab_size} entries")
+        raise DataError(
+            f"the llama2.c tokenizer has {len(data) - at} bytes more than its {vocab_size} "
+            "entries: give the tokenizer with the vocabulary of the model"
+        )
     entries[: len(SPECIAL)] = SPECIAL
     vocabulary = {entry: i for i, entry in enumerate(entries)}
     merges = []
-    # Any two entries whose concatenation is an entry are merged, in the order of its score.
+    # Two entries whose concatenation is an entry are merged, in the order of that entry's score.
     for i in sorted(range(len(entries)), key=lambda i: (-scores[i], i)):
         entry = entries[i]
         if i >= len(SPECIAL) + 256:  # After the special tokens and the bytes.

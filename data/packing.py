@@ -1,10 +1,10 @@
 """Plan the rows and batches of an epoch.
 
 There are two kinds of plans. By length: rows of similar length share a batch, and batches have few
-shapes, as every shape is compiled. Packed: all documents are concatenated, and rows of one length
-are cut from them. A plan is a pure function of the lengths, the config and the seed. Any batch can
-be computed from its number, so that a run can resume anywhere, and the batches do not depend on the
-number of processes.
+shapes, since the training step is compiled for every shape. Packed: all documents are concatenated,
+and rows of one length are cut from the concatenation. A plan is a pure function of the lengths, the
+config and the seed. Any batch can be computed from its number, so that a run can resume at any
+step, and the batches do not depend on the number of processes.
 """
 
 import copy
@@ -40,7 +40,7 @@ class Plan(Protocol):
     def rows(self, index: int) -> tuple[Shape, np.ndarray]:
         """Return the shape and the row numbers of global batch `index`.
 
-        Rows without a number are padding.
+        If there are fewer numbers than rows in the shape, the other rows are padding.
         """
         ...
 
@@ -87,11 +87,11 @@ def round_up(lengths: np.ndarray, config: DataConfig) -> np.ndarray:
 class BatchPlan:
     """Plan of batches by length: all rows of a batch belong to one bucket.
 
-    The longer side of a row decides about its bucket; each side has its own length in a bucket. A
-    bucket with few rows has batches of fewer rows.
+    The longer side of a row decides its bucket; in a bucket, each side of the model has its own
+    length. A bucket with few rows has smaller batches.
 
-    lengths: [sides, E] tokens of every row, on each side of the model.
-    shuffle: draw a new order of rows and batches in every epoch; otherwise the order is by bucket.
+    lengths: [sides, rows], number of tokens of every row on each side of the model.
+    shuffle: draw a new order of rows and batches in every epoch; False: the order is by bucket.
     """
 
     def __init__(self, lengths: np.ndarray, config: DataConfig, seed: int, *, shuffle: bool = True):
@@ -155,15 +155,15 @@ class Span(NamedTuple):
 
 
 class PackedPlan:
-    """The batches of rows, all `max_length` long, that are cut from documents end to end.
+    """Plan of rows of length `max_length` that are cut from a stream, all documents concatenated.
 
-    Every position of every document is in exactly one row; a document may reach over several rows,
-    and a row over several documents. Only the last row of the stream has padding. Memory does not
-    depend on the number of tokens, but for the order of the rows.
+    Every position of every document is in exactly one row; a document may extend over several rows,
+    and a row over several documents. Only the last row of the stream has padding. The plan needs
+    memory only for `starts` and for the order of the rows.
 
-    starts: [D + 1] where each document starts in the stream, in positions, and where that ends.
-    shuffle: every epoch has its own order of rows, and its own place where the first row starts, so
-    that documents are cut elsewhere; the stream goes on from its end to its beginning.
+    starts: [documents + 1], start of each document in the stream, then the length of the stream.
+    shuffle: in every epoch draw the order of the rows and the position where the first row starts,
+    so that documents are cut at other positions; at its end the stream continues at its beginning.
     """
 
     def __init__(self, starts: np.ndarray, config: DataConfig, seed: int, *, shuffle: bool = True):
@@ -203,7 +203,7 @@ class PackedPlan:
     def _between(self, start: int, stop: int) -> list[Span]:
         """Return the parts of documents in [start, stop) of the stream; none if start >= stop."""
         spans, starts = [], self.starts
-        # The last document that starts there; earlier ones are empty.
+        # The last document that starts at or before `start`; others with the same start are empty.
         document = int(np.searchsorted(starts, start, "right")) - 1
         while start < stop:
             first, end = int(starts[document]), min(int(starts[document + 1]), stop)
@@ -224,7 +224,7 @@ class PackedPlan:
 class Pieces:
     """Documents cut into pieces of at most `max_positions` positions; `pieces[u]` is piece u.
 
-    starts: as for PackedPlan.
+    starts: see PackedPlan.
     """
 
     def __init__(self, starts: np.ndarray, max_positions: int):
@@ -236,7 +236,7 @@ class Pieces:
         np.cumsum(counts, out=self._first[1:])
 
     def lengths(self) -> np.ndarray:
-        """Return the number of positions of every piece, int32 [U]."""
+        """Return the number of positions of every piece, int32 [pieces]."""
         lengths = np.full(self._first[-1], self.max_positions, np.int32)
         is_last = np.zeros(len(lengths), bool)
         is_last[self._first[1:] - 1] = True  # Empty documents mark the piece before them.
@@ -256,9 +256,9 @@ class Pieces:
 
 
 def pack(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Concatenate rows of arrays [T] into one row, in which each has its own segment id.
+    """Concatenate rows of arrays [T] into one row, in which each of them has its own segment id.
 
-    The positions of each row count from 0, unless it has positions.
+    The positions of each row count from 0, unless the rows have an array `positions`.
     """
     lengths, joined = [len(row["inputs"]) for row in rows], rows[0]
     if len(rows) > 1:
@@ -271,10 +271,10 @@ def pack(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 class _Recent:
-    """Cache of a function of the epoch, for the last epoch and its neighbour.
+    """Cache of a function of the epoch, for the last epoch and a neighbouring epoch.
 
-    Threads need both around the end of an epoch. There is no lock: at worst two threads compute the
-    same value.
+    Around the end of an epoch, threads need both values. There is no lock: at worst two threads
+    compute the same value.
     """
 
     def __init__(self, make: Callable[[int], tuple]):
@@ -290,7 +290,7 @@ class _Recent:
 
 
 def batch_rows(length: int, config: DataConfig) -> int:
-    """Return the largest number of rows of this length in a batch; raise DataError for none."""
+    """Return the largest number of rows of this length in a batch; raise DataError if it is 0."""
     rows = config.batch_tokens // length // config.batch_multiple * config.batch_multiple
     if not rows:
         raise DataError(

@@ -1,4 +1,4 @@
-"""The data pipeline: tokens on disk, a plan of batches, and batches prepared ahead by grain."""
+"""The data pipeline: tokens on disk, a plan of batches, and batches that grain reads in advance."""
 
 import sys
 import weakref
@@ -31,7 +31,7 @@ DevicePut = Callable[[Arrays], Any]
 def tokenizer_texts(config: DataConfig) -> Iterable[str]:
     """Return the training texts of all fields, to learn a vocabulary from.
 
-    The texts can be iterated several times. Long texts come in parts, which need less memory.
+    The texts can be iterated several times. Long texts are cut into parts, which need less memory.
     """
     return _Texts(config)
 
@@ -53,12 +53,13 @@ class _Texts:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The batches of a split. Example i is line i of the source, used or not.
+    """The batches of a split. Example i is line i of the source, even if examples are left out.
 
-    Row numbers of the plans refer to the `kept` examples, to `pieces` of documents, or to rows that
-    a PackedPlan cuts from all documents. labels: the class or the number to predict of every
-    example, [E]; None for other objectives. characters, bytes: size of the kept texts, in UTF-8.
-    target_count: positions with a target, or examples with a label, in an epoch.
+    A row number of a plan is an index in `kept` (indices of the used examples), an index in
+    `pieces` of documents, or the number of a row that a PackedPlan cuts from all documents.
+    labels: the class or the number to predict, [examples]; None for objectives without labels.
+    characters, bytes: size of the used texts, in characters and in UTF-8 bytes. target_count:
+    number of positions with a target, or of examples with a label, in an epoch.
     """
 
     config: DataConfig
@@ -84,8 +85,8 @@ class Dataset:
     ) -> Self:
         """Read and tokenise a split, leave out blank and long examples, and plan the batches.
 
-        Raises DataError for a source, config or tokenizer that does not fit, and where no example
-        is left.
+        Raises DataError if source, config and tokenizer do not fit together, or if no example is
+        left.
         """
         tokenizer.require(config.objective)
         examples = sources.load(config, split)
@@ -135,14 +136,18 @@ class Dataset:
     ) -> "TrainIterator":
         """Return endless training batches of a process, `{name: [B * len(parts) / count, ...]}`.
 
-        Each batch is divided into `count` parts of its rows; the process gets `parts` (ascending).
-        With `place` the iterator yields place(batch), which a thread calls ahead.
+        The B rows of each global batch are divided into `count` parts; the process gets the parts
+        with the indices `parts` (ascending). With `place`, the iterator yields place(batch); a
+        thread computes it before the caller asks for the batch.
         """
         read = self._reader(self.train_plan, parts, count)
         return TrainIterator(read if place is None else partial(_one_ahead, read, place))
 
     def eval_batches(self, parts: Sequence[int] = (0,), count: int = 1) -> Iterator[Arrays]:
-        """Return the evaluation batches of a process: a fixed order, every example once."""
+        """Return the evaluation batches of a process: every example once, in a fixed order.
+
+        `parts` and `count` are those of `train_iterator`.
+        """
         read = self._reader(self.eval_plan, parts, count)
         return read(0, self.batches_per_epoch)
 
@@ -150,21 +155,21 @@ class Dataset:
         """Return read(start, stop), which yields `parts` of global batches start to stop - 1."""
         if self.config.batch_multiple % count:
             raise DataError(
-                f"{count} parts do not divide data.batch_multiple "
-                f"{self.config.batch_multiple}: give a multiple of {count}"
+                f"data.batch_multiple is {self.config.batch_multiple}: give a multiple of {count}, "
+                "the number of parts into which batches are divided"
             )
         batch = partial(self.batch, plan, parts=parts, count=count)
         return partial(_read_ahead, batch, self.config.workers)
 
     def batch(self, plan: Plan, index: int, parts: Sequence[int] = (0,), count: int = 1) -> Arrays:
-        """Return `parts` of the rows of global batch `index`."""
+        """Return the rows of global batch `index` that are in `parts`, of `count` parts in all."""
         shape, numbers = plan.rows(index)
         size, lengths = shape.rows // count, shape.lengths[::-1]
         local = np.concatenate([numbers[part * size : (part + 1) * size] for part in parts])
         n, epoch = size * len(parts), index // plan.batches_per_epoch
         if len(local):
             return pad_and_stack([self._row(plan, epoch, int(i)) for i in local], n, *lengths)
-        # In the last batch of a bucket some parts have no rows: all is padding.
+        # In the last batch of a bucket, some parts have no rows: return only padding.
         batch = pad_and_stack([self._row(plan, epoch, int(numbers[0]))], n, *lengths)
         return {name: np.zeros_like(array) for name, array in batch.items()}
 
@@ -199,7 +204,7 @@ class Dataset:
 def _report(
     config: DataConfig, split: str, store: TokenStore, split_plan: SplitPlan, characters: int
 ) -> list[str]:
-    """Describe the examples that were read and left out, and the batches, a line each."""
+    """Describe, in lines, the examples that were read, the examples left out, and the batches."""
     is_text = config.objective_spec.is_text
     noun = "documents" if is_text else "examples"
     lines = [f"{split}: {len(split_plan.kept):,} {noun}, {split_plan.tokens:,} tokens"]
@@ -226,7 +231,7 @@ def _report(
 def _tokenizer_warnings(
     config: DataConfig, split: str, store: TokenStore, tokenizer: Tokenizer
 ) -> Iterator[str]:
-    """Yield a line about unknown tokens, and a line about spaces that decoding changes."""
+    """Yield a warning about unknown tokens, and a warning about spaces that decoding changes."""
     total, unknown = store.count(tokenizer.unknown)
     if tokenizer.unknown is not None and unknown:
         yield (
@@ -243,7 +248,7 @@ def _tokenizer_warnings(
 def _read_ahead(
     batch: Callable[[int], Arrays], workers: int, start: int, stop: int
 ) -> Generator[Arrays, None, None]:
-    """Yield batch(start) ... batch(stop - 1), prepared ahead by a thread or worker processes."""
+    """Yield batch(start) ... batch(stop - 1), computed in advance by a thread or `workers`."""
     # Imported here because grain imports jax, which importing heedful.data must not do.
     import grain
     from absl import flags
@@ -269,9 +274,9 @@ def _read_ahead(
 def _one_ahead(read: Reader, place: DevicePut, start: int, stop: int) -> Generator[Any, None, None]:
     """Yield place(batch) for each batch of `read`; a thread prepares the next one meanwhile.
 
-    The thread starts on the next batch when the caller has the previous one and releases the
-    interpreter lock, so it does not delay a caller that starts a long computation at once. Reading
-    from a queue of grain releases the lock, and would delay the caller.
+    The thread starts to prepare the next batch when the caller has the previous batch and releases
+    the interpreter lock. So the thread does not delay a caller that at once starts a computation on
+    a device. Reading from a queue of grain would release the lock and delay the caller.
     """
     batches = read(start, stop)
     wanted: SimpleQueue[bool] = SimpleQueue()

@@ -1,6 +1,6 @@
 """Special tokens from the files of a tokenizer and of its model.
 
-Without such files a tokenizer finds its special tokens by their names.
+Without these files, a tokenizer finds its special tokens by their names.
 """
 
 import json
@@ -14,7 +14,7 @@ from heedful.data.reading import parse_json
 from heedful.data.writing import write_whole
 
 FILE = "special_tokens.json"
-"""File of a run, beside its tokenizer.json."""
+"""File with the special tokens of a run, in the same folder as its tokenizer.json."""
 CONFIG = "tokenizer_config.json"
 MAP = "special_tokens_map.json"
 # Names of the roles in these files, BERT's names first.
@@ -32,12 +32,12 @@ LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 @dataclass(frozen=True, kw_only=True)
 class Special:
-    """Ids of special tokens that files name; None where no file names one."""
+    """Ids of special tokens that files name; None: no file names this token."""
 
     pad: int | None = None
     bos: int | None = None
     eos: int | None = None
-    """The end of a row of training data."""
+    """Token at the end of a text in training data."""
     unk: int | None = None
     mask: int | None = None
     ends: tuple[int, ...] = ()
@@ -45,12 +45,14 @@ class Special:
     named: tuple[int, ...] = ()
     """Tokens that the tokenizer's files mark as special."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Contents of the files by name: an export writes them again."""
+    """Values of each file, by the name of the file; an export writes these values again."""
 
     def changes(self, roles: Mapping[str, int | None], marked: Set[int]) -> dict[str, Any]:
-        """Return the roles, `ends` and `named` that differ from those found by names of tokens.
+        """Return what these files change, as a dict.
 
-        `roles` and `marked` are the roles and the special tokens found by names.
+        `roles` and `marked` are the roles and the special tokens that were found by token names.
+        The dict has each role whose id differs from `roles`, `ends` if it is not the end token
+        alone, and as `named` the tokens that are not in `marked`.
         """
         own = {role: getattr(self, role) for role in ROLES}
         now = dict(roles) | {role: id for role, id in own.items() if id is not None}
@@ -66,7 +68,7 @@ class Special:
 
     @classmethod
     def load(cls, path: Path, size: int) -> "Special":
-        """Read a file of `save` for a vocabulary of `size`; raise DataError for any other file."""
+        """Read a file that `save` wrote; raise DataError for another file, or an id >= `size`."""
         values = read_json(path)
         ids = [[values[role]] for role in ROLES if values.get(role) is not None]
         lists: dict[str, Any] = {name: values.get(name) for name in ("ends", "named")}
@@ -79,9 +81,10 @@ class Special:
 
 
 def named_beside(path: Path, vocabulary: Mapping[str, int], unknown: int | None) -> Special | None:
-    """Return the special tokens in the files of a tokenizer; None where there are no such files.
+    """Return the special tokens that MAP and CONFIG beside a tokenizer name; None: no such files.
 
-    Names that the vocabulary lacks are ignored. `unknown` is the id for unknown text.
+    `path` is the file of the tokenizer. Names that the vocabulary lacks are ignored. `unknown` is
+    the id of text outside of the vocabulary; None: there is none.
     """
     if not any(path.with_name(file).is_file() for file in (MAP, CONFIG)):
         return None
@@ -108,13 +111,13 @@ def named_beside(path: Path, vocabulary: Mapping[str, int], unknown: int | None)
 
 
 def names_in(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return the names of special tokens in a tokenizer_config.json by key: eos_token, ..."""
+    """Return the names of special tokens in a tokenizer_config.json, by key (eos_token, ...)."""
     spelled = {key: _content(value) for key, value in values.items() if key.endswith("_token")}
     return {key: content for key, content in spelled.items() if content is not None}
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the values of a tokenizer's config files; {} where there are none."""
+    """Return the values of MAP and CONFIG beside the tokenizer `path`; {} without these files."""
     found = [path.with_name(file) for file in (MAP, CONFIG)]
     return {key: v for file in found if file.is_file() for key, v in read_json(file).items()}
 
@@ -122,13 +125,12 @@ def read_config(path: Path) -> dict[str, Any]:
 def with_model_files(
     special: Special, files: Mapping[str, Mapping[str, Any]], size: int, *, architecture: str
 ) -> tuple[Special, list[str]]:
-    """Return `special` with the ids in the files of a model, and lines about ids that are too
-    large.
+    """Return `special` with the ids in the files of a model, and messages about unused ids.
 
-    `files` has the values of config.json, then of generation_config.json, which overrides it, as in
-    transformers. For an encoder-only model the tokenizer overrides the model's ids; for the others
-    the model overrides the tokenizer. `size` is the size of the vocabulary. Raises DataError for a
-    value that is not an id.
+    `files` has the values of config.json, then of generation_config.json, which overrides
+    config.json, as in transformers. For an encoder-only model the tokenizer overrides the model's
+    ids; for other models the model overrides the tokenizer. `size` is the size of the vocabulary;
+    larger ids are not used. Raises DataError for a value that is not an id.
     """
     ids, notes = {}, []
     for file, values in files.items():
@@ -137,12 +139,14 @@ def with_model_files(
                 continue
             some = value if isinstance(value, list) else [value]
             if not all(type(i) is int and i >= -1 for i in some):
-                raise DataError(f'{file} has "{key}": {value!r}: give an id, or a list of ids')
+                raise DataError(
+                    f'{file} has "{key}": {value!r}: give a token id, or a list of token ids'
+                )
             outside = [i for i in some if not 0 <= i < size]
-            if outside not in ([], [-1]):  # -1 means none.
+            if outside not in ([], [-1]):  # The id -1 means: no token.
                 notes.append(
-                    f"{file}: {key} {', '.join(map(str, outside))} is not used, the tokenizer has "
-                    f"{size:,} tokens"
+                    f"{file}: {key} {', '.join(map(str, outside))} is not used, as the tokenizer "
+                    f"has {size:,} tokens"
                 )
             if inside := [i for i in some if 0 <= i < size]:
                 ids[key] = inside
@@ -162,11 +166,11 @@ def with_model_files(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file; raise DataError for a missing or another file."""
+    """Read the object in a JSON file; raise DataError without the file, or for other contents."""
     try:
         values = parse_json(path.read_text("utf-8"))
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+        raise DataError(f"cannot read {path}: {error.strerror}; check the path") from error
     except ValueError as error:
         raise DataError(f"{path} is not JSON: restore or delete it") from error
     if not isinstance(values, dict):
@@ -175,7 +179,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _content(token: Any) -> str | None:
-    """Return the name of a token, which is a text or the "content" of an object."""
+    """Return the name of a token: `token`, or its "content" in an object; None for other values."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
 

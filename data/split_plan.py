@@ -15,15 +15,15 @@ class SplitPlan(NamedTuple):
     """Examples and batches of a split."""
 
     plan: Plan
-    """Training batches."""
+    """Plan of the training batches."""
     kept: np.ndarray
-    """Numbers of the examples that are used."""
+    """Indices of the examples that are used."""
     pieces: Pieces | None
-    """Pieces of documents, one per row; None for other rows."""
+    """Pieces of documents, one per row; None: rows are packed, or are whole examples."""
     tokens: int
     """Sum of the lengths of all rows, on all sides of the model."""
     target_count: int
-    """Positions with a target, or examples with a label, in an epoch."""
+    """Number of positions with a target, or of examples with a label, in an epoch."""
 
 
 def plan_split(
@@ -47,7 +47,7 @@ def _examples(
         raise DataError(
             f"no example of split {split!r} is left: {blank:,} are blank and "
             f"{len(fits) - blank:,} have more than data.max_length {config.max_length} tokens; "
-            "give a larger data.max_length"
+            "give a larger data.max_length, or other data"
         )
     lengths = lengths[:, kept]
     count = len(kept) if objective.label else int(lengths[-1].sum())
@@ -58,7 +58,7 @@ def _examples(
 def _documents(
     config: DataConfig, tokenizer: Tokenizer, store: TokenStore, split: str, seed: int
 ) -> SplitPlan:
-    """Plan packed rows of all documents that are not blank, or one row for each of their pieces."""
+    """Plan packed rows of all documents that are not blank, or one row for each piece of them."""
     objective = config.objective_spec
     assert objective.chunking is not None
     positions = store.counts()["text"]
@@ -70,7 +70,8 @@ def _documents(
     kept = np.flatnonzero(~store.blank)
     if not starts[-1]:
         raise DataError(
-            f"all {len(store.blank):,} documents of split {split!r} are blank: give text"
+            f"all {len(store.blank):,} documents of split {split!r} are blank: give documents with "
+            "text"
         )
     if config.is_packed:
         count = int(starts[-1])

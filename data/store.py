@@ -14,19 +14,19 @@ from heedful.data.examples import Example
 from heedful.data.tokenizer import Tokenizer
 
 CHUNK = 1 << 20
-"""Characters that are tokenised at a time: enough to use all cores, in little memory."""
+"""Number of characters that are tokenised at a time: enough to use all cores, in little memory."""
 LAYOUT = "3"
-"""Version of the files' layout, a part of the key in the cache."""
+"""Version of the layout of the files; it is a part of the key in the cache."""
 
 
 class TokenStore:
-    """Tokens of all examples of a split, in files that are mapped into memory.
+    """Tokens of all E examples of a split, in files that are mapped into memory.
 
     FIELD.ids: concatenated ids of all examples, raw int32.
     FIELD.offsets.npy: start of each example in FIELD.ids, int64 [E + 1].
     sizes.npy: numbers of characters and of UTF-8 bytes of each example, int64 [2, E].
-    blank.npy: whether any field of an example is blank, bool [E].
-    labels.json: labels, if there are any.
+    blank.npy: true if any field of an example is blank, bool [E].
+    labels.json: label of each example, if examples have labels.
     """
 
     def __init__(self, folder: Path, fields: tuple[str, ...]):
@@ -49,7 +49,7 @@ class TokenStore:
     def build(
         cls, examples: Sequence[Example], fields: tuple[str, ...], tokenizer: Tokenizer, text: str
     ) -> Self:
-        """Tokenise the examples, unless the cache has their tokens.
+        """Tokenise the examples, or take their tokens from the cache.
 
         `text` is the fingerprint of the examples.
         """
@@ -64,7 +64,7 @@ class TokenStore:
         return {field: np.diff(offsets) for field, offsets in self.offsets.items()}
 
     def count(self, token: int | None) -> tuple[int, int]:
-        """Return the number of all tokens, and the number of occurrences of `token`."""
+        """Return the number of all tokens, and how many of them are `token`; 0 if it is None."""
         occurrences = 0
         for ids in self.ids.values() if token is not None else ():
             parts = (ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK))
@@ -81,7 +81,10 @@ class TokenStore:
     def text(
         self, index: int, start: int, stop: int, frame: tuple[Any, Any] | None = None
     ) -> np.ndarray:
-        """Return tokens [start, stop) of a document, or of begin + document + end with a frame."""
+        """Return tokens [start, stop) of a document; with `frame`, of begin + document + end.
+
+        `frame` has the ids of begin and end.
+        """
         ids = self._ids("text", index)
         if frame is None:
             return np.array(ids[start:stop])
@@ -150,7 +153,7 @@ def _chunks(examples: Sequence[Example], fields: tuple[str, ...]) -> Iterator[li
 
 
 def _encode(texts: list[str], tokenizer: Tokenizer) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (number of a text, ids of its next part); tokenise about CHUNK characters at a time."""
+    """Yield (index of a text, ids of its next part); tokenise about CHUNK characters at a time."""
     numbers, parts, size = [], [], 0
     for number, text in enumerate(texts):
         for part in tokenizer.parts(text):

@@ -22,7 +22,7 @@ _READERS: dict[str, Callable[[Iterable[str]], Iterator[Any]]] = {
 }
 SUFFIXES = ", ".join(_READERS)
 csv.field_size_limit(1 << 30)  # Characters of a cell; the default is 131,072.
-_HALF = re.compile("[\ud800-\udfff]")  # Lone surrogates: JSON can express them, UTF-8 cannot.
+_HALF = re.compile("[\ud800-\udfff]")  # Lone surrogates: JSON can encode them, UTF-8 cannot.
 
 
 def is_table(path: str) -> bool:
@@ -35,12 +35,12 @@ def _is_json(path: str) -> bool:
 
 
 def _rows(path: str, lines: Iterable[str]) -> Iterator[Any]:
-    """Yield rows: lists of cells, or values of JSON."""
+    """Yield the rows of a table: lists of cells, or the JSON value of each line."""
     return _READERS[Path(path).suffix.lower()](lines)
 
 
 class _RowError(Exception):
-    """Problem of a row and its fix; the caller adds file and line."""
+    """Problem of a row and its fix; the caller adds the file and the line."""
 
 
 def _csv_rows(lines: Iterable[str]) -> Iterator[list[str]]:
@@ -65,7 +65,7 @@ def _json_value(line: str) -> Any:
 def header(path: str) -> tuple[str, ...]:
     """Return the names of the columns: the first row, or the keys of the first object.
 
-    Raises DataError, which names the file, for a missing, empty or wrong header.
+    Raises DataError with the name of the file for a missing, empty or wrong header.
     """
     lines = (line.decode("utf-8-sig") for line in checked_lines(path))
     try:
@@ -73,12 +73,12 @@ def header(path: str) -> tuple[str, ...]:
     except _RowError as error:
         raise DataError(f"{path}, line 1 {error}") from error
     if names == ():
-        raise DataError(f"{path} is empty: give it rows")
+        raise DataError(f"{path} is empty: give a table with rows")
     if _is_json(path) and not isinstance(names, dict):
         raise DataError(f"{path}, line 1 is not a JSON object: write one object per line")
     if len(set(names)) < len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise DataError(f"{path} names a column twice, {short(twice)!r}: rename one")
+        raise DataError(f"{path} has two columns {short(twice)!r}: rename one of them")
     if not any(names):
         raise DataError(f"{path} has no header: name the columns in its first line")
     if Path(path).suffix.lower() == ".tsv" and any("\r" in name for name in names):
@@ -89,8 +89,8 @@ def header(path: str) -> tuple[str, ...]:
 class Table(Sequence[Example]):
     """Rows of a table as examples, read from disk on access; all rows are checked at the start.
 
-    `columns` maps the fields of an example to columns. A field "label" must not be blank, and with
-    `numbers` must be a finite number. Raises DataError, which names file and line.
+    `columns` maps each field of an example to a column. A field "label" must not be blank, and with
+    `numbers` it must be a finite number. Raises DataError with the file and the line.
     """
 
     def __init__(self, path: str, columns: Mapping[str, str], *, numbers: bool):
@@ -100,7 +100,8 @@ class Table(Sequence[Example]):
             if column not in self.header:
                 raise DataError(
                     f"{path} has no column {column!r}, only {listed(self.header)}: "
-                    "all tables need the same columns, unless data.columns and data.label say so"
+                    "add the column, or name columns that all tables have in data.columns and "
+                    "data.label"
                 )
         self.lines = TextFile(path)
         self.starts = array("q", self._check())
@@ -150,8 +151,8 @@ class Table(Sequence[Example]):
             if len(row) != len(self.header):
                 raise self._error(
                     line,
-                    f"has {len(row)} columns, the header has {len(self.header)}: "
-                    "give all rows the same number",
+                    f"has {len(row)} columns, but the header has {len(self.header)}: "
+                    "give every row as many columns as the header",
                 )
             row = dict(zip(self.header, row, strict=True))
         elif not isinstance(row, dict):
@@ -159,7 +160,9 @@ class Table(Sequence[Example]):
         example = {}
         for field, column in self.columns.items():
             if column not in row:
-                raise self._error(line, f"has no {column!r}, only {listed(row)}")
+                raise self._error(
+                    line, f"has no {column!r}, only {listed(row)}: add this key, or delete the line"
+                )
             value = row[column]
             if field == "label":
                 value = self._label(value, column, line)
@@ -167,7 +170,9 @@ class Table(Sequence[Example]):
                 raise self._error(line, f"has {_shown(value)} as {column!r}: give a text")
             if _HALF.search(value):
                 raise self._error(
-                    line, f"has half a character (\\ud800-\\udfff) in {column!r}: repair it"
+                    line,
+                    f"has half of a surrogate pair (\\ud800-\\udfff) in {column!r}: delete it, or "
+                    "add the other half",
                 )
             example[field] = value
         return example
@@ -182,10 +187,14 @@ class Table(Sequence[Example]):
             value.strip() if isinstance(value, str) else "" if value is None else json.dumps(value)
         )
         if not label:
-            raise self._error(line, f"has no label in column {column!r}: give one, or take it out")
+            raise self._error(
+                line, f"has no label in column {column!r}: add a label, or delete the line"
+            )
         if self.numbers and not is_finite(label):
             raise self._error(
-                line, f"has the label {short(label)!r}: regression needs a finite number"
+                line,
+                f"has the label {short(label)!r}: give a finite number, which data.objective "
+                "regression needs",
             )
         return label
 

@@ -15,9 +15,9 @@ from heedful.data.errors import DataError
 from heedful.data.examples import Example, select
 
 DOCUMENT_BYTES = 1 << 24
-"""Size of a document at most: a tokenizer needs a hundred times the memory of a document."""
+"""Largest size of a document: to tokenise it may take a hundred times as much memory."""
 MANY_FILES = 500
-"""From this number on whole files are held out; a share of fewer files would be too inexact."""
+"""Smallest number of files of which whole files are held out; fewer would miss the share."""
 _BOM = "\ufeff"  # Byte order mark, which some editors write before UTF-8.
 _LOOK = 1 << 16  # Bytes in which the end of a line is searched.
 _HEAD = 1024  # Bytes from which the kind of a file is recognised.
@@ -47,7 +47,7 @@ def one_line(text: str) -> str:
 
 
 def checked_lines(path: str) -> Iterator[bytes]:
-    """Yield the lines of a file with their line ends; raise DataError unless they are UTF-8."""
+    """Yield the lines of a file with their line ends; raise DataError if the file is not UTF-8."""
     line, head = 0, b""
     try:
         with open(path, "rb") as file:
@@ -63,7 +63,7 @@ def checked_lines(path: str) -> Iterator[bytes]:
 
 
 def checked_text(text: bytes, name: str) -> str:
-    """Decode UTF-8 without its byte order mark; raise DataError, which names the line."""
+    """Decode UTF-8 without its byte order mark; raise DataError with the line of a wrong byte."""
     _require_text(text[:_HEAD], name)
     try:
         return text.decode("utf-8-sig")
@@ -82,7 +82,7 @@ def _head(file: BinaryIO, path: str) -> bytes:
 
 
 def _require_text(head: bytes, name: str) -> None:
-    """Raise DataError where zeros among the first bytes show that this is not UTF-8."""
+    """Raise DataError if zeros in `head`, the first bytes of a file, show that it is not UTF-8."""
     kind = _kind(head) if 0 in head else None
     if kind or head.count(0) > len(head) // 4:
         raise DataError(f"{name} {kind or 'is UTF-16 or not text: convert it to UTF-8'}")
@@ -131,9 +131,9 @@ class TextFile(Sequence[str]):
 
 
 class Parallel(Sequence[Example]):
-    """Pairs of line i of one file and line i of the other.
+    """Pairs of line i of the source file and line i of the target file.
 
-    Raises DataError for empty files and for files of different lengths.
+    Raises DataError for empty files, and for files with different numbers of lines.
     """
 
     def __init__(self, paths: Sequence[str]):
@@ -144,7 +144,7 @@ class Parallel(Sequence[Example]):
         if len(self.source) != len(self.target):
             raise DataError(
                 f"{paths[0]} has {len(self.source)} lines but {paths[1]} has {len(self.target)}: "
-                "line i of one must translate line i of the other"
+                "give files in which line i of one translates line i of the other"
             )
         if not len(self.source):
             raise DataError(f"{paths[0]} and {paths[1]} are empty: give files with text")
@@ -189,10 +189,10 @@ def documents(paths: Sequence[str], split: str, held: Sequence[str], holdout: fl
     without following links to folders. Windows line ends become \\n. A file of more than 16 MiB
     is several documents, cut at line ends.
 
-    The splits `held` are taken from these files. Of 500 or more files, whole files are chosen by a
-    hash of their text; of fewer files, the end of each is taken, cut at a line end. The last share
-    is valid's and the one before it is test's, so that valid is the same with and without a test
-    file.
+    The splits `held`, each a share `holdout`, are taken from these files. Of 500 or more files,
+    whole files are chosen by a hash of their text. Of fewer files, the end of each file is taken,
+    cut at a line end: the last share of a file is for valid, and the share before it is for test,
+    so that valid is the same with and without test files.
     """
     files = [file for path in paths for file in _files_under(Path(path))]
     pieces = []
@@ -240,10 +240,10 @@ def _share_of_file(path: str) -> float:
 
 
 def _cut(file: BinaryIO, at: int) -> int:
-    """Return the start of the first line at or after byte `at`, or else of the first word.
+    """Return the position, in bytes, of the first start of a line at or after byte `at`.
 
-    The last line may lack its line end. The search ends after 64 KiB, as a corpus may be one line,
-    and a text may have no spaces; then any start of a character is returned.
+    If no line starts within 64 KiB, since a corpus may be one line, return the first start of a
+    word, or else of a character. The last line of the file may lack its line end.
     """
     if at <= 0:
         return 0

@@ -1,4 +1,4 @@
-"""Cut long texts into parts that are tokenised one by one, as this needs less memory."""
+"""Cut long texts into parts that are tokenised one by one, which needs less memory."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 
 PART = 1 << 17
-"""Characters of a part, about."""
+"""Approximate number of characters of a part."""
 WORDS = r"(?<=\S)(?= \S)"
 """Borders before a space between words; the space belongs to the second word."""
 BORDER = re.compile(WORDS + r"|(?<=\S\n)(?=\S)")
@@ -15,11 +15,11 @@ BORDER = re.compile(WORDS + r"|(?<=\S\n)(?=\S)")
 PROBE = (
     "At the end of the day,\nall of it \N{EM DASH} as I've said in 2019 \N{EM DASH} is (not) so."
 )
-"""Text that shows if tokens cross borders."""
+"""Text for a test if tokens cross borders."""
 
 
 def cut_text(text: str, border: re.Pattern[str] | None = BORDER) -> Iterator[str]:
-    """Yield a text in parts of about PART characters, cut where `border` matches; None: whole."""
+    """Yield a text in parts of about PART characters, cut where `border` matches; None: no cut."""
     start = 0
     while border and len(text) - start > PART and (cut := border.search(text, start + PART)):
         yield text[start : cut.start()]
@@ -30,10 +30,10 @@ def cut_text(text: str, border: re.Pattern[str] | None = BORDER) -> Iterator[str
 def find_border(
     encode_batch: Callable[[Sequence[str]], list[np.ndarray]], *, is_anywhere: bool
 ) -> re.Pattern[str] | None:
-    """Return borders at which a tokenizer's tokens of the parts are those of the whole text.
+    """Return a pattern of borders where a cut does not change the tokens of a text.
 
-    `is_anywhere`: each character or byte may be a token, so try to cut between any two characters.
-    None: no known border is one.
+    None: no known pattern has such borders. `is_anywhere`: each character or byte may be a token,
+    so try to cut between any two characters.
     """
     borders = [re.compile("")] if is_anywhere else [BORDER, re.compile(WORDS)]
     for border in borders:

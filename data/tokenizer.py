@@ -1,4 +1,4 @@
-"""Convert text to token ids and back; one tokenizer.json describes a tokenizer."""
+"""Convert text to token ids and back, with the tokenizer that a tokenizer.json describes."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from heedful.data.vocabulary import SPECIAL, framed, learn, read_wordpiece
 from heedful.data.word_borders import word_borders
 from heedful.data.writing import write_whole
 
-# Ids in a tokenizer that is learned here; a loaded tokenizer has others.
+# Ids in a tokenizer that is learned here; a loaded tokenizer may have other ids.
 PAD, BOS, EOS, UNK = range(len(SPECIAL))
 
 # Names of special tokens, here and in other tokenizers.
@@ -41,25 +41,25 @@ class Tokenizer:
 
     vocab_size: 1 + the largest id for which the model has an embedding. rowless: added tokens with
     larger ids, by name; texts with these tokens are refused. pad, bos, eos, unk, mask: ids of
-    special tokens, None for a missing one. A missing `bos` is `pad`: decoders of such models (T5,
-    Marian) start with it. sentinels: ids of <extra_id_0>, <extra_id_1>, ... is_special: bool [V],
-    ids that are not text, `unk` included; ordinary: ids of text. pretokenized: texts are words
-    separated by spaces. fingerprint: sha256 (hex) of the contents of tokenizer.json and of changes
-    by `special`.
+    special tokens; None: the tokenizer lacks this token. Without a begin token, `bos` is `pad`,
+    with which decoders of T5 and Marian start. sentinels: ids of <extra_id_0>, <extra_id_1>, ...
+    is_special: bool [vocab_size], true for ids that are not text, `unk` included. ordinary: ids of
+    text. pretokenized: true if texts are words separated by spaces. fingerprint: sha256 (hex) of
+    the contents of tokenizer.json and of changes by `special`.
     """
 
     def __init__(self, text: str, special: Special | None = None, rows: int | None = None):
         """Create a tokenizer from the contents of a tokenizer.json.
 
-        `special` are special tokens from other files; without it special tokens are found by their
-        names. `rows` is the vocab_size of an existing model. Raises DataError where the vocabulary,
-        without added tokens, is larger.
+        `special` has special tokens from other files; None: special tokens are found by their
+        names. `rows` is the number of embeddings of an existing model; None: there is no model yet.
+        Raises DataError if the vocabulary without added tokens has more entries than `rows`.
         """
         contents = json.loads(text)
         _require_bounds(contents)
         self._json, self.special, self._rows = text, special, rows
         self._tokenizer = tokenizers.Tokenizer.from_str(text)
-        # The file may enable these. Here texts are never truncated, and batches are padded later.
+        # The file may enable both. Here texts are never truncated, and batches are padded later.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # The text "<eos>" is encoded as text, not as the special token.
@@ -80,7 +80,7 @@ class Tokenizer:
         for name in self.rowless:
             del vocabulary[name]
             added.pop(name)
-        # Only added tokens, if any: a word may be spelled like another tokenizer's special token.
+        # Search only added tokens, if any: a word may be spelled like a special token.
         names = {name: vocabulary[name] for name in (added or vocabulary)}
         find = lambda known: next((names[name] for name in known if name in names), None)  # noqa: E731
         roles = {role: find(known) for role, known in SPELLED.items()}
@@ -101,7 +101,7 @@ class Tokenizer:
         self.is_special[list(vocabulary.values())] = False
         self.is_special[[*marked, *changes.get("named", ())]] = True
         self.ordinary = np.flatnonzero(~self.is_special)
-        self._hidden = self.is_special.copy()  # Neither encoded from text nor decoded to it.
+        self._hidden = self.is_special.copy()  # Neither encoded from text nor decoded to text.
         if self.unk is not None:
             self._hidden[self.unk] = False
 
@@ -114,11 +114,11 @@ class Tokenizer:
     ) -> Self:
         """Learn a vocabulary from the texts; the same texts give the same tokenizer.
 
-        It begins with <pad>, <bos>, <eos>, <unk> = 0, 1, 2, 3, then <mask> or sentinels if the
-        objective needs them. bpe and bytes encode any Unicode text without loss. The other kinds
-        encode as `unk`: words outside of the vocabulary (words), characters that the texts lack
-        (chars), and all but the 1,000 most frequent characters (wordpiece). Raises DataError for a
-        vocab_size that is too small.
+        The vocabulary begins with <pad>, <bos>, <eos>, <unk> = 0, 1, 2, 3, then <mask> or sentinels
+        if the objective needs them. bpe and bytes encode any Unicode text without loss. The other
+        kinds encode as `unk`: words outside of the vocabulary (words), characters that the training
+        texts lack (chars), and all but the 1,000 most frequent characters (wordpiece). Raises
+        DataError for a vocab_size that is too small.
         """
         return cls(learn(texts, config, objective))
 
@@ -126,8 +126,8 @@ class Tokenizer:
     def load(cls, path: str | Path, rows: int | None = None) -> Self:
         """Load a tokenizer.json of a run or of Hugging Face, or a vocab.txt of WordPiece.
 
-        Other files in its directory define special tokens, and how a vocab.txt splits texts. `rows`
-        is the vocab_size of an existing model. Raises DataError, which names the file.
+        Other files in the directory of `path` define special tokens, and how a vocab.txt splits
+        texts. `rows`: see `__init__`. Raises DataError with the name of the file.
         """
         path = Path(path)
         try:
@@ -135,7 +135,9 @@ class Tokenizer:
             text = read_wordpiece(text, read_config(path)) if path.suffix == ".txt" else text
             tokenizer = cls(text, rows=rows)
         except OSError as error:
-            raise DataError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+            raise DataError(
+                f"cannot read the tokenizer {path}: {error.strerror}; check the path"
+            ) from error
         except DataError as error:
             raise DataError(f"{path} {error}") from error
         except Exception as error:  # The library raises a bare Exception for a broken file.
@@ -152,15 +154,15 @@ class Tokenizer:
         return tokenizer if special is None else tokenizer.following(special)
 
     def following(self, special: Special | None) -> Self:
-        """Return the same tokenizer with these special tokens; None: those found by their names."""
+        """Return the same tokenizer with special tokens of files; None: found by their names."""
         return type(self)(self._json, special, self._rows)
 
     @classmethod
     def prepare(cls, texts: Iterable[str], config: TokenizerConfig, objective: str) -> Self:
-        """Load the tokenizer that the config names, or else learn one from the texts.
+        """Load the tokenizer at `config.path`, or learn a vocabulary from the texts if it is None.
 
-        Raises DataError where the objective needs special tokens that the tokenizer lacks, and
-        where it generates text but the tokenizer loses spaces.
+        Raises DataError if the objective needs special tokens that the tokenizer lacks, or if the
+        objective generates text and the tokenizer loses spaces.
         """
         if config.kind == "wordpiece" and config.path is None and OBJECTIVES[objective].writes:
             raise DataError(_spaces("data.tokenizer.kind wordpiece", objective))
@@ -168,8 +170,8 @@ class Tokenizer:
             return cls.train(texts, config, objective)
         if config.lowercase:
             raise DataError(
-                f"data.tokenizer.lowercase applies to learned vocabularies only: {config.path} "
-                "decides about case; leave it out"
+                f"data.tokenizer.lowercase is for learned vocabularies, not for {config.path} "
+                "(data.tokenizer.path): leave data.tokenizer.lowercase out"
             )
         tokenizer = cls.load(config.path)
         tokenizer.require(objective, config.path)
@@ -178,31 +180,35 @@ class Tokenizer:
         return tokenizer
 
     def require(self, objective: str, name: str = "the tokenizer") -> None:
-        """Raise DataError if a special token that the objective needs is missing."""
+        """Raise DataError if a special token that the objective needs is missing.
+
+        `name` names the tokenizer in the message.
+        """
         needs = OBJECTIVES[objective]
         has = {
-            "a begin, like <bos> or [CLS]": self.bos is not None,
-            "an end, like <eos> or [SEP]": self.eos is not None,
-            "a mask, like <mask> or [MASK]": self.mask is not None or not needs.needs_mask,
-            "sentinels, like <extra_id_0>": bool(self.sentinels) or not needs.needs_sentinels,
+            "a begin token like <bos> or [CLS]": self.bos is not None,
+            "an end token like <eos> or [SEP]": self.eos is not None,
+            "a mask token like <mask> or [MASK]": self.mask is not None or not needs.needs_mask,
+            "sentinels like <extra_id_0>": bool(self.sentinels) or not needs.needs_sentinels,
         }
         missing = [token for token, is_present in has.items() if not is_present]
         if missing:
             raise DataError(
                 f"{name} lacks {' and '.join(missing)}, which data.objective {objective} needs: "
-                "set data.tokenizer.path to a tokenizer that has them, or leave it out to learn one"
+                "set data.tokenizer.path to a tokenizer with these tokens, or leave the path out "
+                "to learn a vocabulary"
             )
 
     @cached_property
     def unknown(self) -> int | None:
-        """The token for text outside of the vocabulary; None: the vocabulary covers all text."""
+        """Id of the token for text outside of the vocabulary; None: there is no such token."""
         model = json.loads(self._json)["model"]
         name = model.get("unk_token")
         return model.get("unk_id") if name is None else self._tokenizer.token_to_id(name)
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """All tokens that end generation; () for none."""
+        """All tokens that end generation; (): no token ends it."""
         return self._ends or (() if self.eos is None else (self.eos,))
 
     @property
@@ -212,15 +218,15 @@ class Tokenizer:
         return self.bos, self.eos
 
     def name(self, token: int) -> str:
-        """Return the name of a token in the vocabulary."""
+        """Return the name of a token in the vocabulary; "" for an unknown id."""
         return self._tokenizer.id_to_token(token) or ""
 
     def reads_as(self, other: "Tokenizer") -> bool:
-        """Tell if the tokenizer.json is the same, apart from special tokens of other files."""
+        """Tell if `other` has the same tokenizer.json; special tokens of files may differ."""
         return self.following(None).fingerprint == other.following(None).fingerprint
 
     def save(self, path: str | Path) -> None:
-        """Write the tokenizer.json and, in the same directory, its special tokens."""
+        """Write the tokenizer.json `path` and, in the same directory, the special tokens."""
         beside = Path(path).with_name(FILE)
         beside.unlink(missing_ok=True)  # It may belong to a previous tokenizer.
         if self.special is not None:
@@ -229,13 +235,13 @@ class Tokenizer:
 
     @property
     def is_bare(self) -> bool:
-        """True if its tokenizer.json adds no begin and end, as those that are learned here."""
+        """True if the tokenizer.json adds no begin and end itself; a learned one does not."""
         return json.loads(self._json).get("post_processor") is None
 
     def framing(self, architecture: str) -> Self:
-        """Return the same tokenizer for transformers, which lets it add begin and end.
+        """Return the same tokenizer for the library transformers: it adds begin and end itself.
 
-        A tokenizer that adds them already is not changed.
+        A tokenizer that already adds begin and end is returned unchanged.
         """
         if not self.is_bare or self.eos is None:
             return self
@@ -246,10 +252,10 @@ class Tokenizer:
     def encode_batch(
         self, texts: Sequence[str], *, special_tokens: bool = False
     ) -> list[np.ndarray]:
-        """Return the ids of each text, int32 [T], without begin and end.
+        """Return the ids of each text, int32 [tokens], without begin and end.
 
-        The name of a special token is text, or with `special_tokens` the token. Raises DataError
-        for a text with a token without an embedding.
+        The name of a special token in a text is encoded as text, or, with `special_tokens`, as the
+        token. Raises DataError for a text with a token for which the model has no embedding.
         """
         if special_tokens:
             encodings = self._with_special.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -262,7 +268,7 @@ class Tokenizer:
         if self.rowless and (beyond := ids[ids >= self.vocab_size]).size:
             raise DataError(
                 f"a text has {self.name(int(beyond[0]))!r}, token {beyond[0]} of the tokenizer, "
-                f"but the model has only {self.vocab_size} rows of embeddings: delete it from the "
+                f"but the model has only {self.vocab_size} embeddings: delete the token from the "
                 "text"
             )
         return ids
@@ -275,7 +281,7 @@ class Tokenizer:
         return reader
 
     def count_unknown(self, ids: np.ndarray) -> int:
-        """Count the tokens for text outside of the vocabulary."""
+        """Count the ids that stand for text outside of the vocabulary."""
         return 0 if self.unknown is None else int(np.count_nonzero(ids == self.unknown))
 
     @cached_property
@@ -285,7 +291,7 @@ class Tokenizer:
         return " " in self._tokenizer.decode(ids.tolist(), skip_special_tokens=False).strip()
 
     def _without_special(self, ids: np.ndarray) -> np.ndarray:
-        """Replace special tokens that the vocabulary has matched in a text by their characters."""
+        """Replace each special token that the library found in a text by its characters."""
         if not self._hidden[ids].any():
             return ids
         parts = [self._spell(int(i)) if self._hidden[i] else [i] for i in ids]
@@ -299,11 +305,11 @@ class Tokenizer:
         return ids or ([] if self.unk is None else [self.unk])
 
     def parts(self, text: str) -> Iterator[str]:
-        """Yield a text in parts of about 131,000 characters; their ids are those of the text.
+        """Yield a text in parts of about 131,000 characters that have the same ids as the text.
 
-        Texts are cut between words, or anywhere if each character or byte is a token. A tokenizer
-        whose tokens cross words, or that marks the beginning of a text (SentencePiece of LLaMA),
-        needs whole texts, and about 100 bytes of memory per token.
+        Texts are cut between words, or anywhere if each character or byte is a token. A text is not
+        cut if tokens cross words, or if the tokenizer marks the beginning of a text (SentencePiece
+        of LLaMA); such a tokenizer needs about 100 bytes of memory per token.
         """
         return cut_text(text, self._border)
 
@@ -320,14 +326,14 @@ class Tokenizer:
         return self.plain(self._tokenizer.decode(kept, skip_special_tokens=False))
 
     def plain(self, text: str) -> str:
-        """Return a text for people: pieces with `@@` are joined to words."""
+        """Return a text for people: pieces that end with `@@` are joined to words."""
         return re.sub(r"@@( |$)", "", text) if self.pretokenized else text
 
     def words(self, ids: np.ndarray) -> np.ndarray:
-        """Return the number of the word of each token, from 0, int [T].
+        """Return the index of the word of each token in the text, from 0, int [tokens].
 
-        The tokenizer marks words, or else a word is a run of letters and digits with the space
-        before it. Other characters, special tokens and ideographs are words by themselves.
+        The tokenizer may mark words; otherwise a word is a run of letters and digits with the space
+        before the run. Other characters, special tokens and ideographs are words by themselves.
         """
         continues, is_continued = self._word_borders
         starts = np.ones(len(ids), bool)
@@ -340,12 +346,13 @@ class Tokenizer:
 
 
 def _require_bounds(contents: dict[str, Any]) -> None:
-    """Raise DataError for ids that would need too much memory; the caller adds the path."""
+    """Raise DataError for too large ids, which need much memory; the caller adds the path."""
     vocabulary = contents["model"]["vocab"]
     ids = vocabulary.values() if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
     if max(ids) >= MAX_VOCAB_SIZE:
         raise DataError(
-            f"gives a token the id {max(ids)}: a vocabulary has at most {MAX_VOCAB_SIZE:,} entries"
+            f"gives a token the id {max(ids)}, but ids are below {MAX_VOCAB_SIZE:,}: correct the "
+            "id, or give another tokenizer"
         )
 
 

@@ -18,16 +18,16 @@ UNKNOWN = SPECIAL[3]
 MASK = "<mask>"
 SENTINELS = [f"<extra_id_{i}>" for i in range(100)]  # As in T5.
 MAX_ALPHABET = 1000
-"""Largest number of characters in a WordPiece vocabulary."""
+"""Largest number of different characters in a WordPiece vocabulary."""
 MAX_WORD = 1000
-"""Bytes of the longest word to learn from: the time is quadratic in its length."""
+"""Largest number of bytes of a word to learn from: the time is quadratic in this number."""
 
 
 def learn(texts: Iterable[str], config: TokenizerConfig, objective: str | None = None) -> str:
     """Return a tokenizer.json learned from the texts; special tokens come first.
 
-    The order of the texts does not matter. Raises DataError for a vocab_size below that of the
-    alphabet.
+    The order of the texts does not matter. Raises DataError if the special tokens and the alphabet
+    are more than vocab_size.
     """
     special = list(SPECIAL)
     if objective is not None and OBJECTIVES[objective].needs_mask:
@@ -50,10 +50,10 @@ def learn(texts: Iterable[str], config: TokenizerConfig, objective: str | None =
 def read_wordpiece(text: str, config: Mapping[str, Any]) -> str:
     """Return the tokenizer.json for a vocab.txt, whose line i is the entry with id i.
 
-    If several lines have one entry, the last one counts, as in transformers. `config` has the
-    values of tokenizer_config.json. Without do_lower_case, case is folded if no entry has a capital
-    letter, as otherwise every capitalised word would be unknown. Raises DataError; the caller adds
-    the path.
+    If several lines have the same entry, the last line counts, as in transformers. `config` has the
+    values of tokenizer_config.json. Without do_lower_case in `config`, texts are converted to lower
+    case if no entry has a capital letter, as otherwise every capitalised word would be unknown.
+    Raises DataError with a message to which the caller adds the path.
     """
     entries = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     vocabulary = {entry: i for i, entry in enumerate(entries)}
@@ -61,7 +61,9 @@ def read_wordpiece(text: str, config: Mapping[str, Any]) -> str:
     unknowns = (names.get("unk_token"), "[UNK]", UNKNOWN)
     unknown = next((entry for entry in unknowns if entry in vocabulary), None)
     if unknown is None:
-        raise DataError("has no [UNK], so it is not the vocab.txt of a WordPiece tokenizer")
+        raise DataError(
+            "has no [UNK]: give the vocab.txt of a WordPiece tokenizer, or a tokenizer.json"
+        )
     special = {e for e in vocabulary if e[:1] + e[-1:] in ("[]", "<>") and e[2:]}
     special |= set(names.values())
     cased = any(c != c.lower() for entry in vocabulary.keys() - special for c in entry)
@@ -71,7 +73,7 @@ def read_wordpiece(text: str, config: Mapping[str, Any]) -> str:
     if kept:
         raise DataError(
             f"has a tokenizer_config.json with never_split {sorted(kept)}, which is not supported: "
-            "take it out to split these words like others, or give a tokenizer.json"
+            "delete never_split to split these words like others, or give a tokenizer.json"
         )
     tokenizer = _bert(
         models.WordPiece(vocabulary, unk_token=unknown),
@@ -91,10 +93,10 @@ def _flag(config: Mapping[str, Any], key: str, default: bool | None) -> bool | N
 
 
 def framed(text: str, architecture: str, begin: str | None, end: str) -> str:
-    """Return a tokenizer.json that adds begin and end to a text itself, as transformers needs it.
+    """Return a tokenizer.json that itself adds begin and end to a text, as transformers needs it.
 
-    An encoder-only model reads begin and end, the encoder of an encoder-decoder model the end, and
-    a decoder-only model the begin.
+    An encoder-only model reads begin and end, the encoder of an encoder-decoder model only the end,
+    and a decoder-only model only the begin.
     """
     tokenizer = tokenizers.Tokenizer.from_str(text)
     before = f"{begin} " if begin and architecture != "encoder_decoder" else ""
@@ -135,7 +137,7 @@ def _bpe(texts: Iterable[str], config: TokenizerConfig, special: list[str]):
 
 
 def _bounded(words: Any) -> Any:
-    """Cut words into pieces of at most MAX_WORD for the trainer."""
+    """Return a pre-tokenizer for training: `words`, then cut words into pieces of MAX_WORD."""
     return pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(MAX_WORD)])
 
 
@@ -144,7 +146,7 @@ def _wordpiece(texts: Iterable[str], config: TokenizerConfig, special: list[str]
         texts = list(texts)
     tokenizer = _bert(models.WordPiece(unk_token=UNKNOWN), lowercase=config.lowercase)
     # The trainer numbers continuing characters in a random order and breaks ties by number. As
-    # special tokens they have fixed numbers, so that the same texts give the same vocabulary.
+    # special tokens these characters have fixed numbers: the same texts give the same vocabulary.
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
@@ -206,7 +208,7 @@ def _words(texts: Iterable[str], config: TokenizerConfig, special: list[str]):
     trainer = trainers.WordLevelTrainer(vocab_size=config.vocab_size, show_progress=False)
     counter.train_from_iterator(texts, trainer)
     numbers = counter.get_vocab()
-    # A word of the texts that is spelled like a special token would take over its name.
+    # A word of the texts that is spelled like a special token would replace the special token.
     frequent = [word for word in sorted(numbers, key=numbers.__getitem__) if word not in special]
     entries = (special + frequent)[: max(config.vocab_size, len(special))]
     vocabulary = {entry: i for i, entry in enumerate(entries)}
@@ -227,8 +229,8 @@ KINDS = {
 def _byte_names() -> dict[str, int]:
     """Return the byte of each character in a byte-level vocabulary, as in GPT-2.
 
-    Bytes that are printable in Latin-1 are written as they are, the others as characters from 256
-    on.
+    A byte that is printable in Latin-1 is its own character; the other bytes are the characters
+    from 256 on.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     rest = [byte for byte in range(256) if byte not in printable]

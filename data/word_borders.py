@@ -14,9 +14,10 @@ from heedful.data.vocabulary import BYTES
 def word_borders(
     tokenizer: tokenizers.Tokenizer, is_special: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return whether a token may continue the word before it, and be continued, each bool [V].
+    """Return two masks of the vocabulary, bool [V] each, for tokens inside of words.
 
-    Special tokens (`is_special`, bool [V]) are words by themselves.
+    A token of the first mask may continue the word before it; a token of the second mask may be
+    continued. Special tokens (`is_special`, bool [V]) are words by themselves.
     """
 
     def table(predicate: Callable[[str], bool]) -> np.ndarray:
@@ -49,5 +50,5 @@ def _spelling(name: str, by_bytes: bool) -> str:
 
 
 def _is_letter(character: str) -> bool:
-    """Tell if a character is part of a longer word; Chinese and Japanese ones are words."""
+    """Tell if a character can be part of a longer word: no Chinese or Japanese character can."""
     return character.isalnum() and not "\u3040" <= character <= "\u9fff"

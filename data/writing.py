@@ -1,4 +1,4 @@
-"""Write files atomically, and never through a link."""
+"""Write files atomically, and replace links instead of the files that links point to."""
 
 import os
 import secrets
@@ -29,7 +29,7 @@ def write_whole(path: Path, contents: bytes | str) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Sync a file or folder to disk, where the file system supports it."""
+    """Sync a file or folder to disk if the file system can."""
     with suppress(OSError):
         opened = os.open(folder, os.O_RDONLY)
         try:

@@ -90,7 +90,7 @@ def test_each_side_has_a_length_of_its_own():
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("positions", lambda a: a[:3], r"positions has shape \(3, 7\) beside inputs \(5, 7\)"),
+        ("positions", lambda a: a[:3], r"positions has shape \(3, 7\), but inputs has \(5, 7\)"),
         ("prefix_len", lambda a: a, r"prefix_len has shape \(5, 7\)"),
         ("prefix_len", lambda a: a[:, 0] + 1, "prefix_len is not 0 at a padding"),
         ("targets", lambda a: a.astype(np.int64), "targets has dtype int64: use int32"),

@@ -346,8 +346,8 @@ def test_generation_config_is_followed_or_named(writer, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
-        ("config", {"eos_token_id": "2"}, "\"eos_token_id\": '2': give an id"),
-        ("config", {"eos_token_id": [1.5]}, '"eos_token_id": [1.5]: give an id'),
+        ("config", {"eos_token_id": "2"}, "\"eos_token_id\": '2': give a token id"),
+        ("config", {"eos_token_id": [1.5]}, '"eos_token_id": [1.5]: give a token id'),
         ("generation_config", {"num_beams": "4"}, "\"num_beams\": '4'"),
         ("generation_config", {"bad_words_ids": [3]}, '"bad_words_ids": [3]'),
     ],

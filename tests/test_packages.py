@@ -61,7 +61,7 @@ def test_members_and_extraction_of_each_kind_of_archive(cache, monkeypatch, name
     found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
     assert found == {"top/a/ä.txt", "top/b.txt", packages.CHECKSUMS}
     assert (folder / "top/a/ä.txt").read_text("utf-8") == "grün"
-    with pytest.raises(LookupError, match=r"nothing for 'none'"):
+    with pytest.raises(LookupError, match=r"no file of the selection 'none'"):
         packages.extract(name, "none", lambda member: False)
     path.unlink()  # The extracted files do not need the package any more.
     assert packages.extract(name, "texts", lambda member: False) == folder

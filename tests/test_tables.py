@@ -121,11 +121,11 @@ def test_tables_are_joined_and_held_out_by_text(tmp_path):
     [
         ("a.tsv", "text\tkind\na\tb\n", r"data.label is 'label', but .*a.tsv has .* text, kind"),
         ("a.tsv", "a\tlabel\na\tb\n", r"a.tsv has the columns a, label, not text"),
-        ("a.tsv", "text\tlabel\na\tb\nc\n", r"a.tsv, line 3 has 1 columns, the header has 2"),
+        ("a.tsv", "text\tlabel\na\tb\nc\n", r"a.tsv, line 3 has 1 columns, but the header has 2"),
         ("a.tsv", "text\tlabel\na\tb\tc\n", r"line 2 has 3 columns"),
         ("a.tsv", "text\tlabel\na\tb\n\nc\td\n", r"line 3 has 1 columns"),
         ("a.tsv", "text\tlabel\na\t \n", r"line 2 has no label in column 'label'"),
-        ("a.tsv", "text\ttext\na\tb\n", r"names a column twice"),
+        ("a.tsv", "text\ttext\na\tb\n", r"has two columns 'text'"),
         ("a.csv", 'a,"b\nc"\nd,e\n', r"a.csv has the columns a, 'b\\nc', not text"),
         ("a.tsv", "", r"a.tsv is empty"),
         ("a.tsv", "\n", r"a.tsv has no header"),
@@ -141,7 +141,7 @@ def test_tables_are_joined_and_held_out_by_text(tmp_path):
         ("a.jsonl", '{"text": 5, "label": "b"}\n', r"line 1 has 5 as 'text'"),
         ("a.jsonl", '{"text": "a", "label": null}\n', r"line 1 has no label"),
         ("a.jsonl", '{"text": "a", "label": {}}\n', r"line 1 has {} as 'label'"),
-        ("a.jsonl", '{"text": "\\ud83d", "label": 1}\n', r"line 1 has half a character"),
+        ("a.jsonl", '{"text": "\\ud83d", "label": 1}\n', r"line 1 has half of a surrogate pair"),
         ("a.jsonl", '{"text": "a", "label": NaN}\n', r"line 1 has NaN as 'label': give a class"),
         ("a.jsonl", '{"text": "a", "label": -1e999}\n', r"line 1 has -Infinity as 'label'"),
         ("a.jsonl", '{"text": NaN, "label": "b"}\n', r"line 1 has NaN as 'text': give a text"),
@@ -264,7 +264,7 @@ def test_named_columns_must_exist_and_fit(tmp_path, objective, columns, names):
 
 def test_two_tables_are_no_parallel_text(tmp_path):
     path = write(tmp_path / "a.tsv", "en\tde\na\tb\n")
-    with pytest.raises(DataError, match="give one table, or a source file and a target file"):
+    with pytest.raises(DataError, match="give one table, or two files of plain lines"):
         load(path, path, objective="translation")
 
 

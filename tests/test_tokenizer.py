@@ -369,7 +369,7 @@ def test_vocab_txt_is_split_as_its_config_says(tmp_path, config, text, expected)
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ('{"never_split": ["foo-bar"]}', r"never_split \['foo-bar'\].*take it out"),
+        ('{"never_split": ["foo-bar"]}', r"never_split \['foo-bar'\].*delete never_split"),
         ('{"do_lower_case": "yes"}', r"do_lower_case 'yes': give true or false"),
         ("{", r"tokenizer_config\.json is not JSON"),
         ("[]", r"tokenizer_config\.json is JSON, but not an object"),
@@ -400,8 +400,8 @@ def test_prepare_loads_or_learns(bert, tmp_path):
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        ("masked_lm", r"gpt2\.json lacks a mask, like <mask> or \[MASK\], which .*masked_lm"),
-        ("span_corruption", r"gpt2\.json lacks sentinels, like <extra_id_0>"),
+        ("masked_lm", r"gpt2\.json lacks a mask token like <mask> or \[MASK\], which .*masked_lm"),
+        ("span_corruption", r"gpt2\.json lacks sentinels like <extra_id_0>"),
     ],
 )
 def test_missing_special_tokens(gpt2, tmp_path, objective, message):

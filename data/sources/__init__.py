@@ -21,27 +21,27 @@ SOURCES: dict[str, Source] = {
 def fields(config: DataConfig) -> tuple[str, ...]:
     """Return the names of the text fields of the examples, in order.
 
-    For an objective with optional fields, such as the second text of a pair, the header of the
-    training table, or the features of a tfds dataset, decide.
+    If an objective has optional fields, such as the second text of a pair, the header of the
+    training table or the features of a tfds dataset decide about these fields.
     """
     return _source(config).fields(config)
 
 
 def classes(config: DataConfig) -> tuple[str, ...]:
-    """Return the classes of a source that defines their order; () for other sources."""
+    """Return the class names in the order that the source defines; () for other sources."""
     return _source(config).classes(config)
 
 
 def load(config: DataConfig, split: str) -> Sequence[Example]:
-    """Return the examples of a split in their order.
+    """Return the examples of a split in the order of the source.
 
     An example is a dict of texts by field. If the objective has labels, `label` is the name of a
     class or a finite number, as text.
 
-    No example is left out, so that line i of a test file is example i. If a version fixes the
-    texts, the attribute `identity` of the sequence names the version. Raises DataError for an
-    unknown source, an objective that the source does not serve, missing or damaged data, and an
-    empty split.
+    No example is left out, so that line i of a test file is example i. If the texts belong to a
+    fixed version of a dataset, the attribute `identity` of the sequence names the version. Raises
+    DataError for an unknown source, an objective that the source does not serve, missing or damaged
+    data, and an empty split.
     """
     if split not in SPLITS:
         raise DataError(f"unknown split {split!r}: give one of {', '.join(SPLITS)}")
@@ -54,7 +54,7 @@ def load(config: DataConfig, split: str) -> Sequence[Example]:
 
 
 def _source(config: DataConfig) -> Source:
-    """Return the source that a config names; raise DataError where it does not fit the config."""
+    """Return the source that a config names; raise DataError if it does not fit the config."""
     name, colon, _ = config.source.partition(":")
     spelled = {
         name: name + (each.argument and f":{each.argument}") for name, each in SOURCES.items()
@@ -66,15 +66,16 @@ def _source(config: DataConfig) -> Source:
     if config.objective not in source.objectives:
         fitting = [spelled[n] for n, each in SOURCES.items() if config.objective in each.objectives]
         raise DataError(
-            f"data.source {config.source!r} has nothing for data.objective {config.objective!r}: "
-            f"set data.source to {_either(fitting)}, or the objective to "
+            f"data.source {config.source!r} has no examples for data.objective "
+            f"{config.objective!r}: set data.source to {_either(fitting)}, or data.objective to "
             f"{', '.join(source.objectives)}"
         )
     for name in ("columns", "label"):
         if not source.reads_columns and getattr(config, name) != getattr(DataConfig, name):
             reading = " and ".join(spelled[n] for n, each in SOURCES.items() if each.reads_columns)
             raise DataError(
-                f"data.{name} is for data.source {reading}, not {config.source}: leave it out"
+                f"data.{name} is for data.source {reading}, not {config.source}: leave data.{name} "
+                "out"
             )
     return source
 

@@ -20,7 +20,7 @@ from heedful.data.text_files import Parallel, documents
 
 
 def fields(config: DataConfig) -> tuple[str, ...]:
-    """Return the text fields; for one text or a pair, the training table decides."""
+    """Return the text fields; the header of the training table decides: one text, or a pair."""
     objective = config.objective_spec
     if objective.optional_fields:
         return tuple(name for name in _columns(config, config.train[0]) if name != "label")
@@ -28,11 +28,11 @@ def fields(config: DataConfig) -> tuple[str, ...]:
 
 
 def load(config: DataConfig, split: str) -> Sequence[Example]:
-    """Return the examples of data.SPLIT, or those that are held out of data.train for it."""
+    """Return the examples of the files data.SPLIT, or else examples held out of data.train."""
     paths = getattr(config, split) or config.train
     held = [name for name in ("valid", "test") if not getattr(config, name)]
     if split != "train" and split not in held:
-        held = []  # These files are the split itself.
+        held = []  # All examples of data.SPLIT belong to the split.
     objective = config.objective_spec
     if objective.is_text and not config.columns:
         if tables := [path for path in paths if is_table(path)]:
@@ -44,12 +44,12 @@ def load(config: DataConfig, split: str) -> Sequence[Example]:
     if objective.is_parallel and len(paths) == 2:
         if config.columns or any(map(is_table, paths)):
             raise DataError(
-                f"data.{split} is {' '.join(paths)}: give one table, or a source file and a target "
-                "file of plain lines; where data.columns is given, all splits are tables"
+                f"data.{split} is {' '.join(paths)}: give one table, or two files of plain lines; "
+                "with data.columns, give one table for every split"
             )
         examples = Parallel(paths)
     else:
-        # Without a training table (parallel texts) each split has its own columns, same fields.
+        # If parallel texts have no training table, each split has its own columns for the fields.
         named = config.train[0] if is_table(config.train[0]) else paths[0]
         columns, numbers = _columns(config, named), objective.label == "number"
         examples = Joined([Table(_table(path), columns, numbers=numbers) for path in paths])
@@ -72,8 +72,8 @@ def _columns(config: DataConfig, path: str) -> dict[str, str]:
 def _table(path: str) -> str:
     if not is_table(path):
         raise DataError(
-            f"{path} is not a table ({SUFFIXES}): translation takes two files of plain lines or "
-            "one table; classification, regression and data.columns need tables"
+            f"{path} is not a table ({SUFFIXES}): give two files of plain lines or one table for "
+            "translation, and tables for classification, regression and data.columns"
         )
     return path
 

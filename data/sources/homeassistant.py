@@ -19,7 +19,7 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff
 
 
 def load(config: DataConfig, split: str) -> list[Example]:
-    """Return the sentence pairs of a split, each pair once."""
+    """Return the sentence pairs of a split, each different pair once."""
     source, target = (_translations(language) for language in config.languages)
     owners: dict[tuple[str, str], str] = {}
     for component in sorted(source):
@@ -54,7 +54,7 @@ def _is_sentence_pair(source: str, target: str) -> bool:
 
 
 def _translations(language: str) -> dict[str, dict[str, str]]:
-    """Return {component: {key: text}} for every component with this language."""
+    """Return {component: {key: text}} of all components with texts in this language."""
     file = re.compile(rf"homeassistant/components/\w+/translations/{re.escape(language)}\.json")
     try:
         folder = packages.extract("homeassistant", language, file.fullmatch)
@@ -62,7 +62,8 @@ def _translations(language: str) -> dict[str, dict[str, str]]:
         members = " ".join(packages.members("homeassistant"))
         known = sorted(set(re.findall(r"/translations/([\w-]+)\.json", members)))
         raise DataError(
-            f"data.languages has {language!r}, but homeassistant has {', '.join(known)}"
+            f"data.languages has {language!r}, but homeassistant has {', '.join(known)}: choose "
+            "two of these"
         ) from error
     return {
         path.parts[-3]: dict(_flatten(json.loads(path.read_text("utf-8"))))

@@ -1,4 +1,4 @@
-"""The source `listops`: generated nested operations on digits; the result is one of ten classes.
+"""The source `listops`: generated, nested operations on digits; the value is one of ten classes.
 
 ListOps (arXiv:1804.06028) in the long form of Long Range Arena (arXiv:2011.04006 §2.2.1), with the
 distribution of its generator (github.com/google-research/long-range-arena, data/listops.py).
@@ -27,7 +27,7 @@ PATIENCE = 100_000
 
 
 def _median(values: list[int]) -> int:
-    """Return the median; of an even number of values the mean of the middle two, rounded down."""
+    """Return the median; for an even number of values, the mean of the middle two, rounded down."""
     values, n = sorted(values), len(values)
     return (values[(n - 1) // 2] + values[n // 2]) // 2
 
@@ -46,10 +46,10 @@ class _TooLongError(Exception):
 
 
 def load(config: DataConfig, split: str) -> Table:
-    """Return the expressions of a split, generated once for each config.listops.
+    """Return the expressions of a split, generated once for each value of config.listops.
 
-    All expressions of all splits are different. Those of valid and test do not depend on the number
-    of training examples; a smaller training set is the beginning of a larger one.
+    All expressions of all splits are different. The expressions of valid and test do not depend on
+    the number of training examples; a smaller training set is the beginning of a larger one.
     """
     name = "-".join(map(str, astuple(config.listops)))
     folder = packages.build_once(
@@ -95,8 +95,8 @@ def _new(rng: random.Random, config: ListOpsConfig, seen: set[bytes]) -> tuple[s
 def draw(rng: random.Random, config: ListOpsConfig) -> tuple[str, int]:
     """Draw an expression and return it with its value; raise _TooLongError at max_length tokens.
 
-    Operators, their number of arguments, and digits are uniform. The outermost operation has depth
-    1, digits have at most depth `max_depth`.
+    Operators, numbers of arguments, and digits are drawn uniformly. The outermost operation has
+    depth 1; digits have at most depth `max_depth`.
     """
     uniform = rng.random  # Other methods may change between versions of Python.
     tokens: list[str] = []

@@ -1,7 +1,7 @@
 """The source `sentiment`: sentences with human ratings of sentiment, from PyPI (MIT).
 
-These are the test data of VADER (C. J. Hutto and E. Gilbert, ICWSM 2014): tweets, and sentences of
-film reviews, product reviews and editorials, each rated by 20 people from -4 to 4.
+The sentences are the test data of VADER (C. J. Hutto and E. Gilbert, ICWSM 2014): tweets, and
+sentences of film reviews, product reviews and editorials, each rated from -4 to 4 by 20 people.
 """
 
 import html
@@ -17,15 +17,15 @@ from heedful.data.sources.source import Source
 _ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 _ENDING = "_GroundTruth.txt"
 NEUTRAL = 0.5
-"""Sentences with a smaller absolute mean rating are neither positive nor negative."""
+"""Smallest absolute mean rating of a positive or negative sentence; others are neutral."""
 
 
 def load(config: DataConfig, split: str) -> list[Example]:
-    """Return the sentences of a split, each text once.
+    """Return the sentences of a split, each different text once.
 
-    For regression the label is the mean rating; for classification it is positive or negative, and
+    For regression the label is the mean rating. For classification it is positive or negative, and
     neutral sentences are left out. All sentences of a review or article are in one split: 10 % of
-    the reviews and articles are valid, 10 % test.
+    the reviews and articles are in valid, 10 % in test.
     """
     examples = []
     for group, rating, text in _ratings():
@@ -58,7 +58,7 @@ def _ratings() -> Iterator[tuple[str, str, str]]:
                 text = html.unescape(text).strip()  # Tweets are stored with HTML entities.
                 if text not in seen:
                     seen.add(text)
-                    # 12_3 is sentence 3 of review 12; tweets and film reviews have one each.
+                    # 12_3 is sentence 3 of review 12; a tweet or film review has one sentence.
                     yield f"{collection} {identifier.partition('_')[0]}", rating, text
 
 

@@ -10,7 +10,7 @@ from heedful.data.config import DataConfig
 from heedful.data.examples import Example
 from heedful.data.sources.source import Source
 
-# A tragedy and a comedy each: 5 % of the text, without characters of other works.
+# A tragedy and a comedy each: 5 % of the text, with no persons that are also in other works.
 _HELD_OUT = {
     "valid": ("comedy_of_errors", "othello"),
     "test": ("romeo_and_juliet", "twelfth_night"),

@@ -1,4 +1,4 @@
-"""A source of examples, described in one value."""
+"""Description of a source of examples."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,22 +10,22 @@ from heedful.data.objectives import OBJECTIVES, Objective
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A source of examples. Each file of this folder ends with one, and `SOURCES` lists them."""
+    """A source of examples. Other files of this folder define one each; `SOURCES` lists them."""
 
     load: Callable[[DataConfig, str], Sequence[Example]]
-    """Return the examples of a split, in their order; raise DataError where there are none."""
+    """Return the examples of a split, in the order of the source; raise DataError for bad data."""
     serves: Callable[[Objective], bool] = lambda objective: True
     """Tell if an objective can learn from these examples."""
     fields: Callable[[DataConfig], tuple[str, ...]] = lambda config: config.objective_spec.fields
     """Return the names of the text fields of an example, in order."""
     classes: Callable[[DataConfig], tuple[str, ...]] = lambda config: ()
-    """Return the classes in the order of the source; () where it has none of its own."""
+    """Return the classes in the order of the source; (): the source does not define classes."""
     argument: str = ""
-    """Form of what follows the name and a colon in data.source; empty: nothing follows."""
+    """Form of the argument in data.source NAME:ARGUMENT; empty: there is no colon and argument."""
     reads_columns: bool = False
-    """True where data.columns and data.label choose among columns."""
+    """True if data.columns and data.label choose among the columns of this source."""
     if_empty: str = "choose another source or other languages"
-    """Advice for an empty split; {split} stands for the name of the split."""
+    """Fix in the error message for an empty split; {split} stands for the name of the split."""
 
     @property
     def objectives(self) -> tuple[str, ...]:

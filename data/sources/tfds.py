@@ -26,12 +26,15 @@ from heedful.data.examples import (
 from heedful.data.sources.source import Source
 
 _CHUNK = 1000  # Records that are read at a time.
-# Other names, with a namespace or arguments, let tfds import code that comes with the data.
+# With other names, which have a namespace or arguments, tfds may import code of the dataset.
 _NAME = re.compile(r"[a-zA-Z]\w*(/\w[\w.+-]*)?(:[\d*]+\.[\d*]+\.[\d*]+)?", re.ASCII)
 
 
 class Records(Sequence[Example]):
-    """Records of a prepared split; `read` maps a field to its feature and a reader of values."""
+    """Records of a prepared split.
+
+    read: for each field of an example, the feature, and a function from its value to text.
+    """
 
     def __init__(
         self, records: Any, read: Mapping[str, tuple[str, Callable[[Any], str]]], identity: str
@@ -51,12 +54,15 @@ class Records(Sequence[Example]):
 
 
 def fields(config: DataConfig) -> tuple[str, ...]:
-    """Return the text fields: one or two, by the text features of the dataset."""
+    """Return the text fields; the text features of the dataset decide: one text, or a pair."""
     return fields_of(config.objective_spec, len(_texts(config, _builder(config))))
 
 
 def classes(config: DataConfig) -> tuple[str, ...]:
-    """Return the class names of the label feature in its order; F1 of GLUE is of the second."""
+    """Return the class names of the label feature, in its order; () without names.
+
+    The order matters for the F1 score of GLUE, which is the F1 score of the second class.
+    """
     builder = _builder(config)
     label = label_column(config, list(builder.info.features), f"{config.source!r} has")
     return tuple(getattr(builder.info.features[label], "names", None) or ())
@@ -65,10 +71,10 @@ def classes(config: DataConfig) -> tuple[str, ...]:
 def load(config: DataConfig, split: str) -> Sequence[Example]:
     """Return the examples of a split; prepare the dataset in TFDS_DATA_DIR if needed.
 
-    If a dataset has no test split, or a test split without labels (GLUE), its validation split is
-    the test, and valid is a share (data.holdout) of train, chosen by a hash of the text. Messages
-    on stderr tell so. Of MNLI the matched splits are used. Raises DataError for an unknown name,
-    for features that do not fit, and if the preparation fails.
+    If a dataset has no test split, or a test split without labels (GLUE), its validation split
+    becomes test, and valid is a share (data.holdout) of train, chosen by a hash of the text.
+    Messages on stderr say so. For MNLI the matched splits are used. Raises DataError for an unknown
+    name, for features that do not fit, and if the preparation fails.
     """
     builder = _builder(config)
     texts = _texts(config, builder)
@@ -107,8 +113,8 @@ def _builder(config: DataConfig) -> Any:
     if not _NAME.fullmatch(name):
         raise DataError(
             f"data.source {config.source!r} is not tfds:NAME, tfds:NAME/CONFIG or either with "
-            ":VERSION (1.0.0), and other names may run code of the data: choose one of "
-            "https://www.tensorflow.org/datasets/catalog; TFDS_DATA_DIR is the data folder"
+            ":VERSION (such as 1.0.0), and other names may run code of the dataset: choose a name "
+            "in https://www.tensorflow.org/datasets/catalog; TFDS_DATA_DIR sets the data folder"
         )
     import tensorflow_datasets  # Slow to import and needed by this source only.
 
@@ -117,7 +123,7 @@ def _builder(config: DataConfig) -> Any:
         # a package that is not installed (h5py).
         for topic in ("text", "translate"):
             importlib.import_module(f"tensorflow_datasets.{topic}")
-        # array_record is the format that is read by index, and without TensorFlow.
+        # The format array_record can be read by index, and without TensorFlow.
         return tensorflow_datasets.builder(
             name,
             data_dir=os.environ.get("TFDS_DATA_DIR"),
@@ -126,7 +132,7 @@ def _builder(config: DataConfig) -> Any:
     except Exception as error:  # tfds raises errors of many types.
         raise DataError(
             f"data.source {config.source!r} cannot be opened ({_first_line(error)}): "
-            "see https://www.tensorflow.org/datasets/catalog for names"
+            "choose a name in https://www.tensorflow.org/datasets/catalog"
         ) from error
 
 
@@ -145,7 +151,8 @@ def _label_reader(config: DataConfig, label: str, feature: Any) -> Callable[[Any
     """Return a function from a value of the feature to a class name, or to a number as text."""
     if feature.shape != ():
         raise DataError(
-            f"data.label {label!r} of {config.source!r} is not a single value: choose one"
+            f"data.label {label!r} of {config.source!r} is not a single value: choose another "
+            "data.label"
         )
     number = np.dtype(feature.np_dtype).kind
     is_class = hasattr(feature, "int2str")
@@ -174,19 +181,18 @@ def _label_reader(config: DataConfig, label: str, feature: Any) -> Callable[[Any
             return feature.int2str(int(value))
         if isinstance(value, bytes):
             return value.decode()
-        return str(
-            feature.np_dtype(value)
-        )  # The shortest text of the float32: 3.8, not 3.7999999523.
+        # The shortest text of the float32: 3.8, not 3.7999999523.
+        return str(feature.np_dtype(value))
 
     return read
 
 
 def _split_names(config: DataConfig, builder: Any, label: str | None) -> dict[str, str | None]:
-    """Return the name of each of our splits in the dataset; None: held out of train."""
+    """Return the dataset's name for train, valid and test; None: it is held out of train."""
     known = list(builder.info.splits)
     if "train" not in known:
         raise DataError(
-            f"{config.source!r} has no split 'train', only {listed(known)}: choose another"
+            f"{config.source!r} has no split 'train', only {listed(known)}: choose another dataset"
         )
     valid, test = (
         next((name for name in (prefix, f"{prefix}_matched") if name in known), None)
@@ -202,7 +208,7 @@ def _split_names(config: DataConfig, builder: Any, label: str | None) -> dict[st
 
 
 def _shares(builder: Any, records: Any, feature: str) -> np.ndarray:
-    """Return the shares of all texts, float64 [E]; reads them once and keeps the shares."""
+    """Return the hash in [0, 1) of every text, float64 [texts]; the cache keeps the hashes."""
     name = f"{builder.info.full_name} {feature}"
 
     def write(folder: Path) -> None:
