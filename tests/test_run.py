@@ -64,7 +64,7 @@ def test_a_run_can_be_opened_again(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda text: "[" * 99_999, "config of a run: it has too many levels"),
+        (lambda text: "[" * 99_999, "config of a run: it has too many nested levels"),
         (lambda text: text.replace("512", "5" * 5000), "it has a number of too many digits"),
         (lambda text: text.replace('"en"', '"\\ud800"'), "half of a surrogate pair"),
         (lambda text: text[:99], "cannot be read as the config of a run"),
