@@ -179,7 +179,7 @@ def test_a_model_that_knows_nothing_is_told(text):
     result = report(text, text.run.train.decode, console)
     assert result["valid_frequency_loss"] == pytest.approx(known)
     said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert f"validation loss of a guess by frequency alone: {known:.4f}\nthat is no better" in said
+    assert f"validation loss of a guess by frequency alone: {known:.4f}\nthe model is no better" in said
 
 
 def test_a_loss_that_is_no_number_is_an_error(text):
@@ -356,7 +356,7 @@ def test_a_run_that_cannot_be_written_is_measured_all_the_same(translation, monk
     assert "test_bleu" in report(translation, translation.run.train.decode, console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
     for words in (
-        "result.json cannot be written (Read-only file system): what follows is only shown",
+        "result.json cannot be written (Read-only file system): the results are only printed",
         "validation loss: ",
         "test BLEU: ",
     ):

@@ -1,4 +1,4 @@
-"""Messages to people that never end a training."""
+"""Messages to people that never end a training run."""
 
 import contextlib
 import sys
@@ -10,7 +10,7 @@ from rich.console import Console
 
 @contextlib.contextmanager
 def lasting(console: Console) -> Iterator[None]:
-    """Leave out, while entered, text that cannot be printed: a full disk ends no training."""
+    """Leave out text that cannot be printed within the context: a full disk must not end a run."""
     former, console.file = console.file, _Lasting(console.file)  # type: ignore[assignment]
     try:
         yield
@@ -19,7 +19,7 @@ def lasting(console: Console) -> Iterator[None]:
 
 
 class _Lasting:
-    """A stream whose disk may be full. A pipe without a reader raises as ever."""
+    """Stream that ignores write errors, as of a full disk; a closed pipe raises BrokenPipeError."""
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -43,6 +43,6 @@ class _Lasting:
 
 
 def tell(text: str) -> None:
-    """Print a line to standard error, where that can be written."""
+    """Print a line to standard error; do nothing if that cannot be written."""
     with contextlib.suppress(OSError):
         print(f"heedful: {text}", file=sys.stderr, flush=True)

@@ -17,29 +17,29 @@ LossSums = tuple[jax.Array, jax.Array, Outputs | None]
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
-    """Settings of a loss; by default those of a measurement, without dropout and smoothing."""
+    """Settings of a loss. The defaults are for evaluation: no dropout, no label smoothing."""
 
     chunk: int | None = None
-    """Most positions of a row whose logits exist at once; None: all."""
+    """Number of positions of a row whose logits are computed at a time; None: all."""
     label_smoothing: float = 0.0
     deterministic: bool = True
-    """Without dropout."""
+    """True: without dropout."""
     rngs: Mapping[str, jax.Array] | None = None
-    """Keys of the model's random streams."""
+    """Random keys of the model, by their names in flax."""
 
 
 @runtime_checkable
 class Loss(Protocol):
-    """The loss of an objective; `train.tasks` names one for each."""
+    """Loss of an objective; `train.tasks` names the loss of each objective."""
 
     def __call__(
         self, model: nn.Module, params: Any, batch: Batch, options: LossOptions
     ) -> LossSums:
         """Return (sum of losses, sum of weights, outputs), the sums in float32.
 
-        Training minimises the first over the second, each added up over a whole batch. `outputs`
-        are the arrays [B, ...] that `Task.scores` takes by name, with `weights` [B], which are 0
-        for rows of padding; None where a task has no scores.
+        Training minimises the sum of losses divided by the sum of weights, both over a whole batch.
+        `outputs` has the arrays [B, ...] (B rows) that `Task.scores` takes by name, and `weights`
+        [B], which are 0 for rows of padding; None: the task has no scores.
         """
         ...
 
@@ -58,7 +58,7 @@ def language_model_loss(
     def score(params: Any, x: jax.Array) -> jax.Array:
         return model.apply({"params": params}, x, method="score")  # type: ignore[return-value]
 
-    # An encoder's objective restores a share of the tokens.
+    # An encoder-only model predicts only a share of the tokens: skip chunks without targets.
     skips = model.config.architecture == "encoder_only"  # type: ignore[attr-defined]
     sums = cross_entropy_in_chunks(
         score, of_head, hidden, targets, weights, chunk, options.label_smoothing, skips=skips
@@ -77,7 +77,7 @@ def classification_loss(
 
 
 def regression_loss(model: nn.Module, params: Any, batch: Batch, options: LossOptions) -> LossSums:
-    """Return the squared error of the number of each row."""
+    """Return the squared error of the predicted number of each row."""
     outputs = forward(model, params, batch, options)
     targets, weights = batch["targets"], batch["weights"]
     sums = squared_error(outputs, targets, weights)
@@ -87,7 +87,7 @@ def regression_loss(model: nn.Module, params: Any, batch: Batch, options: LossOp
 def forward(
     model: nn.Module, params: Any, batch: Batch, options: LossOptions, **call: Any
 ) -> jax.Array:
-    """Return the outputs of the model on a batch; `call` are further arguments of its call."""
+    """Return the outputs of the model on a batch; `call` has further arguments of the model."""
     call |= {"deterministic": options.deterministic, "rngs": options.rngs}
     inputs = model_inputs(model.config, batch)  # type: ignore[attr-defined]
     return model.apply({"params": params}, **inputs, **call)  # type: ignore[return-value]
@@ -96,7 +96,7 @@ def forward(
 def model_inputs(config: ModelConfig, batch: Batch) -> dict[str, Any]:
     """Return the arrays of a batch that the model reads.
 
-    A model without type embeddings does not read types: an end token divides the two texts.
+    A model without type embeddings does not read `type_ids`: an end token separates the two texts.
     """
     unread = ["targets", "weights", *([] if config.type_vocab_size else ["type_ids"])]
     return {name: x for name, x in batch.items() if name not in unread}

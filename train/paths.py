@@ -1,4 +1,4 @@
-"""The paths in configs."""
+"""Change the paths in configs."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from heedful.train.config import TrainConfig
 
 
 def data_paths(data: DataConfig, change: Callable[[str], str]) -> DataConfig:
-    """Return the config with every path changed."""
+    """Return the config with `change` applied to every path."""
     files = {name: tuple(map(change, getattr(data, name))) for name in ("train", "valid", "test")}
     path = data.tokenizer.path and change(data.tokenizer.path)
     return dataclasses.replace(
@@ -17,7 +17,7 @@ def data_paths(data: DataConfig, change: Callable[[str], str]) -> DataConfig:
 
 
 def train_paths(train: TrainConfig, change: Callable[[str], str]) -> TrainConfig:
-    """Return the config with every path changed; a package or a bucket stays."""
+    """Return the config with `change` applied to every path; packages and buckets stay as is."""
     init_from, checkpoints = train.init_from, train.checkpoints
     if init_from is not None and not init_from.startswith("package:"):
         kind, colon, path = init_from.rpartition("hf:")

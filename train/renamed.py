@@ -1,4 +1,4 @@
-"""Config fields that had other names once: old runs are still read, old flags name the new ones."""
+"""Renamed config fields: read old runs, and reject old flags with a hint to the new flag."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ RENAMED = {
 
 
 def with_new_names(values: Any, name: str = "") -> Any:
-    """Return configs as JSON values with the present names of fields; a present name wins."""
+    """Return configs (JSON values) with old names of fields replaced; a value by new name wins."""
     if not isinstance(values, dict):
         return values
     found = {key: with_new_names(value, f"{name}{key}.") for key, value in values.items()}
@@ -25,7 +25,7 @@ def with_new_names(values: Any, name: str = "") -> Any:
 
 
 def require_new_flags(arguments: Sequence[str]) -> None:
-    """Raise TrainError for a flag that has another name now."""
+    """Raise TrainError for a renamed flag, with its new name."""
     flags = {_flag(old): _flag(new) for old, new in RENAMED.items()}
     for argument in arguments:
         flag = argument.partition("=")[0].replace("_", "-")

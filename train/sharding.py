@@ -57,7 +57,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         asked = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
         raise TrainError(
             f"train.mesh asks for {asked} devices, but there are {len(devices)}: "
-            "change train.mesh so that the product fits"
+            f"change train.mesh so that the product of its axes is {len(devices)}"
         )
     # Auto, not Explicit, the default since jax 0.9: flax's annotations are hints to the compiler.
     return jax.make_mesh(
@@ -68,11 +68,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 def resolve(name: str, axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh):
     """Return the sharding of the array `name` with these logical axes.
 
-    Raises TrainError, naming the array, for an unknown axis, a rank mismatch, a mesh axis used
-    twice, and a dimension that does not divide.
+    Raises TrainError with the name of the array for an unknown axis, a wrong number of axes, a mesh
+    axis that is used twice, and a dimension that its mesh axes do not divide.
     """
     if len(axes) != len(shape):
-        raise TrainError(f"{name}: {len(axes)} axis names {axes} for shape {shape}")
+        raise TrainError(
+            f"{name}: {len(axes)} axis names {axes} for shape {shape}; give one per dimension"
+        )
     spec: list[tuple[str, ...] | None] = []
     used: set[str] = set()
     for axis, size in zip(axes, shape, strict=True):
@@ -80,13 +82,16 @@ def resolve(name: str, axes: tuple[str | None, ...], shape: tuple[int, ...], mes
             raise TrainError(f"{name}: unknown axis name '{axis}'; choose among {sorted(RULES)}")
         over = tuple(a for a in RULES[axis] if mesh.shape[a] > 1) if axis else ()
         if used & set(over):
-            raise TrainError(f"{name}: axes {axes} use the mesh axis {used & set(over)} twice")
+            raise TrainError(
+                f"{name}: axes {axes} use the mesh axis {used & set(over)} twice; change the axis "
+                "names, or train.sharding.RULES"
+            )
         used |= set(over)
         parts = int(np.prod([mesh.shape[a] for a in over]))
         if size % parts:
             raise TrainError(
                 f"{name}: dimension '{axis}' of {size} does not divide into {parts} parts of the "
-                f"mesh axes {over}: change it or train.mesh"
+                f"mesh axes {over}: change the dimension, or train.mesh"
             )
         spec.append(over or None)
     return NamedSharding(mesh, PartitionSpec(*spec))
@@ -106,7 +111,10 @@ def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
 
 
 def require_divisible(shape: Shape, accumulate: int, mesh: Mesh) -> None:
-    """Raise TrainError unless the devices, and the parts of a batch, divide rows and lengths."""
+    """Raise TrainError unless rows and lengths of a batch divide into devices and micro-batches.
+
+    `accumulate` is the number of micro-batches.
+    """
     parts, seq = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["seq"]
     if shape.rows % (parts * accumulate):
         raise TrainError(
@@ -116,7 +124,7 @@ def require_divisible(shape: Shape, accumulate: int, mesh: Mesh) -> None:
     if any(length % seq for length in shape.lengths):
         raise TrainError(
             f"the length of batches of {shape} does not divide into train.mesh.seq = {seq}: set "
-            "data.length_multiple and data.max_length to multiples of it"
+            f"data.length_multiple and data.max_length to multiples of {seq}"
         )
 
 
@@ -127,10 +135,10 @@ def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
 
 @functools.cache
 def rows_here(mesh: Mesh) -> tuple[tuple[int, ...], int]:
-    """Return (parts, count): the parts, out of `count`, of a batch's rows on the devices here.
+    """Return (parts, count): the devices here hold `parts` (indices) of `count` parts of a batch.
 
-    The parts are as few and as large as they can be. Where other axes than the batch's are sharded
-    over processes, several processes hold the same rows.
+    The rows of a batch are divided into as few parts as possible. If mesh axes other than data and
+    fsdp extend over processes, several processes hold the same rows.
     """
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
     return local_batch_shards(
@@ -139,7 +147,7 @@ def rows_here(mesh: Mesh) -> tuple[tuple[int, ...], int]:
 
 
 def local_batch_shards(owners: np.ndarray, process: int) -> tuple[tuple[int, ...], int]:
-    """Return `rows_here` of a process; owners [parts, devices of each] are the processes of all."""
+    """Return `rows_here` of a process; `owners` [parts, devices] has the process of each device."""
     mine, count = np.flatnonzero((owners == process).any(1)), len(owners)
     for size in range(count, 1, -1):
         parts = np.unique(mine // size)
@@ -149,7 +157,7 @@ def local_batch_shards(owners: np.ndarray, process: int) -> tuple[tuple[int, ...
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Return the global batch; each process gives the rows that its devices hold, `rows_here`."""
+    """Return the global batch; each process gives the rows that its devices hold (`rows_here`)."""
     parts, count = rows_here(mesh)
 
     def gather(array: np.ndarray) -> jax.Array:
@@ -169,12 +177,12 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
 
 
 def whole_to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Return the global batch from one that every process has whole."""
+    """Return the global batch from a whole batch, the same in every process."""
     return {name: place(array, batch_sharding(mesh, array.ndim)) for name, array in batch.items()}
 
 
 def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """Return a global array from one that every process has whole."""
+    """Return a global array from a whole array, the same in every process."""
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
     # Not `device_put`: it compares the values of all processes first.
@@ -182,5 +190,5 @@ def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of an array that is whole on every device, for each process to read."""
+    """Return the sharding of an array that is whole on every device, to be read everywhere."""
     return NamedSharding(mesh, PartitionSpec())

@@ -1,4 +1,4 @@
-"""One update, and one measurement, as compiled functions."""
+"""The train step and the eval step, as compiled functions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,12 +29,12 @@ def make_train_step(
     setup: Setup,
     loss: Loss,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Return (state, batch) -> (state, metrics), jitted; the given state is used up.
+    """Return (state, batch) -> (state, metrics), jitted; the old state is donated, so not usable.
 
-    The gradient is that of sum of losses / sum of weights over the whole batch, however it is split
-    into micro-batches or over devices, for the parameters whose `factors` are not 0. Metrics:
-    `loss` (sum), `weight`, `lr`, `grad_norm` (before clipping), and `grad_norms`, `param_norms` by
-    parameter and layer.
+    The gradient is that of (sum of losses) / (sum of weights) over the whole batch, independent of
+    its division into micro-batches and over devices. Parameters whose `factors` are 0 are frozen.
+    Metrics: `loss` (sum), `weight` (sum), `lr`, `grad_norm` (before clipping), and `grad_norms` and
+    `param_norms` by parameter and layer.
     """
     model, factors = build(model_config), setup.factors
     schedule = learning_rate(config.optimizer, config.steps)
@@ -62,7 +62,7 @@ def make_train_step(
             total, weight, grads = summed_gradients(
                 loss_sum, trainable, batch, key, config.accumulate
             )
-        # A layer that is frozen within a stacked array has no part in the norm.
+        # In an array of stacked layers, the gradients of frozen layers do not count in the norm.
         grads = jax.tree.map(
             lambda g, f: g if g is None or isinstance(f, float) else g * (f != 0),
             grads,
@@ -106,8 +106,8 @@ def make_eval_step(
 ) -> Callable[[Any, Batch], tuple[dict[str, jax.Array], jax.Array, Outputs | None]]:
     """Return (params, batch) -> (sums of losses, sum of weights, outputs of the loss), jitted.
 
-    The sums are {"loss": that without smoothing}, and with `label_smoothing` {"smoothed_loss": ...}
-    beside it. The outputs are whole on every process.
+    The sums of losses are a dict: "loss" is without label smoothing; with `label_smoothing`, there
+    is also "smoothed_loss". Outputs are replicated, so that every process can read them.
     """
     model = build(model_config)
 
@@ -115,7 +115,7 @@ def make_eval_step(
         with nn.logical_axis_rules(flax_rules()):
             total, weight, outputs = loss(model, params, batch, LossOptions(chunk=loss_chunk))
             losses = {"loss": total}
-            if label_smoothing is not None:  # XLA sees that the outputs are the same.
+            if label_smoothing is not None:  # XLA computes the forward pass only once.
                 options = LossOptions(chunk=loss_chunk, label_smoothing=label_smoothing)
                 losses["smoothed_loss"], *_ = loss(model, params, batch, options)
         return losses, weight, outputs
@@ -128,15 +128,15 @@ def make_eval_step(
 
 
 def compiler_options(mesh: Mesh, width: int, deterministic: bool) -> dict[str, Any]:
-    """Return XLA's options for programs that are fast, and the same in every run, on this mesh.
+    """Return XLA options for this mesh: fast, and if `deterministic` with the same bits every time.
 
-    On CPUs, whose programs give the same bits anyway: where a model is narrow, products of matrices
-    by Eigen and sums by YNNPACK; by default YNNPACK does both, which is slower by a tenth at a
-    width of 128 and faster by as much in GPT-2 124M, whose width is 768. On GPUs
-    `xla_gpu_deterministic_ops` gives up atomic additions, and kernels that are chosen by timing
-    them when they are compiled (xla/xla.proto; github.com/openxla/xla/pull/12520); the second is
-    said once more because versions differ in how far the first goes. Options of one program, not
-    XLA_FLAGS: those are read before it is known which devices there are.
+    Programs on CPUs always give the same bits. There, narrow models compute matrix products with
+    Eigen and sums with YNNPACK; by default YNNPACK does both, which is 10 % slower at width 128 but
+    10 % faster in GPT-2 124M, whose width is 768. On GPUs, `xla_gpu_deterministic_ops` avoids
+    atomic additions, and kernels that are chosen by timing during compilation (xla/xla.proto;
+    github.com/openxla/xla/pull/12520). `xla_gpu_autotune_level` also avoids such timing, because
+    versions of XLA differ in the effect of the first option. These are options of one program, not
+    XLA_FLAGS, which are read before the devices are known.
     """
     platform = mesh.devices.flat[0].platform
     if platform == "cpu" and width < 768:
@@ -147,7 +147,7 @@ def compiler_options(mesh: Mesh, width: int, deterministic: bool) -> dict[str, A
 
 
 def summed_gradients(loss_sum: Callable, params: Any, batch: Batch, key: jax.Array, parts: int):
-    """Return (loss sum, weight sum, gradient of the loss sum), added up over micro-batches."""
+    """Return (sum of losses, sum of weights, gradient of the sum of losses) over micro-batches."""
     gradient = jax.value_and_grad(loss_sum, has_aux=True)
     if parts == 1:
         (loss, weight), grads = gradient(params, batch, key)
@@ -158,7 +158,7 @@ def summed_gradients(loss_sum: Callable, params: Any, batch: Batch, key: jax.Arr
         (loss, weight), grads = gradient(params, batch, jax.random.fold_in(key, index))
         return jax.tree.map(jnp.add, total, (loss, weight, grads)), None
 
-    # Rows are dealt out in turn, so that each device keeps its own rows in every part.
+    # Neighbouring rows go to different parts, so that every part has rows of each device.
     split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
     zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
     total, _ = jax.lax.scan(add, zeros, (jnp.arange(parts), split))

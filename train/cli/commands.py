@@ -234,7 +234,10 @@ def import_(source: str, arguments: list[str]) -> None:
 
     opened = open_source(source, console())
     decode, fields, left = follow(
-        opened.generation, opened.model.architecture, opened.tokenizer.ends
+        opened.generation,
+        opened.model.architecture,
+        opened.tokenizer.ends,
+        opened.generation_file,
     )
     directory, data = Path("runs") / opened.label, default_data(opened.model)
     default = ImportArguments(run_dir=directory, data=data, decode=decode)

@@ -16,8 +16,8 @@ from heedful.train.load import Trained
 def export_run(trained: Trained, directory: Path, console: Console) -> None:
     """Write safetensors, config.json and the tokenizer for transformers.
 
-    Raises TrainError for a directory that is not empty, and ModelError for a model that no family
-    of checkpoints can express.
+    Raises TrainError for a directory that is not empty, and ModelError for a model that no model
+    family of transformers can express.
     """
     if directory.is_dir() and any(directory.iterdir()):
         raise TrainError(f"{directory} is not empty: give another directory to export to")
@@ -36,7 +36,7 @@ def export_run(trained: Trained, directory: Path, console: Console) -> None:
     pretrained.write(directory, model, params, special=special, labels=labels)
     framing = tokenizer.framing(model.architecture).following(None)
     framing.save(directory / "tokenizer.json")
-    # The class in transformers of a tokenizer that tokenizer.json fully describes.
+    # The class of transformers for a tokenizer that tokenizer.json fully describes.
     values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     names = [
         "input_ids",
@@ -60,7 +60,7 @@ def export_run(trained: Trained, directory: Path, console: Console) -> None:
 
 
 def _within(special: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """Return the ids below `size`, with values as they were before the import."""
+    """Return `special` without the token ids from `size` on; a list stays a list."""
     result = {}
     for key, value in special.items():
         inside = [i for i in (value if isinstance(value, list) else [value]) if i in range(size)]

@@ -17,11 +17,11 @@ from heedful.train.config import DecodeConfig, TrainError
 
 FILE = "generation_config.json"
 FIELDS = {"num_beams": "beam", "max_new_tokens": "max_tokens", "stop_strings": "stop"}
-"""Fields of DecodeConfig with another name than their key."""
+"""Keys of the file whose field in DecodeConfig has another name."""
 
 
 def read(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the generation values of a model: its own file, or `config`, its config.json (older)."""
+    """Read generation_config.json; in older models its keys are in `config`, their config.json."""
     path = directory / FILE
     if path.is_file():
         return read_json(path)
@@ -29,16 +29,16 @@ def read(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def follow(
-    values: Mapping[str, Any], architecture: str, ends: tuple[int, ...]
+    values: Mapping[str, Any], architecture: str, ends: tuple[int, ...], file: str = FILE
 ) -> tuple[DecodeConfig, dict[str, str], list[str]]:
-    """Return (decode config, key by the field that it set, keys that are not followed).
+    """Return (decode config, {field: key that set the field}, keys that are not followed).
 
-    As in transformers, keys of another decoding method than the chosen one have no effect. `ends`
-    are the ids of end tokens: `bad_words_ids` cannot exclude them. Raises TrainError for a value of
-    another type.
+    `file` is the name of the file with `values`. As in transformers, keys that belong to another
+    decoding method than the chosen one have no effect. `ends` has the ids of end tokens, which
+    `bad_words_ids` cannot exclude. Raises TrainError for a value of a wrong type.
     """
     given = {key: value for key, value in values.items() if value is not None}
-    typed = {key: _typed(key, given.get(key, default)) for key, default in FOLLOWED.items()}
+    typed = {key: _typed(key, given.get(key, default), file) for key, default in FOLLOWED.items()}
     known = {**dict.fromkeys(IRRELEVANT), **FOLLOWED}
     ignored = [
         key
@@ -74,7 +74,7 @@ def follow(
 
 
 def describe(decode: DecodeConfig, fields: Mapping[str, str], ignored: list[str]) -> list[str]:
-    """Describe the fields that the file set, and the keys that are not followed, a line each."""
+    """Describe, in one line each, the fields that the file set and the keys not followed."""
     default = DecodeConfig(beam=1)
     changed = [name for name in fields if getattr(decode, name) != getattr(default, name)]
     listed = [f"decode.{name} = {getattr(decode, name)} ({fields[name]})" for name in changed]
@@ -86,26 +86,32 @@ def describe(decode: DecodeConfig, fields: Mapping[str, str], ignored: list[str]
     return lines
 
 
-def _typed(key: str, value: Any) -> Any:
-    """Return the value in the type of the decode config; raise TrainError for another type."""
+def _typed(key: str, value: Any, file: str) -> Any:
+    """Return the value in the type of the decode config; raise TrainError for a wrong type."""
+    expected = "a list of token ids"
     is_id = lambda i: type(i) is int and i >= 0  # noqa: E731
     match FOLLOWED[key]:
         case list() if key == "stop_strings":
             texts = [value] if isinstance(value, str) else value
             if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
                 return tuple(texts)
+            expected = "a string or a list of strings"
         case list() if key == "bad_words_ids":
             if isinstance(value, list) and all(
                 isinstance(word, list) and word and all(map(is_id, word)) for word in value
             ):
                 return value
+            expected = "a list of non-empty lists of token ids"
         case list():
             if isinstance(value, list) and all(map(is_id, value)):
                 return value
         case float():
             if type(value) in (int, float):
                 return float(value)
+            expected = "a number"
         case default:
             if type(value) is type(default) or (key, value) == ("early_stopping", "never"):
                 return value
-    raise TrainError(f'{FILE} has "{key}": {value!r}, which transformers cannot read: correct it')
+            expected = "true or false" if isinstance(default, bool) else "an integer"
+            expected = 'true, false or "never"' if key == "early_stopping" else expected
+    raise TrainError(f'{file} has "{key}": {value!r}: give {expected}')

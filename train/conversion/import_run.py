@@ -21,7 +21,7 @@ from heedful.train.tasks import TASKS
 
 
 def default_data(model: ModelConfig) -> DataConfig:
-    """Return the default data to evaluate a model of this kind on."""
+    """Return the default data for the evaluation of a model of this kind."""
     is_number = model.head.kind == "classifier" and model.head.outputs == 1
     return next(
         DataConfig(source=task.default_source, objective=name)
@@ -37,14 +37,14 @@ def import_run(
 ) -> Run:
     """Create a run in `directory` with one checkpoint: the parameters of `source`.
 
-    Raises TrainError where the directory holds a run, for a model without a head, and for data that
-    does not fit the model.
+    Raises TrainError if the directory has a run, if the model has no head, or if the data do not
+    fit the model.
     """
     if is_begun(directory):
         raise TrainError(f"{directory} holds a run already: give another --run-dir")
     if source.model.head.kind == "classifier" and source.model.head.outputs is None:
         raise TrainError(
-            f"{source.name} is a body without a head: add a head by fine-tuning, with "
+            f"{source.name} is a model without a head: add a head by fine-tuning, with "
             f"heedful train CONFIG --init-from {source.name}"
         )
     train = TrainConfig(
@@ -78,7 +78,7 @@ def import_run(
 
 
 def _classes(source: Source, data: DataConfig) -> tuple[str, ...]:
-    """Return the classes of the config, or else of the model, or else their numbers."""
+    """Return data.classes, or else the classes of the model, or else "0", "1", ... per output."""
     outputs = source.model.head.outputs or 0
     classes = data.classes or tuple(source.labels()) or tuple(map(str, range(outputs)))
     if len(classes) != outputs:

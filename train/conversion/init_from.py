@@ -18,8 +18,8 @@ from heedful.train.conversion import generation_config
 from heedful.train.conversion.source import Source, print_notes
 from heedful.train.trainable import named
 
-# Fields of attention that a new run sets; the others belong to the parameters. The mask belongs to
-# the source, too, unless the new run sets a window.
+# Fields of attention that the new run sets; the other fields come from the source, as its
+# parameters depend on them. The mask also comes from the source, unless the new run sets a window.
 RUN_FIELDS = ("core", "decoder_core", "cross_core", "dropout")
 WINDOW_FIELDS = ("window", "dilation", "global_tokens", "global_projections")
 
@@ -29,7 +29,7 @@ def merge_pretrained_config(model: ModelConfig, source: ModelConfig) -> ModelCon
     head, attention = model.head, model.attention
     own_fields = (*RUN_FIELDS, *attention.core_options)
     own_fields += () if attention.window is None else WINDOW_FIELDS
-    # A classifier without outputs is a body without a head.
+    # A classifier without outputs is a model without a head.
     if head.kind == source.head.kind and (head.kind != "classifier" or source.head.outputs):
         head = dataclasses.replace(source.head, dropout=head.dropout, outputs=head.outputs)
     return dataclasses.replace(
@@ -51,11 +51,11 @@ def merge_pretrained_config(model: ModelConfig, source: ModelConfig) -> ModelCon
 def init_from_pretrained(
     fresh: Any, source: Source, model: ModelConfig, reinit: Sequence[str], console: Console
 ) -> Any:
-    """Return the `fresh` (random) parameters with those of the source in their place.
+    """Return the `fresh` (random) parameters, replaced by the parameters of the source.
 
-    The head, low-rank updates, and parameters that a pattern of `reinit` matches may stay random. A
-    table of loaded, copied, random and unused parameters is printed. Raises TrainError for another
-    body, for a shape that does not fit, and for a pattern that matches nothing.
+    Only the head, low-rank updates, and parameters that a pattern of `reinit` matches may stay
+    random. A table of loaded, copied, random and unused parameters is printed. Raises TrainError if
+    the model below the head differs, if a shape does not fit, or if a pattern matches nothing.
     """
     wanted = to_json(merge_pretrained_config(model, source.model))
     wanted["head"] = to_json(model.head)
@@ -64,8 +64,8 @@ def init_from_pretrained(
     differing = list(differences(to_json(model), wanted, "model"))
     if differing:
         raise TrainError(
-            f"{source.name} has another model ({'; '.join(differing[:3])}): leave these flags out, "
-            "or start from another model"
+            f"{source.name} has another model ({'; '.join(differing[:3])}): leave the flags of "
+            "these fields out, or start from another model"
         )
     given = dict(named(source.params()))
     copies = _copies(given, fresh)
@@ -95,16 +95,19 @@ def init_from_pretrained(
             leaves.append(leaf)
             rows["new, random"].append((name, leaf.size))
         else:
-            raise TrainError(f"{source.name} has no {name}: start from a model of the same kind")
+            raise TrainError(
+                f"{source.name} has no parameter {name}: start from a model of the same kind"
+            )
     if misfits:
         patterns = shlex.join([*reinit, *map(re.escape, misfits)])
         raise TrainError(
             f"{source.name} does not fit ({', '.join(misfits.values())}): "
-            f"give --train.reinit {patterns} to start these at random"
+            f"give --train.reinit {patterns} to start with random values of these parameters"
         )
     if unused:
         raise TrainError(
-            f"train.reinit has {sorted(unused)[0]!r}, which matches no parameter: correct it"
+            f"train.reinit has {sorted(unused)[0]!r}, which matches no parameter: correct the "
+            "pattern (heedful inspect --names lists the parameters)"
         )
     rows["left out"] = [(name, leaf.size) for name, leaf in given.items()]
     _print(source.name, rows, console)
@@ -112,7 +115,7 @@ def init_from_pretrained(
     if source.generation:
         console.print(
             f"{generation_config.FILE} of {source.name} is not followed in training: train.decode "
-            "sets how texts are generated",
+            "has the settings of decoding",
             style="yellow",
         )
     return jax.tree.unflatten(jax.tree.structure(fresh), leaves)
@@ -125,10 +128,10 @@ def _is_longer(model: ModelConfig, source: ModelConfig) -> bool:
 
 
 def _copies(given: dict[str, Any], fresh: Any) -> dict[str, np.ndarray]:
-    """Return initial values of parameters that a model for longer inputs has beside its source.
+    """Return initial values of parameters that only a model for longer inputs has.
 
-    As in arXiv:2004.05150 §5, positions repeat those of the source, and global projections are
-    copies of the local ones.
+    As in arXiv:2004.05150 §5, its position table repeats the table of the source, and its global
+    projections are copies of the local projections.
     """
     copies = {}
     for name, leaf in named(fresh):

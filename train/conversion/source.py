@@ -25,18 +25,20 @@ TWO_TOKENIZERS = ("source.spm", "target.spm")  # Files of the opus-mt models.
 
 
 class Source(NamedTuple):
-    """A pretrained model; `params` and `labels` read its files when they are called."""
+    """A pretrained model; `params` and `labels` read the files of the model when called."""
 
     name: str
     model: ModelConfig
     tokenizer: Tokenizer
     params: Callable[[], Any]
     labels: Callable[[], Sequence[str]] = tuple
-    """Returns the names of the classes of a classifier; none for other models."""
+    """Function that returns the class names of a classifier; () for other models."""
     notes: Sequence[str] = ()
-    """Lines for the user about parts of the files that are left out or changed."""
+    """Messages to the user about parts of the files that are left out or changed."""
     generation: Mapping[str, Any] = {}
-    """Values of its generation_config.json."""
+    """Values of generation_config.json, or of the same keys in an older config.json."""
+    generation_file: str = generation_config.FILE
+    """Name of the file that has these values."""
 
     @property
     def label(self) -> str:
@@ -51,7 +53,8 @@ def open_source(init_from: str, console: Console) -> Source:
         return _open_directory(init_from, Path(rest).expanduser())
     if kind == "package":
         if rest not in PACKAGES:
-            raise TrainError(f"unknown {init_from}: choose among {', '.join(PACKAGES)}")
+            known = ", ".join(f"package:{name}" for name in PACKAGES)
+            raise TrainError(f"unknown {init_from}: choose among {known}")
         return PACKAGES[rest](init_from)
     directory = Path(init_from).expanduser()
     run = Run.open(directory)
@@ -80,30 +83,32 @@ def _open_directory(name: str, directory: Path) -> Source:
         )
     if not tokenizer_files:
         raise TrainError(
-            f"{directory} has neither {' nor '.join(TOKENIZERS)}: save its tokenizer there "
-            "(in transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+            f"{directory} has neither {' nor '.join(TOKENIZERS)}: save the tokenizer of the model "
+            "there (in transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...))"
         )
     files = pretrained.ModelDirectory(directory)
     model = files.config
     tokenizer, notes = Tokenizer.load(tokenizer_files[0], model.vocab_size), files.notes
     if tokenizer.rowless:
         notes.append(
-            f"{tokenizer_files[0]} has {', '.join(tokenizer.rowless)}, but the model has no rows "
-            "for them: texts must not contain them"
+            f"{tokenizer_files[0]} has {', '.join(tokenizer.rowless)}, but the model has no "
+            "embeddings for these tokens: texts must not contain them"
         )
     config = read_json(directory / CONFIG)
     generates = model.head.kind == "language_model" and model.architecture != "encoder_only"
     generation = generation_config.read(directory, config) if generates else {}
     ids = {CONFIG: {key: config[key] for key in config if key.endswith("_token_id")}}
+    generation_file = CONFIG
     if generates and (directory / generation_config.FILE).is_file():
-        ids[generation_config.FILE] = generation
+        ids[generation_config.FILE], generation_file = generation, generation_config.FILE
     special, unused = with_model_files(
         tokenizer.special or Special(), ids, tokenizer.vocab_size, architecture=model.architecture
     )
     notes += unused
     if generates and tokenizer.loses_spaces:
         notes.append(
-            f"{tokenizer_files[0]} does not keep spaces: texts get one around each punctuation mark"
+            f"{tokenizer_files[0]} does not keep spaces: generated texts have a space around each "
+            "punctuation mark"
         )
     return Source(
         name,
@@ -113,6 +118,7 @@ def _open_directory(name: str, directory: Path) -> Source:
         lambda: files.read().labels,
         notes,
         generation,
+        generation_file,
     )
 
 
@@ -136,6 +142,6 @@ PACKAGES: dict[str, Callable[[str], Source]] = {
 
 
 def print_notes(source: Source, console: Console) -> None:
-    """Print the notes about a source, a line each."""
+    """Print the notes about a source, one line each."""
     for note in source.notes:
         console.print(f"{source.name}: {note}")

@@ -1,4 +1,4 @@
-"""`heedful evaluate`: the scores of a run on validation and test data, printed and written."""
+"""`heedful evaluate`: measure a run on validation and test data; print and write its scores."""
 
 import hashlib
 import math
@@ -30,9 +30,8 @@ from heedful.train.tasks import task_of
 SPLITS = {"valid": "validation", "test": "test"}
 NO_BETTER = 0.98
 NOTHING_LEARNED = (
-    "that is no better: nothing but frequencies was learned. Look at the learning rate and its "
-    "warmup, the positions, the residuals and norms, and at whether inputs and targets belong "
-    "together"
+    "the model is no better: it has learned only frequencies. Check the learning rate and its "
+    "warmup, the positions, the residuals and norms, and that inputs and targets belong together"
 )
 
 
@@ -46,14 +45,14 @@ def report(
     other_data: bool = False,
     directory: Path | None = None,
 ) -> dict[str, Any]:
-    """Write the model's scores on validation and test data to result.json, and print them.
+    """Write the scores of a model on validation and test data to result.json, and print them.
 
-    Where nothing can be written, as in the run of somebody else, it is printed all the same. With
-    the scores stands what they are of: the steps of the checkpoints, how it was decoded. For a
-    translation samples are shown, and all translations written beside it. They lie in `directory`;
-    None: that of the run. With a `stride` long documents are read in windows that overlap
-    (`strided_loss`). Raises TrainError where the devices do not divide the batches, where a loss is
-    no number, and, unless `other_data` allows it, where the data are not those of the training.
+    result.json also has the steps of the checkpoints and the settings of decoding. For translation,
+    samples are printed, and all translations are written to a file in the same directory:
+    `directory`, or None for the directory of the run. If the directory is not writable, the scores
+    are only printed. With `stride`, long documents are read in overlapping windows (see
+    `strided_loss`). Raises TrainError if the devices do not divide the batches, if a loss is not
+    finite, and, without `other_data`, if the data differ from those of the training run.
     """
     run, tokenizer = trained.run, trained.tokenizer
     directory, task = directory or run.directory, task_of(run.data)
@@ -117,9 +116,9 @@ def evaluation_directory(
     stride: int | None,
     other_data: bool,
 ) -> Path:
-    """Return where the scores of these settings lie: in the run, if the training has the same.
+    """Return the directory for scores with these settings: the run's, if they are its defaults.
 
-    Raises TrainError where a link stands there: it could lead to the files of a user.
+    Raises TrainError if the directory is a link, which could lead to other files of the user.
     """
     ours, usual = to_json(decode), to_json(run.train.decode)
     usually = "average" if run.train.average_last > 1 else "best"
@@ -140,37 +139,39 @@ def evaluation_directory(
     place = run.directory / "evaluations" / name
     for folder in (place.parent, place):
         if folder.is_symlink():
-            raise TrainError(f"{folder} is a link, and nothing is written through one: remove it")
+            raise TrainError(
+                f"{folder} is a link, and results are not written through links: delete the link"
+            )
     return place
 
 
 def _require_same(run: Run, dataset: Dataset, console: Console, other_data: bool) -> None:
-    """Compare the data of a split with the record of the training."""
+    """Raise TrainError if the data of a split differ from the record; `other_data`: only print."""
     known, split, now = data_record(run), dataset.split, dataset.data_fingerprint
     if not known:
-        console.print(f"{run.directory} has no record of its training data: these may be others")
+        console.print(f"{run.directory} has no record of its training data: the data may differ")
         return
     if split == "test" and split not in known and not run.data.test and "train" in known:
-        # In a record of before there is no test; this is a part of what is recorded.
+        # An older record lacks the test data; here they are a part of the recorded training data.
         split, now = "train", primary_first(lambda: fingerprint(sources.load(run.data, "train")))
     if known.get(split, now) == now:
         return
     files = ", ".join(getattr(run.data, dataset.split) or run.data.train) or run.data.source
     problem = (
-        f"the {SPLITS[dataset.split]} data of {run.directory}, from {files}, are not those of its "
-        "training: their scores cannot be compared with others of the run"
+        f"the {SPLITS[dataset.split]} data of {run.directory}, from {files}, differ from the data "
+        "of its training run: their scores cannot be compared with other scores of the run"
     )
     if not other_data:
-        raise TrainError(f"{problem}; put them back, or measure these with --other-data")
+        raise TrainError(f"{problem}; restore the data, or give --other-data to evaluate on these")
     console.print(problem, style="yellow")
 
 
 def _write(
     directory: Path, result: dict[str, Any], console: Console, translations: str | None = None
 ) -> bool:
-    """Write the results, before any of them is shown: a reader of output may go away.
+    """Write the results; return True unless a file cannot be written.
 
-    Return whether they could be written.
+    Call this before results are printed, as a reader of the output may close it.
     """
     if not is_first():
         return True
@@ -180,7 +181,7 @@ def _write(
         if translations is not None:
             write_whole(directory / "translations.test.txt", translations)
     except OSError as error:
-        problem = f"{error.filename} cannot be written ({error.strerror}): what follows is only "
-        console.print(f"{problem}shown, copy the run to keep it", style="yellow")
+        problem = f"{error.filename} cannot be written ({error.strerror}): the results are only "
+        console.print(f"{problem}printed; copy the run to keep them", style="yellow")
         return False
     return True

@@ -1,4 +1,4 @@
-"""Measurements of a model on a split, and how they are described."""
+"""Measure a model on a split, and describe the measurements."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from heedful.train.tasks import task_of
 def measure(eval_step: Callable, params: Any, dataset: Dataset, mesh: Mesh) -> dict[str, float]:
     """Return mean losses over the whole dataset, each example once, and the scores of its task.
 
-    A loss is that of the task by weight: in nats per predicted token or class, or a squared error.
+    A loss is a weighted mean: nats per predicted token or class, or the squared error.
     """
     task = task_of(dataset.config)
     totals: defaultdict[str, float] = defaultdict(float)
@@ -47,13 +47,13 @@ def measure(eval_step: Callable, params: Any, dataset: Dataset, mesh: Mesh) -> d
 
 
 def frequency_loss(dataset: Dataset) -> float | None:
-    """Return the loss of a guess without any input; None where the task has none."""
+    """Return the loss of a guess without any input; None: the task has no such baseline."""
     baseline = task_of(dataset.config).baseline
     return None if baseline is None else baseline(dataset)
 
 
 def describe(measured: dict[str, float], dataset: Dataset) -> list[str]:
-    """Return lines for people about a measurement; the scores that decide come first."""
+    """Describe a measurement in lines for people; the main scores of the data come first."""
     lines = task_of(dataset.config).describe(measured["loss"], dataset)
     others = {name: value for name, value in measured.items() if name != "loss"}
     deciding = scores.main_scores(dataset.config.source, others)

@@ -1,4 +1,4 @@
-"""The loss of a language model on long documents, where every token has a long past."""
+"""Loss of a language model on long documents, where tokens have a long context."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -24,19 +24,23 @@ NOTHING_TO_PREDICT = (
 def strided_loss(
     eval_step: Callable, params: Any, dataset: Dataset, mesh: Mesh, stride: int
 ) -> float:
-    """Return the mean loss in nats per token, in windows that move by `stride`.
+    """Return the mean loss in nats per token, in windows that move by `stride` positions.
 
-    Each token is predicted once. A window has data.max_length positions, of which all but the last
-    `stride` are past that is only read; the first window of a document counts whole. Raises
-    TrainError for an objective without windows, and for a stride longer than a window.
+    A window has data.max_length positions. Only the last `stride` positions of a window are
+    predicted, with the positions before them as context; in the first window of a document, all
+    positions are predicted. So each token is predicted once. Raises TrainError for an objective
+    without windows, and for a stride longer than a window.
     """
     config = dataset.config
     if not task_of(config).has_stride:
         names = " or ".join(name for name, task in TASKS.items() if task.has_stride)
-        raise TrainError(f"--stride is for data.objective {names}, not {config.objective}")
+        raise TrainError(
+            f"--stride {stride}: only for data.objective {names}, not {config.objective}; leave "
+            "--stride out"
+        )
     if not 1 <= stride <= config.max_length:
         raise TrainError(
-            f"--stride {stride} must lie between 1 and data.max_length = {config.max_length}"
+            f"--stride {stride}: give a number from 1 to data.max_length = {config.max_length}"
         )
     n_rows = max(config.batch_tokens // config.max_length, 1)
     n_rows = -(-n_rows // config.batch_multiple) * config.batch_multiple

@@ -8,7 +8,7 @@ import numpy as np
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-# What is reported of each task of GLUE (arXiv:1804.07461 table 1), and decides between models.
+# Main scores of each task of GLUE (arXiv:1804.07461 table 1).
 GLUE = {
     "cola": ("matthews",),
     "sst2": ("accuracy",),
@@ -23,29 +23,30 @@ GLUE = {
 
 
 def classification(outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """Return accuracy, F1 and Matthews correlation, of outputs [E, C] and classes [E].
+    """Return accuracy, F1 and Matthews correlation of outputs [E, C] and classes [E].
 
-    F1 is that of class 1 where there are two (GLUE), else the mean over classes.
+    E is the number of examples, C the number of classes. With two classes, F1 is the F1 of class 1,
+    as in GLUE; otherwise it is the mean over the classes.
     """
-    import sklearn.metrics  # a second, which most runs need not wait for
+    import sklearn.metrics  # This takes a second, and most commands do not need it.
 
     predicted = outputs.argmax(-1)
     average = "binary" if outputs.shape[-1] == 2 else "macro"
     f1 = sklearn.metrics.f1_score(targets, predicted, average=average, zero_division=0.0)  # type: ignore[arg-type]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "A single label")  # there is no correlation then: 0
+        warnings.filterwarnings("ignore", "A single label")  # The correlation is 0 then.
         matthews = sklearn.metrics.matthews_corrcoef(targets, predicted)
     accuracy = np.mean(predicted == targets)
     return {"accuracy": float(accuracy), "f1": float(f1), "matthews": float(matthews)}
 
 
 def regression(outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """Return Pearson and Spearman correlation of outputs [E, 1] and numbers [E]; 0 if constant."""
+    """Return Pearson and Spearman correlation of outputs [E, 1] and targets [E]; 0 if constant."""
     if len(targets) < 2:
         return {"pearson": 0.0, "spearman": 0.0}
-    from scipy import stats  # as above
+    from scipy import stats  # Slow to import, too.
 
-    predicted = outputs[:, 0].astype(np.float64)  # their differences may be tiny
+    predicted = outputs[:, 0].astype(np.float64)  # Differences between outputs may be tiny.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.ConstantInputWarning)
         results: dict[str, Any] = {
@@ -60,9 +61,9 @@ def translation(
 ) -> dict[str, tuple[float, str]]:
     """Return corpus BLEU and chrF with sacreBLEU's signatures (arXiv:1804.08771).
 
-    Text that is tokenised already is compared as it is.
+    With `pretokenized`, texts are already split into words, and are not tokenised again.
     """
-    # `force` only silences the warning about text that is tokenised: here it is meant to be.
+    # `force` only silences the warning about tokenised text, which is intended here.
     bleu = BLEU(tokenize="none" if pretokenized else "13a", force=pretokenized)
     scores = {}
     for name, metric in (("BLEU", bleu), ("chrF", CHRF())):
@@ -72,7 +73,7 @@ def translation(
 
 
 def main_scores(source: str, scores: dict[str, float]) -> list[str]:
-    """Return the names of the scores that judge the task of `source`; all, where none is known."""
+    """Return the names of the main scores of the data `source`: all, unless it is a GLUE task."""
     if source.startswith("tfds:glue/"):
         task = source.removeprefix("tfds:glue/").split(":")[0].split("_")[0]
         return [name for name in GLUE.get(task, scores) if name in scores]

@@ -1,4 +1,4 @@
-"""Translations of the test data: scored, with samples."""
+"""Translate the test data, and score the translations."""
 
 import time
 from typing import Any, NamedTuple
@@ -19,11 +19,11 @@ class Translations(NamedTuple):
     """Translations of the test data, and their scores."""
 
     result: dict[str, Any]
-    """Scores with their signatures, and how it was decoded."""
+    """Scores with their signatures, and the settings of decoding."""
     lines: list[str]
     """Scores and samples for people."""
     text: str
-    """All translations, one a line."""
+    """All translations, one per line."""
 
 
 def translate_test(

@@ -1,1 +1,1 @@
-"""The record of a run, fingerprints of its parameters, and training that must give them again."""
+"""Record a run, fingerprint its parameters, and train it again to compare the bits."""

@@ -13,7 +13,7 @@ from heedful.train.sharding import replicated
 
 
 def make_fingerprint(mesh: Mesh) -> Callable[[Any], jax.Array]:
-    """Return a jitted function from parameters to uint32 [arrays, 2], replicated."""
+    """Return a jitted function from parameters to hash words, uint32 [arrays, 2], replicated."""
 
     def fingerprint(params: Any) -> UInt32[Array, "arrays 2"]:
         return words_of_leaves(params)
@@ -22,7 +22,7 @@ def make_fingerprint(mesh: Mesh) -> Callable[[Any], jax.Array]:
 
 
 def words_of_leaves(tree: Any) -> UInt32[Array, "arrays 2"]:
-    """Return the words of each array of the tree, in the order of its leaves."""
+    """Return the two hash words of each array in a tree, in the order of its leaves."""
     return jnp.stack([words(x) for x in jax.tree.leaves(tree)])
 
 
@@ -37,6 +37,6 @@ def words(x: Shaped[Array, "..."]) -> UInt32[Array, "2"]:
     first = mix(bits.astype(jnp.uint32) ^ mix(place(indices(x.shape), x.shape)))
     second = mix(first ^ jnp.uint32(0x9E3779B9))  # 2^32 / golden ratio
     zero, axes = jnp.uint32(0), tuple(range(x.ndim))
-    # One pass for both sums: two would store the first hashes, as large as the parameters.
+    # Both sums in one pass: two passes would store `first`, which is as large as the parameters.
     add = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
     return jnp.stack(jax.lax.reduce((first, second), (zero, zero), add, axes))

@@ -29,11 +29,11 @@ PACKAGES = ("flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers",
 PACKAGE_FAMILIES = ("jax", "libtpu", "nvidia-")  # compilers, runtimes, kernels
 VARIABLES = ("XLA_", "LIBTPU_", "JAX_", "NCCL_", "CUBLAS_", "CUDNN_", "NVIDIA_TF32", "NPROC")
 INCIDENTAL = ("from_step", "command")
-"""Parts of an environment that do not change results."""
+"""Keys of an environment that do not affect results."""
 
 
 def environment(run: Run, mesh: Mesh, data: Mapping[str, str]) -> dict[str, Any]:
-    """Return all that a result depends on, of this process; `data` are fingerprints by split."""
+    """Return everything in this process that results depend on; `data`: fingerprints by split."""
     device = mesh.devices.flat[0]
     return {
         "command": sys.argv,
@@ -106,8 +106,8 @@ def add_environment(run: Run, now: dict[str, Any], from_step: int, console: Cons
 
 
 def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Describe the differences between two environments, a line each."""
-    if "test" not in then.get("data", {}):  # Older records lack it.
+    """Describe the differences between two environments, one line each."""
+    if "test" not in then.get("data", {}):  # Older records lack the test data.
         now = {**now, "data": {k: v for k, v in now.get("data", {}).items() if k != "test"}}
     new, old = (
         {name: value for name, value in environment.items() if name not in INCIDENTAL}
@@ -117,10 +117,11 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 class FingerprintWriter(Observer):
-    """Writes `fingerprints.jsonl` on the first process; every process tells its observers.
+    """Observer that writes `fingerprints.jsonl` on the first process, and tells other observers.
 
-    A line has the `step`, the bits of `loss` and `weight` (sums over the batch; not at step 0) and
-    the fingerprint of each of the `parameters` by name; bits and fingerprints are hexadecimal.
+    A line has the `step`, the bits of `loss` and `weight` (sums over the batch; missing at step 0),
+    and in `parameters` the fingerprint of each parameter by name. Bits and fingerprints are
+    hexadecimal. On every process, `observers` receive the line.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class FingerprintWriter(Observer):
             self.write(step, metrics["fingerprint"], metrics)
 
     def write(self, step: int, words: jax.Array, metrics: Mapping[str, Any] | None = None) -> None:
-        """Write the words of the parameters, with the sums of a step if there was one."""
+        """Write the hash words of the parameters, and the sums in the `metrics` of a step."""
         line: dict[str, Any] = {"step": step}
         for name in ("loss", "weight") if metrics else ():
             line[name] = np.asarray(metrics[name], ">f4").tobytes().hex()  # type: ignore[index]
@@ -152,13 +153,13 @@ class FingerprintWriter(Observer):
 
 
 def named_words(names: Sequence[str], words: jax.Array | np.ndarray) -> dict[str, str]:
-    """Return the fingerprint of each parameter in hexadecimal."""
+    """Return the fingerprint of each parameter in hexadecimal, from its two hash words."""
     rows = np.asarray(words).astype(">u4")
     return {name: row.tobytes().hex() for name, row in zip(names, rows, strict=True)}
 
 
 def fingerprints(run: Run) -> dict[int, dict[str, Any]]:
-    """Read `fingerprints.jsonl` by step; a last line that is incomplete is left out."""
+    """Read `fingerprints.jsonl` by step; an incomplete last line is left out."""
     if not run.fingerprints.exists():
         return {}
     lines = read_lines(run.fingerprints)
@@ -197,7 +198,7 @@ def _packages() -> dict[str, str]:
 
 
 def _processor() -> dict[str, Any]:
-    """Describe the processor: kernels depend on its type, the split of work on its cores."""
+    """Describe the processor: its type affects kernels, its number of cores the split of work."""
     name, cores = platform.processor(), os.cpu_count()
     if sys.platform == "linux":
         lines = Path("/proc/cpuinfo").read_text().splitlines()

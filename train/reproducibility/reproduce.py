@@ -28,12 +28,13 @@ def reproduce(
 ) -> bool:
     """Train a run again from the start in a fresh directory; return True if the bits are the same.
 
-    The first `steps` steps are compared, or all. Differences are printed.
+    The first `steps` steps are compared; None: all. Differences are printed. `run_dir` is the fresh
+    directory; None: a temporary one.
     """
     original = Run.open(directory)
     comparison = _Comparison(original, console, 0, steps)
     with _fresh_directory(run_dir) as fresh:
-        train = dataclasses.replace(original.train, checkpoints=None)  # Not the original's.
+        train = dataclasses.replace(original.train, checkpoints=None)  # Spare those of `original`.
         run = dataclasses.replace(original, directory=fresh, train=train)
         console.print(f"reproducing {directory} in {fresh}")
         return comparison.train(run)
@@ -47,10 +48,11 @@ def verify(
     steps: int | None = None,
     run_dir: Path | None = None,
 ) -> bool:
-    """Train on from a checkpoint in a fresh directory; return True if the bits are the same.
+    """Train from a checkpoint in a fresh directory; return True if the bits are the same.
 
-    The default checkpoint is the last one before the last fingerprint, the default of `steps` is
-    train.checkpoint_every. The run itself is not changed.
+    By default, `checkpoint` is the last checkpoint before the last fingerprint, and `steps` is
+    train.checkpoint_every. The original run is not changed. `run_dir` is the fresh directory; None:
+    a temporary one.
     """
     original = Run.open(directory)
     setup = set_up(original.model, original.train)
@@ -86,12 +88,12 @@ class _Finished(Exception):
 class _Comparison(Observer):
     """Observer that compares a run with the record of the original run.
 
-    The comparison begins at step `first` and ends after `steps` steps, or with the record.
+    The comparison begins at step `first` and ends after `steps` steps, or at the end of the record.
     """
 
     def __init__(self, original: Run, console: Console, first: int, steps: int | None):
         train = original.train
-        # An interrupted run has recorded further steps, which training again does not record.
+        # An interrupted run has fingerprints of other steps, which the new run does not write.
         is_regular = lambda step: (  # noqa: E731
             step in (first, train.steps)
             or not step % train.fingerprint_every
@@ -101,7 +103,7 @@ class _Comparison(Observer):
         if not recorded:
             raise TrainError(
                 f"{original.directory} has no fingerprints.jsonl: the run was imported or is older "
-                "than fingerprints; train it again to record them"
+                "than fingerprints; train it again to record fingerprints"
             )
         last = max(recorded) if steps is None else first + steps
         self.until = max((step for step in recorded if first < step <= last), default=first)
@@ -109,7 +111,7 @@ class _Comparison(Observer):
             listed = ", ".join(f"{step:,}" for step in recorded)
             raise TrainError(
                 f"{original.directory} has no fingerprint within {steps} steps after step "
-                f"{first:,}: it has those of {listed}; give other --steps"
+                f"{first:,}: it has fingerprints of steps {listed}; give another --steps"
             )
         self.original, self.console, self.first, self.recorded = original, console, first, recorded
         self.environments = environments(original.directory)
@@ -125,14 +127,15 @@ class _Comparison(Observer):
         except _Finished:
             pass
         except Interrupted:
+            same = f"identical up to step {self.same:,}" if self.same is not None else None
             raise TrainError(
-                f"stopped before step {self.until:,}; "
-                + ("nothing was compared" if self.same is None else f"identical to {self.same:,}")
+                f"interrupted before step {self.until:,}; {same or 'nothing was compared'}: run "
+                "the command again (with another --run-dir, if you gave one)"
             ) from None
         return self.verdict()
 
     def on_start(self, now: dict[str, Any]) -> None:
-        # `now` has the config of the copy, whose directories differ from the original's.
+        # `now` has the config of the new run, whose directories differ.
         self.now = {**now, "config": self.original.values()}
         differing = self._changes(self.first + 1)
         same = "the environment is the same as in the record"
@@ -177,7 +180,7 @@ class _Comparison(Observer):
         return False
 
     def _changes(self, step: int) -> list[str]:
-        """Describe how this environment differs from the one in which the original did the step."""
+        """Describe the differences between this environment and that of the original at `step`."""
         before = [each for each in self.environments if each["from_step"] < max(step, 1)]
         return changes(before[-1], self.now) if before and self.now else []
 
