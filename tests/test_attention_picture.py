@@ -285,11 +285,11 @@ def test_a_prefix_is_seen_by_all(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer": 3}, "--layer 3: there are layers 1 to 2"),
-        ({"layer": 0}, "--layer 0: there are layers 1 to 2"),
-        ({"which": "cross"}, "--which cross: the decoder_only of .* has self"),
+        ({"layer": 3}, "--layer 3: give a layer from 1 to 2"),
+        ({"layer": 0}, "--layer 0: give a layer from 1 to 2"),
+        ({"which": "cross"}, "--which cross: the decoder_only of .* has only self"),
         ({"text": " \n"}, "the text is empty"),
-        ({"text": "red " * MAX_TOKENS}, f"{MAX_TOKENS + 1} tokens, and more than {MAX_TOKENS}"),
+        ({"text": "red " * MAX_TOKENS}, f"{MAX_TOKENS + 1} tokens, but .* only up to {MAX_TOKENS}"),
         ({"target": "red"}, "--target: causal_lm of .* reads one text"),
         ({"output": Path("a.jpg")}, "--output a.jpg must end with .png"),
     ],

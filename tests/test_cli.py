@@ -301,10 +301,10 @@ def test_a_mistake_that_is_found_late_leaves_no_run_behind(corpus, tmp_path, cap
     fails(capsys, [*flags, "--data.test", *2 * [str(tmp_path / "empty")]], "empty")
     fails(capsys, [*flags, "--train.mesh.fsdp", "3"], "3")
     assert cli.run([*lost, "--model.norm.position", "pre", "--train.steps", "40"]) == 2
-    assert "with another --run-dir once there is a checkpoint" in capsys.readouterr().err
+    assert "if the run has a checkpoint, also give another --run-dir" in capsys.readouterr().err
     assert cli.run(flags) == 0
     said = capsys.readouterr().out
-    assert "was started before and has no checkpoint: it is begun anew" in said
+    assert "was started before and has no checkpoint: the run starts again" in said
     assert "another environment" not in said
     assert [line["step"] for line in lines(tmp_path / "run")] == [2, 2]
     fails(capsys, [*flags, "--model.attention.core", "flash"], "another config")

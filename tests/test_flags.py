@@ -91,7 +91,7 @@ def test_a_layer_that_cannot_be_is_named(word, said):
         (["--train.steps"], ["--train.steps"]),
         (["--train.steps", "0"], ["train.steps must be positive, not 0"]),
         (["--train.metric", "rouge"], ["--train.metric", "rouge", "accuracy"]),
-        (["--train.optimizer.freeze", "("], ["optimizer.freeze has '(', no regular expression"]),
+        (["--train.optimizer.freeze", "("], ["freeze has '(', which is no regular expression"]),
         (["stray"], ["stray"]),
     ],
 )
@@ -128,5 +128,6 @@ def test_a_mistake_is_one_line_in_a_terminal_too():
     os.close(ours)
     assert said == (
         "\"Error parsing --steps: invalid literal for int() with base 10: 'many' ; it is --steps "
-        'INT Updates of the parameters. (default: 10000) (heedful x --help lists all flags)"\r\n'
+        "INT Number of updates of the parameters. (default: 10000) (heedful x --help lists all "
+        'flags)"\r\n'
     )

@@ -303,7 +303,7 @@ def test_a_huge_model_is_inspected_without_allocating_it():
 
 def test_the_length_can_be_chosen_and_must_be_one():
     assert "rows of 29 tokens" in printed(MODELS["decoder_only"], LM, length=29)
-    with pytest.raises(TrainError, match="--length 0: must be positive"):
+    with pytest.raises(TrainError, match="--length 0: give a positive number"):
         printed(MODELS["decoder_only"], LM, length=0)
 
 

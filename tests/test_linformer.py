@@ -181,5 +181,5 @@ def test_each_sharing_has_the_parameters_that_it_says(architecture, sharing: str
 @pytest.mark.parametrize("core", ["linformer", "performer"])
 def test_there_are_no_weights_to_show(core: str):
     model, params = init(tiny("encoder_only", attention_core=core))
-    with pytest.raises(ModelError, match=f"{core} has no attention weights"):
+    with pytest.raises(ModelError, match=f"{core}: this core has no attention weights"):
         attention_weights(model.config, params, {"inputs": TOKENS})  # type: ignore[attr-defined]

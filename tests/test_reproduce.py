@@ -265,7 +265,7 @@ def test_a_fine_tuned_run_is_reproduced_from_where_it_began(trained, text, heedf
 
 def test_what_cannot_be_compared_is_an_error(copy, heedful):
     code, out = heedful("reproduce", copy, "--steps", 1)
-    assert code == 2 and "no fingerprint within 1 steps after step 0: it has fingerprints of steps 0, 2" in out
+    assert code == 2 and "within 1 steps after step 0: it has fingerprints of steps 0, 2" in out
     (copy / "fingerprints.jsonl").unlink()
     code, out = heedful("reproduce", copy)
     assert code == 2 and "no fingerprints.jsonl" in out

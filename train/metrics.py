@@ -1,4 +1,4 @@
-"""Metrics of a training: written, read back as scores, and required to be finite."""
+"""Metrics of a training run: write them, read them as scores, and require finite values."""
 
 import math
 import sys
@@ -17,25 +17,25 @@ from heedful.train.observers import Observer
 
 
 class NonFiniteLoss(TrainError):
-    """The loss or the gradient is not a number any more."""
+    """Error: the loss or the gradient is NaN or infinite."""
 
     def __init__(self, step: int, loss: float, norms: list[str]):
         table = "\n".join(norms)
         super().__init__(
-            f"at step {step} the loss is {loss}: lower train.optimizer.peak_lr, lengthen the "
-            "warmup or clip the gradient, with another --run-dir once there is a checkpoint. "
-            "Nothing after the last checkpoint is kept. "
+            f"at step {step} the loss is {loss}: lower train.optimizer.peak_lr, raise "
+            "train.optimizer.warmup_steps, or set train.optimizer.clip_norm; if the run has a "
+            "checkpoint, also give another --run-dir. Steps after the last checkpoint are lost. "
             f"Norms by layer:\n{table}"
         )
 
 
 class MetricsWriter(Observer):
-    """Appends to `metrics.jsonl` and to TensorBoard events, on one process only."""
+    """Observer that appends to `metrics.jsonl` and TensorBoard events, on the first process."""
 
     def __init__(self, directory: Path, from_step: int, *, measures_again: bool = False):
-        """Drop lines of steps after `from_step`: the run goes through them again.
+        """Drop the lines of steps after `from_step`, which the run repeats.
 
-        Drop the measurement of `from_step` itself, too, where that is made again.
+        With `measures_again`, also drop the evaluation of `from_step`, which the run repeats, too.
         """
         self._directory, self._from_step = directory, from_step
         self._lines = None
@@ -58,7 +58,7 @@ class MetricsWriter(Observer):
 
     @cached_property
     def _events(self) -> "Events":
-        # Not before the first step: where torch is installed tensorboardX takes seconds to load it.
+        # Not before the first step: if torch is installed, tensorboardX takes seconds to import it.
         return Events(self._directory, self._from_step + 1)
 
     def close(self) -> None:
@@ -78,14 +78,14 @@ def scores(path: Path, metric: str) -> dict[int, float]:
     name, found = f"valid_{metric}", {}
     for line in read_lines(path) if path.is_file() else ():
         value = line.get(name, "none")
-        value = math.nan if value is None else value  # as `finite` writes it
+        value = math.nan if value is None else value  # `finite` writes NaN as null.
         if isinstance(value, float):
             found[line["step"]] = score({metric: value}, metric)
     return found
 
 
 def require_finite(step: int, metrics: dict[str, Any]) -> None:
-    """Raise NonFiniteLoss, with the norms by layer, unless loss and gradient are finite."""
+    """Raise NonFiniteLoss, with the norms by layer, if loss or gradient is not finite."""
     loss = float(metrics["loss"]) / max(float(metrics["weight"]), 1.0)
     if np.isfinite(loss) and np.isfinite(float(metrics["grad_norm"])):
         return

@@ -1,4 +1,4 @@
-"""The start of a run: its tokenizer, sizes of the model from the data, and checks that all fit."""
+"""Start a run: make its tokenizer, complete the model's sizes, and check that all configs fit."""
 
 import dataclasses
 import math
@@ -22,15 +22,15 @@ from heedful.train.tasks import task_of
 def start_run(
     directory: Path, model: ModelConfig, data: DataConfig, train: TrainConfig, console: Console
 ) -> Run:
-    """Return the run in `directory`: a new one, or the one that is there if the config is the same.
+    """Return the run in `directory`: a new run, or the existing run if its config is the same.
 
-    A run without a checkpoint is begun anew. Raises TrainError, DataError or ModelError where
+    An existing run without a checkpoint starts again. Raises TrainError, DataError or ModelError if
     the three configs do not fit together.
     """
     require_fit(model, data, train)
     is_old = is_begun(directory)
     if not is_old and (directory / "config.json").exists():
-        console.print(f"{directory} was started before and has no checkpoint: it is begun anew")
+        console.print(f"{directory} was started before and has no checkpoint: the run starts again")
     if is_old or not is_first():
         tokenizer = Run.open(directory).tokenizer()
     elif train.init_from is not None:
@@ -48,13 +48,13 @@ def start_run(
 
 
 def require_fit(model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:
-    """Raise TrainError where the model cannot learn the objective, or be chosen by the metric."""
+    """Raise TrainError if model, objective and training settings do not fit together."""
     task = task_of(data)
     if not task.fits(model):
         raise TrainError(
             f"data.objective {data.objective} needs model.architecture "
             f"{' or '.join(task.architectures)} and model.head.kind {task.head}, not "
-            f"{model.architecture} and {model.head.kind}"
+            f"{model.architecture} and {model.head.kind}: change the objective or the model"
         )
     for site in model.sites if data.is_packed else ():
         core = model.attention.core_of(site)
@@ -76,20 +76,21 @@ def require_fit(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Non
         )
     if task.use == "translate" and train.decode.stop:
         raise TrainError(
-            f"train.decode.stop = {train.decode.stop} ends texts after a prompt: leave it out"
+            f"train.decode.stop = {train.decode.stop} is only for texts that continue a prompt: "
+            "leave train.decode.stop out"
         )
     if train.label_smoothing and "smoothed_loss" not in task.metrics:
         raise TrainError(
-            f"train.label_smoothing = {train.label_smoothing} means nothing for data.objective "
-            f"{data.objective}: set it to 0"
+            f"train.label_smoothing = {train.label_smoothing} has no effect with data.objective "
+            f"{data.objective}: set train.label_smoothing to 0"
         )
 
 
 def _require_room(run: Run) -> None:
-    """Raise TrainError where not even the largest arrays have room on all devices together.
+    """Raise TrainError if one of the largest arrays does not fit on all devices together.
 
-    Call it before arrays are made: one that is too large by far may end the process, or the
-    machine.
+    Call this before arrays are created: a far too large array may end the process, or make the
+    machine unusable.
     """
     from heedful.train.plan.report import capacity
 
@@ -115,8 +116,8 @@ def _require_room(run: Run) -> None:
     for name, size in sizes.items():
         if 4 * size > room:
             raise TrainError(
-                f"{name} = {size:,} numbers in float32 have no room in the {room / 2**30:.1f} GiB "
-                "of all devices: give smaller ones"
+                f"{name} = {size:,} numbers in float32 do not fit in the {room / 2**30:.1f} GiB of "
+                "all devices: give smaller values"
             )
 
 
@@ -125,8 +126,8 @@ def _tokenizer_of_source(init_from: str, data: DataConfig, console: Console) -> 
     path = data.tokenizer.path
     if path is not None and not tokenizer.reads_as(Tokenizer.load(path)):
         raise TrainError(
-            f"data.tokenizer.path {path} is another tokenizer than that of {init_from}: "
-            "leave it out, parameters and vocabulary belong together"
+            f"data.tokenizer.path {path} differs from the tokenizer of {init_from}, whose "
+            "parameters need their own vocabulary: leave data.tokenizer.path out"
         )
     return tokenizer
 
@@ -138,14 +139,15 @@ def _sized(model: ModelConfig, data: DataConfig, tokenizer: Tokenizer) -> ModelC
     elif model.vocab_size < tokenizer.vocab_size:
         raise TrainError(
             f"model.vocab_size = {model.vocab_size} is less than the {tokenizer.vocab_size} "
-            "entries of the tokenizer: raise it, or leave it out"
+            "entries of the tokenizer: raise model.vocab_size, or leave it out"
         )
     if (count := task_of(data).outputs) is None:
         return model
     outputs = count(data)
     if model.head.outputs not in (None, outputs):
         raise TrainError(
-            f"model.head.outputs = {model.head.outputs}, but the data needs {outputs}: leave it out"
+            f"model.head.outputs = {model.head.outputs}, but the data needs {outputs}: leave "
+            "model.head.outputs out"
         )
     head = dataclasses.replace(model.head, outputs=outputs)
     return dataclasses.replace(model, head=head)

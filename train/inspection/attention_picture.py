@@ -27,9 +27,9 @@ from heedful.train.inspection.token_labels import drawable, pieces
 from heedful.train.load import Trained
 
 MAX_TOKENS = 64
-"""Largest number of tokens on an axis that can be read."""
+"""Largest number of tokens on an axis of a readable picture."""
 CELL, MIN_PANEL, FONT = 0.17, 1.6, 8
-"""Inches of a pair, smallest inches of a panel, and points of a label."""
+"""Size of a token on an axis and smallest size of a panel (inches), and size of labels (points)."""
 SOFTWARE = "heedful"
 """Value of the key Software in a PNG."""
 
@@ -45,21 +45,23 @@ def attention_picture(
     mean: bool = False,
     output: Path | None = None,
 ) -> Path:
-    """Draw the attention weights of a text and return the path; see `heedful attention --help`.
+    """Draw the attention weights of a text, and return the path of the picture.
 
-    Raises TrainError for an empty or too long text, a layer or an attention that the model lacks,
-    and an existing output that is not a picture of heedful.
+    For the arguments see `heedful attention --help`. Raises TrainError for an empty or too long
+    text, a layer or an attention that the model lacks, and an existing output that is not a picture
+    of heedful.
     """
     directory, model = trained.run.directory, trained.run.model
     kinds = attention_kinds(model)
     which = which or list(kinds)[-1]
     require(
         which in kinds,
-        f"--which {which}: the {model.architecture} of {directory} has {', '.join(kinds)}",
+        f"--which {which}: the {model.architecture} of {directory} has only {', '.join(kinds)}; "
+        "choose one of these",
     )
     layers = (model.encoder_layers or model.layers) if which == "encoder" else model.layers
     layer = layers if layer is None else layer
-    require(1 <= layer <= layers, f"--layer {layer}: there are layers 1 to {layers}")
+    require(1 <= layer <= layers, f"--layer {layer}: give a layer from 1 to {layers}")
     name = f"attention.{which}.layer{layer}{'.mean' if mean else ''}.png"
     output = output or directory / name
     require_ours(output)
@@ -99,10 +101,11 @@ def attention_picture(
 def model_inputs(
     trained: Trained, text: str, target: str | None, *, needs_target: bool = True
 ) -> dict[str, jax.Array]:
-    """Return the arrays [1, T] that the model reads for a text, framed as in training, none masked.
+    """Return the input arrays [1, T] of the model for a text of T tokens.
 
-    The target of an encoder-decoder is its own output where it is not given but needed. Raises
-    TrainError for texts that are empty, too long for a picture, or one too many.
+    The text gets begin and end as in training; no token is masked. If an encoder-decoder needs a
+    target and `target` is None, its own output is the target. Raises TrainError for a text that is
+    empty or too long for a picture, and for a target that the model does not read.
     """
     model, objective, tokenizer = (
         trained.run.model, trained.run.data.objective_spec, trained.tokenizer
@@ -165,10 +168,10 @@ def draw(
     title: str,
     heads: Sequence[str],
 ) -> tuple[Any, list[str]]:
-    """Return a matplotlib figure with a panel for each head, and notes on what it cannot show.
+    """Return a matplotlib figure with a panel for each head, and notes about missing characters.
 
-    Queries go down, keys across. All share one colour scale from 0 to 1; pairs that are not allowed
-    are hatched; n is N, or 1 where all heads agree.
+    Rows are T queries, columns S keys. All N panels share one colour scale from 0 to 1. Pairs that
+    are not `allowed` are hatched; n is N, or 1 if all heads have the same mask.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -219,8 +222,8 @@ def _origin(steps: Sequence[int]) -> str:
 def _require_readable(name: str, length: int) -> None:
     require(
         length <= MAX_TOKENS,
-        f"the {name} has {length} tokens, and more than {MAX_TOKENS} cannot be read in a picture: "
-        "shorten it",
+        f"the {name} has {length} tokens, but a picture is readable only up to {MAX_TOKENS}: "
+        "shorten the text",
     )
 
 

@@ -13,7 +13,9 @@ from heedful.model.config import ModelConfig, ModelError
 from heedful.model.masks import AttentionMask
 from heedful.model.transformer import build
 
-ModelInputs = Mapping[str, jax.Array]  # by the names of data/batch.py
+ModelInputs = Mapping[str, jax.Array]  # Keys are the names in data/batch.py.
+FIELDS = {"self": "core", "decoder": "decoder_core", "cross": "cross_core"}
+"""Fields of model.attention that set the core of each site."""
 
 
 def attention_kinds(config: ModelConfig) -> dict[str, str]:
@@ -28,16 +30,16 @@ def attention_kinds(config: ModelConfig) -> dict[str, str]:
 
 
 class Attention(NamedTuple):
-    """A kind of attention in the layers that have the same mask."""
+    """A kind of attention, and the first of the layers that have the same mask of this kind."""
 
     kind: str
     """A key of `attention_kinds`."""
     layer: int
-    """The first of these layers, counted from 0."""
+    """Index of the first layer, from 0."""
 
 
 def attentions(config: ModelConfig) -> dict[Attention, str]:
-    """Return the attentions with different masks, and their names for people."""
+    """Return one attention for each different mask of the model, with its name for people."""
     found = {}
     for kind, name in attention_kinds(config).items():
         depth = (kind == "encoder" and config.encoder_layers) or config.layers
@@ -62,14 +64,17 @@ def _ranges(layers: list[int]) -> str:
 def attention_weights(
     config: ModelConfig, params: Any, inputs: ModelInputs
 ) -> dict[str, Float[Array, "_L _B _N _T _S"]]:
-    """Return the weight of each key for each query, by attention, layer and head, without dropout.
+    """Return the attention weights without dropout, by kind: [layers, B, heads, queries, keys].
 
-    Raises ModelError for cores that have no such weights.
+    B is the number of rows of the batch. Raises ModelError for a core without attention weights.
     """
-    for core in map(config.attention.core_of, config.sites):
+    for site in config.sites:
+        core = config.attention.core_of(site)
         if not spec_of(core).has_weights:
+            field = FIELDS[site] if getattr(config.attention, FIELDS[site]) else "core"
             raise ModelError(
-                f"core {core} has no attention weights to show: choose another model.attention.core"
+                f"model.attention.{field} = {core}: this core has no attention weights to show; "
+                "choose another core"
             )
     stacks = _intermediates(config, params, dict(inputs))
     only = "encoder" if config.architecture == "encoder_only" else "decoder"
@@ -94,7 +99,7 @@ def _intermediates(config: ModelConfig, params: Any, inputs: dict[str, Any]) -> 
 def attention_masks(
     config: ModelConfig, inputs: ModelInputs, layer: int = 0
 ) -> dict[str, AttentionMask]:
-    """Return the masks that a layer, counted from 0, applies to a batch, by attention."""
+    """Return the masks of layer `layer` (from 0) for a batch, by kind of attention."""
     config = config.layer(layer)
     segment_ids = inputs.get("segment_ids")
     if config.architecture == "encoder_only":

@@ -28,7 +28,7 @@ GLOBAL = {**WINDOW, "global_tokens": 1}
 
 @dataclass(frozen=True)
 class Row:
-    """Row of the table of cores: an attention that a core may run or not."""
+    """Row of the table of cores: an attention that a core may support."""
 
     where: str
     what: str
@@ -83,9 +83,9 @@ NAN = "a row holds one document: others, which are not known while tracing, come
 
 
 def refusal(core: str, row: Row) -> str | None:
-    """Return why a core does not support a row; None: it does.
+    """Return the reason why a core does not support a row; None: the core supports it.
 
-    Only shapes are computed. Cores check the mask before they check the device and the mesh.
+    Only shapes are computed. Cores check the mask before the device and the device mesh.
     """
     attention = AttentionConfig(heads=2, core=core, **row.attention)
     config = ModelConfig(
@@ -115,7 +115,7 @@ def refusal(core: str, row: Row) -> str | None:
 
 @cache
 def _params(core: str) -> Any:
-    """Return shapes of the parameters of an attention, the same for all rows."""
+    """Return the shapes of the parameters of an attention layer, the same for all rows."""
     attention = AttentionConfig(heads=2, core=core)
     layer = MultiHeadAttention(ModelConfig(width=16, attention=attention))
     x = jnp.zeros((1, T, 16))

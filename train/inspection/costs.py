@@ -19,7 +19,7 @@ from heedful.train.state import Setup
 from heedful.train.trainable import named, split
 
 BACKWARD = 2
-"""Arithmetic of a backward pass, in forward passes."""
+"""FLOPs of a backward pass, divided by the FLOPs of a forward pass."""
 
 STACKED = ("encoder", "decoder")
 STACKS = {"encoder": "encoder", "decoder": "decoder", "head": "output"}
@@ -41,7 +41,7 @@ ORDER = (
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A kind of layer in a stack."""
+    """Costs of one kind of layer in a stack."""
 
     stack: str
     """input, encoder, decoder or output."""
@@ -50,17 +50,18 @@ class Part:
     flops: float
     """FLOPs of one forward pass, per token."""
     masked: float
-    """Part of `flops` for scores that a causal mask excludes: half of them, without a window."""
+    """Part of `flops` for scores that a causal mask excludes: half of the scores; 0 with a
+    window."""
 
 
 def parts(config: ModelConfig, params: Any, length: int) -> list[Part]:
-    """Return parameters and FLOPs by part, in the order in which a token passes them.
+    """Return parameters and FLOPs by part, in the order of the forward pass.
 
-    FLOPs are two for each multiply-add of a matrix product, per token of a row of `length` tokens
-    (arXiv:2001.08361 §2.1); lookups, norms, softmax and activations are left out. Every query is
-    multiplied with all `length` keys, or those of its window, those that a mask hides included, and
-    every token is scored. In an encoder-decoder a token is one of the target together with one of
-    the source.
+    A multiply-add in a matrix product counts as two FLOPs. FLOPs are per token of a row of `length`
+    tokens (arXiv:2001.08361 §2.1); lookups, norms, softmax and activations are left out. Every
+    query is multiplied with all `length` keys, or with the keys of its window, including masked
+    keys. Logits are computed for every token. In an encoder-decoder, a token means one target token
+    together with one source token.
     """
     counts: dict[tuple[str, str], list[float]] = {}
 
@@ -75,11 +76,11 @@ def parts(config: ModelConfig, params: Any, length: int) -> list[Part]:
         is_matrix = name.rpartition(".")[2] in ("kernel", "lora_a", "lora_b")
         flops = 2.0 * leaf.size if is_matrix else 0.0
         if part == "head" and config.head.kind == "classifier":
-            flops /= length  # It computes one vector per row.
+            flops /= length  # A classifier head computes one vector per row.
         add(stack, part, leaf.size, flops)
         if name.endswith("_attention.out.kernel"):
             site, layers = _site(config, stack, part), leaf.shape[0]
-            features = leaf.size // (layers * config.width)  # N H
+            features = leaf.size // (layers * config.width)  # Heads x head size.
             for layer in map(config.layer, range(layers)):
                 scores = 2 * 2.0 * _keys(layer, site, length) * features
                 is_causal = stack == "decoder" and part == "self-attention"
@@ -148,9 +149,10 @@ class Memory:
     moments: int
     """Bytes of the optimizer's state, with its counters."""
     outputs: int
-    """Float32 logits that exist at the same time: [B, T, V], or [B, C] of a classifier."""
+    """Float32 logits that exist at the same time: [rows, positions, vocabulary], or [rows, classes]
+    of a classifier."""
     cache: int
-    """Decoding cache of one token of one text, or of a whole text if its size does not depend on
+    """Decoding cache of one token of one text, or of a whole text if the size does not depend on
     the number of tokens; 0 for models that do not decode."""
     source_cache: int
     """Decoding cache of one source token of an encoder-decoder."""
@@ -159,7 +161,7 @@ class Memory:
 def memory(config: ModelConfig, data: DataConfig, train: TrainConfig, setup: Setup) -> Memory:
     """Return the memory of a training step and of decoding, without activations.
 
-    Raises TrainError, which names the array, where its shape is not divisible by the mesh.
+    Raises TrainError with the name of an array whose shape the mesh does not divide.
     """
     state = setup.abstract
     trainable, _ = split(state.params, setup.factors)
@@ -195,20 +197,23 @@ def memory(config: ModelConfig, data: DataConfig, train: TrainConfig, setup: Set
 
 
 def logits_at_once(positions: float, data: DataConfig, train: TrainConfig) -> int:
-    """Return how many positions of a batch have logits at the same time."""
+    """Return the number of positions of a batch that have logits at the same time."""
     chunk = min(train.loss_chunk or data.max_length, data.max_length)
     return math.ceil(positions * chunk / data.max_length)
 
 
 def device_bytes(tree: Any) -> int:
-    """Return the bytes of the parts of all arrays that one device holds."""
+    """Return the bytes that one device holds of all arrays in a tree."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
 
 
 def _cache(config: ModelConfig, params: Any) -> StackCache | None:
-    """Return shapes of the cache after one token of the target, and one of the source if any."""
+    """Return the shapes of the cache for one target token and, if there is a source, one of it.
+
+    None: the model does not decode.
+    """
     if config.architecture == "encoder_only":
         return None
     encoded = ()

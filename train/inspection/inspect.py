@@ -52,11 +52,11 @@ def inspect(
 ) -> None:
     """Print tables and masks from shapes alone, without allocating the model.
 
-    Raises TrainError for a mesh that does not divide a parameter, and for a pattern that matches
-    none.
+    Raises TrainError for a mesh that does not divide a parameter, and for a pattern in
+    train.optimizer.freeze that matches no parameter.
     """
     length = data.max_length if length is None else length
-    require(length > 0, f"--length {length}: must be positive")
+    require(length > 0, f"--length {length}: give a positive number")
     is_open = model.vocab_size is None
     model, notes = complete(model, data)
     if is_open and train.init_from is not None:
@@ -74,7 +74,7 @@ def inspect(
 
 
 def complete(model: ModelConfig, data: DataConfig) -> tuple[ModelConfig, list[str]]:
-    """Return the model with the sizes that the data decide, and what was assumed about them."""
+    """Return the model with the sizes that the data decide, and notes about assumed sizes."""
     notes = []
     if model.vocab_size is None:
         if data.tokenizer.path is not None:
@@ -98,14 +98,14 @@ def complete(model: ModelConfig, data: DataConfig) -> tuple[ModelConfig, list[st
 
 
 def layout(config: MeshConfig) -> Mesh:
-    """Return the mesh of a config without devices, which need not exist; data = -1 counts as 1."""
+    """Return the mesh of a config without any devices; data = -1 counts as 1."""
     sizes = tuple(max(getattr(config, axis), 1) for axis in MESH_AXES)
     mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     return cast(Mesh, mesh)  # Only its shape is used.
 
 
 def describe(model: ModelConfig) -> str:
-    """Describe the sizes of a model in a line."""
+    """Describe the sizes of a model in one line."""
     layers = f"{model.layers} layers"
     if model.architecture == "encoder_decoder":
         layers = f"{model.encoder_layers or model.layers} + {model.layers} layers"
@@ -252,7 +252,7 @@ def number(value: float, base: int = 1000) -> str:
 def masks_drawn(model: ModelConfig, data: DataConfig) -> Group:
     """Draw the masks of a row of 16 tokens with block characters, side by side if there is room.
 
-    Where heads differ, a pair is drawn as allowed that any of them allows.
+    If heads differ, a pair of query and key is drawn as allowed if any head allows it.
     """
     batch, meaning = example(model, data)
     pictures = []
@@ -269,7 +269,7 @@ def masks_drawn(model: ModelConfig, data: DataConfig) -> Group:
 
 
 def example(model: ModelConfig, data: DataConfig) -> tuple[Mapping[str, jax.Array], str]:
-    """Return a row of 16 tokens, as the objective makes them, and a description of it."""
+    """Return a batch of one row of 16 tokens, as the objective makes rows, and its description."""
 
     def row(*lengths: int) -> jax.Array:
         ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)

@@ -14,10 +14,10 @@ DEFAULT_FONT = "DejaVu Sans"  # A part of matplotlib.
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> list[str]:
-    """Return the text of each token: visible spaces, names of special tokens, bytes as hex.
+    """Return a label for each token: its text with visible spaces, or a special token's name.
 
-    Pieces of words keep the marks of their tokenizer, ## or @@. An id beyond the vocabulary, of a
-    model that has more outputs, is #id.
+    Incomplete UTF-8 is written in hexadecimal. Pieces of words keep the mark of the tokenizer, ##
+    or @@. The label of an id beyond the vocabulary is #ID: a model may have more outputs.
     """
     inner = tokenizer._tokenizer
     decoder = json.dumps(json.loads(inner.to_str())["decoder"])
@@ -41,9 +41,9 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> list[str]:
 
 
 def drawable(labels: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Return the labels, the font families to draw them with, and notes about them.
+    """Return the labels, the font families to draw the labels with, and notes.
 
-    Characters that no installed font has are written as code points, and that is said.
+    Characters that no installed font has are written as code points; a note names them.
     """
     from matplotlib import font_manager
 
@@ -63,7 +63,7 @@ def drawable(labels: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
         return list(labels), families, []
     written = ["".join(_code(c) if c in missing else c for c in label) for label in labels]
     listed = " ".join(sorted(missing)[:12]) + (" ..." if len(missing) > 12 else "")
-    note = f"no installed font has {listed}: written as code points; install one for this script"
+    note = f"no installed font has {listed}: written as code points; install a font for this script"
     return written, families, [note]
 
 
