@@ -597,7 +597,7 @@ def test_a_model_is_asked_for_what_it_does_not_do(capsys, trained, classifier, m
     fails(capsys, ["classify", str(trained), "red"], "translation model", "does not classify")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"red\n")))
     fails(capsys, ["translate", str(classifier)], "encoder_only does not translate")
-    fails(capsys, ["generate", str(classifier), "red"], "encoder_only", "does not write texts")
+    fails(capsys, ["generate", str(classifier), "red"], "encoder_only", "does not generate texts")
     fails(capsys, ["evaluate", str(classifier), "--stride", "3"], "--stride", "causal_lm")
     fails(capsys, ["classify", str(classifier), "red " * 20], "line 1 has", "data.max_length = 16")
     fails(capsys, ["classify", str(classifier), "a\tb\tc", "--tab", "pair"], "line 1 has 3 texts")

@@ -298,7 +298,7 @@ def test_text_in_windows(text, stride: int):
 def test_strides_that_cannot_be(text, classes):
     step = make_eval_step(text.run.model, text.mesh, language_model_loss)
     for stride in (0, 17):
-        with pytest.raises(TrainError, match=rf"--stride {stride} .* data.max_length = 16"):
+        with pytest.raises(TrainError, match=rf"--stride {stride}: .* data.max_length = 16"):
             strided_loss(step, text.params, prepare(text), text.mesh, stride)
     with pytest.raises(TrainError, match="not classification"):
         strided_loss(step, classes.params, prepare(classes), classes.mesh, 5)

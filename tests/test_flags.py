@@ -73,7 +73,7 @@ def test_a_layer_of_a_pattern_is_a_word_that_says_what_differs():
         ("window=wide", "pattern.window = 'wide': it must be of type int"),
         ("window=-1", "pattern.window = -1: give at least 0, all, or None"),
         ("rotary.base=0", "positions.rotary.base must be positive, not 0"),
-        ("rotary=3", "pattern.rotary is no object"),
+        ("rotary=3", "pattern.rotary is not an object"),
         ("rotary=3,rotary.base=2", "rotary"),
     ],
 )

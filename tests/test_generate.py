@@ -310,8 +310,8 @@ def test_beyond_learned_positions_a_text_slides(options: dict, monkeypatch):
     written = generator(prompts)
     assert written == Plain(generator)(prompts)
     assert told == [
-        "up to 60 tokens go beyond model.positions.max_length = 25: there each token is written "
-        "from the last 20 to 25"
+        "up to 60 tokens are more than model.positions.max_length = 25: beyond it, each token "
+        "depends only on the last 20 to 25 tokens"
     ]
     assert "".join(generator.stream(prompts[-1])) == Plain(generator)(prompts[-1:])[0] != ""
 
@@ -365,7 +365,7 @@ def test_who_cannot_write_says_so():
         with pytest.raises(TrainError, match=needed):
             Generator(tiny(architecture), DecodeConfig(beam=1), CHARS, {}, MESH)
     config = small(head_kind="classifier", head_pooling="last", head_outputs=3)
-    with pytest.raises(TrainError, match="classifier does not write"):
+    with pytest.raises(TrainError, match="classifier does not generate"):
         Generator(config, DecodeConfig(beam=1), CHARS, {}, MESH)
     with pytest.raises(TrainError, match=r"set decode\.beam = 1"):
         Generator(small(), DecodeConfig(beam=2), CHARS, {}, MESH).stream("ab")

@@ -161,7 +161,7 @@ def test_a_mistake_of_one_ends_all(text, cache, tmp_path):
         for i, seed in enumerate(seeds)
     ]
     said = finish(processes, code=2)
-    assert "another process has failed, and says why" in said[0]
+    assert "another process has failed: see its error message" in said[0]
     assert "holds a run of another config (train.seed is 0 there and 7 here)" in said[1]
 
 
@@ -169,8 +169,8 @@ def test_a_mistake_of_one_ends_all(text, cache, tmp_path):
     "given, message",
     [
         ({"--processes": "2"}, "--coordinator and --process missing"),
-        ({"--coordinator": "a:1", "--processes": "2", "--process": "2"}, "they count from 0"),
-        ({"--coordinator": "a:1", "--processes": "two", "--process": "0"}, "not two"),
+        ({"--coordinator": "a:1", "--processes": "2", "--process": "2"}, "from 0 to 1"),
+        ({"--coordinator": "a:1", "--processes": "two", "--process": "0"}, "= two: give"),
     ],
 )
 def test_flags_that_are_not_enough(given, message):

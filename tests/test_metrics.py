@@ -141,7 +141,7 @@ def test_a_disk_that_is_full_from_the_beginning_is_told(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("heedful.train.growing_files.write_whole", full)
-    with pytest.raises(TrainError, match=r"metrics.jsonl cannot be written \(No space .*make room"):
+    with pytest.raises(TrainError, match=r"metrics.jsonl cannot be written \(No space .*free disk"):
         Lines(path, from_step=1)
     assert read_lines(path) == [{"step": 1}]
 

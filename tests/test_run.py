@@ -69,7 +69,7 @@ def test_a_run_can_be_opened_again(tokenizer, tmp_path):
         (lambda text: text.replace('"en"', '"\\ud800"'), "half of a surrogate pair"),
         (lambda text: text[:99], "cannot be read as the config of a run"),
         (lambda text: "[]", "cannot be read as the config of a run"),
-        (lambda text: '{"model": 5}', "model is no object"),
+        (lambda text: '{"model": 5}', "model is not an object"),
         (lambda text: text.replace('"width"', '"witdh"', 1), "model.witdh is unknown"),
         (lambda text: text.replace('"layers": 6', '"layers": 6.5'), "model.layers = 6.5"),
         (lambda text: text.replace('"layers": 6', '"layers": true'), "model.layers = True"),

@@ -70,7 +70,7 @@ def test_while_it_saves_the_second_one_ends_at_once():
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said == "heedful: ended by SIGINT; the same command goes on from the last checkpoint\n"
+    assert said == "heedful: ended by SIGINT; the same command resumes from the last checkpoint\n"
 
 
 @pytest.mark.parametrize(("command", "code"), [("train", 75), ("translate", 143)])
@@ -79,7 +79,7 @@ def test_sigterm_says_whether_the_same_command_goes_on(command, code):
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == code and said.startswith("heedful: ended by SIGTERM")
-    assert ("the same command goes on" in said) == (command == "train")
+    assert ("the same command resumes" in said) == (command == "train")
 
 
 @pytest.mark.parametrize("delay", quick.only([5], [1.5, 3, 5, 7]))

@@ -127,9 +127,9 @@ def test_long_texts_are_told_and_very_long_ones_refused():
 
 
 def test_what_is_not_for_translations_says_so():
-    with pytest.raises(TrainError, match=r"decode\.stop.*after a prompt"):
+    with pytest.raises(TrainError, match=r"decode\.stop.*continue a prompt"):
         make(stop=(".",))
     endless = Tokenizer(CHARS._json)
     endless.eos = None
-    with pytest.raises(TrainError, match="lacks the begin and end"):
+    with pytest.raises(TrainError, match="lacks the begin or end"):
         make(endless)

@@ -1,4 +1,4 @@
-"""Checkpoints while a run trains: written in the background; training survives failures."""
+"""Checkpoints while a run trains: write in the background, and go on if a checkpoint fails."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from heedful.train.state import TrainState
 
 
 class Saving(Observer):
-    """Saves the state with all that it takes to go on, and counts the time that the loop waited."""
+    """Saves everything that resuming needs, and measures the time that training waits for it."""
 
     def __init__(
         self,
@@ -33,15 +33,15 @@ class Saving(Observer):
     ):
         self._run, self._checkpoints, self._batches = run, checkpoints, batches
         self._console, self._home = console, Home(run.directory)
-        self._tokenizer = run.tokenizer()  # The file may be gone when it is wanted.
+        self._tokenizer = run.tokenizer()  # The file may be gone when it is needed.
         self._fixed = {
             "data_fingerprint": data_fingerprint,
             "config": run.values(),
             "tokenizer": json.loads(run.tokenizer_path.read_text("utf-8")),
         }
         self.seconds = 0.0
-        """Seconds that the loop was held up: until the former checkpoint was on disk and this one
-        copied from the devices."""
+        """Seconds that training waited, until the previous checkpoint was on disk and the new one
+        was copied from the devices."""
         self._score: tuple[int, float] | None = None
         self._is_begun = True
         self._step, self._held, self._is_awaited = 0, 0.0, False
@@ -50,34 +50,34 @@ class Saving(Observer):
         self._home.close()
 
     def position(self) -> dict[str, Any]:
-        """Return the part of a checkpoint beside the state."""
+        """Return the contents of a checkpoint besides the state, such as the data iterator."""
         return {"iterator": self._batches.get_state(), **self._fixed}
 
     def require_ours(self, position: dict[str, Any]) -> None:
-        """Raise TrainError for a checkpoint of a run of another config."""
+        """Raise TrainError for a checkpoint of a run with another config."""
         there = Run.of(self._run.directory, position["config"])
         if others := self._run.others(there):
             raise TrainError(
-                f"the checkpoints in {self._checkpoints.directory} are of a run of another config "
-                f"({others}): give another --run-dir or train.checkpoints"
+                f"the checkpoints in {self._checkpoints.directory} belong to a run of another "
+                f"config ({others}): give another --run-dir or train.checkpoints"
             )
 
     def go_on(self, position: dict[str, Any]) -> None:
-        """Put the data where a checkpoint was; raise TrainError when they have changed."""
+        """Move the data iterator to a checkpoint's position; raise TrainError for other data."""
         if position["data_fingerprint"] != self._fixed["data_fingerprint"]:
             raise TrainError(
                 f"the training data has changed since {self._run.directory} was started: "
-                "put it back, or give another --run-dir"
+                "restore the data, or give another --run-dir"
             )
         self._batches.set_state(position["iterator"])
 
     def save(self, state: TrainState, *, last: bool, is_due: bool = True) -> None:
-        """Begin to save; `said` tells the outcome.
+        """Start to save the state; `said` returns the outcome.
 
-        A checkpoint that is not `is_due` is for a stop only. The `last` checkpoint of this process
-        is on disk on return, or SaveFailed is raised. Any other may fail: that is told, training
-        goes on, and the next one is tried. Where the directory of the run is gone, the checkpoint
-        is saved where that can be, and TrainError says where.
+        A checkpoint with is_due=False is written only because of an interruption. The `last`
+        checkpoint of this process is on disk on return, or SaveFailed is raised. If another
+        checkpoint fails, a message is printed, and training goes on to the next checkpoint. If the
+        directory of the run is gone, the checkpoint is saved elsewhere, and TrainError says where.
         """
         began = time.perf_counter()
         if any_process(is_first() and self._home.is_lost()):
@@ -94,7 +94,7 @@ class Saving(Observer):
         self.seconds += self._held
 
     def said(self) -> str:
-        """Return the state of the newest checkpoint, in words; `settle` prints the rest."""
+        """Describe the newest checkpoint; if it is still being written, `settle` prints the end."""
         if not self._is_begun:
             return "nothing saved"
         self._is_awaited = not self._checkpoints.is_on_disk(self._step)
@@ -102,7 +102,7 @@ class Saving(Observer):
         return f"checkpoint {state} (held up {self._held:.2f} s)"
 
     def _rescue(self, state: TrainState) -> None:
-        """Save a run whose directory is lost where that is now, or in a new one, and raise."""
+        """Save to the new path of the run's moved directory, or to a new one; raise TrainError."""
         run = self._run
         self.settle()
         moved = self._home.found() if is_first() else None
@@ -130,7 +130,7 @@ class Saving(Observer):
         self._score = step, score
 
     def settle(self) -> None:
-        """Wait until the newest checkpoint is on disk, and give it its score, if it has one."""
+        """Wait until the newest checkpoint is on disk, and store its score, if there is one."""
         score, self._score = self._score, None
         is_awaited, self._is_awaited = self._is_awaited, False
         if not (self._is_begun and self._try(self._checkpoints.wait)):
@@ -141,7 +141,7 @@ class Saving(Observer):
             self._try(lambda: self._checkpoints.add_score(*score))
 
     def lacks_score(self, step: int) -> bool:
-        """Tell if the run has ended before the checkpoint of this step could be measured."""
+        """Tell if the run ended before the checkpoint of this step was evaluated."""
         return step in self._checkpoints.steps and step not in self._checkpoints.scores
 
     def _try(self, action: Callable[[], None]) -> bool:
@@ -157,5 +157,5 @@ class Saving(Observer):
 
 
 def _holds(path: Path) -> bool:
-    """Tell if something lies at `path`, other than an empty folder."""
+    """Tell if `path` exists and is not an empty folder."""
     return path.exists() and not (path.is_dir() and not any(path.iterdir()))

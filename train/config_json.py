@@ -1,4 +1,4 @@
-"""Configs as JSON values, and back."""
+"""Convert configs to JSON values, and back."""
 
 import dataclasses
 import json
@@ -21,10 +21,12 @@ def from_json(cls: Any, value: Any, name: str = "") -> Any:
     """Return the config of class `cls` from its JSON value; raise TypeError for other values."""
     if dataclasses.is_dataclass(cls):
         if not isinstance(value, dict):
-            raise TypeError(f"{name} is no object")
+            raise TypeError(f"{name} is not an object")
         hints = typing.get_type_hints(cls)
         if unknown := sorted(value.keys() - hints.keys()):
-            raise TypeError(f"{name}.{unknown[0]} is unknown: another version has written it")
+            raise TypeError(
+                f"{name}.{unknown[0]} is unknown: correct it, or use the version that wrote it"
+            )
         return cls(**{k: from_json(hints[k], v, f"{name}.{k}") for k, v in value.items()})  # type: ignore[operator]
     choices = typing.get_args(cls)
     if typing.get_origin(cls) is tuple:
@@ -45,7 +47,7 @@ def from_json(cls: Any, value: Any, name: str = "") -> Any:
 
 
 def differences(ours: Any, theirs: Any, name: str = "") -> Iterator[str]:
-    """Yield the differences between two configs as JSON values, field by field."""
+    """Yield the differences between two configs (JSON values), one text per field."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key in ours.keys() | theirs.keys():
             yield from differences(ours.get(key), theirs.get(key), f"{name}.{key}".lstrip("."))
@@ -54,12 +56,12 @@ def differences(ours: Any, theirs: Any, name: str = "") -> Iterator[str]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file atomically."""
     write_whole(path, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
 
 
 def finite(value: Any) -> Any:
-    """Return JSON values with null in the place of NaN and infinities, which JSON lacks."""
+    """Return JSON values with null instead of NaN and infinities, which JSON lacks."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

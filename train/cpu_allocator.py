@@ -1,12 +1,13 @@
-"""The memory of a process on a CPU: what glibc's allocator keeps, and what it gives back."""
+"""Settings of glibc's memory allocator for programs on CPUs."""
 
 import ctypes
 import os
 import sys
 from functools import cache
 
-# glibc gives freed memory back to the system between steps and asks for it again: twice the time.
-# In pages of 2 MiB, where the system has them, arrays of many MiB are written up to twice as fast.
+# By default, glibc returns freed memory to the system between steps and requests it again, which
+# doubles the time of a step. With pages of 2 MiB, if the system has them, arrays of many MiB are
+# written up to twice as fast.
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
@@ -16,7 +17,7 @@ ROOM = 64 << 20  # bytes
 
 
 def keep_memory() -> None:
-    """Start this process again, once, with an allocator that keeps its memory."""
+    """Restart this process, once, with settings by which the allocator keeps freed memory."""
     if sys.platform != "linux" or all(name in os.environ for name in ALLOCATOR):
         return
     os.environ.update({name: os.environ.get(name, value) for name, value in ALLOCATOR.items()})
@@ -25,19 +26,20 @@ def keep_memory() -> None:
 
 @cache
 def keep_in_place() -> None:
-    """Make a step on CPUs find its temporary arrays where those of the last step were.
+    """Let each step on CPUs reuse the memory of the temporary arrays of the step before.
 
-    Call it before jax has found its devices. The temporary arrays of a program are one block
-    of the thread that runs it, and glibc keeps blocks of more than 64 MiB for the main thread only:
-    programs run there, and a call returns when they have ended. What a compilation leaves, hundreds
-    of MB, is given back before its first run, with room for small arrays: they would otherwise lie
-    where a step had its temporary arrays, or right behind, and those of the next step would need a
-    place of their own. Programs that are compiled, or read, in less than 0.1 s are too small to
-    matter.
+    Call this before jax has found its devices. The temporary arrays of a program are one block of
+    memory of the thread that runs the program, and glibc keeps blocks of more than 64 MiB only for
+    the main thread. So programs run in the main thread, and a call returns when its program has
+    ended. A compilation leaves hundreds of MB of freed memory. They are returned to the system
+    before the first run, and room for small arrays is reserved: otherwise small arrays could take
+    the memory where a step had its temporary arrays, or the memory right after it, and the next
+    step would need another block. Programs that are compiled, or loaded, in less than 0.1 s are too
+    small to matter.
     """
     import jax
 
-    jax.config.update("jax_cpu_enable_async_dispatch", False)  # No variable sets this one.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # No environment variable sets this.
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         return
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -47,6 +49,6 @@ def keep_in_place() -> None:
         if event.endswith("backend_compile_duration") and duration_secs > 0.1:
             libc.malloc_trim(0)
             room, _end = sorted(libc.malloc(ROOM) or 0 for _ in range(2))
-            libc.free(room)  # Its end, never written, keeps it apart from the free memory behind.
+            libc.free(room)  # `_end`, never written, separates it from the free memory after it.
 
     jax.monitoring.register_event_duration_secs_listener(listen)

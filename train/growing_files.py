@@ -19,9 +19,9 @@ from heedful.train.messages import tell
 
 
 class Appended:
-    """A file that grows, and that neither ends a training nor holds it up.
+    """A file that grows; a write error neither ends nor delays the training run.
 
-    A full disk is reported once. Data that cannot be written wait until there is room.
+    A full disk is reported once. Data that cannot be written wait until there is space.
     """
 
     def __init__(self, path: Path):
@@ -38,8 +38,8 @@ class Appended:
         except OSError as error:
             if not self._is_told:
                 self._is_told = True
-                reason = f"{self._path} cannot be written ({error.strerror}): make room"
-                tell(f"{reason}; training goes on")
+                reason = f"{self._path} cannot be written ({error.strerror}): free disk space"
+                tell(f"{reason} or check permissions; training goes on")
 
     def close(self) -> None:
         self.append(b"")
@@ -49,10 +49,10 @@ class Appended:
 
 
 class Events(Appended):
-    """A file of TensorBoard events, written by the thread that has them."""
+    """A file of TensorBoard events, written by the thread that calls `add`."""
 
     def __init__(self, directory: Path, from_step: int):
-        """Begin a file; events of `from_step` and later in other files count no longer."""
+        """Start a file; TensorBoard then ignores events from `from_step` on in older files."""
         from tensorboardX import summary
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
         from tensorboardX.record_writer import masked_crc32c
@@ -76,15 +76,15 @@ class Events(Appended):
 
 
 class Lines(Appended):
-    """A file of JSON values with a "step", one a line, that goes on after a step."""
+    """A file of JSON objects with a "step", one per line, that is continued after a step."""
 
     def __init__(
         self, path: Path, from_step: int, is_old: Callable[[dict], bool] = lambda _: False
     ):
-        """Drop lines of later steps, a line cut short by a kill, and old lines of this step.
+        """Drop lines after `from_step`, an incomplete last line, and lines at it with `is_old`.
 
-        Keep a copy of a file with other lines that cannot be read. Raises TrainError where the
-        file cannot be written from the beginning.
+        If other lines cannot be read, a copy of the file is kept. Raises TrainError if the file
+        cannot be written.
         """
         super().__init__(path)
         try:
@@ -99,22 +99,24 @@ class Lines(Appended):
                     if line["step"] < from_step or (line["step"] == from_step and not is_old(line))
                 ]
                 write_whole(path, "".join(json.dumps(finite(line)) + "\n" for line in kept))
-            elif path.is_symlink():  # to nothing: opening it would make a file there
+            elif path.is_symlink():  # A broken link: opening it would create a file elsewhere.
                 path.unlink()
         except OSError as error:
-            raise TrainError(f"{path} cannot be written ({error.strerror}): make room") from error
+            raise TrainError(
+                f"{path} cannot be written ({error.strerror}): free disk space or check permissions"
+            ) from error
 
     def write(self, line: Mapping[str, Any]) -> None:
         self.append(json.dumps(finite(line), allow_nan=False).encode() + b"\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the values in a file of JSON lines, without lines that were cut short by a kill."""
+    """Return the values in a file of JSON lines; lines that cannot be read are left out."""
     return [v for line in path.read_bytes().split(b"\n") if (v := _value(line)) is not None]
 
 
 def _value(line: bytes) -> dict[str, Any] | None:
-    """Return the value with a "step" that a line holds; None where it holds none."""
+    """Parse a line as a JSON object with an integer "step"; return None for any other line."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -124,8 +126,8 @@ def _value(line: bytes) -> dict[str, Any] | None:
 
 
 def keep_damaged(path: Path, reason: str) -> None:
-    """Keep a copy of a file that is about to be written anew, and say so."""
+    """Copy a damaged file before it is overwritten, and print a message."""
     names = (f"{path.name}.damaged{n}" for n in ("", *(f".{i}" for i in range(2, 1000))))
     copy = next(each for each in map(path.with_name, names) if not os.path.lexists(each))
     shutil.copyfile(path, copy)
-    tell(f"{path} is damaged ({reason}): it is written anew, and what it was is kept in {copy}")
+    tell(f"{path} is damaged ({reason}): it is written again; a copy of it is kept in {copy}")

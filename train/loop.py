@@ -1,4 +1,4 @@
-"""fit(): train a run from its configs, or resume it where a former call stopped."""
+"""fit(): train a run from its configs, or resume the run where an earlier call stopped."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -50,19 +50,19 @@ def fit(
     start: tuple[TrainState, dict] | None = None,
     observers: Sequence[Observer] = (),
 ) -> None:
-    """Train until `train.steps`, from the newest checkpoint if there is one, or from `start`.
+    """Train up to step `train.steps`, from `start`, or else from the newest checkpoint, if any.
 
-    `fallback` allows to start from an earlier checkpoint when the newest is corrupt. The observers
-    see the training, and what they raise ends it. Raises NonFiniteLoss, CorruptCheckpoint,
-    SaveFailed for the last checkpoint, and Interrupted on SIGINT or SIGTERM to any process, after
-    saving.
+    With `fallback`, an earlier checkpoint is used if the newest is corrupt. `observers` receive the
+    events of the training run; an exception of an observer ends the run. Raises NonFiniteLoss,
+    CorruptCheckpoint, SaveFailed for the last checkpoint, and, after saving, Interrupted on SIGINT
+    or SIGTERM to any process.
     """
     config, tokenizer, task = run.train, run.tokenizer(), task_of(run.data)
     prepare = partial(Dataset.prepare, run.data, tokenizer, seed=config.seed)
     with console.status("reading the data"):
         train_data = primary_first(lambda: prepare("train"))
         valid_data = primary_first(lambda: prepare("valid"))
-        # Read at the end: what is wrong with it is to be known now.
+        # Test data are used at the end; read them now, to report errors early.
         test_data = primary_first(lambda: prepare("test"))
         primary_first(lambda: _require_room(run, test_data))
     require_same("config", repr((run.model, run.data, config)))
@@ -80,7 +80,7 @@ def fit(
     describe(run, setup, console)
     splits = {"train": train_data, "valid": valid_data, "test": test_data}
     data = {name: dataset.data_fingerprint for name, dataset in splits.items()}
-    del test_data, splits  # It is prepared again at the end.
+    del test_data, splits  # The test data are prepared again at the end.
     now = environment(run, mesh, data)
     for observer in observers:
         observer.on_start(now)
@@ -129,15 +129,15 @@ def fit(
 
 
 def _require_room(run: Run, test_data: Dataset) -> None:
-    """Raise TrainError where a test sentence could not be translated at the end."""
+    """Raise TrainError if a test sentence is too long to be translated at the end."""
     if task_of(run.data).use == "translate":
-        sizes = (test_data.store.counts()["source"] + 1).tolist()  # and the end
+        sizes = (test_data.store.counts()["source"] + 1).tolist()  # With the end token.
         require_positions(run.model, run.train.decode, sizes, "test sentences")
 
 
 @contextmanager
 def _alone(run: Run) -> Iterator[None]:
-    """Keep others from training in the same directory; raise TrainError where one does."""
+    """Keep other processes from training in this directory; raise TrainError if one does."""
     release = primary_first(lambda: run.lock() if is_first() else lambda: None)
     try:
         yield
@@ -146,7 +146,7 @@ def _alone(run: Run) -> Iterator[None]:
 
 
 def _first_params(run: Run, setup: Setup, console: Console) -> Any:
-    """Return random parameters, or the pretrained ones of a run that fine-tunes; say which."""
+    """Return random parameters, or pretrained parameters for fine-tuning; print which."""
     params = init_params(run.model, setup.mesh, run.train.seed)
     if run.train.init_from is None:
         console.print("pretraining: the parameters begin at random")
@@ -157,7 +157,7 @@ def _first_params(run: Run, setup: Setup, console: Console) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class _Training:
-    """A training that is set up, with all that its loop needs."""
+    """A training run that is set up, with everything that its loop needs."""
 
     run: Run
     mesh: Mesh
@@ -194,7 +194,7 @@ class _Training:
             training._loop(state, fingerprint, meter, stop)
 
     def _loop(self, state: TrainState, fingerprint: Callable, meter: Meter, stop: Stop) -> None:
-        """Step to the end; raise Interrupted when a signal has come, after saving."""
+        """Train up to the last step; after a signal, save and raise Interrupted."""
         config = self.run.train
         for step in range(int(state.step) + 1, config.steps + 1):
             if self.patience.is_over(step - 1):
@@ -204,7 +204,7 @@ class _Training:
             with meter.fetching():
                 batch = next(self.batches)
             state, metrics = self.train_step(state, batch)
-            del batch  # Freed when the next one is there, it would let the reading thread go first.
+            del batch  # If it were freed with the next batch, the reading thread would run first.
             is_stopped = stop.agreed() and step < config.steps
             is_saved = self._is_due(step) or is_stopped
             if is_saved or step % config.fingerprint_every == 0:
@@ -216,14 +216,17 @@ class _Training:
                     self._save(state, step, is_stopped)
                     if is_stopped:
                         raise stop.interrupted(step)
-                    # After it is saved: where a stop comes in the meantime, it is there.
+                    # Evaluate after saving: if a signal comes meanwhile, the checkpoint exists.
                     self._evaluate(state, self.saving.said)
         self.saving.settle()
         if stop.is_asked():
             raise stop.interrupted(int(state.step))
 
     def _is_due(self, step: int) -> bool:
-        """Tell if a checkpoint is written after this step, whatever happens."""
+        """Return True if this step has a regular checkpoint.
+
+        It has one every `checkpoint_every` steps, and after the last step.
+        """
         config = self.run.train
         return step % config.checkpoint_every == 0 or step == config.steps
 
@@ -234,7 +237,7 @@ class _Training:
             observer.on_checkpoint(step)
 
     def _evaluate(self, state: TrainState, said: Callable[[], str]) -> None:
-        """Measure the state, whose checkpoint is there."""
+        """Evaluate the state on the validation data; its checkpoint exists already."""
         step, measured = int(state.step), self.validate(state)
         for observer in self.observers:
             observer.on_evaluation(step, measured)
@@ -249,7 +252,10 @@ def _restore(
     fallback: bool,
     console: Console,
 ) -> tuple[TrainState, dict] | None:
-    """Return the newest state that can be read, an older one only if `fallback`; None: none."""
+    """Return the newest state that can be read; None: there is no checkpoint.
+
+    Without `fallback`, an error in the newest checkpoint is raised.
+    """
     corrupt: list[int] = []
     for step in reversed(checkpoints.steps):
         try:
@@ -267,7 +273,7 @@ def _restore(
         return state, position
     if corrupt:
         raise TrainError(
-            f"no checkpoint in {checkpoints.directory} can be read; all are left as they are: "
-            "repair one, or give another --run-dir to begin anew"
+            f"no checkpoint in {checkpoints.directory} can be read: restore one, or train again "
+            "with another --run-dir (all checkpoints are left unchanged)"
         )
     return None

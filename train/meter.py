@@ -1,4 +1,4 @@
-"""The metrics of steps, read late, and their means."""
+"""Read the metrics of steps, some steps late, and average them."""
 
 import time
 from collections import deque
@@ -9,13 +9,13 @@ from typing import Any
 from heedful.train.metrics import require_finite
 from heedful.train.observers import Observer
 
-AHEAD = 2  # steps that are dispatched before the loss of an earlier one is read
+AHEAD = 2  # Number of steps that are dispatched before the loss of an earlier step is read.
 
 
 class Meter:
-    """Reads metrics AHEAD steps late, so that the device never waits for the host.
+    """Reader of metrics, AHEAD steps late, so that the device never waits for the host.
 
-    Observers get those of each step, and means of every `log_every` steps.
+    Observers get the metrics of each step, and means over every `log_every` steps.
     """
 
     def __init__(self, log_every: int, observers: Sequence[Observer]):
@@ -28,31 +28,31 @@ class Meter:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave the time within out of the means: it is not training."""
+        """Context whose time does not count in the means, as it is not training."""
         began = time.perf_counter()
         yield
         self._since += time.perf_counter() - began
 
     @contextmanager
     def fetching(self) -> Iterator[None]:
-        """Measure how long the next batch takes."""
+        """Context that fetches the next batch; measure its time."""
         began = time.perf_counter()
         yield
         self.fetched(time.perf_counter() - began)
 
     def fetched(self, seconds: float) -> None:
-        """Take the time of the next batch; it counts where no step was left to work on."""
+        """Take the time for fetching a batch; it counts as waiting if the devices are idle."""
         if not self._pending or self._pending[-1][1]["loss"].is_ready():
             self._waited += seconds
 
     def add(self, step: int, metrics: dict[str, Any]) -> None:
-        """Take the metrics of a step that the devices work on."""
+        """Take the metrics of a step that the devices may still compute."""
         self._pending.append((step, metrics))
         while len(self._pending) > AHEAD:
             self._read()
 
     def drain(self) -> None:
-        """Read the metrics of all steps."""
+        """Read the metrics of all remaining steps."""
         while self._pending:
             self._read()
 

@@ -9,7 +9,7 @@ import optax
 
 from heedful.train.config import OptimizerConfig
 
-# Of linear maps, of their low-rank updates, and of Linformer along the positions.
+# Names of matrices: linear maps, their low-rank updates, and Linformer's maps of positions.
 MATRICES = ("kernel", "lora_a", "lora_b", "projection", "both", "keys", "values")
 
 
@@ -39,7 +39,7 @@ SCHEDULES: dict[str, Callable[[OptimizerConfig, int], optax.Schedule]] = {
     "cosine": _cosine,
     "constant": _constant,
 }
-"""(config, steps) -> rate by the updates since the end of the warmup."""
+"""(config, steps) -> schedule: learning rate by the number of updates after the warmup."""
 
 
 def _adam(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
@@ -58,13 +58,13 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig, optax.Schedule], optax.Gradient
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Return the learning rate by the number of updates done before.
+    """Return the schedule: learning rate by the number of earlier updates.
 
-    A linear warmup to `peak_lr` is followed by `config.schedule`. With updates counted from n = 1,
-    the warmup has the rate peak n / warmup, and inverse_sqrt then falls as sqrt(warmup / n):
-    arXiv:1706.03762 §5.3 when the peak is (width * warmup)^-0.5. With an `initial_lr` both follow
-    fairseq: `initial_lr` is the rate of the first update, which counts as n = 0. linear and cosine
-    reach `final_lr` when all `steps` are done.
+    A linear warmup to `peak_lr` is followed by `config.schedule`. In update n = 1, 2, ..., the
+    warmup has the rate peak_lr * n / warmup_steps, and inverse_sqrt then has peak_lr *
+    sqrt(warmup_steps / n): this is arXiv:1706.03762 §5.3 if peak_lr is (width * warmup_steps)^-0.5.
+    With an `initial_lr`, both are as in fairseq: `initial_lr` is the rate of the first update,
+    which counts as n = 0. linear and cosine reach `final_lr` after all `steps`.
     """
     warmup, first = config.warmup_steps, int(config.initial_lr == 0)
     after = SCHEDULES[config.schedule](config, steps)
@@ -77,16 +77,17 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimizerConfig, steps: int, factors: Any = None
 ) -> optax.GradientTransformation:
-    """Return the optimizer of the parameters that train; the step clips the gradient.
+    """Return the optimizer of the trainable parameters for a run of `steps` steps.
 
-    `factors` multiply the rate by parameter (`trainable.rate_factors`); those of 0 are frozen.
+    It does not clip: the train step does. `factors` (see `trainable.rate_factors`) has a factor of
+    the learning rate for each parameter; parameters with factor 0 are frozen. None: all are 1.
     """
     optimizer = OPTIMIZERS[config.kind](config, learning_rate(config, steps))
     if factors is None or all(
         isinstance(f, float) and f in (0, 1) for f in jax.tree.leaves(factors)
     ):
         return optimizer
-    # An update, the decay included, is proportional to the rate.
+    # An update, weight decay included, is proportional to the learning rate.
     scale = optax.stateless(
         lambda updates, _: jax.tree.map(
             lambda u, f: None if u is None else u * f, updates, factors, is_leaf=lambda x: x is None
@@ -103,6 +104,6 @@ def _moments(config: OptimizerConfig) -> dict[str, Any]:
 
 
 def _decayed(params):
-    """True for matrices: not for biases, scales, and tables of embeddings."""
+    """Return a tree that is True for matrices, not for biases, scales and embedding tables."""
     is_matrix = lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) in MATRICES  # noqa: E731
     return jax.tree_util.tree_map_with_path(is_matrix, params)

@@ -1,9 +1,9 @@
 """SIGINT and SIGTERM, handled in one way during every phase of a command.
 
-The first signal ends the command at once where nothing can be lost. While `train.stop.Stop` has
-something to save, the first signal only asks for that, and the second ends the command. A thread
-ends it: the main thread may be in a compiler, and an exception inside of another library may be
-swallowed, or abort the process.
+The first signal ends the command at once if nothing can be lost. While `train.stop.Stop` has
+something to save, the first signal only requests that, and the second signal ends the command. A
+thread ends the command, because the main thread may be in a compiler, and because an exception
+inside of another library may be swallowed, or abort the process.
 """
 
 import os
@@ -15,19 +15,19 @@ from contextlib import suppress
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
 RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again
-PATIENCE = 3  # seconds that the last words and the tidying up may take
+PATIENCE = 3  # Seconds that the last message and the cleanup may take.
 
 is_saving = False
 """True while the first signal only asks to save."""
 leftovers: list[str] = []
-"""Folders that go with the process."""
+"""Folders that are deleted when a signal ends the process."""
 
 
 def watch(command: str = "") -> None:
-    """Begin to listen to signals, for a process that runs this command."""
+    """Start to handle signals in a process that runs this command."""
     read, write = os.pipe()
     os.set_blocking(write, False)
-    # A handler waits for what is not Python to end; what is written here does not.
+    # A Python handler runs only after native code returns; the write to this pipe does not wait.
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     for number in ENDING:
         signal.signal(number, lambda *_: None)
@@ -38,7 +38,7 @@ def _enforce(read: int, command: str) -> None:
     number = _next(read)
     if is_saving:
         number = _next(read)
-    # Training goes on where it was when the same command comes again.
+    # The same command resumes a training run.
     resumes = command == "train"
     code = RESUMABLE if resumes and number == signal.SIGTERM else 128 + number
     late = threading.Timer(PATIENCE, os._exit, [code])
@@ -47,7 +47,7 @@ def _enforce(read: int, command: str) -> None:
     # A terminal gets its line back, and the cursor that a progress bar hides.
     said = "\x1b[?25h\n" if os.isatty(2) else ""
     said += f"heedful: ended by {signal.Signals(number).name}"
-    said += "; the same command goes on from the last checkpoint\n" if resumes else "\n"
+    said += "; the same command resumes from the last checkpoint\n" if resumes else "\n"
     with suppress(OSError):
         os.write(2, said.encode())
     children = getattr(sys.modules.get("multiprocessing"), "active_children", list)

@@ -24,7 +24,7 @@ class TrainState:
     step: jax.Array
     params: Any
     opt_state: Any
-    """State of the optimizer for the parameters that train."""
+    """State of the optimizer, for the trainable parameters."""
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh) -> Any:
@@ -34,11 +34,11 @@ def abstract_params(config: ModelConfig, mesh: Mesh) -> Any:
 
 
 class Setup(NamedTuple):
-    """Mesh, optimizer and abstract state: all that follows from the configs alone."""
+    """Mesh, optimizer and abstract state: everything that follows from the configs alone."""
 
     mesh: Mesh
     factors: Any
-    """Factors of the learning rate, by parameter: `trainable.rate_factors`."""
+    """Factors of the learning rate, by parameter (see `trainable.rate_factors`)."""
     optimizer: optax.GradientTransformation
     abstract: TrainState
     """Shapes, types and shardings of the state."""
@@ -66,7 +66,7 @@ def set_up(model: ModelConfig, config: TrainConfig, mesh: Mesh | None = None) ->
 
 
 def init_params(config: ModelConfig, mesh: Mesh, seed: int) -> Any:
-    """Make random parameters, sharded from the start; the values are the same on every mesh."""
+    """Create random parameters, sharded from the start; the values are the same on every mesh."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_params(config, mesh))
     make = lambda: nn.unbox(_init_params(config, jax.random.key(seed)))  # noqa: E731
     with jax.set_mesh(mesh):

@@ -10,24 +10,27 @@ from jaxtyping import Array, Int, UInt32
 from heedful.train.config import DecodeConfig, TrainError
 from heedful.train.sharding import RULES, place
 
-SHORTEST = 16  # lengths are 16, 32, 64, ...: one compilation each
+SHORTEST = 16  # Lengths are 16, 32, 64, ...; each needs a compilation.
 
 
 class PromptBatch(NamedTuple):
-    """Sequences from position 0 on, padded with 0 on the right; rows of length 0 fill the array."""
+    """B sequences from position 0 on, padded with 0 on the right; unused rows have length 0."""
 
     inputs: Int[Array, "B T"]
     lengths: Int[Array, " B"]
     lines: UInt32[Array, " B"]
-    """Number of each sequence, from which its random key is made, whatever its neighbours."""
+    """Index of each sequence; its random key depends on this index, not on the other sequences."""
 
 
 def require_length(what: str, length: int, decode: DecodeConfig) -> None:
-    """Raise TrainError for a text that would take too long: time grows with its square."""
+    """Raise TrainError if a text has more than decode.batch_tokens tokens.
+
+    Attention takes time quadratic in the length. `what` names the text in the message.
+    """
     if length > decode.batch_tokens:
         raise TrainError(
             f"{what} has {length:,} tokens, more than decode.batch_tokens = "
-            f"{decode.batch_tokens:,}: split it, or raise that"
+            f"{decode.batch_tokens:,}: split the text, or raise decode.batch_tokens"
         )
 
 
@@ -37,11 +40,11 @@ def batches(
     mesh: Mesh,
     longest: int | None = None,
 ) -> Iterator[tuple[list[int], PromptBatch]]:
-    """Yield (numbers of sequences, their rows on the devices), sorted by length.
+    """Yield (indices of sequences, their rows on the devices), sorted by length.
 
-    A batch holds at most `decode.batch_tokens` positions, but at least one row per device, and is
-    no wider than `longest`. On a CPU the hypotheses of a beam count as rows. A CPU takes as long
-    for rows that have ended as for the others, and in a small batch few rows wait for the last.
+    A batch has at most `decode.batch_tokens` positions, but at least one row per device; a row has
+    at most `longest` positions (None: no limit). On a CPU the hypotheses of a beam count as rows: a
+    CPU computes finished rows too, and in small batches fewer of them wait for the last row.
     """
     is_cpu = mesh.devices.flat[0].platform == "cpu"
     positions = decode.batch_tokens // (decode.beam if is_cpu else 1)
@@ -59,7 +62,7 @@ def batches(
 def shapes(
     lengths: Mapping[int, int], positions: int, mesh: Mesh, longest: int | None = None
 ) -> Iterator[tuple[list[int], int, int]]:
-    """Yield (numbers of sequences, rows, length of a row) of batches; see `batches`."""
+    """Yield (indices of sequences, number of rows, row length) of each batch; see `batches`."""
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     buckets: dict[int, list[int]] = {}
     for i in sorted(lengths, key=lengths.__getitem__):

@@ -20,10 +20,11 @@ from heedful.train.sharding import replicated, whole_to_devices
 
 
 def trained_on_pairs(trained: Trained) -> bool | None:
-    """Tell if the run has learned from pairs of texts; None: it was trained elsewhere, or its data
-    is gone.
+    """Tell if the run was trained on pairs of texts; None: unknown.
+
+    That is unknown if the model was imported, or if the training data cannot be read.
     """
-    if trained.steps == [0]:  # as imported
+    if trained.steps == [0]:  # An imported model.
         return None
     try:
         return "pair" in sources.fields(trained.run.data)
@@ -34,9 +35,9 @@ def trained_on_pairs(trained: Trained) -> bool | None:
 class Classifier:
     """A classifier of texts with the parameters of a run.
 
-    Texts are sorted by length and batched; the results keep the order of the texts. With `pairs` a
-    tab separates the two texts of a pair, without it is a part of the text. None: as in the
-    training data, and with a pair where these are not known.
+    Texts are sorted by length and batched; the results keep the order of the texts. If `pairs` is
+    True, a tab separates the two texts of a pair; if False, it is a part of the text. None: as in
+    the training data, and as True if these are unknown.
     """
 
     def __init__(self, trained: Trained, pairs: bool | None = None):
@@ -71,9 +72,9 @@ class Classifier:
         return trained_on_pairs(self.trained) is not False if self._pairs is None else self._pairs
 
     def outputs(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the model's outputs, float32 [E, C].
+        """Return the outputs of the model, float32 [texts, outputs].
 
-        Raises TrainError, naming the line, for a text that is longer than the model was trained on.
+        Raises TrainError with the line for a text that is longer than data.max_length.
         """
         rows = [self._row(number, text) for number, text in enumerate(texts, 1)]
         outputs = np.zeros((len(texts), self.trained.run.model.head.outputs or 0), np.float32)
@@ -100,6 +101,6 @@ class Classifier:
         if length > self.config.max_length:
             raise TrainError(
                 f"line {number} has {length} tokens, more than data.max_length = "
-                f"{self.config.max_length} of the training: shorten it"
+                f"{self.config.max_length} of the training run: shorten the line"
             )
         return model_inputs(self.trained.run.model, row)

@@ -1,4 +1,4 @@
-"""Continue texts: one token by token to a terminal, or many prompts at once."""
+"""Continue texts: one prompt token by token, or many prompts at once."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -21,20 +21,20 @@ from heedful.train.inference.batching import PromptBatch, batches, require_lengt
 from heedful.train.inference.text import Text
 from heedful.train.sharding import replicated
 
-CHUNK = 256  # positions of a prompt that are read at once
-PIECE = 16  # tokens that a batch writes between two looks for stop strings
+CHUNK = 256  # Number of positions of a prompt that are read at once.
+PIECE = 16  # Number of tokens that a batch generates between two searches for stop strings.
 
 
 class Generator:
-    """A writer that continues prompts, with the parameters of one decoder.
+    """Generator of texts that continue prompts, with the parameters of a decoder-only model.
 
-    `prefix` tells that the model was trained to see its prompt as a whole (prefix_lm). `longest` is
-    the length of the rows in its training, in tokens. `tell` is called with warnings.
+    prefix: the model was trained with attention to the whole prompt (prefix_lm). longest: row
+    length in training, in tokens; None: unknown. tell: function that is called with warnings.
 
-    A text that goes beyond a table of L learned positions slides: before its first token, and again
-    after every L / 4 tokens, its last 3 L / 4 + 1 tokens are read anew, from position 0 on. So each
-    token follows from the last 3 L / 4 + 1 to L tokens. nanoGPT reads the last L tokens anew for
-    every token.
+    A text that may become longer than a table of L learned positions slides: before its first new
+    token, and again after every L / 4 tokens, its last 3 L / 4 + 1 tokens are read again, from
+    position 0 on. So each new token depends on the last 3 L / 4 + 1 to L tokens. nanoGPT reads the
+    last L tokens again for every token.
     """
 
     def __init__(
@@ -67,15 +67,15 @@ class Generator:
         self._search = jax.jit(self._beam_search, out_shardings=replicated(mesh))
 
     def stream(self, prompt: str) -> Iterator[str]:
-        """Yield the text after `prompt` piece by piece, as it is written.
+        """Yield the text after `prompt` in pieces, while it is generated.
 
-        Pieces are whole characters and hold nothing of a stop string. Together they are the text
-        that `self([prompt])` gives.
+        Pieces have whole characters, and no part of a stop string. Joined, they are the text that
+        `self([prompt])` returns.
         """
         if self.decode.beam > 1:
             raise TrainError(
-                f"decode.beam = {self.decode.beam} knows its text only at the end: "
-                "set decode.beam = 1 to see it grow"
+                f"decode.beam = {self.decode.beam}: a beam search has its text only at the end; "
+                "set decode.beam = 1 to print the text while it is generated"
             )
         prompts = self._encode([prompt])
         (_, rows) = next(self._batches(prompts))
@@ -85,9 +85,9 @@ class Generator:
     def __call__(self, prompts: Sequence[str]) -> list[str]:
         """Return the text after each prompt; an empty prompt begins a new text.
 
-        A text does not depend on the other prompts, except that line i has its own random key.
-        Raises TrainError, naming the line, for a prompt of more than decode.batch_tokens tokens,
-        and where a beam search may need more positions than there are.
+        A text does not depend on the other prompts, except that prompt i has its own random key.
+        Raises TrainError with the number of the prompt if it has more than decode.batch_tokens
+        tokens, and if a beam search may need more positions than the model has.
         """
         encoded = self._encode(prompts)
         texts = [""] * len(prompts)
@@ -102,7 +102,7 @@ class Generator:
     def _encode(self, prompts: Sequence[str]) -> list[np.ndarray]:
         """Return the tokens of each prompt after the begin token, as in training.
 
-        A prompt may begin with that token itself, where special tokens are read.
+        With decode.special_tokens, a prompt may itself begin with the begin token.
         """
         bos = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
         read = self.tokenizer.encode_batch(prompts, special_tokens=self.decode.special_tokens)
@@ -111,39 +111,41 @@ class Generator:
         ]
         for number, ids in enumerate(encoded, 1):
             if not len(ids):
-                raise TrainError(f"prompt {number} is empty: the tokenizer has no begin token")
+                raise TrainError(
+                    f"prompt {number} is empty, and the tokenizer has no begin token: give a text"
+                )
             require_length(f"prompt {number}", len(ids), self.decode)
             if self._slides(len(ids)) and self.decode.beam > 1:
                 raise TrainError(
-                    f"prompt {number} has {len(ids)} tokens, and with decode.max_tokens = "
-                    f"{self.decode.max_tokens} after them it goes beyond "
-                    f"model.positions.max_length = {self._table}: shorten it, lower "
-                    "decode.max_tokens, or set decode.beam = 1, which goes on beyond"
+                    f"prompt {number} has {len(ids)} tokens, and decode.max_tokens = "
+                    f"{self.decode.max_tokens} more tokens are too many for "
+                    f"model.positions.max_length = {self._table}: shorten the prompt, lower "
+                    "decode.max_tokens, or set decode.beam = 1, which has no such limit"
                 )
         self._tell_lengths([len(ids) for ids in encoded])
         return encoded
 
     def _slides(self, length: int) -> bool:
-        """Tell if the text after a prompt, of this many tokens, may go beyond the table."""
+        """Tell if a prompt of `length` tokens and its continuation may exceed the table."""
         return self._table is not None and length + self.decode.max_tokens > self._table
 
     def _tell_lengths(self, lengths: Sequence[int]) -> None:
         longest = max(lengths, default=0) + self.decode.max_tokens
         if self._table is not None and longest > self._table:
             self.tell(
-                f"up to {longest} tokens go beyond model.positions.max_length = {self._table}: "
-                f"there each token is written from the last {self._table - self._stride + 1} to "
-                f"{self._table}"
+                f"up to {longest} tokens are more than model.positions.max_length = {self._table}: "
+                f"beyond it, each token depends only on the last {self._table - self._stride + 1} "
+                f"to {self._table} tokens"
             )
         elif self.longest is not None and longest > self.longest:
             self.tell(
                 f"up to {longest} tokens are more than data.max_length = {self.longest} of the "
-                "training: the model has seen none so far from a beginning"
+                "training run: the model was not trained on such long texts"
             )
 
     @property
     def _stride(self) -> int:
-        """Number of tokens that a sliding text gets between two readings."""
+        """Number of tokens beyond the table after which the model reads the text's end again."""
         return max((self._table or 0) // 4, 1)
 
     def _batches(self, prompts: Sequence[np.ndarray]) -> Iterator[tuple[list[int], PromptBatch]]:
@@ -158,18 +160,22 @@ class Generator:
     def _write(
         self, prompts: Sequence[np.ndarray], rows: PromptBatch, every: int
     ) -> Iterator[list[str]]:
-        """Yield the next piece of each text, after every `every` tokens."""
+        """Yield the next piece of each text after every `every` tokens."""
         texts = [Text(self.tokenizer, prompt, self.decode.stop) for prompt in prompts]
         for decoded in self._decode(rows, every):
             tokens, lengths, _ = jax.device_get(decoded)
-            written = zip(texts, tokens, lengths, strict=False)  # The last rows may be empty.
+            written = zip(texts, tokens, lengths, strict=False)  # The last rows may be padding.
             yield [text.read(row[:length]) for text, row, length in written]
             if all(text.ended for text in texts):
                 break
         yield [text.rest() for text in texts]
 
     def _decode(self, rows: PromptBatch, every: int) -> Iterator[Decoded]:
-        """Yield all tokens written so far; the devices are a piece ahead of the caller."""
+        """Yield all tokens so far, after every `every` tokens.
+
+        The devices already compute the next `every` tokens while the caller reads. Beam search
+        yields once, at the end.
+        """
         if self.decode.beam > 1:
             with jax.set_mesh(self.mesh):
                 decoded = self._search(self.params, rows)
@@ -210,7 +216,7 @@ class Generator:
     def _read_anew(
         self, params: DecodeParams, state: DecodeState, rows: PromptBatch
     ) -> DecodeState:
-        """Read the last tokens of each text anew, from the beginning of the table on."""
+        """Read the last tokens of each text again, at the first positions of the table."""
         inputs, lengths, _ = rows
         table = self._table or 0
         kept, end = table - self._stride + 1, lengths + state.time
@@ -241,7 +247,7 @@ class Generator:
         )
 
     def _prompts(self, params: DecodeParams, rows: PromptBatch) -> dict[str, Any]:
-        """Read the prompts: return the arguments that `init_decode` and `beam_search` share."""
+        """Prefill the prompts; return the arguments that `init_decode` and `beam_search` share."""
         inputs, lengths, _ = rows
         index, last = jnp.arange(len(lengths)), jnp.maximum(lengths - 1, 0)
         seen = None
@@ -270,13 +276,13 @@ class Generator:
         size: int,
         prefix_len: Int[Array, " B"],
     ) -> Any:
-        """Return a cache of `size` positions with all tokens of each row but the last.
+        """Return a cache of `size` positions, filled with all tokens of each row except the last.
 
-        It is filled chunk by chunk, so that attention needs memory for chunk x length pairs. The
-        last chunk may begin with tokens that were read before; the cache remembers each once.
+        The cache is filled chunk by chunk, so that attention needs memory for chunk x length pairs.
+        The last chunk may begin with tokens of an earlier chunk; the cache stores each token once.
         """
         length = inputs.shape[1]
-        # A token that sees the whole prompt cannot be read before the rest of it.
+        # With a prefix, every token attends to the whole prompt: read the prompt in one chunk.
         chunk = length if self.prefix else min(CHUNK, length)
         prefix = {"prefix_len": prefix_len} if self.prefix else {}
 
@@ -296,10 +302,11 @@ class Generator:
 def _require_decoder(model: ModelConfig) -> None:
     if model.architecture == "encoder_decoder":
         raise TrainError(
-            "model.architecture encoder_decoder writes a text for a source: use heedful translate"
+            "model.architecture encoder_decoder generates a text from a source: use heedful "
+            "translate"
         )
     if model.architecture != "decoder_only" or model.head.kind != "language_model":
         raise TrainError(
             f"model.architecture {model.architecture} with model.head.kind {model.head.kind} does "
-            "not write texts: use a decoder_only with head language_model"
+            "not generate texts: use a run with decoder_only and language_model"
         )

@@ -1,4 +1,4 @@
-"""The rules of decoding that a DecodeConfig sets, as `heedful.model.decoding` takes them."""
+"""Convert a DecodeConfig to arguments of `heedful.model.decoding`."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ from heedful.train.config import DecodeConfig
 
 
 def sampling(decode: DecodeConfig) -> Sampling:
-    """Return how the next token is chosen without a beam."""
+    """Return the settings of sampling, for decoding without beam search."""
     return Sampling(**{name: getattr(decode, name) for name in Sampling._fields})
 
 
 def beam(decode: DecodeConfig) -> dict[str, Any]:
-    """Return the arguments of `beam_search` that say which hypotheses it keeps."""
+    """Return the arguments of `beam_search` that decide which hypotheses are kept."""
     return {
         "width": decode.beam,
         "exponent": decode.length_penalty,

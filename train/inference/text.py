@@ -8,22 +8,25 @@ from heedful.data.tokenizer import Tokenizer
 
 
 class Text:
-    """The part that is certain of a text whose tokens arrive one after the other.
+    """The certain part of a text whose tokens arrive one after the other.
 
     The tokens of an incomplete character wait for the rest of the character. Text that may be the
-    beginning of a stop string waits until it is none. The text ends before a stop string.
+    beginning of a stop string waits until this is decided. The text ends before a stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray, stop: Sequence[str]):
         self.tokenizer, self.stop = tokenizer, stop
         self.ended = False
         self._count = 0
-        # How a token is spelled may depend on those before: the first of a text lacks its space.
+        # The text of a token may depend on earlier tokens: the first token of a text has no space.
         self._before, self._new = prompt.tolist(), []
         self._waiting = ""
 
     def read(self, tokens: np.ndarray) -> str:
-        """Return what the text gains, given all tokens so far."""
+        """Return the text that is new and certain since the last call.
+
+        `tokens` are all tokens so far.
+        """
         certain = ""
         for token in tokens[self._count :].tolist():
             if self.ended:
@@ -33,7 +36,7 @@ class Text:
         return certain
 
     def rest(self) -> str:
-        """Return the text that waited for a stop string that has not come."""
+        """Return the text that waited because it could have been part of a stop string."""
         waiting, self._waiting = self._waiting, ""
         return waiting
 
@@ -60,6 +63,6 @@ class Text:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return how many characters at the end of `text` are the beginning of `stop`."""
+    """Return the number of characters at the end of `text` that are the beginning of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -24,8 +24,9 @@ from heedful.train.sharding import replicated
 class Translator:
     """A translator with the parameters of one model.
 
-    Texts are sorted by length and batched; the translations keep the order of the texts. `longest`
-    is the length of the longest texts in its training, in tokens. `tell` is called with warnings.
+    Texts are sorted by length and batched; the translations keep the order of the texts. longest:
+    largest length of a text in training, in tokens; None: unknown. tell: function that is called
+    with warnings.
     """
 
     def __init__(
@@ -41,11 +42,20 @@ class Translator:
         tell: Callable[[str], object] = lambda _: None,
     ):
         if model.architecture != "encoder_decoder":
-            raise TrainError(f"model.architecture {model.architecture} does not translate")
+            raise TrainError(
+                f"model.architecture {model.architecture} does not translate: use a run with "
+                "encoder_decoder"
+            )
         if decode.stop:
-            raise TrainError(f"decode.stop = {decode.stop} ends texts after a prompt: leave it out")
+            raise TrainError(
+                f"decode.stop = {decode.stop} is only for texts that continue a prompt: leave "
+                "decode.stop out"
+            )
         if tokenizer.bos is None or tokenizer.eos is None:
-            raise TrainError("the tokenizer lacks the begin and end tokens of a translation")
+            raise TrainError(
+                "the tokenizer lacks the begin or end token of a translation: use a run whose "
+                "tokenizer has both"
+            )
         require_tokens(decode, model.vocab_size or 0)
         self.tokenizer, self.mesh = tokenizer, mesh
         self.model, self.decode, self.seed = model, decode, seed
@@ -56,10 +66,10 @@ class Translator:
         self._run = jax.jit(self._translate, out_shardings=replicated(mesh))
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
-        """Return the translation of each text; a blank text gives a blank one.
+        """Return the translation of each text; the translation of a blank text is empty.
 
-        Raises TrainError, naming the line, for a text with more tokens than the model has positions
-        for, or than decode.batch_tokens.
+        Raises TrainError with the line for a text with too many tokens for the positions of the
+        model, or for decode.batch_tokens.
         """
         special = self.decode.special_tokens
         encoded = self.tokenizer.encode_batch(texts, special_tokens=special)
@@ -72,8 +82,8 @@ class Translator:
         if beyond:
             self.tell(
                 f"{len(beyond)} of {len(texts)} lines have more than data.max_length = "
-                f"{self.longest} tokens of the training, the first in line {beyond[0]}: their "
-                "translations may lack parts; give a sentence a line"
+                f"{self.longest} tokens of the training run, the first in line {beyond[0]}: their "
+                "translations may lack parts; give one sentence per line"
             )
         results = [""] * len(texts)
         todo = {i: sources[i] for i, text in enumerate(texts) if text.strip()}
@@ -82,7 +92,7 @@ class Translator:
         return results
 
     def tokens(self, sources: Mapping[int, np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (number of a source, tokens of its translation, the end included), by length."""
+        """Yield (index of a source, tokens of its translation with the end token), by length."""
         longest = longest_source(self.model, self.decode)
         for numbers, rows in batches(sources, self.decode, self.mesh, longest):
             with jax.set_mesh(self.mesh):
@@ -91,7 +101,7 @@ class Translator:
                 yield i, tokens[row, : lengths[row]]
 
     def _translate(self, params: DecodeParams, rows: PromptBatch) -> Decoded:
-        """Translate sources; a row of length 0 is empty and stays so."""
+        """Translate sources; a row of length 0 gets an empty translation."""
         config = self.decode
         inputs, lengths, lines = rows
         batch, length = inputs.shape
@@ -100,7 +110,7 @@ class Translator:
         encoded = params.apply(inputs, segments, method="encode")
         last = jnp.full(batch, self.bos, jnp.int32)
         start = jnp.int32(0)
-        # This leaves nothing but the projected source in the cache.
+        # This call writes only the projected source to the cache.
         _, cache = params.decode(
             last[:, None],
             encoded,
@@ -129,7 +139,10 @@ class Translator:
 
 
 def longest_source(model: ModelConfig, decode: DecodeConfig) -> int | None:
-    """Return the most source tokens where positions are learned, for the output needs room, too."""
+    """Return the largest source length for which learned positions suffice; None: no limit.
+
+    The output, up to decode.extra_length longer than the source, needs positions, too.
+    """
     if model.positions.kind != "learned":
         return None
     return model.positions.max_length - decode.extra_length
@@ -138,9 +151,10 @@ def longest_source(model: ModelConfig, decode: DecodeConfig) -> int | None:
 def require_positions(
     model: ModelConfig, decode: DecodeConfig, sizes: Sequence[int], what: str = "sentences"
 ) -> None:
-    """Raise TrainError, naming the line, for a source that is too long.
+    """Raise TrainError with the line for a source that is too long.
 
-    The limits are the model's positions, and decode.batch_tokens.
+    The limits are the positions of the model, and decode.batch_tokens. `sizes` has the number of
+    tokens of each source; `what` names the sources in the message.
     """
     for line, size in enumerate(sizes, 1):
         require_length(f"line {line} of the {what}", size, decode)
@@ -150,11 +164,12 @@ def require_positions(
     if limit < 1:
         raise ModelError(
             f"model.positions.max_length = {model.positions.max_length} leaves no room "
-            f"for decode.extra_length = {decode.extra_length}: lower the latter"
+            f"for decode.extra_length = {decode.extra_length}: lower decode.extra_length"
         )
     too_long = [i for i, size in enumerate(sizes) if size > limit]
     if too_long:
         raise TrainError(
             f"{len(too_long)} {what} have more than {limit} tokens, the first in line "
-            f"{too_long[0] + 1}: split them; model.positions.max_length ends there"
+            f"{too_long[0] + 1}: split them, or lower decode.extra_length (the limit is "
+            "model.positions.max_length - decode.extra_length)"
         )
