@@ -236,12 +236,12 @@ def name_what_differs(folder: Path) -> None:
         ((path, place),) = [found for found in places if found[1] >= 0]
         before = flip(path, 8 * place + 3)
         message = str(read(folder))
-        assert f"({name}: the bits are not those that were saved)" in message, message
+        assert f"({name}: the bits differ from the checksum)" in message, message
         assert "--fallback" in message
         path.write_bytes(before)
     position = folder / "4" / "data" / "metadata"
     position.write_text(position.read_text().replace("4", "5"))
-    assert "(data: the bits are not those that were saved)" in str(read(folder))
+    assert "(data: the bits differ from the checksum)" in str(read(folder))
 
 
 def alone(what: Callable[[Path], None], folder: Path) -> None:
@@ -272,4 +272,4 @@ def test_one_from_before_there_were_sums_is_read_and_that_is_said_once(folder, t
         restored, _ = checkpoints.restore(step, abstract(state(0)))
         jax.tree.map(np.testing.assert_array_equal, restored, state(step))
     said = capfd.readouterr().err
-    assert said.count("was written before checkpoints had sums") == 1 and "checkpoints/4" in said
+    assert said.count("was written before checkpoints had checksums") == 1 and "checkpoints/4" in said

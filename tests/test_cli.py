@@ -328,8 +328,8 @@ def test_a_tab_is_what_it_was_in_the_training(classifier, capsys, tmp_path):
     values["data"]["train"] = [str(tmp_path / "gone.tsv")]
     (copy / "config.json").write_text(json.dumps(values))
     assert answer(copy, tabs, "--tab", "text")[0] == answer(classifier, tabs)[0]
-    assert "not known whether the training data had pairs" in answer(copy, "dog\tblue")[1]
-    assert "not known" not in answer(copy, "dog blue")[1]
+    assert "unknown if the training data had pairs" in answer(copy, "dog\tblue")[1]
+    assert "unknown" not in answer(copy, "dog blue")[1]
     assert cli.run(["classify", str(copy), tabs]) == 2
 
 
@@ -540,7 +540,7 @@ def test_every_config_is_valid_and_says_its_command(name: str):
         (["train", "bert_tiny", "--init-from", "no/run"], ["no/run is no run directory"]),
         (["import", "hf:no/dir"], ["no/dir is not a directory", "hf:"]),
         (["import", "hf:~/no/dir"], [f"{Path.home()}/no/dir is not a directory"]),
-        (["export", "no/such/run"], ["needs a run directory and the directory to write"]),
+        (["export", "no/such/run"], ["needs an output: heedful export no/such/run DIR"]),
         (["classify", "no/such/run", "text"], ["no/such/run is no run directory"]),
         (["evaluate", "no/such/run"], ["no/such/run is no run directory: it does not exist"]),
         (["evaluate", "."], [". is no run directory: it has no config.json"]),
@@ -585,7 +585,7 @@ def test_mistakes_with_labelled_data(capsys, table, tmp_path):
 
 def test_mistakes_about_what_trains_and_where(capsys, table, tmp_path):
     for number, (more, words) in enumerate([
-        (["--train.optimizer.freeze", "decoder"], ["optimizer.freeze", "'decoder'", "fits no"]),
+        (["--train.optimizer.freeze", "decoder"], ["optimizer.freeze", "'decoder'", "matches no"]),
         (["--train.optimizer.freeze", "."], ["optimizer.freeze leaves nothing to train"]),
         (["--train.accumulate", "3"], ["train.accumulate = 3", "data.batch_multiple to 24"]),
         (["--train.mesh.tensor", "3"], ["tensor 3", "8"]),

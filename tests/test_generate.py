@@ -360,7 +360,7 @@ def test_a_prompt_that_would_take_too_long_is_refused():
 def test_who_cannot_write_says_so():
     for architecture, needed in (
         ("encoder_decoder", "heedful translate"),
-        ("encoder_only", "encoder_only .* does not write"),
+        ("encoder_only", "encoder_only .* does not generate"),
     ):
         with pytest.raises(TrainError, match=needed):
             Generator(tiny(architecture), DecodeConfig(beam=1), CHARS, {}, MESH)

@@ -78,7 +78,7 @@ def test_where_none_has_a_score_the_newest_is_used(tmp_path):
     for which in (None, "best"):
         out = Console(markup=False, file=io.StringIO(), soft_wrap=True)
         assert load(run.directory, out, checkpoint=which).steps == [5]
-        assert "no checkpoint has a score yet: the newest stands" in out.file.getvalue()
+        assert "no checkpoint has a score yet: the newest is used" in out.file.getvalue()
     train = dataclasses.replace(train, average_last=2)
     (run.directory / "config.json").write_text(
         json.dumps(dataclasses.replace(run, train=train).values())

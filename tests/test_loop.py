@@ -67,7 +67,7 @@ def test_a_warmup_that_is_longer_than_the_training_is_said(tmp_path):
     )
     assert (
         "train.optimizer.warmup_steps = 5 is more than train.steps = 2: the learning rate ends at "
-        "0.2 and never comes to train.optimizer.peak_lr = 0.5; shorten the warmup"
+        "0.2 and never reaches train.optimizer.peak_lr = 0.5; shorten the warmup"
     ) in said.getvalue()
 
 

@@ -114,7 +114,7 @@ def must_save_the_last(folder: Path) -> None:
     with opened(new_run(folder)) as (saving, checkpoints, at, said):
         saving.save(at(1), last=False)
         checkpoints.wait()
-        expected = r"File too large\): make room; checkpoint 1 is intact"
+        expected = r"File too large\): free disk .*; checkpoint 1 is intact"
         with full_disk(), pytest.raises(SaveFailed, match=expected):
             saving.save(at(2), last=True)
     assert not said

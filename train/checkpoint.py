@@ -1,4 +1,4 @@
-"""Checkpoints: parameters, optimizer state, data iterator and who they belong to, with orbax."""
+"""Checkpoints with orbax: parameters, optimizer state, data position, tokenizer, checksums."""
 
 import hashlib
 import json
@@ -28,12 +28,12 @@ _words = jax.jit(words_of_leaves)
 
 
 class Checkpoints:
-    """The checkpoints of a run: the newest `keep` with a score, the best, and the very newest.
+    """The checkpoints of a run: the newest `keep` with a score, the best, and the newest of all.
 
-    They are written in the background and appear under their step only when complete; scores, in
-    `scores.json` beside them, come later. Each carries the fingerprint of its tokenizer; opening it
-    with another is an error. Each also carries sums of all that it holds, and whatever is read is
-    compared with them.
+    Checkpoints are written in the background and appear under their step only when they are
+    complete. Their scores are written later, to `scores.json` in the same folder. Each checkpoint
+    has the fingerprint of its tokenizer; reading it with another tokenizer is an error. Each
+    checkpoint also has checksums of all its contents, which are compared whenever it is read.
     """
 
     def __init__(
@@ -43,7 +43,11 @@ class Checkpoints:
         keep: int | None = None,
         measured: Callable[[], dict[int, float]] = dict,
     ):
-        """Open them; `measured` gives the scores where those beside the checkpoints are lost."""
+        """Open the checkpoints in `directory`.
+
+        `keep` is the number of newest checkpoints to keep; None: open only to read. `measured`
+        returns the scores if scores.json is missing or damaged.
+        """
         path = epath.Path(directory)
         self.directory = path if "://" in str(path) else path.absolute()
         require_plain(self.directory)
@@ -51,16 +55,21 @@ class Checkpoints:
         try:
             exists = self.directory.is_dir()
         except ImportError as error:
-            raise TrainError(f"{directory} cannot be reached: {error} (pip install it)") from error
+            raise TrainError(
+                f"train.checkpoints {directory} cannot be reached ({error}): install the missing "
+                "package with pip"
+            ) from error
         if not exists and self.directory.exists():
             raise TrainError(f"{directory} is a file: give a folder to train.checkpoints")
         if keep is None and not exists:
-            raise TrainError(f"{directory} does not exist: the run has no checkpoint yet")
+            raise TrainError(
+                f"{directory} does not exist: the run has no checkpoint yet; train it first"
+            )
         primary_first(self._make_directory)
         self._manager, self._has_failed = self._open(clean=keep is not None), False
         self._is_told = False
         self.scores = self._read_scores(measured)
-        """Scores by step, of the checkpoints that have one: the higher the better."""
+        """Scores by step, of the evaluated checkpoints; the higher the better."""
 
     def _make_directory(self) -> None:
         if self._keep is not None and is_first():
@@ -70,24 +79,24 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        """Closes; after an error that other processes may not know of, without waiting for them.
+        """Close; after an error, which other processes may not know of, do not wait for them.
 
-        What this one has begun to write is then written to its end nevertheless.
+        After an error, checkpoints that this process has begun to write are still completed.
         """
         if kind is None or issubclass(kind, Interrupted):
             self.close()
             return
-        with suppress(Exception):  # the error that is on its way is the one to tell
+        with suppress(Exception):  # The first error is the one to report.
             self._manager.wait_until_finished()
 
     def _open(self, *, clean: bool) -> ocp.CheckpointManager:
-        # Named, all processes meet at barriers that end some day, also if one has failed.
+        # With named processes, barriers end after a timeout, even if a process has failed.
         processes = set(range(jax.process_count())) if is_multiprocess() else None
         options = ocp.CheckpointManagerOptions(
             create=False,
             preservation_policy=self,
             read_only=self._keep is None,
-            cleanup_tmp_directories=clean,  # what a kill or a full disk left half done
+            cleanup_tmp_directories=clean,  # Incomplete ones, after a kill or with a full disk.
             multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=processes),
         )
         return ocp.CheckpointManager(
@@ -107,16 +116,19 @@ class Checkpoints:
         return [step for step in self.steps if step in self.scores]
 
     def best(self) -> int:
-        """Return the step of the highest score, the first of equals."""
+        """Return the step with the highest score, the first of equal scores."""
         if not self.with_score:
-            raise TrainError(f"{self.directory} has no checkpoint with a score")
+            raise TrainError(
+                f"{self.directory} has no checkpoint with a score: choose last, or a step"
+            )
         return max(self.with_score, key=self.scores.__getitem__)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Tell orbax which checkpoints stay when the last of `checkpoints` has been written.
+        """Tell orbax which checkpoints to keep after the last of `checkpoints` is written.
 
-        The newest, where it is due, gets its score later: it counts as one with a score. The
-        checkpoint of a stop gets none, and goes with the next.
+        If the newest checkpoint is a regular one, it gets its score later, and counts as a
+        checkpoint with a score. The checkpoint of an interruption gets no score, and is deleted
+        after the next checkpoint.
         """
         *older, newest = [checkpoint.step for checkpoint in checkpoints]
         with_score = [step for step in older if step in self.scores]
@@ -127,14 +139,14 @@ class Checkpoints:
         return [checkpoint.step in kept for checkpoint in checkpoints]
 
     def add_score(self, step: int, score: float) -> None:
-        """Give a checkpoint that is on disk its score; raise SaveFailed if it cannot be kept."""
+        """Store the score of a checkpoint on disk; raise SaveFailed if that cannot be written."""
         self.scores[step] = score
         self._guard(self._write_scores)
 
     def _write_scores(self) -> None:
         if is_first():
             kept = {str(step): self.scores[step] for step in self.with_score}
-            if "://" in str(self.directory):  # A bucket has whole files only.
+            if "://" in str(self.directory):  # A bucket writes files atomically.
                 self._scores_path.write_text(json.dumps(kept))
             else:
                 write_whole(Path(self._scores_path), json.dumps(kept))
@@ -151,15 +163,16 @@ class Checkpoints:
             except (AttributeError, RecursionError, TypeError, ValueError) as error:
                 if is_first():
                     tell(
-                        f"{self._scores_path} is damaged ({error}): scores are those of the metrics"
+                        f"{self._scores_path} is damaged ({error}): scores are read from the "
+                        "metrics instead"
                     )
                 return measured()
-        # Before there was this file each checkpoint had its own.
+        # In older runs, each checkpoint has its own score instead of this file.
         metrics = {step: self._manager.metrics(step) for step in self.steps}
         return {step: found["score"] for step, found in metrics.items() if found} or measured()
 
     def set_aside(self, step: int) -> epath.Path:
-        """Move a checkpoint out of the way, and return its new path; delete nothing."""
+        """Move a checkpoint to the folder `checkpoints.corrupt`, and return its new path."""
         folder = self.directory.parent / f"{self.directory.name}.corrupt"
         names = (str(step), *(f"{step}.{n}" for n in range(2, 1000)))
         target = next(path for path in map(folder.joinpath, names) if not path.exists())
@@ -175,7 +188,10 @@ class Checkpoints:
         return target
 
     def save(self, state: TrainState, iterator_state: dict, *, is_due: bool = True) -> None:
-        """Begin to write a checkpoint; raise SaveFailed if this cannot be begun."""
+        """Start to write a checkpoint in the background; raise SaveFailed if that fails.
+
+        is_due=False: the checkpoint is written only because of an interruption.
+        """
         self._is_due = is_due
         self._begin(
             int(state.step),
@@ -201,7 +217,7 @@ class Checkpoints:
         self._guard(lambda: self._manager.save(step, args=args, force=True))
 
     def _notice_lost(self) -> None:
-        """Tell of checkpoints that somebody else has removed, and count them no longer."""
+        """Print which checkpoints were deleted from outside, and forget them."""
         lost = [step for step in self.steps if not (self.directory / str(step)).exists()]
         if not any_process(bool(lost)):
             return
@@ -211,14 +227,14 @@ class Checkpoints:
         self._manager.reload()
 
     def _open_again(self) -> None:
-        # It may go on failing. What still writes there is in the way of removing all of it.
+        # This may fail again. A thread that still writes can keep a folder from being deleted.
         for draft in self.directory.glob("*.orbax-checkpoint-tmp*") if is_first() else ():
             with suppress(OSError):
                 draft.rmtree()
         self._manager, self._has_failed = self._open(clean=False), False
 
     def is_on_disk(self, step: int) -> bool:
-        """Tell if a checkpoint is complete by now."""
+        """Tell if a checkpoint is complete."""
         path = self.directory / str(step)
         with suppress(OSError):
             return path.is_dir() and ocp.utils.is_checkpoint_finalized(path)
@@ -254,14 +270,16 @@ class Checkpoints:
     def _read(self, step: int, **items: Any) -> dict[str, Any]:
         if step not in self.steps:
             listed = ", ".join(map(str, self.steps)) or "none"
-            raise TrainError(f"{self.directory} has no checkpoint {step}; it has {listed}")
+            raise TrainError(
+                f"{self.directory} has no checkpoint {step}; it has {listed}: choose one of these"
+            )
         items["tokenizer"] = ocp.args.JsonRestore()
         path = self.directory / str(step)
         if (path / "sums").exists():
             items["sums"] = ocp.args.JsonRestore()
         restored: dict[str, Any] = {}
         for name, args in items.items():
-            # orbax and tensorstore raise many kinds for a broken file
+            # orbax and tensorstore raise many kinds of exceptions for a broken file.
             with _shared(partial(CorruptCheckpoint, path, item=name)):
                 found = self._manager.restore(step, args=ocp.args.Composite(**{name: args}))
                 restored[name] = found[name]
@@ -273,32 +291,32 @@ class Checkpoints:
         if found != self.fingerprint:
             raise TrainError(
                 f"checkpoint {self.directory / str(step)} belongs to tokenizer {found[:12]}, not "
-                f"to {self.fingerprint[:12]} of this run: put its own tokenizer.json back"
+                f"to {self.fingerprint[:12]} of this run: restore the tokenizer.json of the run"
             )
         return restored
 
     def _compare(self, path: epath.Path, kept: Any, found: dict[str, str]) -> None:
-        """Raise ValueError where the sums `found` in a checkpoint are not those that it `kept`."""
+        """Raise ValueError if the checksums `found` differ from those that a checkpoint `kept`."""
         if kept is None:
             if is_first() and not self._is_told:
                 self._is_told = True
                 tell(
-                    f"checkpoint {path} was written before checkpoints had sums: whether its bits "
-                    "are those that were saved cannot be checked"
+                    f"checkpoint {path} was written before checkpoints had checksums: its bits "
+                    "cannot be verified"
                 )
             return
         if not isinstance(kept, dict) or kept.pop("sums", None) != _json_sum(kept):
-            raise ValueError("its sums are not what was saved")
+            raise ValueError("sums: the checksums themselves are damaged")
         items = {name.partition(".")[0] for name in found}
         kept = {name: value for name, value in kept.items() if name.partition(".")[0] in items}
         names = sorted(name for name in kept | found if kept.get(name) != found.get(name))
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(f"{names[0]}{more}: the bits are not those that were saved")
+            raise ValueError(f"{names[0]}{more}: the bits differ from the checksum")
 
     def _guard(self, action: Callable[[], Any]) -> None:
         try:
-            # Whatever the storage raises: disk full, no permission, ...
+            # Any error of the storage: disk full, no permission, ...
             with _shared(partial(SaveFailed, self.directory)):
                 action()
         except SaveFailed:
@@ -307,32 +325,32 @@ class Checkpoints:
 
 
 class SaveFailed(TrainError):
-    """A checkpoint that could not be written."""
+    """Error: a checkpoint could not be written."""
 
     def __init__(self, directory: epath.Path, error: Exception):
         steps: list[int] = []
-        with suppress(OSError):  # The place itself may be gone.
+        with suppress(OSError):  # The folder itself may be gone.
             steps = sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
-        intact = f"checkpoint {steps[-1]} is intact" if steps else "none is there to be seen"
+        last = f"checkpoint {steps[-1]} is intact" if steps else "no earlier checkpoint was found"
         super().__init__(
-            f"a checkpoint could not be written to {directory} ({_reason(error)}): make room; "
-            f"{intact}"
+            f"a checkpoint could not be written to {directory} ({_reason(error)}): free disk space "
+            f"or check permissions; {last}"
         )
 
 
 class CorruptCheckpoint(TrainError):
-    """A checkpoint that is there and cannot be read."""
+    """Error: a checkpoint exists and cannot be read."""
 
     def __init__(self, path: epath.Path, error: Exception, item: str = ""):
         where = f"{item}: " if item else ""
         super().__init__(
-            f"checkpoint {path} is corrupt ({where}{_reason(error)}): to use the one before it, "
-            "give --fallback to a command that has it, or move this one away"
+            f"checkpoint {path} is corrupt ({where}{_reason(error)}): to use the checkpoint before "
+            "it, give --fallback if the command has this flag, or move the corrupt checkpoint away"
         )
 
 
 def _sums(items: dict[str, Any]) -> dict[str, str]:
-    """Return sums of all bits of these items: by name, for each array and each JSON value."""
+    """Return a checksum of the bits of each array and each JSON value in `items`, by name."""
     is_json = lambda name: name in ("data", "tokenizer")  # noqa: E731
     arrays = {name: item for name, item in items.items() if not is_json(name)}
     sums = {name: _json_sum(item) for name, item in items.items() if is_json(name)}
@@ -348,14 +366,14 @@ def _json_sum(value: Any) -> str:
 
 @contextmanager
 def _shared(describe: Callable[[Exception], TrainError]) -> Iterator[None]:
-    """Raise on all processes, described, an exception of one process."""
+    """If one process raises in the context, raise `describe(exception)` on all processes."""
     problem = None
     try:
         yield
     except Exception as error:
         problem = error
     if any_process(problem is not None):
-        raise describe(problem or RuntimeError("another process says why")) from problem
+        raise describe(problem or RuntimeError("see the error of another process")) from problem
 
 
 def _tree_restore(abstract: Any) -> ocp.args.PyTreeRestore:
@@ -364,7 +382,7 @@ def _tree_restore(abstract: Any) -> ocp.args.PyTreeRestore:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the words of the operating system in an error, or else its first line."""
+    """Return the operating system's message in an error, or else the first line of the error."""
     text = str(error).strip() or type(error).__name__
     system = re.search(r": ([^:\[]+) \[os_error_code", text)
     return system.group(1) if system else text.splitlines()[0][:200]

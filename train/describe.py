@@ -1,4 +1,4 @@
-"""Lines for people about a training that is to begin."""
+"""Describe a training run, in lines for people, before it starts."""
 
 import jax
 import numpy as np
@@ -13,14 +13,14 @@ from heedful.train.state import Setup, parameter_count
 from heedful.train.trainable import split
 
 DETERMINISM = {
-    True: "deterministic: no atomic additions, no kernels chosen by timing them; that costs speed "
+    True: "deterministic: no atomic additions, no kernels chosen by timing; this is slower "
     "(--train.no-deterministic)",
-    False: "not deterministic: another run gives other bits (--train.deterministic)",
+    False: "not deterministic: every run gives other bits (--train.deterministic)",
 }
 
 
 def describe(run: Run, setup: Setup, console: Console) -> None:
-    """Print the attention cores, the parameters, the devices, and what to know of the settings."""
+    """Print the attention cores, the parameters, the devices, and warnings about the settings."""
     devices, params = setup.mesh.devices.ravel(), setup.abstract.params
     model, length, config = run.model, run.data.max_length, run.train
     sizes = ", ".join(f"{name} {size}" for name, size in setup.mesh.shape.items())
@@ -42,11 +42,11 @@ def describe(run: Run, setup: Setup, console: Console) -> None:
 
 
 def _unfinished(config: TrainConfig) -> str:
-    """Return a warning about a warmup that is longer than the training."""
+    """Return a warning about a warmup that is longer than the training run."""
     optimizer = config.optimizer
     last = np.asarray(learning_rate(optimizer, config.steps)(config.steps - 1)).item()
     return (
         f"train.optimizer.warmup_steps = {optimizer.warmup_steps:,} is more than train.steps = "
-        f"{config.steps:,}: the learning rate ends at {last:.3g} and never comes to "
+        f"{config.steps:,}: the learning rate ends at {last:.3g} and never reaches "
         f"train.optimizer.peak_lr = {optimizer.peak_lr:.3g}; shorten the warmup, or train longer"
     )

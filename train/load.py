@@ -1,4 +1,4 @@
-"""A trained model: the parameters of a run, with what is needed to use them."""
+"""Load a trained model: the parameters of a run, with its tokenizer and a mesh."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,10 +35,10 @@ class Trained:
 def load(
     directory: Path, console: Console, *, checkpoint: str | None = None, fallback: bool = False
 ) -> Trained:
-    """Return the parameters of `checkpoint`: average (of the newest), last, best, or a step.
+    """Load the parameters of `checkpoint`: average (of the newest), last, best, or a step.
 
-    None: the average where the run averages, the best where it does not. `fallback` leaves corrupt
-    checkpoints out, and says so. Raises TrainError, and CorruptCheckpoint.
+    None: average if train.average_last is above 1, else best. With `fallback`, corrupt checkpoints
+    are skipped with a message. Raises TrainError, and without `fallback` CorruptCheckpoint.
     """
     run = Run.open(directory)
     tokenizer, mesh = run.tokenizer(), _mesh(run.train.mesh, console)
@@ -46,7 +46,7 @@ def load(
     checkpoints = Checkpoints(run.checkpoints, tokenizer.fingerprint, measured=measured)
     which = checkpoint or ("average" if run.train.average_last > 1 else "best")
     if which == "best" and checkpoints.steps and not checkpoints.with_score:
-        console.print("no checkpoint has a score yet: the newest stands for the best")
+        console.print("no checkpoint has a score yet: the newest is used instead of the best")
         which = "last"
     candidates, count = _candidates(checkpoints, which, run.train.average_last)
     abstract = abstract_params(run.model, mesh)
@@ -57,12 +57,12 @@ def load(
 
 
 def _mesh(config: MeshConfig, console: Console) -> Mesh:
-    """Return the mesh of the run, or where its devices are missing a mesh of all devices."""
+    """Return the mesh of the run, or, if it does not fit the devices, a mesh of all devices."""
     try:
         return make_mesh(config)
     except TrainError:
         mesh = make_mesh(MeshConfig())
-        console.print(f"mesh: data {mesh.size}, which is not that of the training")
+        console.print(f"mesh: data {mesh.size}, which differs from the mesh of the training run")
         return mesh
 
 
@@ -70,9 +70,9 @@ def _candidates(checkpoints: Checkpoints, which: str, average: int) -> tuple[lis
     """Return (steps in order of preference, number of them to average)."""
     newest = checkpoints.steps[::-1]
     if not newest:
-        raise TrainError(f"{checkpoints.directory} holds no checkpoint yet")
+        raise TrainError(f"{checkpoints.directory} holds no checkpoint yet: train the run first")
     if which == "average":
-        # That of a stop is none of those that the run would have had without it.
+        # Without the checkpoint of an interruption, which an uninterrupted run would not have.
         regular = checkpoints.with_score[::-1] or newest
         return regular, min(average, len(regular))
     if which == "last":
@@ -111,5 +111,8 @@ def _average(
         if len(used) == count:
             break
     if not used:
-        raise TrainError(f"no checkpoint in {checkpoints.directory} can be read")
+        raise TrainError(
+            f"no checkpoint in {checkpoints.directory} can be read: restore one, or train again "
+            "with another --run-dir"
+        )
     return jax.tree.map(lambda x: x / len(used), total), sorted(used)

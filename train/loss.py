@@ -1,4 +1,4 @@
-"""Losses as a sum and a weight, so that parts can be added, and divided once at the end."""
+"""Losses as (sum of losses, sum of weights), so that parts can be added, then divided once."""
 
 import math
 from collections.abc import Callable
@@ -20,8 +20,8 @@ def cross_entropy(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Return (sum of weighted losses in nats, sum of weights), in float32.
 
-    With smoothing e the target distribution is (1 - e) at the target plus e / V everywhere
-    (arXiv:1512.00567 §7).
+    With label smoothing e, the target distribution is (1 - e) at the target, plus e / V at each of
+    the V entries of the vocabulary (arXiv:1512.00567 §7).
     """
     losses: jax.Array = token_losses(logits.astype(jnp.float32), targets, label_smoothing)  # type: ignore[assignment]
     return jnp.sum(losses * weights), jnp.sum(weights)
@@ -40,13 +40,13 @@ def cross_entropy_in_chunks(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Compute `cross_entropy` of score(params, hidden), `size` positions of a row at a time.
 
-    Gradients are computed with the values, so that no logits are computed twice. `score` must
-    depend on its arguments only. With `skips` no more chunks are computed than the row with the
-    most positions of weight above 0 needs.
+    Gradients are computed together with the values, so that no logits are computed twice. `score`
+    must depend on its arguments only. With `skips`, positions of weight 0 move to the end of each
+    row, and chunks without any weight above 0 are skipped. B rows, T positions, D width.
     """
     B, T = targets.shape
     devices = shards("act_length")
-    part = T // devices  # of a row, on one of the devices that share it
+    part = T // devices  # Positions of a row on each of the devices that share the row.
     size = math.ceil(size / devices)
     number = math.ceil(part / size)
     if skips:
@@ -72,13 +72,13 @@ def cross_entropy_in_chunks(
 
 
 def _taken(x: Shaped[Array, "T *d"], order: Int[Array, " T"]) -> Shaped[Array, "T *d"]:
-    """Return x[order]; its gradient is compiled in the knowledge that no two rows are added."""
+    """Return x[order]; the compiler of the gradient may assume that no index occurs twice."""
     return x.at[order].get(unique_indices=True, mode="promise_in_bounds")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _summed(one: Callable, params: Any, hidden: jax.Array, others: Any, needed: jax.Array | None):
-    """Add up one(params, hidden, others) over the first `needed` of their first axis, or all."""
+    """Return the sum of one(params, hidden[i], others[i]) over i < `needed`; None: over all i."""
     count = len(hidden) if needed is None else needed
 
     def add(i: Any, total: Any):
@@ -145,8 +145,9 @@ def _forward(logits: jax.Array, targets: jax.Array, label_smoothing: float):
 def _backward(label_smoothing: float, saved: tuple[jax.Array, ...], g: jax.Array):
     """Return softmax - target distribution, in one pass over the logits.
 
-    The exponentials are written as in the forward pass: XLA computes them once, for both, and not
-    within their sum, which on a CPU takes longer. An accelerator computes them where it needs them.
+    The exponentials are the same expression as in the forward pass. So XLA on a CPU computes them
+    once for both, and not inside of the sum, which would take longer. On an accelerator, XLA
+    computes them wherever they are needed.
     """
     logits, targets, most, total = saved
     wanted = jnp.where(_is_target(logits, targets), 1 - label_smoothing, 0.0)

@@ -1,4 +1,4 @@
-"""Observers: what sees a training as it goes, and may end it."""
+"""Observers: objects that receive the events of a training run, and may end it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,39 +8,41 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Observer:
-    """Sees a training; a subclass has the methods that it needs.
+    """Base class: it receives the events of a training run. Subclasses override what they need.
 
-    They are called on every process, in the order of the observers. An exception ends the training.
+    The methods are called on every process, in the order of the observers. An exception ends the
+    training run.
     """
 
     def on_start(self, environment: dict[str, Any]) -> None:
-        """Take what the result depends on, before the first step."""
+        """Take the environment (see `record.environment`), before the first step."""
 
     def on_step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Take the metrics of a step, as `make_train_step` names them, when they are computed.
+        """Take the metrics of a step, named as in `make_train_step`.
 
-        That is known some steps late. They have `fingerprint`, words of all parameters, for the
-        steps that are recorded.
+        The call comes up to two steps after the step was started. At each checkpoint and every
+        `train.fingerprint_every` steps, the metrics also have `fingerprint`, uint32 [arrays, 2]:
+        two hash words for each parameter array.
         """
 
     def on_log(self, step: int, values: dict[str, float]) -> None:
         """Take the means of the last `train.log_every` steps."""
 
     def on_fingerprint(self, line: dict[str, Any]) -> None:
-        """Take a line of `fingerprints.jsonl`."""
+        """Take a new line of `fingerprints.jsonl`."""
 
     def on_checkpoint(self, step: int) -> None:
-        """Take note of a checkpoint, which may not be on disk yet."""
+        """Take the step of a new checkpoint, which may not be on disk yet."""
 
     def on_evaluation(self, step: int, measured: dict[str, float]) -> None:
         """Take the losses and scores of the validation data."""
 
     def close(self) -> None:
-        """Leave off: the training has ended, or failed."""
+        """Release resources; called when training has ended or failed."""
 
 
 class ProgressBar(Observer):
-    """A bar of steps, with the loss and the speed."""
+    """A progress bar of steps, with the loss and the speed."""
 
     def __init__(self, console: Console, first: int, steps: int):
         self._bar = Progress(

@@ -1,4 +1,4 @@
-"""Patience: the end of a training that has become no better for too long."""
+"""Patience: stop a training run that has not improved for some checkpoints."""
 
 import math
 from collections.abc import Mapping
@@ -9,10 +9,10 @@ from heedful.train.observers import Observer
 
 
 class Patience(Observer):
-    """Knows the step of the best checkpoint, and when it has become too old."""
+    """Observer that finds the best checkpoint, and tells when it is too old."""
 
     def __init__(self, config: TrainConfig, scores: Mapping[int, float]):
-        """Begin with the scores of the checkpoints that are there, by step."""
+        """Start with the scores of existing checkpoints, by step."""
         self._metric = config.metric
         self._limit = config.patience and config.patience * config.checkpoint_every
         self.best_step, self._best = 0, -math.inf
@@ -28,5 +28,5 @@ class Patience(Observer):
             self.best_step, self._best = step, score
 
     def is_over(self, step: int) -> bool:
-        """Tell if no checkpoint up to this step was better for `train.patience` of them."""
+        """Return True if `train.patience` checkpoints up to this step brought no improvement."""
         return self._limit is not None and step - self.best_step >= self._limit

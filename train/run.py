@@ -1,4 +1,4 @@
-"""A run lives in one directory: its config, tokenizer, environment, metrics and checkpoints."""
+"""A run: a directory with its config, tokenizer, environment, metrics and checkpoints."""
 
 import dataclasses
 import fcntl
@@ -20,11 +20,11 @@ from heedful.train.hosts import is_first
 from heedful.train.paths import data_paths, train_paths
 from heedful.train.renamed import with_new_names
 
-# Where a run goes on, and what is done with it in the end: what is trained stays the same.
+# Settings that may change when a run resumes, as they do not affect training.
 MAY_DIFFER = (
     "train.mesh.", "train.checkpoints ", "train.decode.", "train.samples ", "data.test "
 )  # fmt: skip
-# What a run writes beside its config.
+# Files and folders that a run writes.
 FILES = (
     "config.json", "tokenizer.json", "special_tokens.json", "environment.json", "metrics.jsonl",
     "fingerprints.jsonl", "result.json", "translations.test.txt", "checkpoints",
@@ -38,7 +38,7 @@ BUCKETS = ("gs:/", "s3:/")
 
 @dataclass(frozen=True)
 class Run:
-    """The three configs of a run, resolved, and where it lies."""
+    """The directory and the three configs of a run, with all values resolved."""
 
     directory: Path
     model: ModelConfig
@@ -47,26 +47,31 @@ class Run:
 
     @classmethod
     def open(cls, directory: str | Path) -> "Run":
-        """Return a run that was started before; raise TrainError when there is none.
+        """Return a run that was started before; raise TrainError if there is none.
 
-        Its relative paths begin in the folder it was started in, if there is such a file.
+        A relative path in its configs is resolved in the folder where the run was started, if it
+        exists there; other paths stay as they are.
         """
         directory = Path(directory)
         path = directory / "config.json"
         if not path.is_file():
             lacks = "has no config.json" if directory.is_dir() else "does not exist"
-            raise TrainError(f"{directory} is no run directory: it {lacks}")
+            raise TrainError(
+                f"{directory} is no run directory: it {lacks}; give the directory of a run"
+            )
         try:
             require_characters(values := parse_json(path.read_text("utf-8")))
             if not isinstance(values, dict):
-                raise TypeError("it is no object")
+                raise TypeError("it is not a JSON object")
             return cls.of(directory, values)._from_here(values.get("started_in"))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise TrainError(f"{path} cannot be read as the config of a run: {error}") from error
+            raise TrainError(
+                f"{path} cannot be read as the config of a run: {error}; restore the file"
+            ) from error
 
     @classmethod
     def of(cls, directory: Path, values: dict[str, Any]) -> "Run":
-        """Return the run with these `values`; a field that they lack has its default."""
+        """Return the run with these config `values` (JSON); a missing field gets its default."""
         values = with_new_names(values)
         return cls(
             directory,
@@ -76,7 +81,7 @@ class Run:
         )
 
     def _from_here(self, started_in: str | None) -> "Run":
-        """Return the same run for a process that works in another folder than it was started in."""
+        """Return the same run for a process in another folder than `started_in`."""
         if started_in is None or os.path.realpath(started_in) == os.path.realpath("."):
             return self
 
@@ -107,17 +112,17 @@ class Run:
         return Tokenizer.load(self.tokenizer_path, self.model.vocab_size)
 
     def start(self, tokenizer: Tokenizer) -> None:
-        """Write the files that describe the run, unless the directory holds this very run already.
+        """Write the files that describe the run, unless the directory has this run already.
 
-        Settings of `MAY_DIFFER` may change. A start without a checkpoint is begun anew.
-        Raises TrainError when the directory holds a run of another config, or no run but files that
-        one would replace, and when its checkpoints are not where this one looks for them.
+        Settings in `MAY_DIFFER` may change. A run without a checkpoint starts again. Raises
+        TrainError if the directory has a run of another config, or other files that a run would
+        overwrite, or if the checkpoints of the existing run are in another folder.
         """
         require_plain(self.checkpoints)
         if str(self.directory).startswith(BUCKETS) and not self.directory.exists():
             raise TrainError(
-                f"--run-dir {self.directory} is no folder of this machine: give the bucket to "
-                "train.checkpoints, and a folder to --run-dir"
+                f"--run-dir {self.directory} is not a local folder: give the bucket to "
+                "train.checkpoints, and a local folder to --run-dir"
             )
         if not is_begun(self.directory) and is_first():
             self._begin(tokenizer)
@@ -132,13 +137,14 @@ class Run:
         if moved and _has_steps(there.checkpoints) and not _has_steps(self.checkpoints):
             raise TrainError(
                 f"{self.directory} has its checkpoints in {there.checkpoints} and none in "
-                f"{self.checkpoints}: give the first to train.checkpoints, or move them"
+                f"{self.checkpoints}: set train.checkpoints to the first folder, or move them to "
+                "the second"
             )
         if there != self:
             self._write_config()
 
     def _begin(self, tokenizer: Tokenizer) -> None:
-        """Write the config first: a directory without it is taken for no run."""
+        """Write the first files; the config comes first, as it marks the directory of a run."""
         self.directory.mkdir(parents=True, exist_ok=True)
         release = self.lock()
         try:
@@ -153,9 +159,9 @@ class Run:
         write_json(self.directory / "config.json", values)
 
     def lock(self) -> Callable[[], None]:
-        """Keep other processes from training here; return the function that lets them again.
+        """Keep other processes from training in the directory; return a function that ends this.
 
-        Raises TrainError where another one does.
+        Raises TrainError if another process trains in the directory.
         """
         held = os.open(self.directory, os.O_RDONLY)
         try:
@@ -174,27 +180,27 @@ class Run:
         return {name: to_json(part) for name, part in parts.items()}
 
     def others(self, there: "Run") -> str:
-        """Return the differences from another run that are not allowed, as text; "": none."""
+        """Describe the differences from another run that are not allowed; "": there are none."""
         found = differences(self.values(), there.values())
         others = [line for line in found if not line.startswith(MAY_DIFFER)]
         return "; ".join(others[:3]) + ("; ..." if len(others) > 3 else "")
 
 
 def require_plain(checkpoints: epath.Path) -> None:
-    """Raise TrainError for a path from which orbax, which globs, reads other files or none."""
+    """Raise TrainError for a path with characters of glob patterns, which orbax cannot read."""
     path = str(checkpoints if "://" in str(checkpoints) else checkpoints.absolute())
     if found := [character for character in GLOB if character in path]:
         raise TrainError(
-            f"{path} has {found[0]} in its name: checkpoints cannot be read back from a path with "
-            f"one of {' '.join(GLOB)}; rename that folder, or give another --run-dir or "
+            f"{path} has {found[0]} in its name: checkpoints cannot be read from a path with one "
+            f"of {' '.join(GLOB)}; rename the folder, or give another --run-dir or "
             "train.checkpoints"
         )
 
 
 def is_begun(directory: Path) -> bool:
-    """Tell if a run lies here that has something to lose: a checkpoint, or a result.
+    """Tell if the directory has a run with a checkpoint or a result.
 
-    Raises TrainError for a file, and for a folder that is no run but holds files of the same names.
+    Raises TrainError if `directory` is a file, or has no run but files that a run would overwrite.
     """
     if directory.is_file():
         raise TrainError(f"{directory} is a file: give a directory to --run-dir")
@@ -202,8 +208,7 @@ def is_begun(directory: Path) -> bool:
         if found := [name for name in FILES if _is_something(directory / name)]:
             raise TrainError(
                 f"{directory} has no config.json, but {', '.join(found)}, which a run would "
-                "replace: give another --run-dir or, where this is a run that has lost its "
-                "config.json, put that back"
+                "overwrite: give another --run-dir, or, if this is a run, restore its config.json"
             )
         return False
     there = Run.open(directory)
@@ -214,7 +219,7 @@ def is_begun(directory: Path) -> bool:
 
 
 def _is_something(path: Path) -> bool:
-    """Tell if a file, a link, or a folder that is not empty stands there."""
+    """Tell if `path` is a file, a link, or a folder that is not empty."""
     return any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
 
 
@@ -222,13 +227,16 @@ def _has_steps(checkpoints: epath.Path) -> bool:
     try:
         return checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
     except (ImportError, OSError) as error:
-        raise TrainError(f"train.checkpoints {checkpoints} cannot be reached: {error}") from error
+        raise TrainError(
+            f"train.checkpoints {checkpoints} cannot be reached ({error}): check the path, its "
+            "permissions and the network"
+        ) from error
 
 
 def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the three configs of another version, as JSON values, with the fields of today.
+    """Return the three configs of another version (JSON values) with the fields of this version.
 
-    Where this version cannot read them, only renamed fields change.
+    If this version cannot read the configs, only renamed fields change.
     """
     try:
         return Run.of(Path(), values).values()

@@ -1,4 +1,4 @@
-"""Stops: a signal to any process, known to all processes at the same step."""
+"""Stop training after a signal to any process, at the same step on all processes."""
 
 import signal
 from collections import deque
@@ -16,10 +16,11 @@ from heedful.train.sharding import place, replicated
 
 
 class Stop:
-    """Turns the first SIGINT or SIGTERM, while entered, into a request; the second acts as usual.
+    """Context in which the first SIGINT or SIGTERM is a request to stop; the second acts as usual.
 
-    The first acts as usual, too, in a lone process before its first step: it has nothing to save.
-    All processes learn of a request `late` steps after it, so that none waits for another.
+    In a single process, the first signal also acts as usual before the first step, as there is
+    nothing to save. All processes learn of a request `late` steps later, so that no process waits
+    for another.
     """
 
     def __init__(self, mesh: Mesh, late: int):
@@ -36,7 +37,7 @@ class Stop:
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         signals.is_saving = False  # From here on a signal ends the process, if it is a command's.
         self._restore()
-        if kind is None and self._signal is not None:  # It has come since that was asked last.
+        if kind is None and self._signal is not None:  # The signal came after the last check.
             raise Interrupted("stopped after the last step, saved", self._code())
 
     def _restore(self) -> None:
@@ -48,7 +49,7 @@ class Stop:
         self._restore()
 
     def agreed(self) -> bool:
-        """Tell if to stop after this step, the same on all processes; call it once a step."""
+        """Return True, on all processes alike, to stop after this step; call this once per step."""
         signals.is_saving = True
         asked = self._signal is not None
         if not is_multiprocess():
@@ -57,7 +58,7 @@ class Stop:
         return len(self._asked) > self._late and bool(self._asked.popleft())
 
     def is_asked(self) -> bool:
-        """Tell if any process was asked, at once; call it where processes wait for one another."""
+        """Return True if any process has a request; all processes must call this, and wait."""
         asked = self._signal is not None
         return bool(self._shared(asked)) if is_multiprocess() else asked
 

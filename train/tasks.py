@@ -1,7 +1,7 @@
-"""Tasks: what training, evaluation and commands need to know of each objective.
+"""Tasks: loss, models, metrics and command of each objective.
 
-The rows of an objective stand in `data.objectives`. A new task is an entry in both tables, and a
-loss if it has one of its own.
+The rows of an objective are defined in `data.objectives`. A new task needs an entry in both tables,
+and a loss, if no existing one fits.
 """
 
 import math
@@ -23,19 +23,19 @@ from heedful.train.model_loss import (
 
 
 def nats_per_token(loss: float, dataset: Dataset) -> list[str]:
-    """Describe a loss by tokens in lines for people."""
+    """Describe a mean loss per token in lines for people."""
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return [f"loss: {loss:.4f} nats per token (perplexity {perplexity:.2f})"]
 
 
 def bits_per_character(loss: float, dataset: Dataset) -> list[str]:
-    """Describe a loss by tokens, of which each stands for its part of the text."""
+    """Describe a mean loss per token in lines for people, also in bits per character."""
     bits = loss * dataset.target_count / dataset.characters / math.log(2)
     return [*nats_per_token(loss, dataset), f"bits per character: {bits:.4f}"]
 
 
 def nats_per_example(loss: float, dataset: Dataset) -> list[str]:
-    """Describe a loss by examples in lines for people."""
+    """Describe a mean loss per example in lines for people."""
     return [f"loss: {loss:.4f} nats per example"]
 
 
@@ -46,33 +46,38 @@ def squared_error(loss: float, dataset: Dataset) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """An objective with its loss, the models that learn it, what is measured, and its use."""
+    """A task: an objective with its loss, models, metrics and command."""
 
     objective: Objective
     architectures: tuple[str, ...]
-    """Values of model.architecture that learn it."""
+    """Values of model.architecture that can learn this task."""
     head: Literal["language_model", "classifier"] = "language_model"
-    """Value of model.head.kind that it needs."""
+    """Value of model.head.kind that this task needs."""
     outputs: Callable[[DataConfig], int] | None = None
-    """Value of model.head.outputs that the data ask for; None: what the config says."""
+    """Function that returns model.head.outputs for the data; None: the config decides."""
     loss: Loss = language_model_loss
     scores: Callable[..., dict[str, float]] | None = None
-    """Scores, from the outputs of the loss without padding rows, as keywords [E, ...]."""
+    """Function that returns scores; its keyword arguments are the outputs of the loss, [examples,
+    ...] without rows of padding. None: the task has no scores."""
     metrics: tuple[str, ...] = ("loss", "smoothed_loss")
-    """Values of train.metric that exist, for the choice of the best checkpoint."""
+    """Values of train.metric that this task has."""
     baseline: Callable[[Dataset], float] | None = baselines.target_entropy
-    """Loss of a guess without any input; None: there is none."""
+    """Function that returns the loss of a guess without any input; None: there is no baseline."""
     describe: Callable[[float, Dataset], list[str]] = nats_per_token
-    """Lines for people about the mean loss."""
+    """Function that describes the mean loss in lines for people."""
     has_stride: bool = False
-    """Documents can be measured in windows that overlap."""
+    """True if documents can be evaluated in overlapping windows."""
     use: Literal["translate", "generate", "classify"] | None = None
-    """The command that uses its models. Translations of the test data are part of a training."""
+    """Command that uses a trained model; None: no command. With `translate`, a training run ends by
+    translating the test data."""
     default_source: str | None = None
-    """Value of data.source for the measurement of models that were imported."""
+    """Value of data.source for the evaluation of an imported model; None: not the task of one."""
 
     def fits(self, model: ModelConfig) -> bool:
-        """Tell if a model can learn it."""
+        """Return True if this task can be learned by a model with this architecture and head.kind.
+
+        Other settings of the model are not checked.
+        """
         return model.architecture in self.architectures and model.head.kind == self.head
 
 

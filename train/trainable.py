@@ -1,4 +1,4 @@
-"""Rates of parameters: freezing, low-rank adaptation, factors by layer and for the head."""
+"""Learning rates of parameters: freezing, low-rank updates, factors by layer and of the head."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import numpy as np
 from heedful.model.config import ModelConfig
 from heedful.train.config import OptimizerConfig, TrainError
 
-STACKED = "blocks"  # below this name, arrays lead with the layers
+STACKED = "blocks"  # The first axis of arrays below this name is the layer.
 
 
 def named(params: Any) -> list[tuple[str, Any]]:
@@ -22,7 +22,7 @@ def named(params: Any) -> list[tuple[str, Any]]:
 
 
 def layer_names(name: str, shape: tuple[int, ...]) -> list[str]:
-    """Return the names `encoder.blocks.3. ...` of the layers in a stacked array; else [name]."""
+    """Return the names of the layers in a stacked array (encoder.blocks.3.NAME), else [name]."""
     stack, found, rest = name.partition(f".{STACKED}.")
     if not found:
         return [name]
@@ -30,17 +30,17 @@ def layer_names(name: str, shape: tuple[int, ...]) -> list[str]:
 
 
 def rate_factors(params: Any, model: ModelConfig, config: OptimizerConfig) -> Any:
-    """Return the factor of each parameter's learning rate, float or [L, 1, ...]; 0: it is frozen.
+    """Return the factor of each parameter's learning rate, float or [layers, 1, ...]; 0: frozen.
 
-    Raises TrainError for a pattern of `config.freeze` that fits nothing, for a rate of the head
-    where it has no parameters of its own, and when nothing is left.
+    Raises TrainError for a pattern of `config.freeze` that matches no parameter, for a
+    `head_lr_multiplier` if the head has no parameters, and if all parameters are frozen.
     """
     if config.head_lr_multiplier != 1 and not any(
         name.startswith("head.") for name, _ in named(params)
     ):
         raise TrainError(
-            f"optimizer.head_lr_multiplier = {config.head_lr_multiplier} fits no parameter, the "
-            "head has none of its own: set it to 1"
+            f"train.optimizer.head_lr_multiplier = {config.head_lr_multiplier}: the head has no "
+            "parameters of its own; set train.optimizer.head_lr_multiplier to 1"
         )
     unused = set(config.freeze)
     factors = []
@@ -58,9 +58,12 @@ def rate_factors(params: Any, model: ModelConfig, config: OptimizerConfig) -> An
         same = len(set(values)) == 1
         shape = (-1, *[1] * (len(leaf.shape) - 1))
         factors.append(values[0] if same else np.array(values, np.float32).reshape(shape))
-    _require_fit("optimizer.freeze", unused, params)
+    _require_fit("train.optimizer.freeze", unused, params)
     if not any(np.any(factor) for factor in factors):
-        raise TrainError("optimizer.freeze leaves nothing to train: freeze less")
+        raise TrainError(
+            "train.optimizer.freeze leaves nothing to train: give patterns that match fewer "
+            "parameters"
+        )
     return jax.tree.unflatten(jax.tree.structure(params), factors)
 
 
@@ -81,16 +84,17 @@ def _factor(  # as arXiv:2106.08254 §3.1 counts layers: the top block is one be
 def _query_factor(name: str, model: ModelConfig) -> float:
     """Return the factor of queries in attention without a scale; 1 for all other parameters.
 
-    Adam's steps fit values larger by sqrt(H). With the factor, queries learn as in attention with a
-    scale. T5's AdaFactor makes all steps relative to
-    the size of the parameter (arXiv:1804.04235 §8).
+    In attention without a scale, queries are smaller by sqrt(H), H the size of a head, but the
+    updates of Adam are not. With the factor H^-0.5, queries learn as in attention with a scale. T5
+    needs no factor: the updates of AdaFactor are relative to the size of the parameter
+    (arXiv:1804.04235 §8).
     """
     is_small = re.search(r"attention\.query\.(kernel|bias|lora_b)$", name)
     return model.key_dim**-0.5 if is_small and not model.attention.scaled else 1.0
 
 
 def split(params: Any, factors: Any) -> tuple[Any, Any]:
-    """Return (trainable, frozen): trees that have None where the other has the parameter."""
+    """Return two trees (trainable, frozen): each has None where the other has the parameter."""
     trains = jax.tree.map(lambda factor: bool(np.any(factor)), factors)
     return (
         jax.tree.map(lambda p, t: p if t else None, params, trains),
@@ -109,6 +113,6 @@ def _require_fit(field: str, unused: set[str], params: Any) -> None:
     if unused:
         names: Sequence[str] = [name for name, _ in named(params)]
         raise TrainError(
-            f"{field} has {sorted(unused)[0]!r}, which fits no parameter: names are "
-            f"{', '.join(names[:3])}, ... (heedful inspect lists them)"
+            f"{field} has {sorted(unused)[0]!r}, which matches no parameter: give a pattern for "
+            f"names such as {', '.join(names[:3])} (heedful inspect --names lists all)"
         )

@@ -1,4 +1,4 @@
-"""The command line: which command runs, and in what process."""
+"""The command line: run a command, and end the process with its exit code."""
 
 import inspect
 import io
@@ -24,35 +24,35 @@ from heedful.train.cpu_allocator import keep_memory
 
 USAGE = """usage: heedful COMMAND ...
 
-  heedful configs                       the experiments, one a line
-  heedful cores                         which attention core runs which mask
-  heedful train CONFIG [--flags]        train, or resume, and evaluate
-      --init-from RUN|hf:DIR            fine-tune what was trained before
-  heedful evaluate RUN [--flags]        loss and scores on validation and test data
-  heedful translate RUN [--flags]       a line of output per line of standard input
-  heedful generate RUN ["text"]         go on with a text, or with each line of standard input
-  heedful classify RUN ["text"]         the class of a text, or of each line of standard input
-  heedful attention RUN "text"          a picture of who looks at whom
-  heedful inspect CONFIG|RUN            parameters by part, memory, arithmetic, the mask
-  heedful plan CONFIG|RUN [--flags]     memory, exchanges and time of a step, on chips to come
-      --topology v5e:16x16 [--search]   compiled for TPUs that are not there
-  heedful masks CONFIG|RUN [--length N] draws the masks and proves them: leaks and blindness
-  heedful reproduce RUN [--steps N]     train again from the record, and compare every bit
-  heedful verify RUN [--checkpoint N]   train on from a checkpoint, and compare every bit
-  heedful import hf:DIR [--flags]       a run from a Hugging Face model
-  heedful export RUN DIR                a Hugging Face model from a run
+  heedful configs                       list the experiments, one per line
+  heedful cores                         show which attention core supports which mask
+  heedful train CONFIG [--flags]        train or resume a run, then evaluate it
+      --init-from RUN|hf:DIR            start from a trained model (fine-tuning)
+  heedful evaluate RUN [--flags]        measure loss and scores on validation and test data
+  heedful translate RUN [--flags]       translate each line of standard input
+  heedful generate RUN ["text"]         continue a text, or each line of standard input
+  heedful classify RUN ["text"]         classify a text, or each line of standard input
+  heedful attention RUN "text"          draw the attention weights of a text
+  heedful inspect CONFIG|RUN            show parameters, memory, FLOPs and masks
+  heedful plan CONFIG|RUN [--flags]     estimate memory, communication and time of a train step
+      --topology v5e:16x16 [--search]   for TPUs, which need not be present
+  heedful masks CONFIG|RUN [--length N] draw the masks, and test that attention follows them
+  heedful reproduce RUN [--steps N]     train again from the start, and compare every bit
+  heedful verify RUN [--checkpoint N]   train again from a checkpoint, and compare every bit
+  heedful import hf:DIR [--flags]       convert a Hugging Face model to a run
+  heedful export RUN DIR                convert a run to a Hugging Face model
 
-train, evaluate, translate, generate, classify, export, reproduce and verify run in several
-processes, each started with the same command; in a Slurm step and on a TPU pod slice they find
-each other, elsewhere by
+train, evaluate, translate, generate, classify, export, reproduce and verify can run in several
+processes. Start every process with the same command. In a Slurm step and on a TPU pod slice, the
+processes find each other; elsewhere, give
       --coordinator HOST:PORT --processes N --process I
 (or HEEDFUL_COORDINATOR, HEEDFUL_PROCESSES, HEEDFUL_PROCESS).
 
-heedful COMMAND CONFIG|RUN --help lists every flag with its meaning; heedful --version."""
+heedful COMMAND CONFIG|RUN --help explains every flag; heedful --version prints the version."""
 
 
 def main() -> None:
-    """Run the command of this process, and end the process with its exit code."""
+    """Run the command in sys.argv, and end the process with the exit code of the command."""
     signals.watch(*sys.argv[1:2])
     keep_memory()
     _quiet()
@@ -60,11 +60,11 @@ def main() -> None:
     try:
         code = run(sys.argv[1:])
         sys.stdout.flush()
-    except BrokenPipeError:  # `heedful ... | head` is no error
+    except BrokenPipeError:  # `heedful ... | head` is not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     if code in (1, 2) and _of_several():
-        # At once: an ordinary exit waits for the other processes, which may wait for this one.
+        # Exit at once: a normal exit waits for the other processes, which may wait for this one.
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
@@ -73,10 +73,11 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run a command and return its exit code.
 
-    0; 1 where an audit finds something, bits differ, a plan does not fit, or another process of the
-    run has died; 2 for a user's error; 75 (EX_TEMPFAIL: the same command resumes) when SIGTERM came
-    and the run is saved on all processes; 130 when SIGINT did. Where there is nothing to save
-    `signals` ends the process with the same codes; commands other than train have 143 for SIGTERM.
+    0: success. 1: an audit has findings, bits differ, a plan does not fit, or another process of
+    the run has died. 2: an error of the user. 75 (EX_TEMPFAIL): the run was saved on all processes
+    after SIGTERM, and the same command resumes it. 130: the same after SIGINT. If there is nothing
+    to save, `signals` ends the process with the same codes, but with 143 for SIGTERM in commands
+    other than train.
     """
     try:
         return _dispatch(arguments)
@@ -103,12 +104,15 @@ def run(arguments: list[str]) -> int:
         if not is_memory or _of_several():
             return _failed(error)
         reason = next(iter(str(error).splitlines()), "")[:200]
-        print(f"heedful: error: out of memory ({reason}): ask for less of it", file=sys.stderr)
+        print(
+            f"heedful: error: out of memory ({reason}): choose a smaller model, batch or length",
+            file=sys.stderr,
+        )
         return 2
 
 
 def _of_several() -> bool:
-    """Tell if there are other processes, without importing jax where nothing has."""
+    """Tell if this command runs in several processes; do not import jax to find out."""
     return (
         "heedful.train.hosts" in sys.modules
         and sys.modules["heedful.train.hosts"].is_multiprocess()
@@ -116,14 +120,17 @@ def _of_several() -> bool:
 
 
 def _failed(error: Exception) -> int:
-    """Print the error of one of several processes; return the exit code."""
+    """Print the error of one of several processes; return the exit code.
+
+    In a single process, raise the error.
+    """
     if not _of_several():
         raise error
     if sys.modules["heedful.train.hosts"].is_peer_failure(error):
         reason = str(error).splitlines()[0][:200]
         print(
             f"heedful: error: another process has died or cannot be reached ({reason}): "
-            "start all of them again, the same command resumes a run",
+            "start all processes again; the same command resumes a run",
             file=sys.stderr,
         )
     else:
@@ -150,7 +157,7 @@ OF_SEVERAL = (
 
 
 def _join(arguments: list[str]) -> list[str]:
-    """Make this process one of several if flags or environment say so; return the other flags."""
+    """Connect this process with others if flags or environment say so; return the other flags."""
     from heedful.train import hosts
 
     given, rest = take(arguments, hosts.FLAGS)
@@ -178,7 +185,7 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(table())
     elif command not in known:
-        raise TrainError(f"unknown command '{command}': choose {', '.join(known)}")
+        raise TrainError(f"unknown command '{command}': choose one of {', '.join(known)}")
     elif rest and rest[0] in ("--help", "-h"):
         print(USAGE)
     elif not rest or rest[0].startswith("-"):
@@ -201,19 +208,19 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _is_unicode(text: str) -> bool:
-    """Tell if a text can be written; Python keeps bytes that are no text in halves of pairs."""
+    """Tell if an argument is valid Unicode; Python encodes other bytes as lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _speak_utf8() -> None:
-    """Write UTF-8 to files and pipes, and to a terminal the characters that it has."""
+    """Write UTF-8 to files and pipes; in a terminal, replace characters that it lacks."""
     for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors=errors)
 
 
 def _quiet() -> None:
-    """Silence messages of orbax and asyncio about a failure that is raised as well."""
+    """Silence messages of orbax and asyncio about errors that are also raised as exceptions."""
     import absl.logging
 
     absl.logging.set_verbosity(absl.logging.FATAL)
@@ -221,7 +228,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", "coroutine .* was never awaited")
 
     def tell(problem: Any) -> None:
-        # Coroutines here are orbax's, and what they fail of is raised where they are awaited.
+        # All coroutines here are of orbax; their exceptions are raised where they are awaited.
         is_told = inspect.iscoroutine(problem.object) or "loop is closed" in str(problem.exc_value)
         if not is_told:
             sys.__unraisablehook__(problem)

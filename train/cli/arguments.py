@@ -19,7 +19,7 @@ class TrainArguments:
     run_dir: Path
     """Directory of the run."""
     fallback: bool = False
-    """Resume from the checkpoint before when the newest is corrupt."""
+    """If the newest checkpoint is corrupt, resume from an earlier checkpoint."""
     audit: bool = True
     """Audit the masks of a small model before the first step (see heedful masks)."""
 
@@ -29,10 +29,10 @@ class LoadArguments:
     """Choose the parameters of a run."""
 
     checkpoint: str | None = None
-    """average (of the newest train.average_last), last, best, or a step; None: the average where
-    the run averages, else the best."""
+    """average (of the newest train.average_last checkpoints), last, best, or a step; None: average
+    if train.average_last of the run is above 1, else best."""
     fallback: bool = False
-    """Leave corrupt checkpoints out, and say so, instead of stopping."""
+    """Skip corrupt checkpoints with a message, instead of stopping with an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,28 +40,30 @@ class ClassifyArguments(LoadArguments):
     """Name the classes of texts."""
 
     tab: Literal["trained", "pair", "text"] = "trained"
-    """Meaning of a tab: it stands between the two texts of a pair, or is a part of the text;
-    trained: its meaning in the training data."""
+    """Meaning of a tab in a line. pair: it separates the two texts of a pair; text: it is a part of
+    the text; trained: as in the training data."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeArguments(LoadArguments):
-    """Measure a run, or write with it."""
+    """Translate or continue texts with a run."""
 
     seed: int = 0
-    """Seed of the sampling, with decode.temperature."""
+    """Random seed of sampling; it has an effect only if decode.temperature is above 0."""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArguments(DecodeArguments):
-    """Measure a run."""
+    """Measure loss and scores of a run on validation and test data."""
 
     stride: int | None = None
-    """For causal_lm: read long documents in windows of data.max_length that move by so many tokens,
-    so that each token is predicted from as many before it; None: pieces side by side."""
+    """For causal_lm: read long documents in windows of data.max_length tokens, which move by this
+    number of tokens; only the new tokens of a window are predicted, so that they have a long
+    context. None: windows do not overlap."""
     other_data: bool = False
-    """Measure on data that have changed since the training: the scores are of other texts."""
+    """Evaluate although the data differ from those of the training run, instead of stopping with an
+    error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,61 +71,63 @@ class AttentionArguments(LoadArguments):
     """Draw the attention weights of a layer, of each head or of their mean."""
 
     target: str | None = None
-    """A second text: what the decoder reads, by default the model's own output; for prefix_lm what
-    follows the prefix; for classification and regression the second text of a pair."""
+    """Second text. Encoder-decoder: the input of the decoder (None: the model's own output);
+    prefix_lm: the text after the prefix; classification and regression: the second text of a
+    pair."""
     which: Literal["self", "cross", "encoder"] | None = None
-    """self: of the decoder, or of the only stack, to itself; cross: of the decoder to the source;
-    encoder: of the encoder to itself. None: cross where the model has it, else self."""
+    """Attention to draw. self: self-attention of the decoder, or of the only stack; cross: from the
+    decoder to the source; encoder: self-attention of the encoder. None: cross if the model has it,
+    else self."""
     layer: int | None = None
-    """Layer, from 1; None: the last."""
+    """Number of the layer, from 1; None: the last layer."""
     mean: bool = False
     """Draw the mean over the heads instead of each head."""
     output: Path | None = None
-    """PNG to write; None: one in the run directory, named after attention and layer."""
+    """PNG file to write; None: a file in the run directory, named after attention and layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectArguments:
-    """Parameters, memory, arithmetic and masks of an experiment or of a run."""
+    """Show parameters, memory, FLOPs and masks of an experiment or of a run."""
 
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
     length: int | None = None
-    """Tokens per row for the arithmetic of attention; None: data.max_length."""
+    """Number of tokens per row for the FLOPs of attention; None: data.max_length."""
     names: bool = False
-    """List every parameter with its shape, and whether it trains."""
+    """List every parameter with its shape and the factor of its learning rate (frozen: 0)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MasksArguments(LoadArguments):
-    """Draw the masks of a run and audit them, with its parameters."""
+    """Draw and audit the masks of a run, with the parameters of the run."""
 
     length: int | None = None
-    """Positions of a row; None: 16. Longer ones show wide windows and blocks of keys."""
+    """Number of positions of a row; None: 16. Longer rows show wide windows and blocks of keys."""
     cores: bool = False
-    """Audit every attention core that can run the model, not only its own."""
+    """Audit every attention core that can run the model, not only the core of the run."""
     output: Path | None = None
-    """PNG to write; None: masks.png in the run directory, or CONFIG.masks.png here."""
+    """PNG file to write; None: masks.png in the run directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigMasksArguments:
-    """Draw the masks of an experiment and audit them, on a small model with random parameters."""
+    """Draw and audit the masks of an experiment, in a small model with random parameters."""
 
     model: ModelConfig
     data: DataConfig
     length: int | None = None
-    """Positions of a row; None: 16. Longer ones show wide windows and blocks of keys."""
+    """Number of positions of a row; None: 16. Longer rows show wide windows and blocks of keys."""
     cores: bool = False
-    """Audit every attention core that can run the model, not only its own."""
+    """Audit every attention core that can run the model, not only the core of the config."""
     output: Path | None = None
-    """PNG to write; None: CONFIG.masks.png here."""
+    """PNG file to write; None: CONFIG.masks.png in the current directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanArguments:
-    """Memory and time of a training step on chips that need not be there, from their compiler."""
+    """Compile a train step, also for chips that are not present; estimate its memory and time."""
 
     model: ModelConfig
     data: DataConfig
@@ -131,36 +135,36 @@ class PlanArguments:
     topology: str | None = None
     """Chips to plan for, such as v5e:16x16 or v5p:8x8x8; None: the devices of this machine."""
     search: bool = False
-    """Compile other meshes and model.remat too, and rank those that fit."""
+    """Also compile other meshes and values of model.remat, and rank the layouts that fit."""
     compiles: int = 8
-    """Most layouts that --search compiles, the likeliest first."""
+    """Largest number of layouts that --search compiles, the most promising first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReproduceArguments:
-    """Train a run again from its record, and compare every fingerprint."""
+    """Train a run again from the start, and compare every fingerprint with the record."""
 
     steps: int | None = None
-    """Stop after so many steps; None: at the last fingerprint of the run."""
+    """Number of steps to train; None: up to the last fingerprint of the run."""
     run_dir: Path | None = None
-    """Directory of the new run; None: a temporary one, which is deleted."""
+    """Directory of the new run; None: a temporary directory, which is deleted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyArguments:
-    """Train on from a checkpoint of a run, and compare with what the run has recorded."""
+    """Train from a checkpoint of a run, and compare every fingerprint with the record."""
 
     checkpoint: int | None = None
-    """Step of the checkpoint; None: the newest that the run went on from."""
+    """Step of the checkpoint; None: the last checkpoint before the last fingerprint of the run."""
     steps: int | None = None
-    """Train for so many steps; None: as many as lie between two checkpoints."""
+    """Number of steps to train; None: train.checkpoint_every of the run."""
     run_dir: Path | None = None
-    """Directory of the new run; None: a temporary one, which is deleted."""
+    """Directory of the new run; None: a temporary directory, which is deleted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportArguments:
-    """Make a run of a Hugging Face model, to be used and fine-tuned like any other."""
+    """Convert a Hugging Face model to a run, to use and fine-tune it like any other run."""
 
     run_dir: Path
     """Directory of the new run."""

@@ -1,4 +1,4 @@
-"""Commands of the command line: each reads its flags and calls the function that does it."""
+"""Commands of the command line: each reads its flags and calls the function that does the work."""
 
 import dataclasses
 import json
@@ -68,7 +68,7 @@ def train(name: str, experiment: Experiment, description: str, arguments: list[s
 
 
 def evaluate(directory: str, arguments: list[str]) -> None:
-    """heedful evaluate RUN: other settings than those of the training write to evaluations/"""
+    """heedful evaluate RUN: with other settings than the run's, write scores to evaluations/"""
     chosen = parse_for_run(EvaluateArguments, directory, arguments, "evaluate")
     from heedful.train.evaluation.evaluate import evaluation_directory, report
 
@@ -86,7 +86,7 @@ def evaluate(directory: str, arguments: list[str]) -> None:
 
 
 def translate(directory: str, arguments: list[str]) -> None:
-    """heedful translate RUN: a line out for each line of standard input"""
+    """heedful translate RUN: translate each line of standard input"""
     chosen = parse_for_run(DecodeArguments, directory, arguments, "translate")
     from heedful.train.inference.translate import Translator
 
@@ -98,7 +98,7 @@ def translate(directory: str, arguments: list[str]) -> None:
 
 
 def generate(directory: str, arguments: list[str]) -> None:
-    """heedful generate RUN ["text"]: goes on with a text, or with each line of standard input"""
+    """heedful generate RUN ["text"]: continue a text, or each line of standard input"""
     text, arguments = split_text(arguments)
     chosen = parse_for_run(DecodeArguments, directory, arguments, "generate")
     from heedful.train.hosts import is_first
@@ -122,7 +122,7 @@ def generate(directory: str, arguments: list[str]) -> None:
 
 
 def classify(directory: str, arguments: list[str]) -> None:
-    """heedful classify RUN ["text"]: the class of a text, or of each line of standard input"""
+    """heedful classify RUN ["text"]: classify a text, or each line of standard input"""
     text, arguments = split_text(arguments)
     chosen = parse_for_run(ClassifyArguments, directory, arguments, "classify")
     from heedful.train.hosts import from_first
@@ -135,8 +135,8 @@ def classify(directory: str, arguments: list[str]) -> None:
         pairs = json.loads(from_first(json.dumps(trained_on_pairs(trained))))
         if pairs is None:
             console(stderr=True).print(
-                "it is not known whether the training data had pairs: a tab is taken to stand "
-                "between two texts (--tab pair; --tab text makes it a part of the text)"
+                "it is unknown if the training data had pairs: a tab separates two texts (--tab "
+                "pair); with --tab text it is a part of the text"
             )
     answers = Classifier(trained, pairs)(lines)
     _warn_unknown(trained, [line.replace("\t", " ") for line in lines])
@@ -144,10 +144,10 @@ def classify(directory: str, arguments: list[str]) -> None:
 
 
 def attention(directory: str, arguments: list[str]) -> None:
-    """heedful attention RUN "text": a picture of who looks at whom"""
+    """heedful attention RUN "text": draw the attention weights of a text"""
     text, arguments = split_text(arguments)
     if text is None and not helps(arguments):
-        raise TrainError("heedful attention needs a run directory and a text")
+        raise TrainError(f'heedful attention needs a text: heedful attention {directory} "text"')
     from heedful.train.inspection.attention_picture import attention_picture
 
     chosen = parse_for_run(AttentionArguments, directory, arguments, "attention")
@@ -169,7 +169,7 @@ def inspect(name: str, experiment: Experiment | None, arguments: list[str]) -> N
 
 
 def masks(name: str, experiment: Experiment | None, arguments: list[str]) -> int:
-    """heedful masks CONFIG|RUN; returns the exit code, 1 where something is wrong"""
+    """heedful masks CONFIG|RUN: return the exit code, 1 if the audit has findings"""
     from heedful.train.audit import report
 
     if experiment:
@@ -192,7 +192,7 @@ def masks(name: str, experiment: Experiment | None, arguments: list[str]) -> int
 
 
 def reproduce(directory: str, arguments: list[str]) -> int:
-    """heedful reproduce RUN; returns the exit code, 1 where the bits differ"""
+    """heedful reproduce RUN: return the exit code, 1 if the bits differ"""
     keep_compiled()
     from heedful.train.reproducibility import reproduce as again
 
@@ -201,7 +201,7 @@ def reproduce(directory: str, arguments: list[str]) -> int:
 
 
 def verify(directory: str, arguments: list[str]) -> int:
-    """heedful verify RUN; returns the exit code, 1 where the bits differ"""
+    """heedful verify RUN: return the exit code, 1 if the bits differ"""
     keep_compiled()
     from heedful.train.reproducibility import reproduce as again
 
@@ -210,7 +210,7 @@ def verify(directory: str, arguments: list[str]) -> int:
 
 
 def plan(name: str, experiment: Experiment | None, arguments: list[str]) -> int:
-    """heedful plan CONFIG|RUN; returns the exit code, 1 where it does not fit"""
+    """heedful plan CONFIG|RUN: return the exit code, 1 if the step does not fit in memory"""
     from heedful.train.plan import report
     from heedful.train.plan.search import search
     from heedful.train.run import Run
@@ -226,7 +226,7 @@ def plan(name: str, experiment: Experiment | None, arguments: list[str]) -> int:
 
 
 def import_(source: str, arguments: list[str]) -> None:
-    """heedful import hf:DIR --run-dir RUN"""
+    """heedful import hf:DIR --run-dir RUN: convert a Hugging Face model to a run"""
     keep_compiled()
     from heedful.train.conversion.generation_config import describe, follow
     from heedful.train.conversion.import_run import default_data, import_run
@@ -248,10 +248,10 @@ def import_(source: str, arguments: list[str]) -> None:
 
 
 def export(directory: str, arguments: list[str]) -> None:
-    """heedful export RUN DIR: safetensors, config.json and tokenizer for transformers"""
+    """heedful export RUN DIR: write safetensors, config.json and tokenizer for transformers"""
     target, arguments = split_text(arguments)
     if target is None and not helps(arguments):
-        raise TrainError("heedful export needs a run directory and the directory to write")
+        raise TrainError(f"heedful export needs an output: heedful export {directory} DIR")
     chosen = parse_for_run(LoadArguments, directory, arguments, "export")
     from heedful.train.conversion.export_run import export_run
 
@@ -276,14 +276,14 @@ def _writer_arguments(trained: Any, chosen: DecodeArguments) -> dict[str, Any]:
 
 
 def _warn_unknown(trained: Any, lines: list[str]) -> None:
-    """Warn of tokens that stand for text which the vocabulary lacks."""
+    """Warn of tokens that stand for text outside of the vocabulary."""
     tokenizer = trained.tokenizer
     counts = [tokenizer.count_unknown(ids) for ids in tokenizer.encode_batch(lines)]
     found = [number for number, count in enumerate(counts, 1) if count]
     if found:
         console(stderr=True).print(
             f"{sum(counts):,} tokens in {len(found):,} of {len(lines):,} lines, the first in line "
-            f"{found[0]:,}, are {tokenizer.name(tokenizer.unknown)}: the vocabulary lacks what the "
-            "text has there",
+            f"{found[0]:,}, are {tokenizer.name(tokenizer.unknown)}: the vocabulary lacks these "
+            "parts of the text",
             style="yellow",
         )

@@ -16,7 +16,10 @@ T = TypeVar("T")
 
 
 def parse(default: T, arguments: list[str], program: str, description: str = "") -> T:
-    """Return the flags over the defaults; a mistake is a TrainError of one line."""
+    """Return `default` with the values of the flags; for a wrong flag raise TrainError (one line).
+
+    `program` and `description` are for the help.
+    """
     import tyro
 
     require_new_flags(arguments)
@@ -38,7 +41,7 @@ def parse(default: T, arguments: list[str], program: str, description: str = "")
 
 
 def _registry() -> Any:
-    """Return how tyro reads types that have a text of their own: a layer is one word."""
+    """Return tyro's rules for types with their own text form: a LayerConfig is one word."""
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
     registry = ConstructorRegistry()
@@ -59,7 +62,7 @@ def _registry() -> Any:
 
 
 def layer_from_text(text: str) -> LayerConfig:
-    """Return the layer for a text as `str` of it gives; raises ValueError for others."""
+    """Return the LayerConfig whose `str` is this text; raise ValueError for another text."""
     values: dict[str, Any] = {}
     for setting in text.split(",") if text != "model" else ():
         name, found, value = setting.partition("=")
@@ -71,7 +74,7 @@ def layer_from_text(text: str) -> LayerConfig:
             inside = inside.setdefault(section, {})
         try:
             inside[field] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):  # a word
+        except (SyntaxError, ValueError):  # Not a Python literal: a word.
             inside[field] = value
     try:
         return from_json(LayerConfig, values, "pattern")
@@ -80,7 +83,7 @@ def layer_from_text(text: str) -> LayerConfig:
 
 
 def early(arguments: list[str], flag: str) -> str | None:
-    """Return the value of a flag that decides about the defaults of others; None: not given."""
+    """Return the value of a flag on which defaults of other flags depend; None: not given."""
     value = None
     for argument, following in zip(arguments, [*arguments, None][1:], strict=True):
         name, found, inline = argument.partition("=")
@@ -90,7 +93,7 @@ def early(arguments: list[str], flag: str) -> str | None:
 
 
 def take(arguments: list[str], flags: Collection[str]) -> tuple[dict[str, str], list[str]]:
-    """Return (values of these flags, the other arguments)."""
+    """Return (values of the arguments in `flags`, the other arguments)."""
     values, others = {}, []
     following = iter(arguments)
     for argument in following:
@@ -100,13 +103,13 @@ def take(arguments: list[str], flags: Collection[str]) -> tuple[dict[str, str], 
             continue
         values[name] = value if found else next(following, "")
         if not values[name]:
-            raise TrainError(f"{name} needs a value")
+            raise TrainError(f"{name} needs a value: give {name} VALUE")
     return values, others
 
 
 def _one_line(box: str) -> str:
-    """Return the text of tyro's box in one line: the mistake, and what was perhaps meant."""
-    plain = re.sub(r"\x1b\[[\d;]*m", "", box)  # the colours of a terminal
+    """Return the text of tyro's box in one line: the error, and similar flags."""
+    plain = re.sub(r"\x1b\[[\d;]*m", "", box)  # Without the colours of a terminal.
     lines = [re.sub(r"[─│╭╮╰╯]", " ", line).strip() for line in plain.splitlines()]
     text = " ".join(" ".join(line for line in lines[1:] if line).split())
     text = re.sub(r"^Error parsing [\w.-]+: (?=[a-z_]+\.)", "", text)

@@ -1,4 +1,4 @@
-"""Steps before a command: its flags, the run that it uses, and the compiler's cache."""
+"""Prepare a command: parse its flags, load its run, and set up the cache of the compiler."""
 
 import dataclasses
 import os
@@ -21,14 +21,17 @@ def helps(arguments: list[str]) -> bool:
 
 
 def split_text(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Return the text that may stand before the flags, and the flags."""
+    """Return (text before the flags, flags); the text is None if there is none."""
     if arguments and arguments[0] != "-h" and not arguments[0].startswith("--"):
         return arguments[0], arguments[1:]
     return None, arguments
 
 
 def parse(default: T, arguments: list[str], program: str, description: str = "") -> T:
-    """Return the flags over the defaults, with the home directory for ~ at the front of paths."""
+    """Return `default` with the values that the flags in `arguments` set.
+
+    ~ at the front of a path becomes the home directory.
+    """
     chosen, home = flags.parse(default, arguments, program, description), os.path.expanduser
     from heedful.train.paths import data_paths, train_paths
 
@@ -44,7 +47,7 @@ def parse(default: T, arguments: list[str], program: str, description: str = "")
 
 
 def parse_for_run(kind: type[T], directory: str, arguments: list[str], command: str) -> T:
-    """Return the flags of a command whose defaults are those of the run."""
+    """Return the arguments of a command on a run; defaults of decode flags are those of the run."""
     keep_compiled()
     from heedful.train.run import Run
 
@@ -55,7 +58,7 @@ def parse_for_run(kind: type[T], directory: str, arguments: list[str], command: 
 
 
 def load_run(directory: str, chosen: LoadArguments, stderr: bool = False) -> Any:
-    """Return the run with the parameters that were chosen, a `load.Trained`."""
+    """Return the run with the chosen parameters, as `load.Trained`."""
     from heedful.train.load import load
 
     return load(
@@ -66,7 +69,7 @@ def load_run(directory: str, chosen: LoadArguments, stderr: bool = False) -> Any
 def with_pretrained_body(
     model: ModelConfig, train: TrainConfig, arguments: list[str]
 ) -> ModelConfig:
-    """Return the model of an experiment, with the body of the one that it fine-tunes, if any."""
+    """Return the model of an experiment; below the head, it is the model to fine-tune, if any."""
     init_from = flags.early(arguments, "--train.init-from") or train.init_from
     if init_from in (None, "None") or helps(arguments):
         return model
@@ -77,7 +80,7 @@ def with_pretrained_body(
 
 
 def keep_compiled() -> None:
-    """Keep compiled programs for the next process, but not the memory that compiling took."""
+    """Cache compiled programs on disk for later processes, and free the memory of compilations."""
     import jax
 
     from heedful.data.packages import cache

@@ -1,4 +1,4 @@
-"""Input and output of commands; of several processes the first one reads and prints."""
+"""Input and output of commands; of several processes, only the first reads and prints."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from heedful.data.text_files import CR_ONLY, checked_text
 
 
 def console(stderr: bool = False) -> Any:
-    """Return a console for commands; brackets and colons of names and texts stay as they are."""
+    """Return a console for commands; it prints brackets and colons in texts unchanged."""
     from rich.console import Console
 
     from heedful.train.hosts import is_first
@@ -26,7 +26,7 @@ def console(stderr: bool = False) -> Any:
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Print lines."""
+    """Print lines on the first process."""
     from heedful.train.hosts import is_first
 
     for line in lines:
