@@ -272,4 +272,4 @@ def test_one_from_before_there_were_sums_is_read_and_that_is_said_once(folder, t
         restored, _ = checkpoints.restore(step, abstract(state(0)))
         jax.tree.map(np.testing.assert_array_equal, restored, state(step))
     said = capfd.readouterr().err
-    assert said.count("was written before checkpoints had checksums") == 1 and "checkpoints/4" in said
+    assert said.count("before checkpoints had checksums") == 1 and "checkpoints/4" in said

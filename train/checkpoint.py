@@ -366,7 +366,7 @@ def _json_sum(value: Any) -> str:
 
 @contextmanager
 def _shared(describe: Callable[[Exception], TrainError]) -> Iterator[None]:
-    """If one process raises in the context, raise `describe(exception)` on all processes."""
+    """Raise `describe(exception)` on all processes if one process raises in the context."""
     problem = None
     try:
         yield

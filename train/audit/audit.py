@@ -1,4 +1,4 @@
-"""Audit a model on rows of the real pipeline: compare its dependences with the allowed ones."""
+"""Audit a model on rows of the real pipeline: compare its dependences with those of its config."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -47,13 +47,13 @@ class Audit:
     findings: list[Finding]
     methods: list[str]
     unsupported: list[str]
-    """Methods that the core does not support, with its error."""
+    """Methods that the core does not support, with the error of the core."""
 
 
 def audit(subject: Subject, *, small: bool = False) -> Audit:
-    """Audit by all methods, or with `small` by those that take two seconds or less.
+    """Audit a model by all methods, or, with `small`, by methods that take at most two seconds.
 
-    Raises ModelError where the model cannot run at all.
+    Raises ModelError if the model cannot run at all.
     """
     model, batch = subject.model, subject.batch
     probe = Probe(model, subject.params, forward(model, deterministic=True), batch)
@@ -101,14 +101,16 @@ def _dependence(
     *,
     bits_only: bool,
 ) -> Dependence:
-    """Measure what the outputs depend on, by bits and, where needed, by gradients.
+    """Measure the inputs that outputs depend on, by bits and by gradients.
 
-    Gradients show dependences that rounding hides from the bits, and the reverse.
+    Gradients show some dependences that rounding hides from the bits, and the reverse. With
+    `bits_only`, gradients are computed only if allowed dependences at `covered` positions are
+    missing.
     """
     seen, allowed = probe.by_bits(batch), declared.reaches(subject.model, batch)
 
     def add(more: Dependence) -> bool:
-        """Add dependences; return True if an allowed one is still missing."""
+        """Add dependences; return True if an allowed dependence is still missing."""
         for key, x in more.items():
             seen[key] = seen[key] | x
         both = allowed.keys() & seen.keys()
@@ -118,7 +120,7 @@ def _dependence(
     if not add({}) and bits_only:
         return seen
     if add(probe.by_gradient(batch)) and subject.is_trained:
-        # Trained parameters may ignore an input entirely; random ones do not.
+        # Trained parameters may ignore an input entirely; random parameters do not.
         params = random_params(subject.model)
         add(Probe(subject.model, params, probe.program, batch).by_gradient(batch))
     return seen
@@ -133,7 +135,10 @@ def _violations(
     *,
     can_be_blind: bool = True,
 ) -> Iterator[Finding]:
-    """Yield findings where `seen` is not what the config allows, at `covered` positions."""
+    """Yield findings where `seen` differs from what the config allows, at `covered` positions.
+
+    `covered` None: all positions.
+    """
     allowed = declared.reaches(subject.model, batch)
     for output, stream in (key for key in allowed if key in seen):
         where, measured = subject.where(output, stream), seen[output, stream]
@@ -162,7 +167,7 @@ def _dropout_probe(subject: Subject) -> Probe:
 
 
 def _with_dropout(subject: Subject, probe: Probe, *, bits_only: bool) -> Iterator[Finding]:
-    """Yield leaks with dropout on; blindness is not checked there, as weights are dropped."""
+    """Yield leaks with dropout on; blindness is not checked, as dropout removes weights."""
     seen = probe.by_bits(subject.batch)
     if not bits_only:
         seen = {key: seen[key] | x for key, x in probe.by_gradient(subject.batch).items()}
@@ -229,7 +234,7 @@ def _schedules(subject: Subject) -> list[DecodingSchedule]:
 
 
 def _cached(subject: Subject, probe: Probe, schedule: DecodingSchedule) -> Iterator[Finding]:
-    """Yield findings of decoding with a cache: dependences, and logits unlike those without it."""
+    """Yield findings of decoding with a cache: dependences, and logits that differ without it."""
     model, length = subject.model, subject.batch["inputs"].shape[1]
     batch = _whole_rows(subject, schedule)
     reader = Probe(model, subject.params, through_cache(model, schedule), batch)
@@ -244,7 +249,7 @@ def _cached(subject: Subject, probe: Probe, schedule: DecodingSchedule) -> Itera
 
 
 def _whole_rows(subject: Subject, schedule: DecodingSchedule) -> declared.Batch:
-    """Return rows as in generation: one text of distinct tokens each, and a source if any."""
+    """Return rows as in generation: each has one text of distinct tokens, and perhaps a source."""
     batch = {
         name: np.zeros_like(subject.batch[name])
         for name in model_inputs(subject.model, subject.batch)
@@ -283,9 +288,10 @@ def _masks(subject: Subject) -> dict[Attention, declared.Pairs]:
 
 
 def _weights(subject: Subject) -> Iterator[Finding]:
-    """Find layers of a pattern that give weight to other keys than declared.
+    """Yield findings about layers of a pattern that give weight to other keys than declared.
 
-    Outputs do not show that: after a layer that attends to all positions, they depend on all.
+    Outputs do not show that: after a layer that attends to all positions, outputs depend on all
+    inputs.
     """
     model, batch = subject.model, subject.batch
     inputs = {name: jax.numpy.asarray(x) for name, x in model_inputs(model, batch).items()}
@@ -298,7 +304,7 @@ def _weights(subject: Subject) -> Iterator[Finding]:
                 weights > 0,
                 np.broadcast_to(allowed, weights.shape),
                 *_ids(batch, kind),
-                can_be_blind=not subject.is_trained,  # whose weights may be rounded to 0
+                can_be_blind=not subject.is_trained,  # Trained weights may be rounded to 0.
             )
 
 
@@ -309,7 +315,7 @@ def _ids(batch: declared.Batch, kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _extreme_scores(subject: Subject) -> Iterator[Finding]:
-    """Yield leaks of single attention layers where forbidden keys have extreme scores."""
+    """Yield leaks of single attention layers when forbidden keys have extreme scores."""
     model, batch = subject.model, model_inputs(subject.model, subject.batch)
     stack = "encoder" if model.architecture == "encoder_only" else "decoder"
     sites: dict[str, tuple[str, str, AttentionSite]] = {

@@ -41,7 +41,7 @@ def check_data(model: ModelConfig, dataset: Dataset) -> list[Finding]:
 
 
 def _documents(dataset: Dataset) -> np.ndarray:
-    """Return the document of each token, -1 for tokens outside of all documents."""
+    """Return the index of the document of each token id; -1: no document has this token."""
     numbers = np.full(dataset.tokenizer.vocab_size, -1)
     for i in range(len(dataset.store.blank)):
         for tokens in dataset.store[i].values():
@@ -102,9 +102,10 @@ def _positions(segments: np.ndarray) -> np.ndarray:
 
 
 def _mixed(segments: np.ndarray, documents: np.ndarray) -> Bool[np.ndarray, "B T"]:
-    """Tell which positions have a wrong segment.
+    """Return the positions with a wrong segment.
 
-    It is wrong if it has a token of another document, or lacks a neighbour of the same document.
+    A segment is wrong if it has tokens of two documents, or if a neighbouring token of the same
+    document is in another segment.
     """
     known = documents >= 0
     both = known[:, :, None] & known[:, None]

@@ -14,15 +14,15 @@ from heedful.model.config import ModelConfig
 Batch = Mapping[str, np.ndarray]
 """Arrays by the names of data/batch.py."""
 Pairs = Bool[np.ndarray, "B N T S"]
-"""True where a query may attend to a key, by head."""
+"""True where a query may attend to a key: [rows, heads, queries, keys]."""
 Reach = Bool[np.ndarray, "B T S"]
-"""True where an output may depend on an input."""
+"""True where an output may depend on an input: [rows, outputs, inputs]."""
 
 
 def attentions(config: ModelConfig, batch: Batch, layer: int = 0) -> dict[str, Pairs]:
-    """Return the pairs that a layer allows by the names of `attention_weights.attention_kinds`.
+    """Return the pairs that layer `layer` allows, by kind of attention.
 
-    Layers count from 0 in each stack.
+    Kinds are the keys of `attention_weights.attention_kinds`; layers count from 0 in each stack.
     """
     window = window_of(config, layer)
     own, prefix = batch["segment_ids"], batch.get("prefix_len", np.zeros(1, int))
@@ -70,15 +70,15 @@ def self_pairs(
 
 
 def same_document(queries: np.ndarray, keys: np.ndarray) -> Reach:
-    """Tell which query and key belong to one document; padding belongs to none."""
+    """Tell which query and key belong to the same document; padding belongs to no document."""
     return (queries[:, :, None] == keys[:, None]) & (keys[:, None] > 0)
 
 
 def reaches(config: ModelConfig, batch: Batch) -> dict[tuple[str, str], Reach]:
-    """Return what each output may depend on through all layers, {(output, input): pairs}.
+    """Return the inputs on which each output may depend through all layers, by (output, input).
 
-    In each layer a position depends on itself and on the positions that it attends to: layers give
-    the product of these relations. The logits of a classifier are one position.
+    In each layer a position depends on itself and on the positions that it attends to; all layers
+    together give the product of these relations. The logits of a classifier are one position.
     """
     period = [attentions(config, batch, layer) for layer in range(len(config.pattern) or 1)]
 
@@ -90,7 +90,7 @@ def reaches(config: ModelConfig, batch: Batch) -> dict[tuple[str, str], Reach]:
     if config.architecture == "encoder_decoder":
         depth = config.encoder_layers or config.layers
         source = through(pairs("encoder", depth), itself(batch["encoder_segment_ids"]))
-        # The first layer attends to the source; all layers after it pass that on.
+        # The first layer attends to the source; later layers pass this dependence on.
         (cross,) = pairs("cross", 1)
         across = through(layers[1:], cross @ source)
         return {
@@ -106,7 +106,7 @@ def reaches(config: ModelConfig, batch: Batch) -> dict[tuple[str, str], Reach]:
 
 
 def through(layers: Sequence[np.ndarray], reach: Reach) -> Reach:
-    """Return what positions depend on after layers in this order; `reach` is that before them."""
+    """Return the inputs on which positions depend after these layers; `reach`: before them."""
     for pairs in layers:
         reach = (pairs | itself(pairs)) @ reach
     return reach
@@ -121,7 +121,7 @@ def itself(rows: np.ndarray) -> Bool[np.ndarray, "B T T"]:
 def pooled(
     pooling: str, segments: Int[np.ndarray, "B T"], reach: Reach
 ) -> Bool[np.ndarray, "B 1 S"]:
-    """Return what the single output of each row may depend on."""
+    """Return the inputs on which the single output of each row may depend."""
     real = segments > 0
     if pooling == "first":
         chosen = np.broadcast_to(np.arange(real.shape[1]) == 0, real.shape)

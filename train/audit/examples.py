@@ -20,7 +20,7 @@ from heedful.train.config import require
 TOKENS_PER_POSITION = 3
 """Number of distinct tokens needed, as a multiple of the row length."""
 ROWS = 3
-"""A full row (or nearly), a row with padding at its end, and a row of padding only."""
+"""Number of rows: a full (or nearly full) row, a row with padding at its end, a row of padding."""
 PACKED, UNPACKED = (0.35, 0.2, 0.45, 0.55), (0.9, 0.55)
 """Lengths of the documents, as shares of the row length."""
 
@@ -37,8 +37,8 @@ def dataset(
 ) -> Dataset:
     """Return a dataset of a few documents of distinct tokens in rows of `length`.
 
-    `pairs`: classified examples have a second text. Raises TrainError where the tokenizer has too
-    few tokens.
+    `pairs`: classified examples have a second text. Raises TrainError if the tokenizer has too few
+    tokens.
     """
     count = len(tokenizer.ordinary)
     require(
@@ -77,7 +77,7 @@ def dataset(
 def _store(
     folder: Path, fields: tuple[str, ...], sizes: list[int], tokens: np.ndarray
 ) -> TokenStore:
-    """Store documents that take the tokens in order."""
+    """Store documents of the lengths `sizes`, which take their tokens from `tokens` in order."""
     first = 0
     np.save(folder / "blank.npy", np.zeros(len(sizes), bool))
     np.save(folder / "sizes.npy", np.zeros((2, len(sizes)), np.int64))
@@ -90,7 +90,7 @@ def _store(
 
 
 def batch(dataset: Dataset) -> dict[str, np.ndarray]:
-    """Return the rows in order; prefixes are longer than 2 and leave 2 positions or more."""
+    """Return the rows in order; prefixes have more than 2 tokens, and 2 or more tokens after."""
     made = {}
     for seed in range(100):
         made = dataclasses.replace(dataset, seed=seed).batch(dataset.eval_plan, 0)

@@ -16,16 +16,17 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 class Finding:
     """A deviation from what the config declares, with all positions that deviate.
 
-    A leak is a dependence that the config forbids, blindness a missing one that it allows.
+    A leak is a dependence that the config forbids; blindness is a dependence that the config allows
+    and the model lacks.
     """
 
     kind: Kind
     where: str
-    """The attention, or the array of the data."""
+    """Name of the attention, or of the array of the batch."""
     method: str
-    """The method of the audit that found it."""
+    """Method of the audit that has this finding."""
     reason: str
-    """Description of the first position."""
+    """Description of the deviation at the first of `positions`."""
     positions: tuple[tuple[int, ...], ...] = ()
     """(row, output, input), or (row, head, output, input) of a mask, or (row, position)."""
 
@@ -44,7 +45,10 @@ def compare_pairs(
     *,
     can_be_blind: bool = True,
 ) -> Iterator[Finding]:
-    """Yield leaks and blindness; `queries` [B, T] and `keys` [B, S] are segment ids."""
+    """Yield leaks and blindness: deviations of `depends` from `allowed`.
+
+    `queries` [B, T] and `keys` [B, S] are segment ids. B rows, N heads, T queries, S keys.
+    """
     for kind, wrong in (("leak", depends & ~allowed), ("blindness", allowed & ~depends)):
         positions = tuple(map(tuple, np.argwhere(wrong).tolist()))
         if not positions or (kind == "blindness" and not can_be_blind):

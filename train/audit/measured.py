@@ -26,11 +26,11 @@ if jax.__version_info__ < (0, 11):  # Later versions lack this option.
     FAST["xla_cpu_use_fusion_emitters"] = False
 STREAMS = ("inputs", "encoder_inputs")
 STRENGTHS = (1e20, 8.0)
-"""Attention scores of forbidden keys; those of allowed keys are the negatives."""
+"""Attention scores of forbidden keys; allowed keys have the negative scores."""
 
 Batch = Mapping[str, np.ndarray]
 Dependence = dict[tuple[str, str], Bool[np.ndarray, "B T S"]]
-"""{(output, input): whether each output position depends on each input position}."""
+"""{(output, input): true where an output position depends on an input position}."""
 Outputs = dict[str, Float[Array, "B T D"]]
 Program = Callable[[Any, dict, dict], Outputs]
 """(parameters, batch, changes of the input embeddings) -> outputs."""
@@ -270,12 +270,12 @@ def leaks_at_extreme_scores(
     allowed: Bool[np.ndarray, "B T S"],
     core_params: Mapping[str, jax.Array],
 ) -> Bool[np.ndarray, "B T"]:
-    """Tell which queries depend on forbidden keys if those have extremely large scores.
+    """Tell which queries depend on forbidden keys when these keys have extremely large scores.
 
-    All queries are one vector. Keys that a query may attend to are -strength times this vector, the
-    others +strength times. So a mask that adds a finite number to a score, or replaces the score by
-    a finite number, does not exclude them. Results that are not finite, such as overflowing random
-    features, are not counted; the smaller strength covers these.
+    All queries are the same vector. Allowed keys are -strength times this vector, forbidden keys
+    +strength times this vector. So a mask that adds a finite number to a score, or replaces the
+    score by a finite number, does not exclude forbidden keys. Results that are not finite, such as
+    overflowing random features, are not counted; the smaller strength covers these.
     """
     B, T, S = allowed.shape
     attention = config.attention
@@ -289,7 +289,11 @@ def leaks_at_extreme_scores(
     def attend(
         params: Any, allowed: jax.Array, mask: AttentionMask, strength, key, value
     ) -> jax.Array:
-        """Return [B, T, D]; forbidden keys are `key` times the vector of the queries."""
+        """Return the attention output [B, T, D].
+
+        All components of a query are head_dim^-0.5, of a forbidden key `key`, and of an allowed key
+        -`strength`.
+        """
 
         def replaced(call, args, kwargs, context):
             if not isinstance(context.module, Linear) or context.method_name != "__call__":

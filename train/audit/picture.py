@@ -27,24 +27,24 @@ MEANING = {
     BLIND: "blind: does not see what it may",
 }
 MAX_TEXT, MAX_LABELS = 32, 64
-"""Lengths of the longest rows that are drawn as text, and that have tokens on their axes."""
+"""Largest lengths of rows that are drawn as text, and of rows with tokens on their axes."""
 ROWS = 2
-"""Rows that are drawn: a full one, and one with padding."""
+"""Number of rows that are drawn: a full row, and a row with padding."""
 CELL, MIN_PANEL, FONT = 0.14, 2.2, 7
-"""Inches of a pair, smallest inches of a panel, and points of a label."""
+"""Size of a token on an axis and smallest size of a panel (inches), and size of labels (points)."""
 
 States = Int[np.ndarray, "T S"]
 
 
 def states(seen: declared.Pairs, may: declared.Pairs) -> Int[np.ndarray, "B T S"]:
-    """Classify each pair, over all heads."""
+    """Classify each pair of query and key, over all heads."""
     result = np.where(seen.all(1), SEES, np.where(seen.any(1), SOME, MAY_NOT_SEE))
     result = np.where((may & ~seen).any(1), BLIND, result)
     return np.where((seen & ~may).any(1), LEAK, result)
 
 
 def panels(audit: Audit) -> list[tuple[str, str, Int[np.ndarray, "B T S"]]]:
-    """Return (title, input of the keys, pairs) of each mask, then of all layers together."""
+    """Return (title, input of the keys, states of the pairs) of each mask, then of all layers."""
     subject = audit.subject
     result = []
     for attention, mask in audit.masks.items():

@@ -34,10 +34,10 @@ def masks(
     """Audit the masks, print the findings and draw a picture; return True without findings.
 
     `trained` is (parameters, tokenizer) of a run, `length` is the length of the rows, and `cores`
-    audits all other attention cores too. Raises TrainError for a length below 8, and where
-    `output` is a file that heedful did not write.
+    audits all other attention cores too. Raises TrainError for a length below 8, and if `output` is
+    a file that heedful did not write.
     """
-    require(length is None or length >= 8, f"--length {length}: must be at least 8")
+    require(length is None or length >= 8, f"--length {length}: give at least 8")
     require_ours(output)
     require_fit(model, data, TrainConfig(label_smoothing=0.0))
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The subject of an audit: a trained model or a small random one, and rows for it."""
+"""The subject of an audit: a trained model or a small random model, and rows for the model."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -28,14 +28,14 @@ LAYERS, WIDTH, HEAD_DIM, HEADS, GROUP = 2, 16, 8, 2, 2
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, its parameters, and the rows that it is audited on."""
+    """A model, its parameters, and the rows on which the model is audited."""
 
     model: ModelConfig
     params: Any
     is_trained: bool
     dataset: Dataset
     note: str
-    """Description of how the model differs from the config's."""
+    """Description of the model, and of its differences from the config."""
 
     @classmethod
     def of(
@@ -89,7 +89,7 @@ class Subject:
         return attention_kinds(self.model)
 
     def where(self, output: str, stream: str) -> str:
-        """Return the part of the model that decides about this dependence."""
+        """Return the name of the part of the model that decides about this dependence."""
         if output == "logits" and self.model.head.kind == "classifier":
             return "classifier"
         if stream == "encoder_inputs":
@@ -98,7 +98,7 @@ class Subject:
 
 
 def _fit(model: ModelConfig, params: Any) -> bool:
-    """Tell if the parameters have the shapes of the model; another core may have others."""
+    """Tell if the parameters have the shapes of the model; with another core they may differ."""
     expected = dict(jax.tree_util.tree_leaves_with_path(shapes(model)))
     given = dict(jax.tree_util.tree_leaves_with_path(params))
     return {k: x.shape for k, x in expected.items()} == {k: x.shape for k, x in given.items()}

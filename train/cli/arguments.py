@@ -19,7 +19,7 @@ class TrainArguments:
     run_dir: Path
     """Directory of the run."""
     fallback: bool = False
-    """If the newest checkpoint is corrupt, resume from an earlier checkpoint."""
+    """Resume from an earlier checkpoint if the newest is corrupt."""
     audit: bool = True
     """Audit the masks of a small model before the first step (see heedful masks)."""
 

@@ -10,15 +10,15 @@ class Chip:
 
     name: str
     kind: str
-    """The `device_kind` of its jax device."""
+    """Value of `device_kind` of its jax device."""
     flops: float
-    """Peak of bfloat16 matrix products per second."""
+    """Peak FLOPs per second of bfloat16 matrix products."""
     memory: int
     """Bytes that a program can use."""
     bandwidth: float
     """Bytes per second between the chip and its memory."""
     link: float
-    """Bytes per second in one direction: of a TPU to one neighbour, of a GPU to all of its host."""
+    """Bytes per second in one direction: TPU to one neighbour, GPU to all GPUs of its host."""
     wraps: int = 0
     """An axis of the torus is a ring if its length is a multiple of this; 0: no torus."""
 

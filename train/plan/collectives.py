@@ -29,11 +29,11 @@ class Collective:
     times: int
     """Number of executions in a step."""
     is_async: bool
-    """The compiler overlaps it with other instructions."""
+    """True if the compiler overlaps the operation with other instructions."""
 
 
 def collectives(program: Program, devices: int) -> list[Collective]:
-    """Return all collectives of a step, fused and asynchronous ones included."""
+    """Return all collectives of a step, including fused and asynchronous collectives."""
     result = []
     chains = set()
     for step in program.steps():
@@ -59,9 +59,9 @@ def collectives(program: Program, devices: int) -> list[Collective]:
 
 
 def _inside(program: Program, step: Step) -> Iterator[tuple[Instruction, Computation, str | None]]:
-    """Yield the collectives of an instruction and of what it calls, with the resulting kind.
+    """Yield the collectives of an instruction and of the computations that it calls, with a kind.
 
-    The kind is None where it is that of the opcode.
+    kind None: the kind of the opcode.
     """
     instruction, computation, _ = step
     if instruction.opcode.removesuffix("-start") in COLLECTIVES:
@@ -82,7 +82,7 @@ def _sent(kind: str, instruction: Instruction, computation: Computation, n: int)
 
 
 def _group(instruction: Instruction, devices: int) -> tuple[int, ...]:
-    """Return the first group of devices; of a permutation the first pair."""
+    """Return the first group of devices; for a permutation, the first pair."""
     attributes = instruction.attributes
     if found := IOTA.search(attributes):
         shape, dims, order = (
@@ -101,9 +101,9 @@ def _group(instruction: Instruction, devices: int) -> tuple[int, ...]:
 
 
 def _group_of_mesh(sizes: str, along: str) -> tuple[int, ...]:
-    """Return the first devices of the mesh that differ in the axes `along` only.
+    """Return the first group of devices of the mesh that differ only in the axes `along`.
 
-    "a:(m)n" is a part of axis a: reshaped to [m, n, rest], its middle axis.
+    "a:(m)n" is a part of axis a: the middle axis after axis a is reshaped to [m, n, rest].
     """
     names = {name: int(size) for name, size, *_ in AXIS.findall(sizes)}
     numbers = np.arange(np.prod(list(names.values()))).reshape(tuple(names.values()))
@@ -119,8 +119,8 @@ def _group_of_mesh(sizes: str, along: str) -> tuple[int, ...]:
 def seconds(collective: Collective, chip: Chip, coordinates: Sequence[tuple[int, ...]]) -> float:
     """Return the time of one collective, if nothing else uses its links.
 
-    The time is bytes over bandwidth. The bandwidth is that of all axes of the torus along which the
-    group extends, twice that of an axis that is a ring
+    The time is bytes / bandwidth. The bandwidth is the sum over all axes of the torus along which
+    the group extends; an axis that is a ring counts twice
     (https://jax-ml.github.io/scaling-book/sharding). Groups whose devices alternate along an axis
     share its bandwidth. `coordinates` of the devices in the torus are not used for GPUs.
     """

@@ -42,7 +42,7 @@ class Memory:
     """Optimizer state."""
     batch: int
     arguments: int | None
-    """The compiler's sum of these three; None if it failed."""
+    """Sum of the three sizes above, as stated by the compiler; None: it failed."""
     temporaries: int
     """Activations, gradients and other arrays that exist only during the step."""
     program: int
@@ -60,7 +60,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """A compiled step and its memory; `text`, its HLO, is None where the step does not fit."""
+    """A compiled step and its memory; `text`, its HLO, is None if the step does not fit."""
 
     mesh: Mesh
     setup: Setup
@@ -75,7 +75,7 @@ def largest_batch(data: DataConfig) -> Shape:
     """Return the shape of the batch with the longest rows that the config allows."""
     objective = data.objective_spec
     lengths = (data.max_length,) * len(objective.sides)
-    if objective.is_text and len(lengths) > 1:  # The lengths of its sides belong together.
+    if objective.is_text and len(lengths) > 1:  # The lengths of both sides depend on each other.
         sides = objective.lengths({"text": np.arange(1, 2 * data.max_length)}, data)
         longest = sides[:, (sides <= data.max_length).all(0)][:, -1]
         lengths = tuple(map(int, round_up(longest, data)))
@@ -132,7 +132,7 @@ def compile_step(
     """Compile the step of `heedful train` for its largest batch.
 
     `capacity` is the memory of a chip in bytes; the compiler's own limit takes precedence. Raises
-    TrainError where the mesh does not fit the devices, a parameter or the batch.
+    TrainError if the mesh does not fit the devices, a parameter or the batch.
     """
     try:
         mesh = make_mesh(train.mesh, devices)

@@ -15,11 +15,11 @@ INDEX = re.compile(r"\bindex=(\d+)")
 SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 BITS = re.compile(r"\d+")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-"""Opcodes that exchange data between devices; asynchronous ones end in -start and -done."""
+"""Opcodes that exchange data between devices; asynchronous opcodes end in -start and -done."""
 
 
 class Shape(NamedTuple):
-    """Type and dimensions of an array, and its memory: the chip's main memory or on-chip."""
+    """Type and dimensions of an array; in_main_memory: not in the on-chip memory."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -47,7 +47,7 @@ class Instruction:
     """Results: one array, or the arrays of a tuple."""
     operands: tuple[str, ...]
     literal: str
-    """Text between the brackets; the value of a constant."""
+    """Text between the brackets; for a constant, its value."""
     attributes: str
     is_root: bool
 
@@ -122,8 +122,8 @@ class Program:
     def steps(self) -> Iterator[Step]:
         """Yield every instruction with the product of the trip counts of the loops around it.
 
-        A fusion is one instruction; all branches of a conditional count. A loop whose trip count is
-        not known counts once, and `loops_of_unknown_length` counts such loops.
+        A fusion is one instruction; all branches of a conditional count. A loop with an unknown
+        trip count counts once; `loops_of_unknown_length` is the number of these loops.
         """
         self.loops_of_unknown_length = 0
         yield from self._walk(self.entry, 1)
@@ -142,7 +142,7 @@ class Program:
                 yield Step(instruction, computation, times)
 
     def _trips(self, loop: Instruction) -> int | None:
-        """Return the trip count: as stated, or from a counter that runs from 0 to a constant."""
+        """Return the trip count, stated or from a counter from 0 to a constant; None: unknown."""
         if stated := TRIPS.search(loop.attributes):
             return int(stated[1])
         condition, body = (self.computations[name] for name in BODY.findall(loop.attributes)[0])
@@ -158,7 +158,7 @@ class Program:
 
     @staticmethod
     def _step(body: Computation, number: int) -> int | None:
-        """Return the constant that each iteration adds to element `number` of the loop's state."""
+        """Return the constant added per iteration to element `number` of the state; or None."""
         added = body.by_name[body.root.operands[number]]
         while added.opcode in ("copy", "bitcast"):
             added = body.by_name[added.operands[0]]
@@ -192,7 +192,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str, begin: int) -> int:
-    """Return the index of the bracket that closes the one at `begin`."""
+    """Return the index of the closing bracket for the opening bracket at `begin`."""
     depth = 0
     for i in range(begin, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")

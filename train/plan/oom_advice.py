@@ -1,4 +1,4 @@
-"""Advice for a step that does not fit into memory."""
+"""Advice for a step that does not fit in memory."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -146,4 +146,4 @@ def explained(run: Any, devices: Sequence[Any], console: Console) -> Iterator[No
         console.print(memory_table(compiled.memory, f"largest batch {compiled.shape}"))
         console.print("to reduce memory, cheapest first:")
         print_advice(memory_advice(run.model, run.data, run.train, compiled), console)
-        raise TrainError(f"out of memory: {first}") from error
+        raise TrainError(f"out of memory ({first}): give one of the flags above") from error

@@ -30,17 +30,18 @@ from heedful.train.plan.work import (
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A compiled step, its collectives, arithmetic and estimated time."""
+    """A compiled step, its collectives, FLOPs and estimated time."""
 
     compiled: Compiled
     exchanges: list[Collective]
     flops: float
-    """Arithmetic of all chips as compiled; recomputation counts."""
+    """FLOPs of all chips in the compiled program, recomputation included."""
     model_flops: float
-    """Arithmetic of the model: three forward passes, without scores that a causal mask hides."""
+    """FLOPs of the model: three forward passes, without scores that a causal mask excludes."""
     roofline: Roofline | None
-    """None where the step does not fit, or for an unknown chip."""
+    """Estimated time; None: the step does not fit, or the chip is unknown."""
     unknown_loops: int
+    """Number of loops with an unknown trip count, which count once."""
 
     def utilisation(self, chip: Chip) -> float:
         """Return an upper bound on the model FLOPs utilisation (arXiv:2204.02311 appendix B)."""
@@ -89,10 +90,11 @@ def flops_of_model(model: ModelConfig, data: DataConfig, compiled: Compiled) -> 
 
 
 def attention_kernels(model: ModelConfig, data: DataConfig, compiled: Compiled) -> InstructionCost:
-    """Return the cost per chip of attention kernels that do not state their arithmetic.
+    """Estimate the FLOPs per chip of the attention scores in a step.
 
-    The backward pass recomputes the scores and takes 2.5 times the forward pass (arXiv:2205.14135
-    §3.1); `model.remat` adds one more forward pass.
+    This is for Pallas kernels whose FLOPs the compiled program does not give. The backward pass
+    recomputes the scores and takes 2.5 times the FLOPs of the forward pass (arXiv:2205.14135 §3.1);
+    `model.remat` adds one more forward pass.
     """
     scores = 0.0
     for part in parts(model, compiled.setup.abstract.params, data.max_length):
@@ -104,7 +106,7 @@ def attention_kernels(model: ModelConfig, data: DataConfig, compiled: Compiled) 
 
 
 def capacity(chip: Chip | None, devices: Sequence[Any]) -> int | None:
-    """Return the bytes that a program can use on each device."""
+    """Return the bytes that a program can use on each device; None: unknown."""
     if devices[0].platform == "cpu":  # CPU devices share the machine's memory.
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
     # A present device states jax's limit, by default three quarters of a GPU's memory.
@@ -114,7 +116,7 @@ def capacity(chip: Chip | None, devices: Sequence[Any]) -> int | None:
 
 
 def print_model(title: str, model: ModelConfig, data: DataConfig, console: Console) -> ModelConfig:
-    """Print a description of the model; return it with the sizes that its data would set."""
+    """Print a description of the model; return the model with the sizes that its data would set."""
     model, notes = complete(model, data)
     for line in (f"{title}: {describe(model)}", *notes):
         console.print(line)

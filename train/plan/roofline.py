@@ -27,7 +27,7 @@ class Roofline:
 
     @property
     def waiting(self) -> float:
-        """Time in which nothing but collectives runs."""
+        """Time in which only collectives run."""
         return self.step - self.compute - self.memory
 
     @property

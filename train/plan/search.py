@@ -1,4 +1,4 @@
-"""Search meshes and rematerialisations: rank all by an estimate, then compile the best ones."""
+"""Search layouts (mesh and model.remat): rank all by an estimate, then compile the best."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,22 +26,22 @@ TENSOR = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A mesh with a rematerialisation, and its estimated memory and time."""
+    """A layout (mesh and model.remat), and its estimated memory and time."""
 
     model: ModelConfig
     train: TrainConfig
     memory: float
     """Estimated bytes per chip."""
     seconds: float
-    """Estimated time of a step, to choose what is worth compiling."""
+    """Estimated time of a step, to choose which layouts to compile."""
 
 
 def candidates(
     model: ModelConfig, data: DataConfig, train: TrainConfig, chips: int, chip: Chip
 ) -> list[Candidate]:
-    """Return all layouts whose sizes divide; train.mesh.seq stays as it is.
+    """Return all layouts that divide the arrays; train.mesh.seq is not changed.
 
-    Layouts that should fit come first, sorted by estimated time.
+    Layouts that should fit in memory come first, sorted by estimated time.
     """
     result = []
     for mesh in _meshes(chips, train.mesh.seq):

@@ -24,7 +24,7 @@ DIMENSIONS = {"v5e": 2, "v5p": 3, "v6e": 2}
 def devices_of(topology: str | None) -> Sequence[Any]:
     """Return the devices of a topology such as v5e:16x16; None means this machine.
 
-    Raises TrainError for an unknown topology, and where its compiler is not installed.
+    Raises TrainError for an unknown topology, and if its compiler is not installed.
     """
     if topology is None:
         return jax.devices()

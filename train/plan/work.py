@@ -1,4 +1,4 @@
-"""Count the arithmetic and the memory traffic of each instruction of a compiled program."""
+"""Count the FLOPs and the memory traffic of each instruction of a compiled program."""
 
 import math
 import re
@@ -26,7 +26,7 @@ class InstructionCost(NamedTuple):
 
     name: str
     flops: float
-    """Two per multiply-add of matrix products; other arithmetic is not counted."""
+    """FLOPs: two per multiply-add of matrix products; other operations are not counted."""
     bytes: int
     """Bytes read from and written to the main memory of the chip."""
     times: int
@@ -44,7 +44,7 @@ def instruction_costs(program: Program) -> Iterator[InstructionCost]:
 
 
 def kernels_without_flops(program: Program) -> int:
-    """Count the Pallas kernels that do not state their arithmetic."""
+    """Count the Pallas kernels whose FLOPs the program does not give."""
     return sum(
         step.instruction.opcode == "custom-call"
         and "tpu_custom_call" in step.instruction.attributes
@@ -102,7 +102,7 @@ class _Window(NamedTuple):
     rhs_dilate: int
 
     def pairs(self, inputs: int, outputs: int) -> int:
-        """Count the pairs of output and kernel element that meet an input element, not padding."""
+        """Count the pairs of output and kernel element that read an input element, not padding."""
         at = np.arange(outputs)[:, None] * self.stride - self.low
         at = at + np.arange(self.size) * self.rhs_dilate
         is_inside = (at >= 0) & (at <= (inputs - 1) * self.lhs_dilate)
@@ -130,7 +130,7 @@ def _windows(instruction: Instruction) -> list[_Window]:
 
 
 def _bytes(program: Program, step: Step) -> int:
-    """Count bytes of operands and results in main memory; of a sliced operand only the slice."""
+    """Count bytes of operands and results in main memory; for a sliced operand, of the slice."""
     instruction, computation, _ = step
     opcode = instruction.opcode
     if opcode == "fusion":
@@ -178,7 +178,7 @@ def _parameters(computation: Computation) -> list[Instruction]:
 def _bytes_read(
     program: Program, parameter: Instruction, inner: Computation, is_updated: bool = False
 ) -> int:
-    """Count the bytes of a fusion's parameter that it or a nested fusion reads."""
+    """Count the bytes of a fusion's parameter that this fusion or a nested fusion reads."""
     total = 0
     for user in _users(parameter, inner):
         if user.opcode in SLICES:
