@@ -36,7 +36,7 @@ FIELDS = {
 # Arrays of each side of the model. The side is a prefix of these names: empty for the decoder or
 # the only stack, `encoder_` for the encoder, or another prefix that an objective declares.
 PER_SIDE = ("inputs", "segment_ids", "positions", "type_ids")
-PER_ROW = ("prefix_len",)  # [B]; so are targets and weights where a row has one target.
+PER_ROW = ("prefix_len",)  # These arrays are [B]; targets and weights also are, if per row.
 
 
 def pad_and_stack(

@@ -128,9 +128,9 @@ class DataConfig:
     with 500 files or more, whole files that a hash chooses."""
 
     columns: tuple[str, ...] = ()
-    """Columns of a table, or features of a tfds dataset, with the text: one, or two for pairs and
-    translation. Empty: columns with usual names, such as text. Language models on data.source files
-    read each row of a table as a document."""
+    """Columns of a table, or features of a tfds dataset, with the text: one name, or two names for
+    pairs and translation. Empty: columns with usual names, such as text. Language models on
+    data.source files read each row of a table as a document."""
 
     label: str = "label"
     """Column of a table, or feature of a tfds dataset, with the class or the number to predict."""

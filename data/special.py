@@ -84,7 +84,7 @@ def named_beside(path: Path, vocabulary: Mapping[str, int], unknown: int | None)
     """Return the special tokens that MAP and CONFIG beside a tokenizer name; None: no such files.
 
     `path` is the file of the tokenizer. Names that the vocabulary lacks are ignored. `unknown` is
-    the id of text outside of the vocabulary; None: there is none.
+    the id of text outside of the vocabulary; None: there is no such id.
     """
     if not any(path.with_name(file).is_file() for file in (MAP, CONFIG)):
         return None

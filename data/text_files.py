@@ -17,7 +17,7 @@ from heedful.data.examples import Example, select
 DOCUMENT_BYTES = 1 << 24
 """Largest size of a document: to tokenise it may take a hundred times as much memory."""
 MANY_FILES = 500
-"""Smallest number of files of which whole files are held out; fewer would miss the share."""
+"""Smallest number of files of which whole files are held out; with fewer, the share is inexact."""
 _BOM = "\ufeff"  # Byte order mark, which some editors write before UTF-8.
 _LOOK = 1 << 16  # Bytes in which the end of a line is searched.
 _HEAD = 1024  # Bytes from which the kind of a file is recognised.

@@ -235,7 +235,7 @@ class Tokenizer:
 
     @property
     def is_bare(self) -> bool:
-        """True if the tokenizer.json adds no begin and end itself; a learned one does not."""
+        """True if the tokenizer.json itself adds no begin and end, as if learned by `train`."""
         return json.loads(self._json).get("post_processor") is None
 
     def framing(self, architecture: str) -> Self:
@@ -346,7 +346,7 @@ class Tokenizer:
 
 
 def _require_bounds(contents: dict[str, Any]) -> None:
-    """Raise DataError for too large ids, which need much memory; the caller adds the path."""
+    """Raise DataError for ids that would need too much memory; the caller adds the path."""
     vocabulary = contents["model"]["vocab"]
     ids = vocabulary.values() if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
     if max(ids) >= MAX_VOCAB_SIZE:

@@ -94,7 +94,7 @@ class Saving(Observer):
         self.seconds += self._held
 
     def said(self) -> str:
-        """Describe the newest checkpoint; if it is still being written, `settle` prints the end."""
+        """Describe the state of the newest checkpoint; `settle` prints when a late one is saved."""
         if not self._is_begun:
             return "nothing saved"
         self._is_awaited = not self._checkpoints.is_on_disk(self._step)
@@ -102,7 +102,7 @@ class Saving(Observer):
         return f"checkpoint {state} (held up {self._held:.2f} s)"
 
     def _rescue(self, state: TrainState) -> None:
-        """Save to the new path of the run's moved directory, or to a new one; raise TrainError."""
+        """Save to the new path of the moved directory, or to a new directory; raise TrainError."""
         run = self._run
         self.settle()
         moved = self._home.found() if is_first() else None

@@ -96,7 +96,7 @@ class Checkpoints:
             create=False,
             preservation_policy=self,
             read_only=self._keep is None,
-            cleanup_tmp_directories=clean,  # Incomplete ones, after a kill or with a full disk.
+            cleanup_tmp_directories=clean,  # Incomplete checkpoints of a kill or a full disk.
             multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=processes),
         )
         return ocp.CheckpointManager(
@@ -139,7 +139,7 @@ class Checkpoints:
         return [checkpoint.step in kept for checkpoint in checkpoints]
 
     def add_score(self, step: int, score: float) -> None:
-        """Store the score of a checkpoint on disk; raise SaveFailed if that cannot be written."""
+        """Store the score of a checkpoint on disk; raise SaveFailed if the score is not written."""
         self.scores[step] = score
         self._guard(self._write_scores)
 

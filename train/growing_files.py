@@ -81,10 +81,10 @@ class Lines(Appended):
     def __init__(
         self, path: Path, from_step: int, is_old: Callable[[dict], bool] = lambda _: False
     ):
-        """Drop lines after `from_step`, an incomplete last line, and lines at it with `is_old`.
+        """Drop lines of steps after `from_step`, and an incomplete last line.
 
-        If other lines cannot be read, a copy of the file is kept. Raises TrainError if the file
-        cannot be written.
+        Lines of `from_step` are dropped if `is_old(line)`. If other lines cannot be read, a copy of
+        the file is kept. Raises TrainError if the file cannot be written.
         """
         super().__init__(path)
         try:

@@ -225,7 +225,7 @@ class _Training:
     def _is_due(self, step: int) -> bool:
         """Return True if this step has a regular checkpoint.
 
-        It has one every `checkpoint_every` steps, and after the last step.
+        Regular checkpoints come every `checkpoint_every` steps, and after the last step.
         """
         config = self.run.train
         return step % config.checkpoint_every == 0 or step == config.steps

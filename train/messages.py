@@ -1,4 +1,4 @@
-"""Messages to people that never end a training run."""
+"""Print messages; an error while printing never ends a training run."""
 
 import contextlib
 import sys
@@ -43,6 +43,6 @@ class _Lasting:
 
 
 def tell(text: str) -> None:
-    """Print a line to standard error; do nothing if that cannot be written."""
+    """Print a line to standard error; do nothing if the line cannot be written."""
     with contextlib.suppress(OSError):
         print(f"heedful: {text}", file=sys.stderr, flush=True)

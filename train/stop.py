@@ -35,7 +35,7 @@ class Stop:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        signals.is_saving = False  # From here on a signal ends the process, if it is a command's.
+        signals.is_saving = False  # From here on, a signal ends the process of a command.
         self._restore()
         if kind is None and self._signal is not None:  # The signal came after the last check.
             raise Interrupted("stopped after the last step, saved", self._code())

@@ -1,7 +1,7 @@
 """Tasks: loss, models, metrics and command of each objective.
 
 The rows of an objective are defined in `data.objectives`. A new task needs an entry in both tables,
-and a loss, if no existing one fits.
+and a loss, if no existing loss fits.
 """
 
 import math
@@ -71,7 +71,7 @@ class Task:
     """Command that uses a trained model; None: no command. With `translate`, a training run ends by
     translating the test data."""
     default_source: str | None = None
-    """Value of data.source for the evaluation of an imported model; None: not the task of one."""
+    """Value of data.source to evaluate an imported model; None: imports do not get this task."""
 
     def fits(self, model: ModelConfig) -> bool:
         """Return True if this task can be learned by a model with this architecture and head.kind.

@@ -67,7 +67,7 @@ def rate_factors(params: Any, model: ModelConfig, config: OptimizerConfig) -> An
     return jax.tree.unflatten(jax.tree.structure(params), factors)
 
 
-def _factor(  # as arXiv:2106.08254 §3.1 counts layers: the top block is one below the head
+def _factor(  # Layers as in arXiv:2106.08254 §3.1: the top block is one layer below the head.
     name: str, layers: int, layer: int, model: ModelConfig, config: OptimizerConfig
 ) -> float:
     if name.startswith("head."):

@@ -1,4 +1,4 @@
-"""Audit a model on rows of the real pipeline: compare its dependences with those of its config."""
+"""Audit a model on rows of the real pipeline: compare its dependences with the config's."""
 
 import dataclasses
 from collections.abc import Iterator

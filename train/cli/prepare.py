@@ -21,7 +21,7 @@ def helps(arguments: list[str]) -> bool:
 
 
 def split_text(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Return (text before the flags, flags); the text is None if there is none."""
+    """Return (text before the flags, flags); the text is None if the flags come first."""
     if arguments and arguments[0] != "-h" and not arguments[0].startswith("--"):
         return arguments[0], arguments[1:]
     return None, arguments

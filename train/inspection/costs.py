@@ -1,4 +1,4 @@
-"""Costs of a model, from shapes alone: parameters, memory and arithmetic."""
+"""Costs of a model, from shapes alone: parameters, memory and FLOPs."""
 
 import math
 from dataclasses import dataclass
@@ -210,9 +210,9 @@ def device_bytes(tree: Any) -> int:
 
 
 def _cache(config: ModelConfig, params: Any) -> StackCache | None:
-    """Return the shapes of the cache for one target token and, if there is a source, one of it.
+    """Return the shapes of the decoding cache for one target token; None: no decoding.
 
-    None: the model does not decode.
+    In an encoder-decoder, the cache also has one source token.
     """
     if config.architecture == "encoder_only":
         return None

@@ -1,4 +1,4 @@
-"""`heedful inspect`: parameters, memory, arithmetic and masks of an experiment."""
+"""`heedful inspect`: parameters, memory, FLOPs and masks of an experiment."""
 
 import dataclasses
 from collections import Counter

@@ -46,7 +46,7 @@ def roofline(
     chip: Chip,
     coordinates: Sequence[tuple[int, ...]],
 ) -> Roofline:
-    """Add up the time of each instruction: arithmetic or memory traffic, whichever is longer."""
+    """Add up the time of all instructions: for each, the longer of compute and memory traffic."""
     compute = memory = hidden = exposed = 0.0
     for cost in costs:
         arithmetic, traffic = cost.flops / chip.flops, cost.bytes / chip.bandwidth

@@ -94,7 +94,7 @@ def data_record(run: Run) -> dict[str, str]:
 
 
 def add_environment(run: Run, now: dict[str, Any], from_step: int, console: Console) -> None:
-    """Add an environment to the record if it differs from the last one; print the differences."""
+    """Add `now` to the record if it differs from the last environment; print the differences."""
     known, problem = _environments(run.directory)
     if problem and is_first():
         keep_damaged(run.directory / "environment.json", problem)

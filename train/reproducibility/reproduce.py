@@ -29,12 +29,13 @@ def reproduce(
     """Train a run again from the start in a fresh directory; return True if the bits are the same.
 
     The first `steps` steps are compared; None: all. Differences are printed. `run_dir` is the fresh
-    directory; None: a temporary one.
+    directory; None: a temporary directory.
     """
     original = Run.open(directory)
     comparison = _Comparison(original, console, 0, steps)
     with _fresh_directory(run_dir) as fresh:
-        train = dataclasses.replace(original.train, checkpoints=None)  # Spare those of `original`.
+        # Without train.checkpoints: the new run must not write to the folder of the original.
+        train = dataclasses.replace(original.train, checkpoints=None)
         run = dataclasses.replace(original, directory=fresh, train=train)
         console.print(f"reproducing {directory} in {fresh}")
         return comparison.train(run)
@@ -52,7 +53,7 @@ def verify(
 
     By default, `checkpoint` is the last checkpoint before the last fingerprint, and `steps` is
     train.checkpoint_every. The original run is not changed. `run_dir` is the fresh directory; None:
-    a temporary one.
+    a temporary directory.
     """
     original = Run.open(directory)
     setup = set_up(original.model, original.train)
@@ -180,7 +181,7 @@ class _Comparison(Observer):
         return False
 
     def _changes(self, step: int) -> list[str]:
-        """Describe the differences between this environment and that of the original at `step`."""
+        """Describe the differences from the environment in which the original did the step."""
         before = [each for each in self.environments if each["from_step"] < max(step, 1)]
         return changes(before[-1], self.now) if before and self.now else []
 
