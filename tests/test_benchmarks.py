@@ -109,6 +109,7 @@ for size in (64, 16, 32):
     assert [float(line) for line in done.stdout.split()] == pytest.approx([64, 16, 32], abs=2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_run_with_our_cores(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)

@@ -127,6 +127,7 @@ def test_train_prints_what_a_user_needs_and_writes_the_run(trained):
     assert result["checkpoints"] == [8, 12] and result["decode"]["extra_length"] == 5
 
 
+@pytest.mark.slow
 def test_the_same_command_again_only_evaluates(trained, corpus, capsys):
     before = (trained / "metrics.jsonl").read_text()
     assert cli.run(["train", *toy.flags(corpus, trained)]) == 0
@@ -403,6 +404,7 @@ def test_tables_and_lines_show_brackets(name, capsys):
     assert capsys.readouterr().out.count(name) == 4
 
 
+@pytest.mark.slow
 def test_patience(table, tmp_path, capsys):
     """The learning rate is so small that all checkpoints are equally accurate: the first counts."""
     flags = sentiment(table, tmp_path / "run", steps=60, every=3)
@@ -428,6 +430,7 @@ def test_patience(table, tmp_path, capsys):
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_the_loss_that_is_trained_decides(tmp_path):
     """The smoothed loss decides which checkpoint is the best if it is the metric."""
     flags = ["train", *toy.flags(toy.write_corpus(tmp_path), tmp_path / "run")]
@@ -454,6 +457,7 @@ def test_patience_begins_again_with_a_better_one():
     assert not Patience(TrainConfig(), {15: 0.3}).is_over(10**9)
 
 
+@pytest.mark.slow
 def test_evaluate_every_choice_of_checkpoint(trained, capsys):
     shown = {}
     for which in ("average", "last", "best", "8"):
@@ -486,6 +490,7 @@ def test_unknown_words_are_said_beside_the_answers(trained, classifier, capsys, 
         assert ("in 1 of 1 lines" in capsys.readouterr().err) != is_known
 
 
+@pytest.mark.slow
 def test_translate_samples_by_seed(trained, pipe):
     flags = ["--decode.beam", "1", "--decode.temperature", "2"]
     texts = [
@@ -603,6 +608,7 @@ def test_a_model_is_asked_for_what_it_does_not_do(capsys, trained, classifier, m
     fails(capsys, ["classify", str(classifier), "a\tb\tc", "--tab", "pair"], "line 1 has 3 texts")
 
 
+@pytest.mark.slow
 def test_too_long_sentences_are_counted(capsys, tmp_path):
     corpus = toy.write_corpus(tmp_path / "corpus")
     lines = (tmp_path / "corpus" / "train.en").read_text().splitlines()
@@ -648,6 +654,7 @@ def test_a_run_directory_that_is_a_file(capsys, corpus, tmp_path):
     fails(capsys, ["train", *toy.flags(corpus, tmp_path / "run")], "run is a file", "--run-dir")
 
 
+@pytest.mark.slow
 def test_data_that_has_changed(capsys, tmp_path):
     corpus = toy.write_corpus(tmp_path / "corpus")
     arguments = ["train", *toy.flags(corpus, tmp_path / "run", steps=4)]
@@ -672,6 +679,7 @@ def corrupt(checkpoint: Path) -> None:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+@pytest.mark.slow
 def test_a_corrupt_checkpoint(copy, corpus):
     corrupt(copy / "checkpoints" / "12")
     train = ["train", *toy.flags(corpus, copy)]
@@ -701,6 +709,7 @@ def test_a_config_that_cannot_be_read(capsys, copy):
     fails(capsys, ["evaluate", str(copy)], "config.json cannot be read")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before_it_usable(copy, corpus):
     """A limit on the size of files replaces the full disk, as both make write() fail."""
     shutil.rmtree(copy / "checkpoints" / "12")

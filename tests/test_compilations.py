@@ -59,6 +59,7 @@ def test_the_step_of_a_shipped_config_is_compiled_once_for_each_shape(name: str)
     assert COMPILED.count("jit(train_step)") == len(shapes)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_compiles_each_function_once(tmp_path):
     config = dataclasses.replace(toy.TRAIN, steps=18, checkpoint_every=9, fingerprint_every=2)
     data = toy.data(toy.write_table(tmp_path), "classification", buckets=2, batch_tokens=128)

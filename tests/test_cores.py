@@ -14,6 +14,7 @@ from heedful.train.inspection.cores import ROWS, Row, refusal, table
 README = Path(__file__).parent.parent / "README.md"
 
 
+@pytest.mark.slow
 def test_the_table_in_the_readme_is_current():
     begin, end = "<!-- cores -->\n", "\n<!-- /cores -->"
     written = README.read_text().split(begin)[1].split(end)[0]

@@ -336,6 +336,7 @@ class GoneLater(Gone):
         return io.StringIO.write(self, text)
 
 
+@pytest.mark.slow
 def test_results_are_written_before_they_are_shown(translation):
     decode, folder = translation.run.train.decode, translation.run.directory
     with pytest.raises(UnicodeEncodeError):

@@ -160,6 +160,7 @@ def test_mistakes(runs, tmp_path, capsys):
     fails(capsys, ["import", f"hf:{target}"], "tokenizer.json has 99 entries", "own tokenizer")
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_listed(runs, tmp_path, capsys):
     """Import and fine-tuning list unused tensors, and prefixes that wrap the names of tensors."""
     given = dict(named(jax.device_get(load(runs / "language", toy.QUIET).params)))
@@ -280,6 +281,7 @@ def test_special_tokens_are_those_of_the_files(writer, tmp_path):
     assert (again.ends, again.bos, again.fingerprint) == (found.ends, b, found.fingerprint)
 
 
+@pytest.mark.slow
 def test_every_end_ends_a_text(writer, tmp_path, capsys):
     tokenizer = Tokenizer.load(writer / "tokenizer.json")
     written, more = [], []

@@ -293,8 +293,12 @@ def writing_program(config: ModelConfig, prompts: list[str]) -> str:
         return generator._advance.lower(generator.params, state, 11).compile().as_text()
 
 
+SLIDING = [{"repetition_penalty": 1.2}, {"prefix": True, "attention_window": 4}]
+
+
 @pytest.mark.parametrize(
-    "options", [{"repetition_penalty": 1.2}, {"prefix": True, "attention_window": 4}]
+    "options",
+    quick.only([SLIDING[1]], SLIDING),
 )
 def test_beyond_learned_positions_a_text_slides(options: dict, monkeypatch):
     """The window moves by a quarter of the table of positions; each text is the same as alone."""

@@ -48,6 +48,7 @@ def alone(text, cache, tmp_path_factory) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_to_the_bit(text, alone, cache, tmp_path):
     run = tmp_path / "run"
     said = finish(group(flags(text, run), 2, 2, **cache))

@@ -87,6 +87,7 @@ def test_initial_values(kind: str):
     assert seen == deviations.keys()
 
 
+@pytest.mark.slow
 def test_each_stack_is_scaled_by_its_own_depth():
     sizes = {"width": 60, "feed_forward_width": 128, "layers": 2, "encoder_layers": 8}
     model = build(tiny(init="scaled_normal", **sizes))

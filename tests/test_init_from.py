@@ -137,6 +137,7 @@ def test_low_rank_updates_are_new(source):
         assert ours == (random if is_new else given)[name], name
 
 
+@pytest.mark.slow
 def test_what_low_rank_updates_have_learned_is_taken_over(folder, tmp_path):
     """The source's low-rank updates are merged, so that the model starts with the same outputs."""
     data = toy.data(folder / "text.txt", "masked_lm", tokenizer=WORDS)
@@ -221,6 +222,7 @@ def converted(old: ModelConfig, window: int, length: int, **attention: Any) -> M
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", WINDOWS)
 def test_an_exact_model_is_converted_to_windows(architecture: Any, source):
     old = dataclasses.replace(OLD, architecture=architecture)

@@ -176,6 +176,7 @@ def test_intermediates_are_in_the_order_of_the_layers(unroll: int | None):
         close(hidden[count - 1], expected)
 
 
+@pytest.mark.slow
 def test_remat_and_unroll_change_no_value_and_no_gradient():
     rates = {"dropout": 0.2, "attention_dropout": 0.3, "feed_forward_dropout": 0.4}
 
@@ -252,6 +253,7 @@ def test_a_decoder_decodes_with_a_cache_as_it_was_taught(name: str, unroll: int 
     close(decoded, whole)
 
 
+@pytest.mark.slow
 def test_hypotheses_of_a_pair_go_on_from_one_another():
     width, past = 4, 3
     model, params = init(tiny(**MODELS["pair"]))
@@ -375,6 +377,7 @@ AUDITED = ModelConfig(
 )
 
 
+@pytest.mark.slow
 def test_the_audit_finds_nothing_and_names_the_layers():
     subject = Subject.of(AUDITED, LM)
     assert subject.model.layers == 3

@@ -55,6 +55,7 @@ def test_a_batch_is_waited_for_only_where_no_work_is_left():
     assert values["loss"] == 1.5
 
 
+@pytest.mark.slow
 def test_a_warmup_that_is_longer_than_the_training_is_said(tmp_path):
     optimizer = OptimizerConfig(peak_lr=0.5, warmup_steps=5, schedule="constant")
     config = dataclasses.replace(toy.TRAIN, steps=2, optimizer=optimizer)

@@ -175,7 +175,11 @@ def test_padding_of_the_source_ignored_across(monkeypatch):
     assert {finding.where for finding in result.findings} == {"cross-attention"}
 
 
-@pytest.mark.parametrize("data", [LM, PREFIX, TRANSLATION], ids=lambda data: data.objective)
+@pytest.mark.parametrize(
+    "data",
+    quick.only([LM, TRANSLATION], [LM, PREFIX, TRANSLATION]),
+    ids=lambda data: data.objective,
+)
 def test_cache_off_by_one(monkeypatch, data):
     write = KVCache.write
     monkeypatch.setattr(KVCache, "write", lambda self, k, v, at: write(self, k, v, at + 1))
@@ -318,6 +322,7 @@ def clean(model: ModelConfig, data: DataConfig, small: bool) -> None:
     assert [str(finding) for finding in found] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", quick.only(["translate_tiny", "bert_tiny", "shakespeare_char"], base.names())
 )
@@ -418,6 +423,7 @@ def run(tmp_path_factory):
     return toy.random_run(folder / "run", toy.model("decoder_only"), data)
 
 
+@pytest.mark.slow
 def test_masks_of_a_run(run, capsys):
     assert cli.run(["masks", str(run.directory)]) == 0
     said = capsys.readouterr().out

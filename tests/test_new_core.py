@@ -122,6 +122,7 @@ def core(monkeypatch):
 MODEL = tiny("decoder_only", vocab_size=V, attention_core="kernel", positions_kind="none")
 
 
+@pytest.mark.slow
 def test_a_training_step_trains_it_and_draws_its_features_again():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     setup, step = prepare(MODEL, TRAIN, mesh)
@@ -156,6 +157,7 @@ def test_decoding_with_its_cache_is_the_whole_at_once():
     assert beams.self_attention.total.shape[:2] == (LAYERS, 2 * B)
 
 
+@pytest.mark.slow
 def test_the_table_of_cores_has_it():
     lines = table().splitlines()
     assert lines[0].endswith("| kernel |")

@@ -260,6 +260,7 @@ def test_products_of_features_are_unbiased(orthogonal: bool):
         assert off < 1e-4 if orthogonal else off > 1
 
 
+@pytest.mark.slow
 def test_the_error_falls_with_the_root_of_the_features_and_is_less_if_orthogonal():
     rng = np.random.default_rng(0)
     # For scaled q and k the relative variance of a weight is (exp(|q + k|^2) - 1) / R. The law
@@ -351,6 +352,7 @@ def test_so_are_those_after_a_prefix_and_of_a_search(options: dict):
     assert len(set(together)) > 3
 
 
+@pytest.mark.slow
 def test_a_translation_reads_its_begin_token_once():
     translator = make_translator(positions="rotary", temperature=2.0)
     attention = dataclasses.replace(

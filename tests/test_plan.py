@@ -265,6 +265,7 @@ def test_a_missing_compiler_is_named_with_its_extra(monkeypatch):
         devices_of("v5e:4x4")
 
 
+@pytest.mark.slow
 def test_the_command_line_plans_for_this_machine(capsys):
     arguments = ["--data.batch-tokens", "512", "--model.layers", "1"]
     assert cli.run(["plan", "translate_tiny", *arguments]) == 0
@@ -295,6 +296,7 @@ def test_an_out_of_memory_prints_the_table_and_three_ways_out(capsys):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 
+@pytest.mark.slow
 def test_ways_out_are_what_is_left_to_do():
     def flags(**changes):
         sizes = {"vocab_size": 12, "feed_forward_width": 14} | changes

@@ -255,6 +255,7 @@ def test_changed_data_is_said_before_training(text, trained, heedful):
         text.write_text(before)
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_run_is_reproduced_from_where_it_began(trained, text, heedful, tmp_path):
     tuned = train(tmp_path / "tuned", text, init_from=str(trained))
     code, out = heedful("reproduce", tuned, "--steps", 2)

@@ -67,6 +67,7 @@ def test_killed_at_three_random_moments(corpus, uninterrupted, tmp_path):
 STOPS = [(signal.SIGINT, 130), (signal.SIGTERM, 75)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), quick.only([(signal.SIGTERM, 75)], STOPS))
 def test_asked_to_stop_it_saves_and_says_how_to_resume(
     corpus, uninterrupted, tmp_path, number, code
@@ -101,6 +102,7 @@ def stop_at(step: int, monkeypatch) -> None:
     monkeypatch.setattr(Stop, "agreed", lambda _: next(asked) == step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", quick.only([9], [7, 9]))
 def test_a_stop_changes_nothing_about_what_is_kept_and_averaged(step, tmp_path, monkeypatch):
     """A checkpoint is due when the stop comes at step 9; the resumed run evaluates it."""
@@ -227,6 +229,7 @@ def test_a_run_whose_directory_is_lost_stops_and_loses_nothing(
     same_bits(*(checkpoint(each.directory, 12)[0] for each in (run, whole)))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_can_be_corrupt_twice(tmp_path):
     run = short_run(tmp_path / "run", toy.write_text(tmp_path))
     loop.fit(run, toy.QUIET)

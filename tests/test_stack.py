@@ -171,6 +171,7 @@ def test_intermediates_are_those_of_the_pass():
 # In training ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("core", quick.only(["dense"], ["dense", "flash"]))
 def test_remat_and_unroll_change_no_value_and_no_gradient(core: str):
     def value_and_gradient(**changes):

@@ -109,6 +109,7 @@ def write_pairs(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_an_objective_with_two_inputs_and_a_loss_of_its_own_trains(contrast, tmp_path):
     """The test uses the real pipeline, step, loop and evaluation on all devices."""
     data = toy.data(write_pairs(tmp_path), "contrast", batch_tokens=512)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 import toy
 from jax.sharding import Mesh
 from test_sharding import CLASSIFIER, EVERY_AXIS, MODEL, PACKED, Trained, eight, losses, train
@@ -166,7 +167,7 @@ def test_freezing_goes_before_any_rate():
     assert found["encoder.blocks.self_attention.query.kernel"] == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("lora", [LoraConfig(), LORA.lora])
+@pytest.mark.parametrize("lora", quick.only([LORA.lora], [LoraConfig(), LORA.lora]))
 def test_queries_learn_as_if_their_scores_were_scaled(lora: LoraConfig):
     """With H = 4, unscaled scores of halved queries equal scaled scores, at all steps."""
     scaled = dataclasses.replace(MODEL, dropout=0.0, lora=lora)
@@ -193,6 +194,7 @@ def test_queries_learn_as_if_their_scores_were_scaled(lora: LoraConfig):
         np.testing.assert_allclose(values, wanted, atol=2e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_an_update_is_proportional_to_its_factor():
     """Weight decay is included; the factors are powers of two, which are exact."""
     rng = np.random.default_rng(0)

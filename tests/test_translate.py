@@ -114,6 +114,7 @@ def test_learned_positions_leave_room_for_the_translation():
         translator(["a", "a" * 14, "b", "b" * 20])
 
 
+@pytest.mark.slow
 def test_long_texts_are_told_and_very_long_ones_refused():
     translator, told = make(batch_tokens=64), []
     translator.longest, translator.tell = 5, told.append

@@ -91,6 +91,7 @@ def test_names_of_a_users_own_modules_do_not_matter(scripts: Path, folder: Path)
     assert version == __version__
 
 
+@pytest.mark.slow
 def test_the_command_lists_configs_and_trains(scripts: Path, folder: Path):
     assert run([scripts / "heedful", "--version"], folder).startswith(f"heedful {__version__} (jax")
     assert "translate_tiny" in run([scripts / "heedful", "configs"], folder)
