@@ -170,8 +170,8 @@ def test_feed_forward(activation: str, gated: bool):
 def test_gelu_has_its_derivative(name: str, function):
     x = np.linspace(-9, 9, 1009)
     wanted = (ACTIVATIONS[name](x + 1e-5) - ACTIVATIONS[name](x - 1e-5)) / 2e-5
-    # 1 - tanh^2 loses digits where |x| is about 4 or, as tanh may end one rounding below 1, about 7,
-    # and x multiplies it.
+    # 1 - tanh^2, which x multiplies, loses digits where |x| is about 4, and where it is about 7, as
+    # tanh may end one rounding below 1.
     atol = {"gelu": 2e-6, "gelu_tanh": 1e-5}[name]
     np.testing.assert_allclose(jax.vmap(jax.grad(function))(jnp.float32(x)), wanted, atol=atol)
 
