@@ -150,7 +150,7 @@ def test_mistakes(runs, tmp_path, capsys):
     assert cli.run(command) == 0
     fails(capsys, command, f"{run} holds a run already")
     fails(capsys, ["import", f"hf:{tmp_path}"], "neither tokenizer.json nor vocab.txt")
-    fails(capsys, ["export", str(runs / "language")], "the directory to write")
+    fails(capsys, ["export", str(runs / "language")], "needs an output")
     before = {path: path.read_bytes() for path in target.iterdir()}
     fails(capsys, ["export", str(runs / "classes"), str(target)], f"{target} is not empty")
     assert {path: path.read_bytes() for path in target.iterdir()} == before
@@ -205,7 +205,7 @@ def test_added_tokens_that_the_model_has_no_row_for(runs, tmp_path, capsys):
     tokenizer.save(str(path))
     capsys.readouterr()
     assert cli.run(["import", f"hf:{target}", "--run-dir", str(run)]) == 0
-    assert f"{path} has tool, [PAD], but the model has no rows for them" in capsys.readouterr().out
+    assert f"{path} has tool, [PAD], but the model has no embeddings" in capsys.readouterr().out
     for directory in (runs / "classes", run):
         assert cli.run(["classify", str(directory), "small red [PAD] cat"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -214,7 +214,7 @@ def test_added_tokens_that_the_model_has_no_row_for(runs, tmp_path, capsys):
     assert found.vocab_size == size == Run.open(run).model.vocab_size
     assert found.ordinary.max() < size and len(found.is_special) == size and found.pad == 0
     assert pickle.loads(pickle.dumps(found)).rowless == {"tool": size, "[PAD]": size + 1}
-    fails(capsys, ["classify", str(run), "a tool"], "a text has 'tool'", f"only {size} rows")
+    fails(capsys, ["classify", str(run), "a tool"], "a text has 'tool'", f"only {size} embeddings")
     with pytest.raises(DataError, match=r"a text has '\[PAD\]'"):
         found.encode_batch(["a [PAD]"], special_tokens=True)
 

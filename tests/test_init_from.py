@@ -382,7 +382,7 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
     arguments = command(folder, tmp_path / "run")
     path = tmp_path / "vocab.txt"
     path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red"]))
-    fails(capsys, [*arguments, "--data.tokenizer.path", str(path)], "vocab.txt", "leave it out")
+    fails(capsys, [*arguments, "--data.tokenizer.path", str(path)], "vocab.txt", "path out")
     fails(capsys, [*arguments, "--init-from", "package:gpt9"], "unknown package:gpt9", "minilm")
     fails(capsys, [*arguments, "--init-from", f"hf:{folder}"], "tokenizer.json", "vocab.txt")
     assert not (tmp_path / "run").exists()

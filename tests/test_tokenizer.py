@@ -537,7 +537,7 @@ def test_a_vocabulary_has_bounds(tmp_path):
         text = tokenizers.Tokenizer(model(vocabulary, unk_token="[UNK]")).to_str()
         path.write_text(text.replace('"b":2', '"b":4000000000'))
         with pytest.raises(
-            DataError, match=r"tokenizer\.json gives .* id 4000000000: .*10,000,000"
+            DataError, match=r"tokenizer\.json gives .* id 4000000000, .*10,000,000"
         ):
             Tokenizer.load(path)
     tokenizers.Tokenizer(models.WordLevel(vocabulary | {"b": 9}, unk_token="[UNK]")).save(str(path))

@@ -71,7 +71,7 @@ def open_source(init_from: str, console: Console) -> Source:
 def _open_directory(name: str, directory: Path) -> Source:
     if not directory.is_dir():
         raise TrainError(
-            f"{directory} is not a directory: give hf: the directory of a Hugging Face model"
+            f"{directory} is not a directory: give hf: and the directory of a Hugging Face model"
         )
     tokenizer_files = [directory / file for file in TOKENIZERS if (directory / file).is_file()]
     if not tokenizer_files and any((directory / file).is_file() for file in TWO_TOKENIZERS):
