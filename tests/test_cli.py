@@ -185,6 +185,7 @@ def losses(run: Path, name: str) -> list[float]:
     return [line[name] for line in lines if name in line]
 
 
+@pytest.mark.slow
 def test_classes_are_learned_and_scored(classifier, table):
     out = (classifier.parent / "out.txt").read_text()
     result = json.loads((classifier / "result.json").read_text())
@@ -246,6 +247,7 @@ def test_places_that_cannot_be_used(flags, words, corpus, tmp_path, capsys, monk
     fails(capsys, command, *map(here, words))
 
 
+@pytest.mark.slow
 def test_a_picture_needs_a_folder_that_can_be_written(trained, tmp_path, capsys, monkeypatch):
     """The test replaces os.access, because root may write to every folder."""
     monkeypatch.setattr(os, "access", lambda *_: False)
@@ -315,6 +317,7 @@ def lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_tab_is_what_it_was_in_the_training(classifier, capsys, tmp_path):
     def answer(run: Path, *arguments: str) -> tuple[str, str]:
         assert cli.run(["classify", str(run), *arguments]) == 0
@@ -334,7 +337,8 @@ def test_a_tab_is_what_it_was_in_the_training(classifier, capsys, tmp_path):
     assert cli.run(["classify", str(copy), tabs]) == 2
 
 
-@pytest.mark.parametrize("mark", quick.only(["\u2028"], ["\n", "\r", "\u2028"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("mark", ["\n", "\r", "\u2028"])
 def test_a_class_is_one_line(mark, tmp_path, capsys):
     table = toy.write_table(tmp_path).with_suffix(".jsonl")
     rows = [{"text": s, "label": f"{toy.label(s)}{mark}!"} for s in toy.sentences(499)]
@@ -386,6 +390,7 @@ def test_memory_that_is_not_there_is_said_in_a_line(error, monkeypatch, capsys):
     fails(capsys, ["cores"], "out of memory (", str(error).splitlines()[0])
 
 
+@pytest.mark.slow
 def test_names_with_brackets_are_printed_as_they_are(tmp_path, capsys):
     table = toy.write_table(tmp_path, lambda line: "[/pos]" if "red" in line else "[bold]:smile:")
     assert cli.run([*sentiment(table, tmp_path / "run", steps=4)]) == 0
@@ -478,6 +483,7 @@ def test_translate_gives_a_line_per_line(trained):
     assert run_piped(["translate", str(trained)], b"").stdout == b""
 
 
+@pytest.mark.slow
 def test_unknown_words_are_said_beside_the_answers(trained, classifier, capsys, monkeypatch):
     stdin = io.TextIOWrapper(io.BytesIO(b"red cat\nred hat, hat\n"))
     monkeypatch.setattr(sys, "stdin", stdin)
@@ -598,6 +604,7 @@ def test_mistakes_about_what_trains_and_where(capsys, table, tmp_path):
         fails(capsys, [*sentiment(table, tmp_path / str(number)), *more], *words)
 
 
+@pytest.mark.slow
 def test_a_model_is_asked_for_what_it_does_not_do(capsys, trained, classifier, monkeypatch):
     fails(capsys, ["classify", str(trained), "red"], "translation model", "does not classify")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"red\n")))

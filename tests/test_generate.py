@@ -182,6 +182,7 @@ def test_prompts_of_all_lengths_keep_their_order():
     assert generator([]) == []
 
 
+@pytest.mark.slow
 def test_many_devices_write_the_same():
     config = small(positions="relative")
     written = make(config)(PROMPTS)
@@ -228,6 +229,7 @@ def test_without_an_end_token_it_ends_at_max_tokens():
     assert EOS in found.tokens[0]
 
 
+@pytest.mark.slow
 def test_a_wide_beam_finds_the_best_of_all_texts():
     tokenizer = Tokenizer.train(["ab"], TokenizerConfig(kind="chars", vocab_size=9), "causal_lm")
     V, steps = tokenizer.vocab_size, 3
@@ -293,12 +295,9 @@ def writing_program(config: ModelConfig, prompts: list[str]) -> str:
         return generator._advance.lower(generator.params, state, 11).compile().as_text()
 
 
-SLIDING = [{"repetition_penalty": 1.2}, {"prefix": True, "attention_window": 4}]
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
-    quick.only([SLIDING[1]], SLIDING),
+    "options", [{"repetition_penalty": 1.2}, {"prefix": True, "attention_window": 4}]
 )
 def test_beyond_learned_positions_a_text_slides(options: dict, monkeypatch):
     """The window moves by a quarter of the table of positions; each text is the same as alone."""
@@ -346,6 +345,7 @@ def test_a_beam_ends_with_learned_positions():
         generator(["a", fits + "a"])
 
 
+@pytest.mark.slow
 def test_texts_longer_than_those_of_the_training_are_told():
     told: list[str] = []
     generator = make(small(), max_tokens=3, longest=8, tell=told.append)

@@ -341,6 +341,7 @@ def tuned(folder, tmp_path_factory) -> tuple[list[str], Run]:
     return command(folder, directory), Run.open(directory)
 
 
+@pytest.mark.slow
 def test_a_frozen_body_leaves_with_the_bits_that_it_came_with(folder, source, tuned, capsys):
     _, run = tuned
     given, trained = bits(source.params()), load(run.directory, toy.QUIET, checkpoint="last")

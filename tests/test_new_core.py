@@ -179,6 +179,7 @@ def test_its_costs_are_known(unchecked):
     assert memory.cache == 4 * LAYERS * MODEL.kv_heads * sums
 
 
+@pytest.mark.slow
 def test_the_audit_finds_a_leak_in_it_and_nothing_else(monkeypatch):
     data = DataConfig(source="shakespeare", objective="causal_lm")
     attention = AttentionConfig(heads=2, core="kernel")

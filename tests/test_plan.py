@@ -205,6 +205,7 @@ def experiment(
     return model, data, TrainConfig(mesh=MeshConfig(data=2, fsdp=2, tensor=2))
 
 
+@pytest.mark.slow
 def test_a_plan_for_this_machine():
     found = make_plan(
         *experiment("encoder_decoder", vocab_size=12, feed_forward_width=14), jax.devices()

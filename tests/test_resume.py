@@ -68,7 +68,7 @@ STOPS = [(signal.SIGINT, 130), (signal.SIGTERM, 75)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), quick.only([(signal.SIGTERM, 75)], STOPS))
+@pytest.mark.parametrize(("number", "code"), STOPS)
 def test_asked_to_stop_it_saves_and_says_how_to_resume(
     corpus, uninterrupted, tmp_path, number, code
 ):
@@ -103,7 +103,7 @@ def stop_at(step: int, monkeypatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", quick.only([9], [7, 9]))
+@pytest.mark.parametrize("step", [7, 9])
 def test_a_stop_changes_nothing_about_what_is_kept_and_averaged(step, tmp_path, monkeypatch):
     """A checkpoint is due when the stop comes at step 9; the resumed run evaluates it."""
     text = toy.write_text(tmp_path)
@@ -126,6 +126,7 @@ def test_a_stop_changes_nothing_about_what_is_kept_and_averaged(step, tmp_path, 
     assert valid == [line for line in lines(whole.directory) if "valid_loss" in line]
 
 
+@pytest.mark.slow
 def test_a_measurement_whose_score_was_lost_is_made_again(tmp_path):
     run = short_run(tmp_path / "run", toy.write_text(tmp_path))
     loop.fit(run, toy.QUIET)
@@ -191,9 +192,10 @@ def deleted_and_taken(run: Path) -> Path:
     return run.with_name("run.2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lose", "elsewhere"),
-    quick.only([(deleted, True)], [(away, False), (deleted, True), (deleted_and_taken, False)]),
+    [(away, False), (deleted, True), (deleted_and_taken, False)],
 )
 def test_a_run_whose_directory_is_lost_stops_and_loses_nothing(
     lose: Any, elsewhere: bool, tmp_path, monkeypatch

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import quick
 import toy
 
 from heedful.data.pipeline import Dataset
@@ -131,9 +130,8 @@ def alone(what: Callable[[Path], None], folder: Path) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize(
-    "what", quick.only([goes_on], [goes_on, goes_on_without_the_place, must_save_the_last])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("what", [goes_on, goes_on_without_the_place, must_save_the_last])
 def test_what_cannot_be_written(what, tmp_path):
     """The test needs a process of its own: see test_cli.test_a_corrupt_checkpoint."""
     process = multiprocessing.get_context("spawn").Process(target=alone, args=(what, tmp_path))
