@@ -1,5 +1,6 @@
 """Set up the tests: eight CPU devices, and checks of all annotations of model/ and train/."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -38,6 +39,9 @@ jaxtyping.install_import_hook(
     ["heedful.model", "heedful.train"], f"{__name__}.{check_calls.__name__}"
 )
 
+
+# The garbage collector would walk through all traced programs again and again.
+gc.set_threshold(100_000, 50, 100)
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
