@@ -27,6 +27,8 @@ class Demonstration(NamedTuple):
     """Two runs of a config with the flags `both`: one with the flags `right`, one with `wrong`."""
 
     config: str
+    title: str
+    """What the picture compares."""
     both: str
     right: str = ""
     wrong: str = ""
@@ -39,20 +41,36 @@ DEEP = f"{SHORT} --model.layers 8 --train.optimizer.peak-lr 1e-3"
 DEMONSTRATIONS = {
     "warmup": Demonstration(
         "shakespeare_char",
+        "Post-norm GPT with a warmup of 100 steps, and without warmup",
         f"{SHORT} --model.norm.position post --train.optimizer.peak-lr 2e-3",
         "--train.optimizer.warmup-steps 100",
         "--train.optimizer.warmup-steps 0",
     ),
     "positions": Demonstration(
         "bert_tiny",
+        "BERT with positions, and without positions",
         "--train.steps 1000 --train.checkpoint-every 50",
         wrong="--model.positions.kind none",
     ),
     "residuals": Demonstration(
-        "shakespeare_char", DEEP, "--no-audit", "--model.no-residuals --no-audit"
+        "shakespeare_char",
+        "GPT of 8 layers with residual connections, and without",
+        DEEP,
+        "--no-audit",
+        "--model.no-residuals --no-audit",
     ),
-    "norm": Demonstration("shakespeare_char", DEEP, wrong="--model.norm.kind none"),
-    "mask": Demonstration("shakespeare_char", SHORT, is_leaking=True),
+    "norm": Demonstration(
+        "shakespeare_char",
+        "GPT of 8 layers with layer norms, and without",
+        DEEP,
+        wrong="--model.norm.kind none",
+    ),
+    "mask": Demonstration(
+        "shakespeare_char",
+        "GPT with the causal mask, and with a mask that shows the next character",
+        SHORT,
+        is_leaking=True,
+    ),
 }
 LEAKING = (
     "-c",
@@ -89,7 +107,7 @@ def demonstrate(name: str, shown: Demonstration, out: Path, flags: Sequence[str]
         for which in ("right", "wrong"):
             print(f"{which} writes: {write(out / name / which)!r}")
         print()
-    plot(out / f"{name}.png", name, {"as it should be": right, f"wrong {name}": wrong})
+    plot(out / f"{name}.png", shown.title, {"as it should be": right, f"wrong {name}": wrong})
 
 
 def ends(trained: Trained) -> str:
@@ -111,18 +129,19 @@ def write(run: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def plot(path: Path, name: str, runs: dict[str, Trained]) -> None:
+def plot(path: Path, title: str, runs: dict[str, Trained]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     for label, trained in runs.items():
         axis.plot(*trained.curve("valid_loss"), label=label)
     known = next(iter(runs.values())).result["valid_frequency_loss"]
     axis.axhline(known, color="black", linestyle=":", label="frequencies alone")
-    axis.set(xlabel="step", ylabel="validation loss, nats per letter", title=name, ylim=(0, None))
+    axis.set(xlabel="step", ylabel="validation loss, nats per letter", ylim=(0, None))
+    axis.set_title(title, fontsize=9)
     axis.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)

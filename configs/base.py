@@ -7,6 +7,7 @@ from pathlib import Path
 
 from heedful.data.config import DataConfig
 from heedful.model.config import ModelConfig
+from heedful.names import did_you_mean
 from heedful.train.config import TrainConfig, TrainError
 
 
@@ -39,7 +40,8 @@ def load(name: str) -> tuple[Experiment, str]:
     Raises TrainError for an unknown NAME or ROW.
     """
     if not has(name):
-        raise TrainError(f"unknown config '{name}': choose one of {', '.join(names())}")
+        meant = did_you_mean(name.partition(":")[0], names())
+        raise TrainError(f"unknown config '{name}': {meant}choose one of {', '.join(names())}")
     file, colon, row = name.partition(":")
     module = importlib.import_module(f"heedful.configs.{file}")
     if not colon:
@@ -47,5 +49,6 @@ def load(name: str) -> tuple[Experiment, str]:
     rows = getattr(module, "ROWS", {})
     if row not in rows:
         known = f"choose one of {', '.join(rows)}" if rows else "this config has no rows"
+        known = did_you_mean(row, rows) + known
         raise TrainError(f"unknown row '{row}' of config '{file}': {known}")
     return module.get_config(row), module.__doc__ or ""

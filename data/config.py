@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from heedful.data.errors import require
 from heedful.data.objectives import OBJECTIVES, Objective
+from heedful.names import did_you_mean
 
 MAX_VOCAB_SIZE = 10_000_000
 """Largest vocabulary that is accepted; the largest in use have about a million tokens."""
@@ -266,7 +267,8 @@ def _require_choices(section: str, config: Any) -> None:
         )
         require(
             get_origin(entry.type) is not Literal or value in choices,
-            f"{section}.{entry.name} is {value!r}: give one of {', '.join(map(str, choices))}",
+            f"{section}.{entry.name} is {value!r}: {did_you_mean(value, choices)}give one of "
+            f"{', '.join(map(str, choices))}",
         )
 
 

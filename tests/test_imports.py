@@ -13,12 +13,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("model", "data", "train", "configs")
 MAY_IMPORT = {
-    "model": ("heedful.model",),
-    "data": ("heedful.data",),
-    "train": ("heedful.model", "heedful.data", "heedful.train"),
+    "model": ("heedful.model", "heedful.names"),
+    "data": ("heedful.data", "heedful.names"),
+    "train": ("heedful.model", "heedful.data", "heedful.train", "heedful.names"),
     "train/cli": ("heedful",),
     "configs": (
-        "heedful.configs", "heedful.model.config", "heedful.data.config", "heedful.train.config"
+        "heedful.configs", "heedful.model.config", "heedful.data.config", "heedful.train.config",
+        "heedful.names",
     ),
     "benchmarks": (
         "benchmarks", "heedful.configs", "heedful.data", "heedful.model", "heedful.train"

@@ -67,7 +67,9 @@ class Saving(Observer):
         if position["data_fingerprint"] != self._fixed["data_fingerprint"]:
             raise TrainError(
                 f"the training data has changed since {self._run.directory} was started: "
-                "restore the data, or give another --run-dir"
+                "restore the data, or start a new run on these data from its parameters with "
+                f"heedful train {self._run.directory} --init-from {self._run.directory} --run-dir "
+                "NEW"
             )
         self._batches.set_state(position["iterator"])
 

@@ -67,6 +67,11 @@ class OptimizerConfig:
     head_lr_multiplier: float = 1.0
     """Factor of the learning rate of the head."""
 
+    @property
+    def follows_steps(self) -> bool:
+        """Tell if the learning rate of a step depends on `train.steps`."""
+        return self.schedule not in ("inverse_sqrt", "constant")
+
     def __post_init__(self):
         require_choices("train.optimizer", self, TrainError)
         require(self.peak_lr > 0, f"train.optimizer.peak_lr must be positive, not {self.peak_lr}")

@@ -110,6 +110,7 @@ def fit(
         )
         if (first := int(state.step)) < config.steps:
             add_environment(run, now, first, console)
+            primary_first(lambda: run.keep_result(first) if is_first() else None)
         training = _Training(
             run=run,
             mesh=mesh,
@@ -195,7 +196,7 @@ class _Training:
 
     def _loop(self, state: TrainState, fingerprint: Callable, meter: Meter, stop: Stop) -> None:
         """Train up to the last step; after a signal, save and raise Interrupted."""
-        config = self.run.train
+        config, compiled = self.run.train, set[tuple]()
         for step in range(int(state.step) + 1, config.steps + 1):
             if self.patience.is_over(step - 1):
                 best = self.patience.best_step
@@ -203,7 +204,13 @@ class _Training:
                 break
             with meter.fetching():
                 batch = next(self.batches)
-            state, metrics = self.train_step(state, batch)
+            shape = tuple(array.shape for array in jax.tree.leaves(batch))
+            if shape not in compiled:
+                compiled.add(shape)
+                with self._phase("compiling"):
+                    state, metrics = self.train_step(state, batch)
+            else:
+                state, metrics = self.train_step(state, batch)
             del batch  # If it were freed with the next batch, the reading thread would run first.
             is_stopped = stop.agreed() and step < config.steps
             is_saved = self._is_due(step) or is_stopped
@@ -222,6 +229,15 @@ class _Training:
         if stop.is_asked():
             raise stop.interrupted(int(state.step))
 
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Context of work that is no training step; observers learn when it begins and ends."""
+        for observer in self.observers:
+            observer.on_phase(name)
+        yield
+        for observer in self.observers:
+            observer.on_phase("training")
+
     def _is_due(self, step: int) -> bool:
         """Return True if this step has a regular checkpoint.
 
@@ -238,7 +254,8 @@ class _Training:
 
     def _evaluate(self, state: TrainState, said: Callable[[], str]) -> None:
         """Evaluate the state on the validation data; its checkpoint exists already."""
-        step, measured = int(state.step), self.validate(state)
+        with self._phase("validating"):
+            step, measured = int(state.step), self.validate(state)
         for observer in self.observers:
             observer.on_evaluation(step, measured)
         listed = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())

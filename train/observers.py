@@ -4,7 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 class Observer:
@@ -16,6 +23,12 @@ class Observer:
 
     def on_start(self, environment: dict[str, Any]) -> None:
         """Take the environment (see `record.environment`), before the first step."""
+
+    def on_phase(self, name: str) -> None:
+        """Take the name of the work that begins now: compiling, training or validating.
+
+        A step compiles only if its batch has a new shape.
+        """
 
     def on_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Take the metrics of a step, named as in `make_train_step`.
@@ -42,7 +55,10 @@ class Observer:
 
 
 class ProgressBar(Observer):
-    """A progress bar of steps, with the loss and the speed."""
+    """A progress bar of steps, with the phase or the loss and the speed.
+
+    A thread draws it ten times a second, so that the time moves during a long step, too.
+    """
 
     def __init__(self, console: Console, first: int, steps: int):
         self._bar = Progress(
@@ -50,15 +66,30 @@ class ProgressBar(Observer):
             MofNCompleteColumn(),
             BarColumn(),
             TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
         )
         self._bar.start()
-        self._task = self._bar.add_task("compiling", total=steps, completed=first)
+        self._phase, self._means = "", ""
+        self._task = self._bar.add_task("", total=steps, completed=first)
+        self.on_phase("training")
+
+    def on_phase(self, name: str) -> None:
+        self._phase = name
+        self._show()
+
+    def on_step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._bar.update(self._task, completed=step)
 
     def on_log(self, step: int, values: dict[str, float]) -> None:
-        text = f"loss {values['loss']:.3f}  {values['tokens_per_second']:,.0f} tokens/s"
-        self._bar.update(self._task, completed=step, description=text)
+        self._means = f"loss {values['loss']:.3f}  {values['tokens_per_second']:,.0f} tokens/s"
+        self._show()
+
+    def _show(self) -> None:
+        means = self._means if self._phase == "training" else ""
+        self._bar.update(self._task, description=means or self._phase)
 
     def close(self) -> None:
         self._bar.stop()

@@ -3,6 +3,8 @@
 import dataclasses
 import fcntl
 import os
+import shlex
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +22,10 @@ from heedful.train.hosts import is_first
 from heedful.train.paths import data_paths, train_paths
 from heedful.train.renamed import with_new_names
 
-# Settings that may change when a run resumes, as they do not affect training.
+# Settings that may change when a run resumes, as they do not affect the training of a step.
 MAY_DIFFER = (
-    "train.mesh.", "train.checkpoints ", "train.decode.", "train.samples ", "data.test "
+    "train.mesh.", "train.checkpoints ", "train.decode.", "train.samples ", "data.test ",
+    "train.patience ",
 )  # fmt: skip
 # Files and folders that a run writes.
 FILES = (
@@ -32,6 +35,7 @@ FILES = (
 )  # fmt: skip
 
 
+RESULTS = ("result.json", "translations.test.txt")
 GLOB = "*?[\\"
 BUCKETS = ("gs:/", "s3:/")
 
@@ -130,8 +134,8 @@ class Run:
         there = Run.open(self.directory)
         if others := self.others(there):
             raise TrainError(
-                f"{self.directory} holds a run of another config ({others}): "
-                "give another --run-dir, or the same config to resume it"
+                f"{self.directory} holds a run of another config ({others}): give another "
+                f"--run-dir, or resume it with heedful train {self.directory}{self._anew(there)}"
             )
         moved = there.checkpoints != self.checkpoints
         if moved and _has_steps(there.checkpoints) and not _has_steps(self.checkpoints):
@@ -140,8 +144,18 @@ class Run:
                 f"{self.checkpoints}: set train.checkpoints to the first folder, or move them to "
                 "the second"
             )
+        reached = max(steps_of(there.checkpoints), default=0)
+        if self.train.steps < min(reached, there.train.steps):
+            raise TrainError(
+                f"train.steps = {self.train.steps:,}, but {self.directory} has reached step "
+                f"{reached:,}: give more steps, or another --run-dir"
+            )
         if there != self:
-            self._write_config()
+            release = self.lock()
+            try:
+                self._write_config()
+            finally:
+                release()
 
     def _begin(self, tokenizer: Tokenizer) -> None:
         """Write the first files; the config comes first, as it marks the directory of a run."""
@@ -158,6 +172,17 @@ class Run:
         values = {**self.values(), "started_in": os.getcwd()}
         write_json(self.directory / "config.json", values)
 
+    def keep_result(self, step: int) -> None:
+        """Move the result of an earlier end of the run, at `step`, to a folder of evaluations."""
+        found = [path for name in RESULTS if (path := self.directory / name).is_file()]
+        names = (f"step={step}", *(f"step={step}.{n}" for n in range(2, 1000)))
+        folders = (self.directory / "evaluations" / name for name in names)
+        if found:
+            folder = next(folder for folder in folders if not folder.exists())
+            folder.mkdir(parents=True)
+            for path in found:
+                path.rename(folder / path.name)
+
     def lock(self) -> Callable[[], None]:
         """Keep other processes from training in the directory; return a function that ends this.
 
@@ -165,8 +190,16 @@ class Run:
         """
         held = os.open(self.directory, os.O_RDONLY)
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for wait in (True, False):  # `is_locked` holds the lock for a moment.
+                try:
+                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if not wait:
+                        raise
+                    time.sleep(0.1)
         except BlockingIOError as error:
+            os.close(held)
             raise TrainError(
                 f"another process trains in {self.directory}: stop it, or give another --run-dir"
             ) from error
@@ -174,16 +207,67 @@ class Run:
             pass
         return lambda: os.close(held)
 
+    def is_locked(self) -> bool:
+        """Tell if a process trains in the directory."""
+        held = os.open(self.directory, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # A file system without locks.
+            pass
+        finally:
+            os.close(held)
+        return False
+
     def values(self) -> dict[str, Any]:
         """Return the three configs as JSON values."""
         parts = {"model": self.model, "data": self.data, "train": self.train}
         return {name: to_json(part) for name, part in parts.items()}
 
     def others(self, there: "Run") -> str:
-        """Describe the differences from another run that are not allowed; "": there are none."""
+        """Describe the differences from another run that are not allowed; "": there are none.
+
+        train.steps may differ if the learning rates of the steps do not depend on it: the steps so
+        far are then those of both runs.
+        """
+        allowed = MAY_DIFFER
+        if not self.train.optimizer.follows_steps:
+            allowed += ("train.steps ",)
         found = differences(self.values(), there.values())
-        others = [line for line in found if not line.startswith(MAY_DIFFER)]
+        others = [line for line in found if not line.startswith(allowed)]
+        if any(line.startswith("train.steps ") for line in others):
+            others.append(
+                f"the {self.train.optimizer.schedule} schedule depends on train.steps, so that the "
+                "steps so far would have had other learning rates"
+            )
         return "; ".join(others[:3]) + ("; ..." if len(others) > 3 else "")
+
+    def _anew(self, there: "Run") -> str:
+        """Return advice to start a new run with this config from the parameters of `there`.
+
+        "": the parameters of `there` do not fit this model.
+        """
+        if self.model != there.model:
+            return ""
+        found = differences(self.values(), there.values())
+        flags = " ".join(sorted(_flag(line.split()[0], self) for line in found))
+        return (
+            "; or start a new run from its parameters with heedful train "
+            f"{there.directory} --init-from {there.directory} --run-dir NEW {flags}"
+        )
+
+
+def _flag(name: str, run: Run) -> str:
+    """Return the flag that sets the field `name` to its value in the run."""
+    value: Any = run
+    for part in name.split("."):
+        value = getattr(value, part)
+    *sections, field = name.replace("_", "-").split(".")
+    if isinstance(value, bool):
+        return f"--{'.'.join([*sections, field if value else f'no-{field}'])}"
+    words = map(str, value) if isinstance(value, tuple) else [str(value)]
+    return shlex.join([f"--{'.'.join([*sections, field])}", *words])
 
 
 def require_plain(checkpoints: epath.Path) -> None:
@@ -224,8 +308,15 @@ def _is_something(path: Path) -> bool:
 
 
 def _has_steps(checkpoints: epath.Path) -> bool:
+    return bool(steps_of(checkpoints))
+
+
+def steps_of(checkpoints: epath.Path) -> list[int]:
+    """Return the steps of the complete checkpoints in a folder, sorted."""
     try:
-        return checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
+        if not checkpoints.is_dir():
+            return []
+        return sorted(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
     except (ImportError, OSError) as error:
         raise TrainError(
             f"train.checkpoints {checkpoints} cannot be reached ({error}): check the path, its "

@@ -10,8 +10,10 @@ import os
 import shutil
 import signal
 import sys
+import termios
 import threading
 from contextlib import suppress
+from typing import Any
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
 RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again
@@ -21,6 +23,9 @@ is_saving = False
 """True while the first signal only asks to save."""
 leftovers: list[str] = []
 """Folders that are deleted when a signal ends the process."""
+terminal: list[Any] | None = None
+"""Settings of the terminal (termios) that are restored then, as a prompt changes them; None: there
+is no prompt."""
 
 
 def watch(command: str = "") -> None:
@@ -34,9 +39,21 @@ def watch(command: str = "") -> None:
     threading.Thread(target=_enforce, args=(read, command), daemon=True).start()
 
 
+def _say(text: str, start: str) -> None:
+    """Print a line to standard error; `start` goes before it in a terminal."""
+    with suppress(OSError):
+        os.write(2, f"{start if os.isatty(2) else ''}heedful: {text}\n".encode())
+
+
 def _enforce(read: int, command: str) -> None:
     number = _next(read)
-    if is_saving:
+    if is_saving:  # Answer at once: the step in progress, or a compiler, may take minutes.
+        # The message replaces the line of a progress bar, which is drawn again below.
+        name = signal.Signals(number).name
+        _say(
+            f"{name}: saving and stopping after the current step; a second {name} stops at once",
+            "\r\x1b[2K",
+        )
         number = _next(read)
     # The same command resumes a training run.
     resumes = command == "train"
@@ -44,12 +61,12 @@ def _enforce(read: int, command: str) -> None:
     late = threading.Timer(PATIENCE, os._exit, [code])
     late.daemon = True
     late.start()
-    # A terminal gets its line back, and the cursor that a progress bar hides.
-    said = "\x1b[?25h\n" if os.isatty(2) else ""
-    said += f"heedful: ended by {signal.Signals(number).name}"
-    said += "; the same command resumes from the last checkpoint\n" if resumes else "\n"
-    with suppress(OSError):
-        os.write(2, said.encode())
+    said = f"ended by {signal.Signals(number).name}"
+    said += "; the same command resumes from the last checkpoint" if resumes else ""
+    _say(said, "\x1b[?25h\n")  # Show the cursor, which a progress bar hides.
+    if terminal is not None:
+        with suppress(OSError, termios.error):
+            termios.tcsetattr(0, termios.TCSANOW, terminal)
     children = getattr(sys.modules.get("multiprocessing"), "active_children", list)
     for child in children():
         child.kill()

@@ -70,7 +70,8 @@ class AttentionConfig:
     """Multi-head attention (arXiv:1706.03762 §3.2), with grouped key/value heads."""
 
     core: str = "auto"
-    """Attention core: auto, or a name that `heedful cores` lists."""
+    """Attention core: auto, cudnn, dense, flash, linformer, longformer, performer, ring or splash;
+    `heedful cores` shows which masks each of them supports."""
     decoder_core: str | None = None
     """Core of the decoder's self-attention in an encoder_decoder; None: `core`."""
     cross_core: str | None = None

@@ -4,6 +4,8 @@ import math
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin
 
+from heedful.names import did_you_mean
+
 
 class ModelError(ValueError):
     """Error of a model that cannot be built, or of its input; one line, which includes the fix."""
@@ -26,8 +28,8 @@ def require_choices(section: str, config: Any, error: type[ValueError] = ModelEr
         if isinstance(value, float) and not math.isfinite(value):
             raise error(f"{section}.{entry.name} must be a finite number, not {value}")
         if get_origin(entry.type) is Literal and value not in choices:
-            known = ", ".join(map(str, choices))
-            raise error(f"{section}.{entry.name} must be one of {known}, not {value}")
+            known, meant = ", ".join(map(str, choices)), did_you_mean(value, choices)
+            raise error(f"{section}.{entry.name} = {value}: {meant}give one of {known}")
 
 
 def require_idle(section: str, config: Any, names: tuple[str, ...], need: str) -> None:

@@ -28,6 +28,10 @@ MEANING = {
 }
 MAX_TEXT, MAX_LABELS = 32, 64
 """Largest lengths of rows that are drawn as text, and of rows with tokens on their axes."""
+AXES = (
+    "queries down, keys across; the number after a token is that of its document in the row,\n"
+    "- is padding, and black lines are the borders of documents"
+)
 ROWS = 2
 """Number of rows that are drawn: a full row, and a row with padding."""
 CELL, MIN_PANEL, FONT = 0.14, 2.2, 7
@@ -130,7 +134,7 @@ def write_png(audit: Audit, title: str, path: Path, software: str) -> None:
                 for border in np.flatnonzero(np.diff(ids)):
                     draw(border + 0.5, color="black", linewidth=0.6)
     patches = [Patch(facecolor=COLOURS[state], label=MEANING[state]) for state in MEANING]
-    figure.suptitle(f"{title}\nqueries down, keys across", fontsize=FONT + 3, parse_math=False)
+    figure.suptitle(f"{title}\n{AXES}", fontsize=FONT + 3, parse_math=False)
     figure.legend(
         handles=patches, loc="outside lower center", ncols=3, fontsize=FONT, frameon=False
     )

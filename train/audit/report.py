@@ -16,7 +16,7 @@ from heedful.train.audit.audit import Audit, audit
 from heedful.train.audit.picture import MAX_TEXT, as_text, write_png
 from heedful.train.audit.subject import Subject, with_core
 from heedful.train.config import TrainConfig, TrainError, require
-from heedful.train.inspection.attention_picture import SOFTWARE, require_ours
+from heedful.train.inspection.pictures import SOFTWARE, require_ours
 from heedful.train.start import require_fit
 
 

@@ -15,40 +15,14 @@ from heedful import __version__
 from heedful.configs import base
 from heedful.data.errors import DataError
 from heedful.model.config import ModelError
+from heedful.names import did_you_mean
 from heedful.train import signals
-from heedful.train.cli import commands
+from heedful.train.cli import commands, completion
 from heedful.train.cli.flags import take
 from heedful.train.cli.prepare import helps
+from heedful.train.cli.usage import USAGE
 from heedful.train.config import Interrupted, TrainError
 from heedful.train.cpu_allocator import keep_memory
-
-USAGE = """usage: heedful COMMAND ...
-
-  heedful configs                       list the experiments, one per line
-  heedful cores                         show which attention core supports which mask
-  heedful train CONFIG [--flags]        train or resume a run, then evaluate it
-      --init-from RUN|hf:DIR            start from a trained model (fine-tuning)
-  heedful evaluate RUN [--flags]        measure loss and scores on validation and test data
-  heedful translate RUN [--flags]       translate each line of standard input
-  heedful generate RUN ["text"]         continue a text, or each line of standard input
-  heedful classify RUN ["text"]         classify a text, or each line of standard input
-  heedful attention RUN "text"          draw the attention weights of a text
-  heedful inspect CONFIG|RUN            show parameters, memory, FLOPs and masks
-  heedful plan CONFIG|RUN [--flags]     estimate memory, communication and time of a train step
-      --topology v5e:16x16 [--search]   for TPUs, which need not be present
-  heedful masks CONFIG|RUN [--length N] draw the masks, and test that attention follows them
-  heedful reproduce RUN [--steps N]     train again from the start, and compare every bit
-  heedful verify RUN [--checkpoint N]   train again from a checkpoint, and compare every bit
-  heedful import hf:DIR [--flags]       convert a Hugging Face model to a run
-  heedful export RUN DIR                convert a run to a Hugging Face model
-
-train, evaluate, translate, generate, classify, export, reproduce and verify can run in several
-processes. Start every process with the same command. In a Slurm step and on a TPU pod slice, the
-processes find each other; elsewhere, give
-      --coordinator HOST:PORT --processes N --process I
-(or HEEDFUL_COORDINATOR, HEEDFUL_PROCESSES, HEEDFUL_PROCESS).
-
-heedful COMMAND CONFIG|RUN --help explains every flag; heedful --version prints the version."""
 
 
 def main() -> None:
@@ -144,6 +118,8 @@ COMMANDS = {
     "generate": commands.generate,
     "classify": commands.classify,
     "attention": commands.attention,
+    "plot": commands.plot,
+    "compare": commands.compare,
     "reproduce": commands.reproduce,
     "verify": commands.verify,
     "import": commands.import_,
@@ -172,7 +148,8 @@ def _dispatch(arguments: list[str]) -> int:
     command, rest = (arguments or ["--help"])[0], arguments[1:]
     if command in OF_SEVERAL and not helps(rest):
         rest = _join(rest)
-    known = ["configs", "cores", "train", "inspect", "masks", "plan", *COMMANDS]
+    known = ["configs", "cores", "runs", "completion", *("train", "inspect", "masks", "plan")]
+    known += COMMANDS
     if command in ("--help", "-h"):
         print(USAGE)
     elif command == "--version":
@@ -185,17 +162,24 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(table())
     elif command not in known:
-        raise TrainError(f"unknown command '{command}': choose one of {', '.join(known)}")
+        meant = did_you_mean(command, known)
+        raise TrainError(f"unknown command '{command}': {meant}choose one of {', '.join(known)}")
     elif rest and rest[0] in ("--help", "-h"):
         print(USAGE)
+    elif command == "runs":
+        commands.runs(rest)
+    elif command == "completion":
+        print(completion.script((rest or ["bash"])[0], base.names()))
     elif not rest or rest[0].startswith("-"):
         either = "a config or a run directory"
-        wanted = {"train": "a config", "inspect": either, "masks": either, "plan": either}
+        wanted = {"train": either, "inspect": either, "masks": either, "plan": either}
         wanted["import"] = "hf:DIR, a directory with a Hugging Face model,"
         raise TrainError(
             f"heedful {command} needs {wanted.get(command, 'a run directory')} first: "
             "see heedful --help"
         )
+    elif command == "train" and not base.has(rest[0]) and Path(rest[0]).is_dir():
+        commands.resume(rest[0], rest[1:])
     elif command == "train":
         commands.train(rest[0], *base.load(rest[0]), rest[1:])
     elif command in ("inspect", "masks", "plan"):

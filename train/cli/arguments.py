@@ -83,7 +83,17 @@ class AttentionArguments(LoadArguments):
     mean: bool = False
     """Draw the mean over the heads instead of each head."""
     output: Path | None = None
-    """PNG file to write; None: a file in the run directory, named after attention and layer."""
+    """PNG file to write; None: a file in the run directory, named after attention, layer and
+    text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotArguments:
+    """Draw the curves of runs: loss, learning rate, gradient norm and throughput."""
+
+    output: Path | None = None
+    """PNG file to write; None: for plot, plot.png in the run; for compare, compare.RUN.RUN.png in
+    the current directory."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,10 +20,12 @@ from heedful.train.cli.arguments import (
     LoadArguments,
     MasksArguments,
     PlanArguments,
+    PlotArguments,
     ReproduceArguments,
     TrainArguments,
     VerifyArguments,
 )
+from heedful.train.cli.flags import early
 from heedful.train.cli.prepare import (
     helps,
     keep_compiled,
@@ -33,7 +35,7 @@ from heedful.train.cli.prepare import (
     split_text,
     with_pretrained_body,
 )
-from heedful.train.cli.terminal import console, print_lines, read_lines
+from heedful.train.cli.terminal import answer_each, console, lines_of, print_lines
 from heedful.train.config import TrainError
 
 LOAD_FIELDS = {entry.name for entry in dataclasses.fields(LoadArguments)}
@@ -48,12 +50,54 @@ def train(name: str, experiment: Experiment, description: str, arguments: list[s
         train=experiment.train,
         run_dir=Path("runs") / name.replace(":", "/"),
     )
-    chosen = parse(default, arguments, f"heedful train {name}", description)
+    _train(parse(default, arguments, f"heedful train {name}", description))
 
+
+def resume(directory: str, arguments: list[str]) -> None:
+    """heedful train RUN: resume a run; with another --run-dir, start a new run with its config"""
+    arguments = [re.sub("^--init[-_]from(?=$|=)", "--train.init-from", a) for a in arguments]
+    from heedful.train.run import Run
+
+    run = Run.open(directory)
+    model, train = run.model, run.train
+    if early(arguments, "--train.init-from"):
+        train = dataclasses.replace(train, reinit=())
+        model = with_pretrained_body(model, train, arguments)
+    default = TrainArguments(model=model, data=run.data, train=train, run_dir=Path(directory))
+    description = f"Resume {directory}. With another --run-dir, start a new run with its config."
+    chosen = parse(default, arguments, f"heedful train {directory}", description)
+    if chosen.run_dir.resolve() != Path(directory).resolve():
+        chosen = _without_results(chosen, run)
+    elif early(arguments, "--train.init-from"):
+        raise TrainError(
+            f"heedful train {directory} --init-from starts a new run: give it another --run-dir"
+        )
+    _train(chosen)
+
+
+def _without_results(chosen: TrainArguments, run: Any) -> TrainArguments:
+    """Return the arguments of a new run without the values that the data of `run` decided."""
+    model, data, train = chosen.model, chosen.data, chosen.train
+    if train.init_from is None and model.vocab_size == run.tokenizer().vocab_size:
+        model = dataclasses.replace(model, vocab_size=None)
+    if (data.source, data.train) != (run.data.source, run.data.train):
+        if data.classes == run.data.classes:
+            data = dataclasses.replace(data, classes=())
+        if model.head.kind == "classifier":
+            head = dataclasses.replace(model.head, outputs=None)
+            model = dataclasses.replace(model, head=head)
+    if train.checkpoints is not None and train.checkpoints == run.train.checkpoints:
+        train = dataclasses.replace(train, checkpoints=None)
+    return dataclasses.replace(chosen, model=model, data=data, train=train)
+
+
+def _train(chosen: TrainArguments) -> None:
+    """Train a run or resume it, draw its curves, and evaluate it."""
     keep_compiled()
     from heedful.train.audit.report import audit_before_training
     from heedful.train.evaluation.evaluate import report
     from heedful.train.hosts import primary_first
+    from heedful.train.inspection.curves import try_plot
     from heedful.train.load import load
     from heedful.train.loop import fit
     from heedful.train.start import start_run
@@ -63,6 +107,7 @@ def train(name: str, experiment: Experiment, description: str, arguments: list[s
     if chosen.audit:
         audit_before_training(run.model, run.data, console())
     fit(run, console(), fallback=chosen.fallback)
+    try_plot(run, console())
     trained = load(run.directory, console(), fallback=chosen.fallback)
     report(trained, run.train.decode, console())
 
@@ -86,15 +131,21 @@ def evaluate(directory: str, arguments: list[str]) -> None:
 
 
 def translate(directory: str, arguments: list[str]) -> None:
-    """heedful translate RUN: translate each line of standard input"""
+    """heedful translate RUN ["text"]: translate a text, or each line of standard input"""
+    text, arguments = split_text(arguments)
     chosen = parse_for_run(DecodeArguments, directory, arguments, "translate")
     from heedful.train.inference.translate import Translator
 
-    lines = read_lines()
+    lines = lines_of(text)
     trained = load_run(directory, chosen, stderr=True)
-    translations = Translator(**_writer_arguments(trained, chosen))(lines)
-    _warn_unknown(trained, lines)
-    print_lines(translations)
+    translator = Translator(**_writer_arguments(trained, chosen))
+
+    def answer(lines: list[str]) -> None:
+        translations = translator(lines)
+        _warn_unknown(trained, lines)
+        print_lines(translations)
+
+    answer_each(lines, answer)
 
 
 def generate(directory: str, arguments: list[str]) -> None:
@@ -104,21 +155,27 @@ def generate(directory: str, arguments: list[str]) -> None:
     from heedful.train.hosts import is_first
     from heedful.train.inference.generate import Generator
 
-    lines = read_lines() if text is None else []
+    lines = lines_of(text)
     trained = load_run(directory, chosen, stderr=True)
     is_prefix = "prefix_len" in trained.run.data.objective_spec.arrays
     generator = Generator(**_writer_arguments(trained, chosen), prefix=is_prefix)
-    _warn_unknown(trained, lines if text is None else [text])
-    if text is None:
-        whole = [line + rest for line, rest in zip(lines, generator(lines), strict=True)]
-        print_lines(map(one_line, whole))
-        return
     show = partial(print, end="", flush=True) if is_first() else lambda _: None
-    pieces = generator.stream(text)
-    show(text)
-    for piece in pieces:
-        show(piece)
-    show("\n")
+
+    def answer(lines: list[str]) -> None:
+        _warn_unknown(trained, lines)
+        if text is None and not is_asked:
+            whole = [line + rest for line, rest in zip(lines, generator(lines), strict=True)]
+            print_lines(map(one_line, whole))
+            return
+        for line in lines:
+            pieces = generator.stream(line)
+            show(line)
+            for piece in pieces:
+                show(piece)
+            show("\n")
+
+    is_asked = lines is None
+    answer_each(lines, answer)
 
 
 def classify(directory: str, arguments: list[str]) -> None:
@@ -128,19 +185,24 @@ def classify(directory: str, arguments: list[str]) -> None:
     from heedful.train.hosts import from_first
     from heedful.train.inference.classify import Classifier, trained_on_pairs
 
-    lines = read_lines() if text is None else [text]
+    lines = lines_of(text)
     trained = load_run(directory, chosen, stderr=True)
     pairs = {"trained": None, "pair": True, "text": False}[chosen.tab]
-    if pairs is None and any("\t" in line for line in lines):
+    if pairs is None and lines is not None and any("\t" in line for line in lines):
         pairs = json.loads(from_first(json.dumps(trained_on_pairs(trained))))
         if pairs is None:
             console(stderr=True).print(
                 "it is unknown if the training data had pairs: a tab separates two texts (--tab "
                 "pair); with --tab text it is a part of the text"
             )
-    answers = Classifier(trained, pairs)(lines)
-    _warn_unknown(trained, [line.replace("\t", " ") for line in lines])
-    print_lines(answers)
+    classifier = Classifier(trained, pairs)
+
+    def answer(lines: list[str]) -> None:
+        answers = classifier(lines)
+        _warn_unknown(trained, [line.replace("\t", " ") for line in lines])
+        print_lines(answers)
+
+    answer_each(lines, answer)
 
 
 def attention(directory: str, arguments: list[str]) -> None:
@@ -154,6 +216,39 @@ def attention(directory: str, arguments: list[str]) -> None:
     entries = dataclasses.fields(AttentionArguments)
     own = {e.name: getattr(chosen, e.name) for e in entries if e.name not in LOAD_FIELDS}
     attention_picture(load_run(directory, chosen), text or "", console(), **own)
+
+
+def runs(arguments: list[str]) -> None:
+    """heedful runs [DIR]: list the runs below DIR"""
+    from heedful.train.inspection.runs import print_runs
+
+    folder, rest = split_text(arguments)
+    if rest:
+        raise TrainError(f"heedful runs does not know {rest[0]}: give one folder, or none for runs")
+    print_runs(Path(folder or "runs").expanduser(), console())
+
+
+def plot(directory: str, arguments: list[str]) -> None:
+    """heedful plot RUN: draw the curves of a run"""
+    from heedful.train.inspection import curves
+    from heedful.train.run import Run
+
+    chosen = parse(PlotArguments(), arguments, f"heedful plot {directory}")
+    curves.plot(Run.open(directory), console(), chosen.output)
+
+
+def compare(directory: str, arguments: list[str]) -> None:
+    """heedful compare RUN RUN [RUN ...]: show what differs in settings, numbers and curves"""
+    from heedful.train.inspection.compare import compare
+
+    directories = [directory]
+    while (found := split_text(arguments))[0] is not None:
+        directories.append(found[0])
+        arguments = found[1]
+    if len(directories) < 2 and not helps(arguments):
+        raise TrainError(f"heedful compare needs two runs or more: heedful compare {directory} RUN")
+    chosen = parse(PlotArguments(), arguments, "heedful compare RUN RUN")
+    compare([Path(each).expanduser() for each in directories], console(), chosen.output)
 
 
 def inspect(name: str, experiment: Experiment | None, arguments: list[str]) -> None:

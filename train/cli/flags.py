@@ -8,11 +8,22 @@ from collections.abc import Collection
 from typing import Any, TypeVar
 
 from heedful.model.config import LayerConfig
+from heedful.names import did_you_mean
 from heedful.train.config import TrainError
 from heedful.train.config_json import from_json
 from heedful.train.renamed import require_new_flags
 
 T = TypeVar("T")
+
+# Messages of tyro that are written anew.
+UNKNOWN = (
+    r"Unrecognized options: (?P<given>.*?)"
+    r"( (Perhaps you meant|Arguments similar to [^:]*):(?P<near>.*?))? \((?=[^()]*--help lists)"
+)
+INVALID = (
+    r"invalid choice '(?P<given>.*)' for argument '(?P<flag>.*)'. "
+    r"Expected one of \((?P<known>.*?)\)\."
+)
 
 
 def parse(default: T, arguments: list[str], program: str, description: str = "") -> T:
@@ -107,6 +118,20 @@ def take(arguments: list[str], flags: Collection[str]) -> tuple[dict[str, str], 
     return values, others
 
 
+def _unknown(found: re.Match) -> str:
+    """Name the flags that do not exist, and the flag that is most like the first of them."""
+    near = re.search(r"(--[\w.-]+)", found["near"] or "")
+    meant = f": did you mean {near[1]}?" if near else ""
+    return f"unknown {found['given'].replace(',', '')}{meant} ("
+
+
+def _invalid(found: re.Match) -> str:
+    """Name the choices of a flag, the choice first that was meant."""
+    known = re.findall("'([^']*)'", found["known"])
+    meant = did_you_mean(found["given"], known)
+    return f"{found['flag']} {found['given']}: {meant}give one of {', '.join(known)}"
+
+
 def _one_line(box: str) -> str:
     """Return the text of tyro's box in one line: the error, and similar flags."""
     plain = re.sub(r"\x1b\[[\d;]*m", "", box)  # Without the colours of a terminal.
@@ -114,4 +139,5 @@ def _one_line(box: str) -> str:
     text = " ".join(" ".join(line for line in lines[1:] if line).split())
     text = re.sub(r"^Error parsing [\w.-]+: (?=[a-z_]+\.)", "", text)
     text = text.replace("Argument helptext:", "; it is")
-    return re.sub(r"For full helptext, (see|run) (.*--help)$", r"(\2 lists all flags)", text)
+    text = re.sub(r"For full helptext, (see|run) (.*--help)$", r"(\2 lists all flags)", text)
+    return re.sub(INVALID, _invalid, re.sub(UNKNOWN, _unknown, text))

@@ -2,11 +2,17 @@
 
 import json
 import sys
-from collections.abc import Iterable
+import termios
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from heedful.data.errors import DataError
 from heedful.data.text_files import CR_ONLY, checked_text
+from heedful.model.config import ModelError
+from heedful.train import signals
+from heedful.train.config import TrainError
+
+PROMPT = "> "
 
 
 def console(stderr: bool = False) -> Any:
@@ -32,6 +38,44 @@ def print_lines(lines: Iterable[str]) -> None:
     for line in lines:
         if is_first():
             print(line)
+
+
+def lines_of(text: str | None) -> list[str] | None:
+    """Return the text as a line, or the lines of standard input; None: ask for them at a prompt.
+
+    A single process at a terminal asks.
+    """
+    from heedful.train.hosts import is_multiprocess
+
+    if text is not None:
+        return [text]
+    return None if sys.stdin.isatty() and not is_multiprocess() else read_lines()
+
+
+def answer_each(lines: list[str] | None, answer: Callable[[list[str]], None]) -> None:
+    """Answer the lines at once; None: ask for one line after the other, until Ctrl-D.
+
+    At the prompt, the error of a line is printed, and the next line can be given.
+    """
+    if lines is not None:
+        answer(lines)
+        return
+    import readline  # noqa: F401  (With it, a prompt has arrow keys and a history.)
+
+    signals.terminal = termios.tcgetattr(sys.stdin.fileno())
+    print("one text per line; Ctrl-D ends", file=sys.stderr)
+    while True:
+        try:
+            line = input(PROMPT)
+        except EOFError:
+            print()
+            return
+        try:
+            text = checked_text(line.encode("utf-8", "surrogateescape"), "the line")
+            if text.strip():
+                answer([text])
+        except (DataError, ModelError, TrainError) as error:
+            print(f"heedful: error: {error}", file=sys.stderr)
 
 
 def read_lines() -> list[str]:

@@ -14,6 +14,7 @@ from heedful.data.tokenizer import Tokenizer
 from heedful.model import pretrained
 from heedful.model.config import LoraConfig, ModelConfig
 from heedful.model.pretrained.tensors import CONFIG, read_json
+from heedful.names import did_you_mean
 from heedful.train.config import TrainError
 from heedful.train.conversion import generation_config
 from heedful.train.hosts import to_host
@@ -54,7 +55,8 @@ def open_source(init_from: str, console: Console) -> Source:
     if kind == "package":
         if rest not in PACKAGES:
             known = ", ".join(f"package:{name}" for name in PACKAGES)
-            raise TrainError(f"unknown {init_from}: choose among {known}")
+            meant = did_you_mean(rest, PACKAGES)
+            raise TrainError(f"unknown {init_from}: {meant}choose among {known}")
         return PACKAGES[rest](init_from)
     directory = Path(init_from).expanduser()
     run = Run.open(directory)

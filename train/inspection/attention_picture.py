@@ -1,9 +1,10 @@
 """`heedful attention`: a picture of the attention weights of a model."""
 
+import hashlib
 import math
-import os
+import re
+import textwrap
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from jaxtyping import Bool, Float
 from rich.console import Console
 
 from heedful.data.objectives import source_and_target
-from heedful.data.writing import write_whole
 from heedful.train import model_loss
 from heedful.train.config import require
 from heedful.train.inference.translate import Translator
@@ -23,6 +23,7 @@ from heedful.train.inspection.attention_weights import (
     attention_masks,
     attention_weights,
 )
+from heedful.train.inspection.pictures import require_ours, save
 from heedful.train.inspection.token_labels import drawable, pieces
 from heedful.train.load import Trained
 
@@ -30,8 +31,10 @@ MAX_TOKENS = 64
 """Largest number of tokens on an axis of a readable picture."""
 CELL, MIN_PANEL, FONT = 0.17, 1.6, 8
 """Size of a token on an axis and smallest size of a panel (inches), and size of labels (points)."""
-SOFTWARE = "heedful"
-"""Value of the key Software in a PNG."""
+TITLE = 300
+"""Largest number of characters of a text in a title."""
+TICKS = (0, 0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
+"""Weights that are marked on the colour scale."""
 
 
 def attention_picture(
@@ -62,8 +65,8 @@ def attention_picture(
     layers = (model.encoder_layers or model.layers) if which == "encoder" else model.layers
     layer = layers if layer is None else layer
     require(1 <= layer <= layers, f"--layer {layer}: give a layer from 1 to {layers}")
-    name = f"attention.{which}.layer{layer}{'.mean' if mean else ''}.png"
-    output = output or directory / name
+    name = f"attention.{which}.layer{layer}{'.mean' if mean else ''}.{_slug(trained, text, target)}"
+    output = output or directory / f"{name}.png"
     require_ours(output)
 
     inputs = model_inputs(trained, text, target, needs_target=which != "encoder")
@@ -82,13 +85,11 @@ def attention_picture(
         weights, names = weights.mean(0, keepdims=True), [f"mean of {heads} heads"]
         allowed = allowed.any(0, keepdims=True)
     title = (
-        f"{directory.resolve().name}: {what}\n{_origin(trained.steps)}\nqueries down, keys across"
+        f"{_quoted(text, target)}\n{directory.resolve().name}: {what}\n{_origin(trained.steps)}\n"
+        "queries down, keys across"
     )
     figure, notes = draw(weights, allowed, queries, keys, title, names)
-    png = BytesIO()
-    figure.savefig(png, format="png", metadata={"Software": SOFTWARE, "Title": title})
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(output, png.getvalue())
+    save(figure, output, title)
     for note in notes:
         console.print(note, style="yellow")
     console.print(f"{what}, {rows} queries x {columns} keys: {output}")
@@ -170,10 +171,12 @@ def draw(
 ) -> tuple[Any, list[str]]:
     """Return a matplotlib figure with a panel for each head, and notes about missing characters.
 
-    Rows are T queries, columns S keys. All N panels share one colour scale from 0 to 1. Pairs that
-    are not `allowed` are hatched; n is N, or 1 if all heads have the same mask.
+    Rows are T queries, columns S keys. All N panels share one colour scale from 0 to the largest
+    weight; the colour follows the square root of the weight, so that small weights differ, too.
+    Pairs that are not `allowed` are hatched; n is N, or 1 if all heads have the same mask.
     """
     from matplotlib import colormaps
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -189,27 +192,46 @@ def draw(
     figure = Figure(figsize=(width, height), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False)
     hidden = {"facecolor": "0.92", "hatch": "/////", "edgecolor": "0.7", "linewidth": 0}
+    allowed = np.broadcast_to(allowed, weights.shape)
+    most = float(weights[allowed].max(initial=0.0)) or 1.0
     image: Any = None
     for i, panel in enumerate(panels.flat):
         if i >= len(weights):
             panel.remove()
             continue
         panel.patch.set(**hidden)
-        shown = np.ma.masked_where(~np.broadcast_to(allowed, weights.shape)[i], weights[i])
-        image = panel.imshow(shown, cmap=colormaps["viridis"], vmin=0.0, vmax=1.0)
+        shown = np.ma.masked_where(~allowed[i], weights[i])
+        image = panel.imshow(shown, cmap=colormaps["viridis"], norm=PowerNorm(0.5, 0.0, most))
         panel.set_title(heads[i], fontsize=FONT + 1)
         panel.xaxis.tick_top()
         panel.tick_params(length=2)
         text = {"fontsize": FONT, "fontfamily": families, "parse_math": False}
         panel.set_xticks(range(len(keys)), keys, rotation=90, **text)
         panel.set_yticks(range(len(queries)), queries, **text)
-    bar = figure.colorbar(image, ax=figure.axes, shrink=0.8, aspect=30)
-    bar.set_label("attention weight", fontsize=FONT + 1)
+    ticks = [tick for tick in TICKS if tick < 0.9 * most] + [most]
+    bar = figure.colorbar(image, ax=figure.axes, shrink=0.8, aspect=30, ticks=ticks)
+    bar.ax.set_yticklabels([f"{tick:.2g}" for tick in ticks], fontsize=FONT)
+    bar.set_label("attention weight (square-root scale)", fontsize=FONT + 1)
     figure.suptitle(title, fontsize=FONT + 3, fontfamily=families, parse_math=False)
     if not allowed.all():
         patch = Patch(**hidden, label="masked: the query does not attend to the key")
         figure.legend(handles=[patch], loc="outside lower center", fontsize=FONT, frameon=False)
     return figure, notes
+
+
+def _quoted(text: str, target: str | None) -> str:
+    """Return the texts in quotation marks, in lines of a title."""
+    texts = [
+        f"“{textwrap.shorten(part, TITLE, placeholder=' ...')}”" for part in (text, target) if part
+    ]
+    return textwrap.fill(" → ".join(texts), 70)
+
+
+def _slug(trained: Trained, text: str, target: str | None) -> str:
+    """Return a part of a file name for these texts and parameters: words, and a hash of all."""
+    words = re.sub(r"\W+", "-", text).strip("-")[:30].rstrip("-")
+    digest = hashlib.sha256(repr((text, target, trained.steps)).encode()).hexdigest()[:6]
+    return f"{words}.{digest}".lstrip(".")
 
 
 def _origin(steps: Sequence[int]) -> str:
@@ -224,23 +246,4 @@ def _require_readable(name: str, length: int) -> None:
         length <= MAX_TOKENS,
         f"the {name} has {length} tokens, but a picture is readable only up to {MAX_TOKENS}: "
         "shorten the text",
-    )
-
-
-def require_ours(path: Path) -> None:
-    """Raise TrainError for a path that is not writable, or is a file that heedful did not draw."""
-    from PIL import Image, UnidentifiedImageError
-
-    require(path.suffix == ".png", f"--output {path} must end with .png")
-    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
-    require(os.access(folder, os.W_OK), f"{folder} cannot be written: give another --output")
-    if not path.exists():
-        return
-    try:
-        with Image.open(path) as image:
-            is_ours = image.info.get("Software") == SOFTWARE
-    except (OSError, UnidentifiedImageError):
-        is_ours = False
-    require(
-        is_ours, f"--output {path} exists and is not a picture of heedful: give another --output"
     )

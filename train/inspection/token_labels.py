@@ -1,8 +1,11 @@
 """Labels for tokens, in characters that the installed fonts can draw."""
 
+import contextlib
+import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -43,18 +46,14 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> list[str]:
 def drawable(labels: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """Return the labels, the font families to draw the labels with, and notes.
 
-    Characters that no installed font has are written as code points; a note names them.
+    Fonts are searched in matplotlib's list, and then in the folders of the system. Characters that
+    no installed font has are written as code points; a note names them.
     """
-    from matplotlib import font_manager
-
     families, missing = [], {c for label in labels for c in label if not c.isspace()}
-    fonts = [font for font in font_manager.fontManager.ttflist if font.style == "normal"]
-    # Fonts of last resort draw a box for every character.
-    fonts = [font for font in fonts if "Last Resort" not in font.name and font.weight == 400]
-    for font in sorted(fonts, key=lambda font: (font.name != DEFAULT_FONT, font.name, font.fname)):
+    for font in _fonts():
         if families and not missing:
             break
-        known = font_manager.get_font(font.fname).get_charmap()
+        known = _characters(font.fname)
         covered = {c for c in missing if ord(c) in known}
         if covered or not families:
             families.append(font.name)
@@ -65,6 +64,47 @@ def drawable(labels: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     listed = " ".join(sorted(missing)[:12]) + (" ..." if len(missing) > 12 else "")
     note = f"no installed font has {listed}: written as code points; install a font for this script"
     return written, families, [note]
+
+
+def _fonts() -> Iterator[Any]:
+    """Yield the upright fonts, the default first, and regular weights before others.
+
+    matplotlib keeps a list of fonts; fonts that were installed later are added to it at the end.
+    """
+    from matplotlib import font_manager
+
+    manager = font_manager.fontManager
+    by_use = lambda font: (  # noqa: E731
+        font.name != DEFAULT_FONT, abs(_weight(font) - 400), font.name, font.fname
+    )  # fmt: skip
+    listed = list(manager.ttflist)
+    yield from sorted((font for font in listed if _is_usable(font)), key=by_use)
+    for path in sorted({*font_manager.findSystemFonts()} - {font.fname for font in listed}):
+        with contextlib.suppress(Exception):  # A file that is damaged, or of another format.
+            manager.addfont(path)
+    new = [font for font in manager.ttflist[len(listed) :] if _is_usable(font)]
+    yield from sorted(new, key=by_use)
+
+
+def _is_usable(font: Any) -> bool:
+    # Fonts of last resort draw a box for every character.
+    return font.style == "normal" and "Last Resort" not in font.name
+
+
+def _weight(font: Any) -> int:
+    return font.weight if isinstance(font.weight, int) else 400
+
+
+@functools.cache
+def _characters(path: str) -> frozenset[int]:
+    """Return the code points that a font file can draw; a font of bitmaps cannot be scaled."""
+    from matplotlib import font_manager
+
+    try:
+        font = font_manager.get_font(path)
+        return frozenset(font.get_charmap() if font.scalable else ())
+    except Exception:  # The file is damaged, or gone.
+        return frozenset()
 
 
 def _code(character: str) -> str:
