@@ -126,7 +126,8 @@ def test_the_drawn_numbers_are_the_softmax_of_the_scores(tmp_path, figures, whic
     numbers = drawn_numbers(figure)
     assert len(numbers) == HEADS
     np.testing.assert_allclose(np.ma.filled(numbers, 0.0), wanted, atol=1e-5)
-    assert all(panel.images[0].get_clim() == (0, 1) for panel in figure.axes if panel.get_title())
+    limits = {panel.images[0].get_clim() for panel in figure.axes if panel.get_title()}
+    assert limits == {(0, np.max(numbers))}
 
 
 def test_what_may_not_be_looked_at_is_masked_and_not_small(tmp_path, figures):
@@ -178,15 +179,29 @@ def test_a_png_has_a_panel_for_each_head(tmp_path, figures, heads: int, mean: bo
 def test_axes_and_title_say_what_is_shown(tmp_path, figures):
     run = trained(tmp_path / "mine", "encoder_decoder", "translation", steps=(1000, 1500))
     path = picture(run, "red cat", target="dog bird blue", layer=1)
-    assert path == tmp_path / "mine" / "attention.cross.layer1.png" and path.exists()
+    assert path.parent == tmp_path / "mine" and path.exists()
+    assert path.name.startswith("attention.cross.layer1.red-cat.")
     ((figure, _),) = figures
     for panel in figure.axes[:HEADS]:
         assert [x.get_text() for x in panel.get_xticklabels()] == ["red", "cat", "<eos>"]
         shown = [y.get_text() for y in panel.get_yticklabels()]
         assert shown == ["<bos>", "dog", "bird", "blue"]
     title = figure.get_suptitle()
-    for part in ("mine", "cross-attention", f"layer 1 of {LAYERS}", "1,000 to 1,500"):
+    for part in (
+        "“red cat” → “dog bird blue”",
+        "mine",
+        "cross-attention",
+        f"layer 1 of {LAYERS}",
+        "1,000 to 1,500",
+    ):
         assert part in title
+
+
+def test_each_text_has_a_file_of_its_own(tmp_path):
+    run = trained(tmp_path / "mine", "encoder_only", "masked_lm")
+    texts = ["red", "red cat", "red / cat", "中"]
+    assert len({picture(run, text, mean=True) for text in texts}) == len(texts)
+    assert picture(run, "red", mean=True) in set((tmp_path / "mine").iterdir())
 
 
 def test_the_origin_of_the_parameters_is_one_checkpoint_or_the_range_of_several():

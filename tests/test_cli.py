@@ -530,12 +530,21 @@ def test_every_config_is_valid_and_says_its_command(name: str):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["tarin"], ["unknown command 'tarin'", "train"]),
-        (["train"], ["needs a config"]),
-        (["train", "tranlate_tiny"], ["unknown config 'tranlate_tiny'", "translate_tiny"]),
-        (["train", "translate_tiny", "--model.widht", "3"], ["--model.widht", "--model.width"]),
+        (["tarin"], ["unknown command 'tarin'", "did you mean train?"]),
+        (["train"], ["needs a config or a run directory"]),
+        (["train", "."], [". is no run directory: it has no config.json"]),
+        (["runs", "nowhere"], ["nowhere is no folder"]),
+        (["compare", "a"], ["two runs or more"]),
+        (["completion", "bsh"], ["did you mean bash?"]),
+        (["train", "tranlate_tiny"], ["'tranlate_tiny': did you mean translate_tiny?"]),
+        (
+            ["train", "translate_tiny", "--model.widht", "3"],
+            ["unknown --model.widht 3: did you mean --model.width?"],
+        ),
         (["train", "translate_tiny", "--model.width", "wide"], ["--model.width", "'wide'"]),
         (["train", "translate_tiny", "--model.norm.kind", "batch"], ["batch", "layernorm"]),
+        (["train", "translate_tiny", "--model.norm.kind", "rmsnrm"], ["did you mean rmsnorm?"]),
+        (["train", "vaswani_table3:head_4"], ["did you mean heads_4?"]),
         (["train", "translate_tiny", "--model.width", "130"], ["heads = 4", "width = 130"]),
         (["train", "translate_tiny", "--data.source", "nowhere"], ["nowhere", "homeassistant"]),
         (

@@ -52,14 +52,15 @@ def script(shell: str, configs: Sequence[str]) -> str:
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="heedful", args=["--tyro-print-completion", shell]
         )
-    return printed.getvalue()
+    # Where there is nothing to complete, such as after a run, bash completes names of files.
+    return printed.getvalue().replace("complete -F ", "complete -o default -F ")
 
 
 def _command(kind: type | None, names: Any) -> type:
     """Return a dataclass with the positional arguments of a command, and its flags."""
     import tyro
 
-    fields: list[Any] = [("names", tyro.conf.Positional[tuple[names, ...]])]
+    fields: list[Any] = [("name", tyro.conf.Positional[names])]
     if kind is not None:
         fields.append(("flags", Annotated[kind, tyro.conf.arg(name="")]))
     return dataclasses.make_dataclass("Command", fields)
