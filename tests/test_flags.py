@@ -12,6 +12,7 @@ import pytest
 
 from heedful.model.config import LayerConfig, ModelConfig, PositionConfig, RotaryConfig
 from heedful.train.cli.flags import early, parse
+from heedful.train.cli.usage import USAGE
 from heedful.train.config import OptimizerConfig, TrainConfig, TrainError
 
 
@@ -103,6 +104,10 @@ def test_a_mistake_is_one_line(flags, words):
     assert "heedful x --help" in message
     for word in words:
         assert word in message, message
+
+
+def test_the_help_fits_80_columns():
+    assert max(map(len, USAGE.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("old", ["--train.optimizer.head-lr", "--train.optimizer.head_lr=2"])

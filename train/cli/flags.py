@@ -4,6 +4,7 @@ import ast
 import contextlib
 import io
 import re
+import textwrap
 from collections.abc import Collection
 from typing import Any, TypeVar
 
@@ -34,6 +35,8 @@ def parse(default: T, arguments: list[str], program: str, description: str = "")
     import tyro
 
     require_new_flags(arguments)
+    _join_lines_of_help()
+    description = "\n".join(textwrap.fill(line, 79) for line in description.splitlines())
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -49,6 +52,19 @@ def parse(default: T, arguments: list[str], program: str, description: str = "")
         if not exit.code:
             raise
         raise TrainError(_one_line(said.getvalue())) from None
+
+
+def _join_lines_of_help() -> None:
+    """Let tyro fill the lines of a help text; it keeps breaks before indented lines of docstrings.
+
+    This is a function inside tyro: without it, the help only has ragged lines.
+    """
+    from tyro import _strings
+
+    if hasattr(_strings, "remove_single_line_breaks"):
+        _strings.remove_single_line_breaks = lambda text: "\n\n".join(
+            " ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)
+        )
 
 
 def _registry() -> Any:

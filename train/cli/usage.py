@@ -25,7 +25,7 @@ look at runs
 look at a model
   cores                      show which attention core supports which mask
   inspect CONFIG|RUN         show parameters, memory, FLOPs and masks
-  masks CONFIG|RUN           draw the masks, and test that attention follows them
+  masks CONFIG|RUN           draw the masks, test that attention follows them
   plan CONFIG|RUN [--flags]  estimate memory and time of a step, without training
       --topology v5e:16x16 [--search]   for TPUs, which need not be present
 
