@@ -85,7 +85,11 @@ def test_observers_see_all_in_order(tmp_path):
     steps = [
         (name, told[0]["step"] if name == "on_fingerprint" else told[0])
         for name, *told in seen.events[1:]
+        if name != "on_phase"
     ]
+    phases = [told[0] for name, *told in seen.events if name == "on_phase"]
+    assert phases[:2] == ["compiling", "training"]
+    assert phases[-2:] == ["validating", "training"] and phases.count("validating") == 2
     assert steps == [
         ("on_fingerprint", 0),
         ("on_step", 1),
