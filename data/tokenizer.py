@@ -46,6 +46,13 @@ class Tokenizer:
     is_special: bool [vocab_size], true for ids that are not text, `unk` included. ordinary: ids of
     text. pretokenized: true if texts are words separated by spaces. fingerprint: sha256 (hex) of
     the contents of tokenizer.json and of changes by `special`.
+
+    Example:
+        >>> import heedful as hf
+        >>> tokenizer = hf.Tokenizer.train(["red cat", "red dog"], hf.TokenizerConfig(kind="words"))
+        >>> (ids,) = tokenizer.encode_batch(["red dog"])
+        >>> tokenizer.decode(ids)
+        'red dog'
     """
 
     def __init__(self, text: str, special: Special | None = None, rows: int | None = None):

@@ -1,3 +1,115 @@
-"""Transformers in JAX and Flax that are right, fast and reproducible, from one CPU to a TPU pod."""
+"""Transformers in JAX and Flax that are right, fast and reproducible, from one CPU to a TPU pod.
+
+Names are imported when they are first used: `import heedful` alone does not import jax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from heedful.data.config import DataConfig, TokenizerConfig
+    from heedful.data.errors import DataError
+    from heedful.data.pipeline import Dataset
+    from heedful.data.tokenizer import Tokenizer
+    from heedful.errors import HeedfulError
+    from heedful.model import masks
+    from heedful.model.attention.function import attention
+    from heedful.model.config import (
+        AttentionConfig,
+        FeedForwardConfig,
+        HeadConfig,
+        LayerConfig,
+        LinformerConfig,
+        LoraConfig,
+        ModelConfig,
+        ModelError,
+        NormConfig,
+        PerformerConfig,
+        PositionConfig,
+        RotaryConfig,
+    )
+    from heedful.model.init import init
+    from heedful.model.mask_picture import MaskPicture, show
+    from heedful.model.masks import AttentionMask, MaskNotSupported
+    from heedful.model.transformer import build
+    from heedful.train.audit.findings import Finding
+    from heedful.train.audit.of_model import audit
+    from heedful.train.config import (
+        DecodeConfig,
+        Interrupted,
+        MeshConfig,
+        OptimizerConfig,
+        TrainConfig,
+        TrainError,
+    )
+    from heedful.train.conversion.pretrained import from_pretrained, save_pretrained
+    from heedful.train.experiment import Experiment
+    from heedful.train.fit import fit
+    from heedful.train.inference.classify import Prediction
+    from heedful.train.inspection.attention_of_text import AttentionWeights
+    from heedful.train.observers import Observer
+    from heedful.train.own_loop import make_train_step
+    from heedful.train.state import TrainState
+    from heedful.train.trained_run import TrainedRun, load
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "heedful.data.config": ("DataConfig", "TokenizerConfig"),
+    "heedful.data.errors": ("DataError",),
+    "heedful.data.pipeline": ("Dataset",),
+    "heedful.data.tokenizer": ("Tokenizer",),
+    "heedful.errors": ("HeedfulError",),
+    "heedful.model": ("masks",),
+    "heedful.model.attention.function": ("attention",),
+    "heedful.model.config": (
+        "AttentionConfig", "FeedForwardConfig", "HeadConfig", "LayerConfig", "LinformerConfig",
+        "LoraConfig", "ModelConfig", "ModelError", "NormConfig", "PerformerConfig",
+        "PositionConfig", "RotaryConfig",
+    ),
+    "heedful.model.init": ("init",),
+    "heedful.model.mask_picture": ("MaskPicture", "show"),
+    "heedful.model.masks": ("AttentionMask", "MaskNotSupported"),
+    "heedful.model.transformer": ("build",),
+    "heedful.train.audit.findings": ("Finding",),
+    "heedful.train.audit.of_model": ("audit",),
+    "heedful.train.config": (
+        "DecodeConfig", "Interrupted", "MeshConfig", "OptimizerConfig", "TrainConfig", "TrainError",
+    ),
+    "heedful.train.conversion.pretrained": ("from_pretrained", "save_pretrained"),
+    "heedful.train.experiment": ("Experiment",),
+    "heedful.train.fit": ("fit",),
+    "heedful.train.inference.classify": ("Prediction",),
+    "heedful.train.inspection.attention_of_text": ("AttentionWeights",),
+    "heedful.train.observers": ("Observer",),
+    "heedful.train.own_loop": ("make_train_step",),
+    "heedful.train.state": ("TrainState",),
+    "heedful.train.trained_run": ("TrainedRun", "load"),
+}  # fmt: skip
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AttentionConfig", "AttentionMask", "AttentionWeights", "DataConfig", "DataError", "Dataset",
+    "DecodeConfig", "Experiment", "FeedForwardConfig", "Finding", "HeadConfig", "HeedfulError",
+    "Interrupted", "LayerConfig", "LinformerConfig", "LoraConfig", "MaskNotSupported",
+    "MaskPicture", "MeshConfig", "ModelConfig", "ModelError", "NormConfig", "Observer",
+    "OptimizerConfig", "PerformerConfig", "PositionConfig", "Prediction", "RotaryConfig",
+    "Tokenizer", "TokenizerConfig", "TrainConfig", "TrainError", "TrainState", "TrainedRun",
+    "attention", "audit", "build", "fit", "from_pretrained", "init", "load", "make_train_step",
+    "masks", "save_pretrained", "show",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'heedful' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name, None)
+    if value is None:  # A module.
+        value = importlib.import_module(f"{_HOME_OF[name]}.{name}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -5,26 +5,56 @@ Its method `tile` defines its meaning. Masks are only combined with `&`, so a fu
 forbid pairs.
 
 Axes: B rows of the batch, T queries, S keys, g global tokens.
+
+Example:
+    >>> import heedful as hf
+    >>> hf.masks.causal() & hf.masks.sliding(2, 0)
+    AttentionMask(causal=True, window=(2, 0))
+    >>> import numpy as np
+    >>> print(hf.show(hf.masks.causal() & hf.masks.packed(np.array([[1, 1, 2, 2, 0]])), 5))
+    ██········
+    ████······
+    ····██····
+    ····████··
+    ··········
 """
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Int
 
+from heedful.model import mask_picture
 from heedful.model.config import ModelError
+from heedful.model.segment_blocks import only_id, range_of_ids
 
 Window = tuple[int | None, int | None]
+PICTURED = 16
+"""Number of queries and keys in a notebook's picture of a mask that has no length."""
 
 
 class MaskNotSupported(ModelError):
-    """Error of an attention core that does not support the mask, bias or dropout of a call."""
+    """Error of an attention core that does not support the mask, bias or dropout of a call.
+
+    core: name of the core; reason: the problem and the fix.
+
+    Example:
+        >>> import jax.numpy as jnp, heedful as hf
+        >>> q = jnp.ones((1, 4, 2, 8))
+        >>> try:
+        ...     hf.attention(q, q, q, hf.masks.sliding(1, 0, dilation=(1, 2)), core="splash")
+        ... except hf.MaskNotSupported as error:
+        ...     print(error.core)
+        splash
+    """
 
     def __init__(self, core: str, reason: str):
         super().__init__(f"attention core '{core}' cannot express this mask: {reason}")
-        self.reason = reason
+        self.core, self.reason = core, reason
 
 
 @struct.dataclass
@@ -38,6 +68,14 @@ class AttentionMask:
       position, `left` of them before the query and `right` after it. Pairs with a global token are
       allowed in any case;
     - segment ids: query and key have the same id, which is not 0 (padding).
+
+    A notebook shows a mask as a picture; `show` draws it as text, for any length.
+
+    Example:
+        >>> import heedful as hf
+        >>> mask = hf.AttentionMask(causal=True) & hf.AttentionMask(window=(1, None))
+        >>> mask.to_bool(3, 3)[0, 0].astype(int).tolist()
+        [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
     """
 
     causal: bool = struct.field(pytree_node=False, default=False)
@@ -139,11 +177,11 @@ class AttentionMask:
                     near |= ((low[..., None] <= places) & (places <= high[..., None])).any(-1)
             some, every = some & near, every & all_near
         if self.q_segment_ids is not None and self.kv_segment_ids is not None:
-            low, high = _range_of_ids(self.q_segment_ids, q_size)
-            begin, end = _range_of_ids(self.kv_segment_ids, kv_size)
+            low, high = range_of_ids(self.q_segment_ids, q_size)
+            begin, end = range_of_ids(self.kv_segment_ids, kv_size)
             some &= (low[:, :, None] <= end[:, None]) & (begin[:, None] <= high[:, :, None])
-            queries = _only_id(self.q_segment_ids, q_size)[:, :, None]
-            keys = _only_id(self.kv_segment_ids, kv_size)[:, None]
+            queries = only_id(self.q_segment_ids, q_size)[:, :, None]
+            keys = only_id(self.kv_segment_ids, kv_size)[:, None]
             every &= (queries == keys) & (keys != 0)
         return some, every
 
@@ -172,10 +210,26 @@ class AttentionMask:
         self.require_lengths(q_length, kv_length)
         return self.tile(jnp.arange(q_length), jnp.arange(kv_length))
 
+    def __repr__(self) -> str:
+        parts = []
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if hasattr(value, "dtype"):
+                value = f"{value.dtype}{list(value.shape)}"
+            if value is not None and value is not False:
+                parts.append(f"{entry.name}={value}")
+        return f"AttentionMask({', '.join(parts)})"
+
+    def _repr_png_(self) -> bytes:
+        """Draw the first row of the batch for a notebook: queries down, keys across."""
+        ids = (self.q_segment_ids, self.kv_segment_ids)
+        lengths = [PICTURED if x is None else x.shape[1] for x in ids]
+        return mask_picture.as_png(np.asarray(self.to_bool(*lengths))[0])
+
     def __and__(self, other: "AttentionMask") -> "AttentionMask":
         """Return the mask of the pairs that both masks allow.
 
-        Raises ValueError if no AttentionMask can express the result: windows with different
+        Raises ModelError if no AttentionMask can express the result: windows with different
         dilations, global tokens and a second window, or queries at two different positions.
         """
         return AttentionMask(
@@ -217,7 +271,7 @@ def cross(q_segments: Int[Array, "B T"], kv_segments: Int[Array, "B S"]) -> Atte
     """Allow keys with the query's segment id, in two different sequences; id 0 is padding."""
     q_segments, kv_segments = jnp.asarray(q_segments), jnp.asarray(kv_segments)
     if q_segments.ndim != 2 or kv_segments.ndim != 2:
-        raise ValueError(
+        raise ModelError(
             f"segment ids must have shapes [B, T] and [B, S], not {q_segments.shape} and "
             f"{kv_segments.shape}"
         )
@@ -234,9 +288,9 @@ def sliding(
     """
     for side in (left, right):
         if side is not None and side < 0:
-            raise ValueError(f"a window side must be None or at least 0, not {side}")
+            raise ModelError(f"a window side must be None or at least 0, not {side}")
     if dilation is not None and (not dilation or min(dilation) < 1):
-        raise ValueError(f"dilation needs steps of at least 1, not {tuple(dilation)}")
+        raise ModelError(f"dilation needs steps of at least 1, not {tuple(dilation)}")
     steps = tuple(dilation) if dilation and max(dilation) > 1 else None
     return AttentionMask(window=(left, right), dilation=steps)
 
@@ -251,7 +305,7 @@ def longformer(
     """
     global_index = jnp.asarray(global_index)
     if global_index.ndim != 2 or not jnp.issubdtype(global_index.dtype, jnp.integer):
-        raise ValueError(
+        raise ModelError(
             "global_index must hold integers of shape [B, g], not "
             f"{global_index.dtype}{global_index.shape}"
         )
@@ -270,7 +324,7 @@ def all_of(masks: Sequence[AttentionMask]) -> AttentionMask:
 def _counts(name: str, lengths: jax.Array) -> jax.Array:
     lengths = jnp.asarray(lengths)
     if lengths.ndim != 1 or not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise ValueError(
+        raise ModelError(
             f"{name} must be integers of shape [B], not {lengths.dtype}{lengths.shape}"
         )
     return lengths
@@ -294,7 +348,7 @@ def _both_windows(a: AttentionMask, b: AttentionMask) -> dict:
         for sides in zip(a.window, b.window, strict=True)
     )
     if a.dilation != b.dilation:
-        raise ValueError(
+        raise ModelError(
             f"cannot combine windows of dilation {a.dilation} and {b.dilation}: give both the same "
             "dilation"
         )
@@ -302,7 +356,7 @@ def _both_windows(a: AttentionMask, b: AttentionMask) -> dict:
         # (near | global) & narrower window = narrower window; other results need two windows.
         is_other = other.global_index is not None or window != other.window
         if mask.global_index is not None and is_other:
-            raise ValueError(
+            raise ModelError(
                 f"cannot combine windows {a.window} and {b.window} when one has global tokens: "
                 "combine the windows first, then add the global tokens"
             )
@@ -333,26 +387,8 @@ def _both_offsets(a: AttentionMask, b: AttentionMask) -> jax.Array | None:
         # The result has one offset, which must not move a mask that was made without it.
         placed = other.q_offset is not None or other.causal or other.window is not None
         if mask.q_offset is not None and placed:
-            raise ValueError(
+            raise ModelError(
                 "cannot combine masks of queries at two positions: combine the masks first, then "
                 "call .at(position) of the result"
             )
     return b.q_offset if a.q_offset is None else a.q_offset
-
-
-def _range_of_ids(ids: Int[Array, "B T"], size: int) -> tuple[jax.Array, jax.Array]:
-    """Return the lowest and the highest id in each block [B, blocks]; only padding: (max, 0)."""
-    blocks, most = _blocks_of(ids, size), jnp.iinfo(ids.dtype).max
-    return jnp.min(jnp.where(blocks == 0, most, blocks), -1), jnp.max(blocks, -1)
-
-
-def _only_id(ids: Int[Array, "B T"], size: int) -> jax.Array:
-    """Return the id of each block [B, blocks] in which all ids are equal; 0 for other blocks."""
-    blocks = _blocks_of(ids, size)
-    return jnp.where((blocks == blocks[..., :1]).all(-1), blocks[..., 0], 0)
-
-
-def _blocks_of(ids: Int[Array, "B T"], size: int) -> Int[Array, "B i C"]:
-    """Cut ids into i blocks of C = `size` ids; the last block is padded with id 0."""
-    filled = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % size)))
-    return filled.reshape(ids.shape[0], -1, size)

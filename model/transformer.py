@@ -98,6 +98,7 @@ class Transformer(nn.Module):
         `mask` makes the mask from the config of a layer. `positions` None: 0, 1, 2, ..., counted
         from `offset`.
         """
+        _require_tokens(inputs)
         _require_cache(offset, options.get("cache"))
         positions = _or_range(positions, inputs, offset)
         x = embed(self.embedding(inputs), positions, type_ids, deterministic=deterministic)
@@ -327,7 +328,22 @@ ARCHITECTURES: dict[str, type[Transformer]] = {
 
 
 def build(config: ModelConfig) -> nn.Module:
-    """Return the model that a config describes."""
+    """Return the model that a config describes, a flax.linen.Module.
+
+    `model.apply({"params": params}, inputs)` returns logits [B, T, V] for tokens [B, T], or [B, C]
+    of a classifier; an encoder_decoder takes (inputs, encoder_inputs). B rows, T tokens, V size of
+    the vocabulary, C outputs. Further arguments: `segment_ids` and `positions` [B, T] of packed
+    rows, `deterministic=False` with `rngs={"dropout": key}` in training, and `return_logits=False`
+    for hidden states [B, T, D] (D width).
+
+    Example:
+        >>> import jax, heedful as hf
+        >>> model = hf.build(hf.ModelConfig(vocab_size=64, width=32, layers=1, dropout=0.0))
+        >>> params = hf.init(model, jax.random.key(0))
+        >>> source, target = jax.numpy.ones((2, 7), int), jax.numpy.ones((2, 5), int)
+        >>> model.apply({"params": params}, target, source).shape
+        (2, 5, 64)
+    """
     return ARCHITECTURES[config.architecture](config)
 
 
@@ -343,6 +359,15 @@ def empty_cache(config: ModelConfig, batch: int, length: int) -> StackCache:
             f"model.positions.max_length = {limit}; decode at most {limit}"
         )
     return new_stack_cache(config, batch, length)
+
+
+def _require_tokens(inputs: jax.Array) -> None:
+    if jnp.ndim(inputs) != 2 or not jnp.issubdtype(jnp.asarray(inputs).dtype, jnp.integer):
+        found = jnp.asarray(inputs)
+        raise ModelError(
+            f"tokens are {found.dtype}{list(found.shape)}: give integers [rows, positions]"
+            + ("; tokens[None] adds the axis of rows" if found.ndim == 1 else "")
+        )
 
 
 def _require_cache(offset: jax.Array | int | None, cache: StackCache | None) -> None:

@@ -12,14 +12,15 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("model", "data", "train", "configs")
+SHARED = ("heedful.errors", "heedful.names", "heedful.readable")
 MAY_IMPORT = {
-    "model": ("heedful.model", "heedful.names"),
-    "data": ("heedful.data", "heedful.names"),
-    "train": ("heedful.model", "heedful.data", "heedful.train", "heedful.names"),
+    "model": ("heedful.model", *SHARED),
+    "data": ("heedful.data", *SHARED),
+    "train": ("heedful.model", "heedful.data", "heedful.train", *SHARED),
     "train/cli": ("heedful",),
     "configs": (
         "heedful.configs", "heedful.model.config", "heedful.data.config", "heedful.train.config",
-        "heedful.names",
+        "heedful.train.experiment", "heedful.names",
     ),
     "benchmarks": (
         "benchmarks", "heedful.configs", "heedful.data", "heedful.model", "heedful.train"
@@ -28,6 +29,7 @@ MAY_IMPORT = {
 FILES = sorted(
     path for folder in (*FOLDERS, "benchmarks") for path in (ROOT / folder).rglob("*.py")
 )
+FILES += [ROOT / f"{name.replace('.', '/')}.py" for name in SHARED]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 

@@ -4,18 +4,36 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from heedful.errors import HeedfulError
 from heedful.model.config import require_choices
+from heedful.readable import Readable
 
 MOST = 1 << 20  # Largest number of tokens of a text.
 MOST_BEAM = 4096  # Largest number of hypotheses of a beam search.
 
 
-class TrainError(ValueError):
-    """Error of a run that cannot start or continue; the message has the fix."""
+class TrainError(HeedfulError, ValueError):
+    """Error of a run that cannot start, continue or be used; the message has the fix.
+
+    >>> import heedful as hf
+    >>> try:
+    ...     hf.TrainConfig(steps=0)
+    ... except hf.TrainError as error:
+    ...     print(error)
+    train.steps must be positive, not 0
+    """
 
 
-class Interrupted(Exception):
-    """A signal has stopped the run, which is saved. code: exit status of the process."""
+class Interrupted(HeedfulError):
+    """A signal (Ctrl-C) has stopped the run, which is saved: the same call of `fit` resumes it.
+
+    code: exit status of a process that ends with this exception.
+
+    >>> import heedful as hf
+    >>> raise hf.Interrupted("stopped at step 7, saved", 130)
+    Traceback (most recent call last):
+    heedful.train.config.Interrupted: stopped at step 7, saved
+    """
 
     def __init__(self, message: str, code: int):
         super().__init__(message)
@@ -28,9 +46,15 @@ def require(condition: bool, message: str) -> None:
         raise TrainError(message)
 
 
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """Adam (arXiv:1412.6980) or AdamW (arXiv:1711.05101), with warmup of the learning rate."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class OptimizerConfig(Readable):
+    """Adam (arXiv:1412.6980) or AdamW (arXiv:1711.05101), with warmup of the learning rate.
+
+    Example:
+        >>> import heedful as hf
+        >>> hf.OptimizerConfig(peak_lr=3e-4, schedule="cosine")
+        OptimizerConfig(peak_lr=0.0003, schedule='cosine')
+    """
 
     kind: Literal["adam", "adamw"] = "adamw"
     """Optimizer. With adam, weight_decay must be 0."""
@@ -117,9 +141,15 @@ class OptimizerConfig:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """Axes of the device mesh; the product of their sizes must be the number of devices."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class MeshConfig(Readable):
+    """Axes of the device mesh; the product of their sizes must be the number of devices.
+
+    Example:
+        >>> import heedful as hf
+        >>> hf.MeshConfig(fsdp=4)
+        MeshConfig(fsdp=4)
+    """
 
     data: int = -1
     """Number of copies of the model that share a batch; -1: all devices that other axes leave."""
@@ -141,9 +171,15 @@ class MeshConfig:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class DecodeConfig:
-    """Settings of beam search and sampling."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DecodeConfig(Readable):
+    """Settings of beam search and sampling.
+
+    Example:
+        >>> import heedful as hf
+        >>> hf.DecodeConfig(beam=1, temperature=0.8)
+        DecodeConfig(beam=1, temperature=0.8)
+    """
 
     beam: int = 4
     """Number of hypotheses of the beam search; 1: greedy decoding, or sampling if temperature is
@@ -248,9 +284,15 @@ def require_tokens(decode: DecodeConfig, vocab_size: int) -> None:
 Metric = Literal["loss", "smoothed_loss", "accuracy", "f1", "matthews", "pearson", "spearman"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Settings of a training run."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TrainConfig(Readable):
+    """Settings of a training run.
+
+    Example:
+        >>> import heedful as hf
+        >>> hf.TrainConfig(steps=100, optimizer=hf.OptimizerConfig(warmup_steps=10))
+        TrainConfig(steps=100, optimizer=OptimizerConfig(warmup_steps=10))
+    """
 
     init_from: str | None = None
     """Fine-tune the parameters of a run (its directory), of a Hugging Face model (hf:DIR) or of a

@@ -42,6 +42,11 @@ class _Lasting:
             return 0
 
 
+def quiet() -> Console:
+    """Return a console that prints nothing."""
+    return Console(quiet=True, markup=False)
+
+
 def tell(text: str) -> None:
     """Print a line to standard error; do nothing if the line cannot be written."""
     with contextlib.suppress(OSError):

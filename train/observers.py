@@ -15,10 +15,18 @@ from rich.progress import (
 
 
 class Observer:
-    """Base class: it receives the events of a training run. Subclasses override what they need.
+    """Base class of callbacks: it receives the events of a training run.
 
-    The methods are called on every process, in the order of the observers. An exception ends the
-    training run.
+    Subclasses override what they need. The methods are called on every process, in the order of the
+    observers. An exception ends the training run.
+
+    Example:
+        >>> import heedful as hf
+        >>> class Losses(hf.Observer):
+        ...     def on_log(self, step, values):
+        ...         print(step, round(values["loss"], 1))
+        >>> Losses().on_log(20, {"loss": 3.14159})
+        20 3.1
     """
 
     def on_start(self, environment: dict[str, Any]) -> None:

@@ -19,12 +19,27 @@ from heedful.train.trainable import rate_factors, split
 
 @struct.dataclass
 class TrainState:
-    """The part of a checkpoint that training changes, without the position of the data iterator."""
+    """The values that training changes; a checkpoint has them, and the position in the data.
+
+    Example:
+        >>> import jax, optax, heedful as hf
+        >>> config = hf.ModelConfig(architecture="decoder_only", vocab_size=64, width=32, layers=1)
+        >>> params = hf.init(hf.build(config), jax.random.key(0))
+        >>> state = hf.TrainState.create(params, optax.adamw(1e-3))
+        >>> int(state.step)
+        0
+    """
 
     step: jax.Array
+    """Number of updates so far, int32 []."""
     params: Any
     opt_state: Any
     """State of the optimizer, for the trainable parameters."""
+
+    @classmethod
+    def create(cls, params: Any, optimizer: optax.GradientTransformation) -> "TrainState":
+        """Return the state before the first step of an own loop with an optax optimizer."""
+        return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params))  # type: ignore[call-arg]
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from heedful.data.config import DataConfig
 from heedful.data.errors import DataError
 from heedful.data.examples import SPLITS, Example
-from heedful.data.sources import files, homeassistant, listops, sentiment, shakespeare, tfds
+from heedful.data.sources import files, homeassistant, listops, sentiment, shakespeare, texts, tfds
 from heedful.data.sources.source import Source
 
 SOURCES: dict[str, Source] = {
@@ -15,6 +15,7 @@ SOURCES: dict[str, Source] = {
     "listops": listops.SOURCE,
     "files": files.SOURCE,
     "tfds": tfds.SOURCE,
+    "texts": texts.SOURCE,
 }
 
 

@@ -25,6 +25,7 @@ from heedful.model.attention.online_softmax import OnlineSoftmax, bias_gradient,
 from heedful.model.axes import shards, target_platform
 from heedful.model.masks import AttentionMask
 from heedful.model.ops.dropout import dropout_words, keep_at
+from heedful.model.ops.manual import vary
 from heedful.model.positions import PositionBias
 
 # Numbers of queries and keys of a tile, for sequences shorter than 8,192 and for longer ones. On a
@@ -243,7 +244,7 @@ def _forward(tiles: Tiles, q, k, v, values, part: Part, mask: AttentionMask, bia
 
             return softmax.add(scores, weigh)
 
-        return visits.loop(step, OnlineSoftmax.start(q.shape)).finish()
+        return visits.loop(step, vary(OnlineSoftmax.start(q.shape), q)).finish()
 
     return jax.lax.map(row, (jnp.arange(len(q)), q, tiles.visits(mask)))
 
@@ -281,11 +282,12 @@ def _backward(tiles: Tiles, saved, g):
             return dqT, dk, dv, dvalues
 
         dqT, dvalues = state
-        zeros = jnp.zeros(k.shape, jnp.float32)
+        zeros = vary(jnp.zeros(k.shape, jnp.float32), k)
         dqT, dk, dv, dvalues = visits.loop(step, (dqT, zeros, zeros, dvalues))
         return (dqT, dvalues), (dk.astype(k_block.dtype), dv.astype(v_block.dtype))
 
     start = jnp.zeros(_transpose(q).shape, jnp.float32), jax.tree.map(jnp.zeros_like, values)
+    start = vary(start, q)
     visits = tiles.visits(mask, by_key=True)
     (dqT, dvalues), (dk, dv) = jax.lax.scan(column, start, (jnp.arange(len(k)), k, v, visits))
     return _transpose(dqT), dk, dv, dvalues, None, None, None, None

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from heedful.model.attention.core import AttentionCall, Core
 from heedful.model.attention.random_features import Features
+from heedful.model.ops.manual import vary
 
 HEADROOM = 60.0  # exp(HEADROOM), times keys and values, is far below the largest float32
 
@@ -151,7 +152,7 @@ def remember(rows: Rows, features: Features, size: int, state: FeatureState) -> 
         _chunks(rows.v, 2, size),
         _chunks(rows.is_key, 1, size),
     )
-    return jax.lax.scan(step, state, chunks)[0]
+    return jax.lax.scan(step, vary(state, rows.k), chunks)[0]
 
 
 def read(rows: Rows, features: Features, size: int, state: FeatureState) -> KernelSums:
@@ -180,7 +181,7 @@ def causal(
     `size` tokens.
     """
     B, K, _, H = rows.k.shape
-    state = state or FeatureState.zeros(B, K, len(features.matrix), H)
+    state = vary(state or FeatureState.zeros(B, K, len(features.matrix), H), rows.k)
 
     @jax.checkpoint
     def step(carry: tuple[FeatureState, jax.Array], chunk: Rows):

@@ -24,6 +24,7 @@ from heedful.model.attention.flash import flash
 from heedful.model.attention.rows import is_repeated, put_rows, repeat_batch, take_rows
 from heedful.model.masks import AttentionMask, Window
 from heedful.model.ops.dropout import dropout_words, keep_at
+from heedful.model.ops.manual import vary
 from heedful.model.positions import PositionBias
 
 BLOCK = 128  # queries of a block; affects memory and time, not the result
@@ -186,7 +187,7 @@ def _slide_backward(band, saved, g):
         return sums, dq
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), [k, v, far, bias])
-    sums, dq = jax.lax.scan(one, zeros, (jnp.arange(q.shape[0]), q, g))
+    sums, dq = jax.lax.scan(one, vary(zeros, q), (jnp.arange(q.shape[0]), q, g))
     sums = jax.tree.map(lambda x, like: x.astype(like.dtype), sums, [k, v, far, bias])
     return dq, *sums, None
 

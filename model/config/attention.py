@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from heedful.model.config.checks import require, require_choices, require_rate
+from heedful.readable import Readable
 
 AttentionSite = Literal["self", "decoder", "cross"]
 """self: self-attention in a stack without cross-attention; decoder: self-attention beside
@@ -12,9 +13,15 @@ cross-attention; cross: cross-attention."""
 GLOBAL_TOKENS_LIMIT = 100_000
 
 
-@dataclass(frozen=True, kw_only=True)
-class PerformerConfig:
-    """The core `performer`: attention by random features (arXiv:2009.14794)."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PerformerConfig(Readable):
+    """The core `performer`: attention by random features (arXiv:2009.14794).
+
+    Example:
+        >>> import heedful as hf
+        >>> hf.AttentionConfig(core="performer", performer=hf.PerformerConfig(features=64))
+        AttentionConfig(core='performer', performer=PerformerConfig(features=64))
+    """
 
     features: int = 256
     """Number of random features (R); the error falls as 1 / sqrt(R)."""
@@ -43,9 +50,15 @@ class PerformerConfig:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class LinformerConfig:
-    """The core `linformer`: keys and values projected along the length (arXiv:2006.04768)."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LinformerConfig(Readable):
+    """The core `linformer`: keys and values projected along the length (arXiv:2006.04768).
+
+    Example:
+        >>> import heedful as hf
+        >>> hf.AttentionConfig(core="linformer", linformer=hf.LinformerConfig(rank=32))
+        AttentionConfig(core='linformer', linformer=LinformerConfig(rank=32))
+    """
 
     rank: int = 256
     """Number of projected keys and values (R; k in the paper)."""
@@ -65,9 +78,15 @@ class LinformerConfig:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
-    """Multi-head attention (arXiv:1706.03762 §3.2), with grouped key/value heads."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class AttentionConfig(Readable):
+    """Multi-head attention (arXiv:1706.03762 §3.2), with grouped key/value heads.
+
+    Example:
+        >>> import heedful as hf
+        >>> hf.AttentionConfig(heads=8, kv_heads=2, window=256)
+        AttentionConfig(window=256, kv_heads=2)
+    """
 
     core: str = "auto"
     """Attention core: auto, cudnn, dense, flash, linformer, longformer, performer, ring or splash;

@@ -4,11 +4,20 @@ import math
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin
 
+from heedful.errors import HeedfulError
 from heedful.names import did_you_mean
 
 
-class ModelError(ValueError):
-    """Error of a model that cannot be built, or of its input; one line, which includes the fix."""
+class ModelError(HeedfulError, ValueError):
+    """Error of a model that cannot be built, or of its input; one line, which includes the fix.
+
+    >>> import heedful as hf
+    >>> try:
+    ...     hf.ModelConfig(dropout=2.0)
+    ... except hf.ModelError as error:
+    ...     print(error)
+    model.dropout must lie in [0, 1), not 2.0
+    """
 
 
 def require(condition: bool, message: str) -> None:

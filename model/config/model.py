@@ -9,13 +9,20 @@ from heedful.model.config.checks import require, require_choices, require_rate
 from heedful.model.config.parts import FeedForwardConfig, HeadConfig, LoraConfig, NormConfig
 from heedful.model.config.pattern import LayerConfig
 from heedful.model.config.positions import PositionConfig
+from heedful.readable import Readable
 
 Architecture = Literal["encoder_only", "decoder_only", "encoder_decoder"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Config of one Transformer."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ModelConfig(Readable):
+    """Config of one Transformer.
+
+    Example:
+        >>> import heedful as hf
+        >>> hf.ModelConfig(architecture="decoder_only", vocab_size=1000, width=64, layers=2)
+        ModelConfig(architecture='decoder_only', vocab_size=1000, width=64, layers=2)
+    """
 
     architecture: Architecture = "encoder_decoder"
     """encoder_only (BERT), decoder_only (GPT) or encoder_decoder (translation)."""

@@ -4,11 +4,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from heedful.model.config.checks import require, require_choices, require_idle, require_rate
+from heedful.readable import Readable
 
 
-@dataclass(frozen=True, kw_only=True)
-class FeedForwardConfig:
-    """The position-wise feed-forward layer (arXiv:1706.03762 §3.3)."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FeedForwardConfig(Readable):
+    """The position-wise feed-forward layer (arXiv:1706.03762 §3.3).
+
+    Example:
+        >>> import heedful as hf
+        >>> hf.FeedForwardConfig(width=1024, gated=True)
+        FeedForwardConfig(width=1024, gated=True)
+    """
 
     width: int = 2048
     """Inner width (F)."""
@@ -28,9 +35,15 @@ class FeedForwardConfig:
         require_rate("model.feed_forward.dropout", self.dropout)
 
 
-@dataclass(frozen=True, kw_only=True)
-class NormConfig:
-    """Normalisation of each sublayer."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class NormConfig(Readable):
+    """Normalisation of each sublayer.
+
+    Example:
+        >>> import heedful as hf
+        >>> hf.NormConfig(kind="rmsnorm", position="pre")
+        NormConfig(kind='rmsnorm', position='pre')
+    """
 
     kind: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
     """layernorm (arXiv:1607.06450), rmsnorm (arXiv:1910.07467), or none, for an ablation."""
@@ -48,9 +61,15 @@ class NormConfig:
         require(self.epsilon > 0, f"model.norm.epsilon must be positive, not {self.epsilon}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeadConfig:
-    """The head on top of the stack."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class HeadConfig(Readable):
+    """The head on top of the stack.
+
+    Example:
+        >>> import heedful as hf
+        >>> hf.HeadConfig(kind="classifier", outputs=3)
+        HeadConfig(kind='classifier', outputs=3)
+    """
 
     kind: Literal["language_model", "classifier"] = "language_model"
     """Logits for the entries of the vocabulary, or for classes."""
@@ -83,9 +102,15 @@ class HeadConfig:
         require_idle("model.head", self, idle, f"{need}, not {self.kind}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Low-rank adaptation (arXiv:2106.09685): W + alpha / rank * A @ B; W is not trained."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LoraConfig(Readable):
+    """Low-rank adaptation (arXiv:2106.09685): W + alpha / rank * A @ B; W is not trained.
+
+    Example:
+        >>> import heedful as hf
+        >>> hf.LoraConfig(rank=8)
+        LoraConfig(rank=8)
+    """
 
     rank: int = 0
     """Rank of the update (R); 0: no update."""

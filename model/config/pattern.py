@@ -6,11 +6,18 @@ from typing import Any, Literal
 
 from heedful.model.config.checks import require
 from heedful.model.config.positions import RotaryConfig
+from heedful.readable import Readable
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerConfig:
-    """One layer of `model.pattern`: the options that differ from those of the model."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LayerConfig(Readable):
+    """One layer of `model.pattern`: the options that differ from those of the model.
+
+    Example:
+        >>> import heedful as hf
+        >>> hf.ModelConfig(pattern=(hf.LayerConfig(window=16), hf.LayerConfig())).pattern[0].window
+        16
+    """
 
     window: int | Literal["all"] | None = None
     """Window of this layer's self-attention; all: no limit; None: model.attention.window."""

@@ -4,11 +4,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from heedful.model.config.checks import require, require_choices, require_idle
+from heedful.readable import Readable
 
 
-@dataclass(frozen=True, kw_only=True)
-class RotaryConfig:
-    """Frequencies of rotary positions."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RotaryConfig(Readable):
+    """Frequencies of rotary positions.
+
+    Example:
+        >>> import heedful as hf
+        >>> hf.RotaryConfig(base=500_000)
+        RotaryConfig(base=500000)
+    """
 
     base: float = 10_000.0
     """Base of the wavelengths 2 pi base^(2i/H)."""
@@ -50,9 +57,15 @@ class RotaryConfig:
             require_idle("model.positions.rotary", self, names, need)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PositionConfig:
-    """Position signals, which tell the model the order of its input."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PositionConfig(Readable):
+    """Position signals, which tell the model the order of its input.
+
+    Example:
+        >>> import heedful as hf
+        >>> hf.PositionConfig(kind="rotary")
+        PositionConfig(kind='rotary')
+    """
 
     kind: Literal["none", "sinusoidal", "learned", "rotary", "alibi", "relative"] = "sinusoidal"
     """none, sinusoidal (arXiv:1706.03762 §3.5), learned (arXiv:1705.03122), rotary

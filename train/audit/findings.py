@@ -18,6 +18,11 @@ class Finding:
 
     A leak is a dependence that the config forbids; blindness is a dependence that the config allows
     and the model lacks.
+
+    Example:
+        >>> import heedful as hf
+        >>> print(hf.Finding("leak", "self-attention", "masks", "position 0 sees position 1"))
+        leak: self-attention (masks): position 0 sees position 1
     """
 
     kind: Kind

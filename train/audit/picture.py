@@ -12,12 +12,18 @@ from rich.console import Group
 from rich.text import Text
 
 from heedful.data.writing import write_whole
+from heedful.model import mask_picture
 from heedful.train.audit import declared
 from heedful.train.audit.audit import Audit
-from heedful.train.inspection.inspect import MAY, MAY_NOT
 
 MAY_NOT_SEE, SOME, SEES, LEAK, BLIND = range(5)
-MARKS = {MAY_NOT_SEE: MAY_NOT, SOME: "▒▒", SEES: MAY, LEAK: "!!", BLIND: "??"}
+MARKS = {
+    MAY_NOT_SEE: mask_picture.MAY_NOT,
+    SOME: mask_picture.SOME,
+    SEES: mask_picture.MAY,
+    LEAK: "!!",
+    BLIND: "??",
+}
 COLOURS = {MAY_NOT_SEE: "0.93", SOME: "0.65", SEES: "0.3", LEAK: "#d62728", BLIND: "#1f77b4"}
 MEANING = {
     MAY_NOT_SEE: "may not and does not see",

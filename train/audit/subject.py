@@ -49,8 +49,8 @@ class Subject:
 
         `trained` is (parameters, tokenizer); parameters of another core are not used.
         """
-        length, fits = length or LENGTH, trained is not None and _fit(model, trained[0])
-        if trained is not None and fits:
+        length, is_own = length or LENGTH, trained is not None and fits(model, trained[0])
+        if trained is not None and is_own:
             params, tokenizer = trained
             note = "the model of the run with its parameters"
             if model.positions.kind == "learned":
@@ -65,7 +65,7 @@ class Subject:
             model, note = shrunk(model, length, tokenizer.vocab_size)
             params = random_params(model)
         dataset = examples.dataset(data, tokenizer, length, pairs=model.type_vocab_size > 1)
-        return cls(model, params, fits, dataset, note)
+        return cls(model, params, is_own, dataset, note)
 
     @cached_property
     def batch(self) -> declared.Batch:
@@ -97,7 +97,7 @@ class Subject:
         return self.names["self"]
 
 
-def _fit(model: ModelConfig, params: Any) -> bool:
+def fits(model: ModelConfig, params: Any) -> bool:
     """Tell if the parameters have the shapes of the model; with another core they may differ."""
     expected = dict(jax.tree_util.tree_leaves_with_path(shapes(model)))
     given = dict(jax.tree_util.tree_leaves_with_path(params))

@@ -1,12 +1,14 @@
 """Export the model of a run to the files of transformers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from heedful.data.tokenizer import Tokenizer
 from heedful.model import pretrained
+from heedful.model.config import ModelConfig
 from heedful.train.config import TrainError
 from heedful.train.config_json import write_json
 from heedful.train.hosts import is_first, to_host
@@ -19,12 +21,26 @@ def export_run(trained: Trained, directory: Path, console: Console) -> None:
     Raises TrainError for a directory that is not empty, and ModelError for a model that no model
     family of transformers can express.
     """
-    if directory.is_dir() and any(directory.iterdir()):
-        raise TrainError(f"{directory} is not empty: give another directory to export to")
-    model, params = pretrained.merge_lora(trained.run.model, to_host(trained.params))
+    _require_empty(directory)
+    params = to_host(trained.params)
     if not is_first():
         return
-    tokenizer = trained.tokenizer
+    export_model(directory, trained.run.model, params, trained.tokenizer, trained.run.data.classes)
+    console.print(
+        f"exported to {directory}: {', '.join(sorted(p.name for p in directory.iterdir()))}"
+    )
+
+
+def export_model(
+    directory: Path,
+    model: ModelConfig,
+    params: Any,
+    tokenizer: Tokenizer,
+    labels: Sequence[str] = (),
+) -> None:
+    """Write a model with its parameters on the host; errors are those of `export_run`."""
+    _require_empty(directory)
+    model, params = pretrained.merge_lora(model, params)
     files = {} if tokenizer.special is None else tokenizer.special.files
     roles = {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
     special = {f"{role}_token_id": i for role, i in roles.items() if i is not None}
@@ -32,7 +48,6 @@ def export_run(trained: Trained, directory: Path, console: Console) -> None:
         special = _within(files["config.json"], model.vocab_size or 0)
     if model.architecture == "encoder_decoder" and tokenizer.bos is not None:
         special.setdefault("decoder_start_token_id", tokenizer.bos)
-    labels = trained.run.data.classes
     pretrained.write(directory, model, params, special=special, labels=labels)
     framing = tokenizer.framing(model.architecture).following(None)
     framing.save(directory / "tokenizer.json")
@@ -54,9 +69,11 @@ def export_run(trained: Trained, directory: Path, console: Console) -> None:
     write_json(directory / "tokenizer_config.json", values)
     if (name := "generation_config.json") in files and model.head.kind == "language_model":
         write_json(directory / name, files[name])
-    console.print(
-        f"exported to {directory}: {', '.join(sorted(p.name for p in directory.iterdir()))}"
-    )
+
+
+def _require_empty(directory: Path) -> None:
+    if directory.is_dir() and any(directory.iterdir()):
+        raise TrainError(f"{directory} is not empty: give another directory to export to")
 
 
 def _within(special: Mapping[str, Any], size: int) -> dict[str, Any]:

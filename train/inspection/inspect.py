@@ -18,6 +18,7 @@ from heedful.data.tokenizer import Tokenizer
 from heedful.model.attention import spec_of
 from heedful.model.cache import remembered
 from heedful.model.config import ModelConfig
+from heedful.model.mask_picture import MAY, MAY_NOT, as_text
 from heedful.train.config import MeshConfig, TrainConfig, require
 from heedful.train.inspection.attention_weights import attention_masks, attentions
 from heedful.train.inspection.costs import (
@@ -37,7 +38,6 @@ from heedful.train.trainable import named
 
 ROW = 16
 """Length of the row whose masks are drawn."""
-MAY, MAY_NOT = "██", "··"
 
 
 def inspect(
@@ -258,8 +258,7 @@ def masks_drawn(model: ModelConfig, data: DataConfig) -> Group:
     pictures = []
     for (kind, layer), name in attentions(model).items():
         mask = attention_masks(model, batch, layer)[kind]
-        allowed = np.asarray(mask.to_bool(ROW, ROW))[0].any(0)
-        lines = "\n".join("".join(MAY if may else MAY_NOT for may in row) for row in allowed)
+        lines = as_text(np.asarray(mask.to_bool(ROW, ROW))[0].any(0, keepdims=True))
         pictures.append(Text(f"{name}\n{lines}\n", no_wrap=True))
     legend = (
         f"masks of a row of {ROW}: {meaning}\n"

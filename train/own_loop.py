@@ -1,0 +1,142 @@
+"""A train step for a loop of one's own: no run, no config of training, no mesh."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from heedful.model.attention import FEATURES, redraw_steps
+from heedful.train.config import TrainError, require
+from heedful.train.model_loss import Loss, LossOptions
+from heedful.train.state import TrainState
+from heedful.train.step import summed_gradients
+from heedful.train.tasks import TASKS
+
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    task: str | Loss = "causal_lm",
+    *,
+    label_smoothing: float = 0.0,
+    loss_chunk: int | None = None,
+    accumulate: int = 1,
+    seed: int = 0,
+    donate: bool = False,
+) -> TrainStep:
+    """Return a jitted function (state, batch) -> (state, metrics) for an own training loop.
+
+    The gradient is that of (sum of losses) / (sum of weights) over the whole batch. A batch is a
+    dict of arrays [B, T] (B rows, T positions), as `Dataset` makes it: inputs, targets and weights,
+    and if wanted segment_ids and positions; for an encoder_decoder also encoder_inputs [B, S].
+    metrics: loss (mean), weight (sum of weights) and grad_norm, float32 [].
+
+    model: a model of `build`.
+    optimizer: an optax optimizer, with its schedule, clipping and freezing.
+    task: causal_lm or another task with its loss, or a loss: (model, params, batch, options) ->
+    (sum of losses, sum of weights, outputs or None); see `heedful.train.model_loss.Loss`.
+    loss_chunk: positions of a row whose logits are computed at a time, to save memory; None: all.
+    accumulate: micro-batches into which a batch is split, to save memory; the update is the same.
+    seed: of dropout; the step is added.
+    donate: reuse the memory of the old state, which can then not be read any more.
+
+    Raises TrainError for an unknown task and for a task that the model cannot learn.
+
+    Example:
+        >>> import jax, optax, heedful as hf
+        >>> texts = ["red cat sleeps", "blue bird sings"] * 16
+        >>> tokenizer = hf.Tokenizer.train(texts, hf.TokenizerConfig(kind="words"))
+        >>> data = hf.Dataset.from_texts(texts, tokenizer, max_length=8, batch_tokens=64)
+        >>> model = hf.build(hf.ModelConfig(architecture="decoder_only", width=16, layers=1,
+        ...     vocab_size=tokenizer.vocab_size))
+        >>> optimizer = optax.adam(1e-2)
+        >>> state = hf.TrainState.create(hf.init(model, jax.random.key(0)), optimizer)
+        >>> step = hf.make_train_step(model, optimizer, task="causal_lm")
+        >>> for batch, _ in zip(data.train_iterator(), range(3)):
+        ...     state, metrics = step(state, batch)
+        >>> sorted(metrics), int(state.step)
+        (['grad_norm', 'loss', 'weight'], 3)
+    """
+    config, loss = model.config, _loss(model, task)  # type: ignore[attr-defined]
+    redraw = redraw_steps(config)
+
+    def train_step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        features = {}
+        if redraw is not None:
+            features[FEATURES] = jax.random.fold_in(jax.random.key(seed), state.step // redraw)
+
+        def loss_sum(params: Any, batch: Mapping[str, Any], key: jax.Array):
+            options = LossOptions(
+                chunk=loss_chunk,
+                label_smoothing=label_smoothing,
+                deterministic=False,
+                rngs={"dropout": key} | features,
+            )
+            return loss(model, params, batch, options)[:2]
+
+        total, weight, grads = summed_gradients(loss_sum, state.params, batch, key, accumulate)
+        count = jnp.maximum(weight, 1.0)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": total / count, "weight": weight, "grad_norm": optax.tree.norm(grads)}
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics  # type: ignore[attr-defined]
+
+    compiled = jax.jit(train_step, donate_argnums=0 if donate else ())
+
+    def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
+        require_arrays(batch, accumulate)
+        return compiled(state, dict(batch))
+
+    return step
+
+
+def require_arrays(batch: Mapping[str, Any], accumulate: int) -> None:
+    """Raise TrainError for a batch without the arrays of a loss, or of shapes that do not fit."""
+    missing = [name for name in ("inputs", "targets", "weights") if name not in batch]
+    require(
+        not missing,
+        f"the batch has no {' and no '.join(missing)}: give arrays as Dataset makes them",
+    )
+    rows = {name: len(array) for name, array in batch.items()}
+    require(
+        len(set(rows.values())) == 1,
+        f"the arrays of the batch have different numbers of rows ({rows}): give the same number",
+    )
+    require(
+        rows["inputs"] % accumulate == 0,
+        f"the batch has {rows['inputs']} rows, which accumulate = {accumulate} does not divide",
+    )
+    targets = batch["targets"].shape
+    require(
+        len(targets) == 1 or targets == batch["inputs"].shape,
+        f"targets have the shape {targets} and inputs {batch['inputs'].shape}: give one target for "
+        "each position, or one for each row",
+    )
+    require(
+        batch["weights"].shape == targets,
+        f"weights have the shape {batch['weights'].shape} and targets {targets}: give one weight "
+        "for each target",
+    )
+
+
+def _loss(model: nn.Module, task: str | Loss) -> Loss:
+    if not isinstance(task, str):
+        return task
+    if task not in TASKS:
+        raise TrainError(f"unknown task '{task}': choose one of {', '.join(TASKS)}")
+    config, spec = model.config, TASKS[task]  # type: ignore[attr-defined]
+    require(
+        spec.fits(config),
+        f"task {task} needs model.architecture {' or '.join(spec.architectures)} and "
+        f"model.head.kind {spec.head}, not {config.architecture} and {config.head.kind}: change "
+        "the task or the model",
+    )
+    return spec.loss
