@@ -329,6 +329,13 @@ class Dataset:
         rows = [objective.row(e, rng, self.config, self.tokenizer) for e in examples]
         return pack(rows) if isinstance(plan, PackedPlan) else rows[0]
 
+    def texts(self) -> list[Example]:
+        """Return the texts of all examples by field, decoded from their tokens."""
+        return [
+            {field: self.tokenizer.decode(ids) for field, ids in self.store[number].items()}
+            for number in range(len(self.store.blank))
+        ]
+
     def _example(self, number: int) -> Arrays:
         example = self.store[number]
         return example if self.labels is None else {**example, "label": self.labels[number]}

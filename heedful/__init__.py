@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from heedful.train.experiment import Experiment
     from heedful.train.fit import fit
     from heedful.train.inference.classify import Prediction
-    from heedful.train.inspection.attention_of_text import AttentionWeights
+    from heedful.train.inspection.attention_picture import AttentionWeights
     from heedful.train.observers import Observer
     from heedful.train.own_loop import make_train_step
     from heedful.train.state import TrainState
@@ -80,7 +80,7 @@ _HOMES = {
     "heedful.train.experiment": ("Experiment",),
     "heedful.train.fit": ("fit",),
     "heedful.train.inference.classify": ("Prediction",),
-    "heedful.train.inspection.attention_of_text": ("AttentionWeights",),
+    "heedful.train.inspection.attention_picture": ("AttentionWeights",),
     "heedful.train.observers": ("Observer",),
     "heedful.train.own_loop": ("make_train_step",),
     "heedful.train.state": ("TrainState",),

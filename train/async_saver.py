@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from heedful.data.pipeline import TrainIterator
+from heedful.data.iterator import TrainIterator
 from heedful.train.checkpoint import Checkpoints, SaveFailed
 from heedful.train.config import TrainError
 from heedful.train.home import Home

@@ -1,7 +1,7 @@
 """fit(): train a run from its configs, or resume the run where an earlier call stopped."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +11,10 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from heedful.data.pipeline import Dataset, TrainIterator
+from heedful.data.examples import SPLITS
+from heedful.data.iterator import TrainIterator
+from heedful.data.pipeline import Dataset
+from heedful.data.tokenizer import Tokenizer
 from heedful.train.async_saver import Saving
 from heedful.train.checkpoint import Checkpoints, CorruptCheckpoint
 from heedful.train.config import TrainError
@@ -49,39 +52,40 @@ def fit(
     fallback: bool = False,
     start: tuple[TrainState, dict] | None = None,
     observers: Sequence[Observer] = (),
+    data: Mapping[str, Dataset] | None = None,
 ) -> None:
     """Train up to step `train.steps`, from `start`, or else from the newest checkpoint, if any.
 
     With `fallback`, an earlier checkpoint is used if the newest is corrupt. `observers` receive the
-    events of the training run; an exception of an observer ends the run. Raises NonFiniteLoss,
-    CorruptCheckpoint, SaveFailed for the last checkpoint, and, after saving, Interrupted on SIGINT
-    or SIGTERM to any process.
+    events of the training run; an exception of an observer ends the run. `data` has the datasets of
+    a run on texts of a program, by split; None: they are read as the run says. Raises
+    NonFiniteLoss, CorruptCheckpoint, SaveFailed for the last checkpoint, and, after saving,
+    Interrupted on SIGINT or SIGTERM to any process.
     """
     config, tokenizer, task = run.train, run.tokenizer(), task_of(run.data)
-    prepare = partial(Dataset.prepare, run.data, tokenizer, seed=config.seed)
     with console.status("reading the data"):
-        train_data = primary_first(lambda: prepare("train"))
-        valid_data = primary_first(lambda: prepare("valid"))
         # Test data are used at the end; read them now, to report errors early.
-        test_data = primary_first(lambda: prepare("test"))
-        primary_first(lambda: _require_room(run, test_data))
+        splits = {split: _prepare(run, tokenizer, split, data) for split in data or SPLITS}
+        if "test" in splits:
+            primary_first(lambda: _require_room(run, splits["test"]))
+    train_data, valid_data = splits["train"], splits["valid"]
     require_same("config", repr((run.model, run.data, config)))
     require_same("tokenizer", tokenizer.fingerprint)
     require_same("data", train_data.data_fingerprint + valid_data.data_fingerprint)
-    for line in train_data.report + valid_data.report + test_data.report:
-        console.print(line)
+    for dataset in splits.values():
+        for line in dataset.report:
+            console.print(line)
 
     setup = set_up(run.model, config)
     mesh = setup.mesh
-    for shape in train_data.train_plan.shapes:
-        require_divisible(shape, config.accumulate, mesh)
-    for shape in valid_data.eval_plan.shapes + test_data.eval_plan.shapes:
-        require_divisible(shape, 1, mesh)
+    for split, dataset in splits.items():
+        is_train = split == "train"
+        for shape in (dataset.train_plan if is_train else dataset.eval_plan).shapes:
+            require_divisible(shape, config.accumulate if is_train else 1, mesh)
     describe(run, setup, console)
-    splits = {"train": train_data, "valid": valid_data, "test": test_data}
-    data = {name: dataset.data_fingerprint for name, dataset in splits.items()}
-    del test_data, splits  # The test data are prepared again at the end.
-    now = environment(run, mesh, data)
+    fingerprints = {name: dataset.data_fingerprint for name, dataset in splits.items()}
+    del splits, dataset  # The test data are prepared again at the end.
+    now = environment(run, mesh, fingerprints)
     for observer in observers:
         observer.on_start(now)
 
@@ -127,6 +131,16 @@ def fit(
             training.go_on(state)
         share = saving.seconds / (time.perf_counter() - began)
         console.print(f"saving held training up for {saving.seconds:.2f} s ({share:.1%})")
+
+
+def _prepare(
+    run: Run, tokenizer: Tokenizer, split: str, data: Mapping[str, Dataset] | None
+) -> Dataset:
+    """Return the data of a split: those that the caller gave, or else those that the run names."""
+    if data is not None:
+        return data[split]
+    prepare = partial(Dataset.prepare, run.data, tokenizer, split, seed=run.train.seed)
+    return primary_first(prepare)
 
 
 def _require_room(run: Run, test_data: Dataset) -> None:

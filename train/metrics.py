@@ -84,6 +84,14 @@ def scores(path: Path, metric: str) -> dict[int, float]:
     return found
 
 
+def last_values(path: Path) -> dict[str, float]:
+    """Return the newest measurements of the validation data in a `metrics.jsonl`, by name."""
+    found: dict[str, float] = {}
+    for line in read_lines(path) if path.is_file() else ():
+        found |= {k: v for k, v in line.items() if k.startswith("valid_") and v is not None}
+    return found
+
+
 def require_finite(step: int, metrics: dict[str, Any]) -> None:
     """Raise NonFiniteLoss, with the norms by layer, if loss or gradient is not finite."""
     loss = float(metrics["loss"]) / max(float(metrics["weight"]), 1.0)

@@ -20,19 +20,31 @@ from heedful.train.tasks import task_of
 
 
 def start_run(
-    directory: Path, model: ModelConfig, data: DataConfig, train: TrainConfig, console: Console
+    directory: Path,
+    model: ModelConfig,
+    data: DataConfig,
+    train: TrainConfig,
+    console: Console,
+    tokenizer: Tokenizer | None = None,
 ) -> Run:
     """Return the run in `directory`: a new run, or the existing run if its config is the same.
 
-    An existing run without a checkpoint starts again. Raises TrainError, DataError or ModelError if
-    the three configs do not fit together.
+    An existing run without a checkpoint starts again. `tokenizer` None: it is learned from the
+    data, or comes from the source. Raises TrainError, DataError or ModelError if the three configs
+    and the tokenizer do not fit together.
     """
     require_fit(model, data, train)
     is_old = is_begun(directory)
     if not is_old and (directory / "config.json").exists():
         console.print(f"{directory} was started before and has no checkpoint: the run starts again")
     if is_old or not is_first():
-        tokenizer = Run.open(directory).tokenizer()
+        tokenizer = _the_same(tokenizer, Run.open(directory).tokenizer(), str(directory))
+    elif train.init_from is not None and tokenizer is not None:
+        tokenizer = _the_same(
+            tokenizer, open_source(train.init_from, console).tokenizer, train.init_from
+        )
+    elif tokenizer is not None:
+        tokenizer.require(data.objective)
     elif train.init_from is not None:
         tokenizer = _tokenizer_of_source(train.init_from, data, console)
     else:
@@ -130,6 +142,16 @@ def _tokenizer_of_source(init_from: str, data: DataConfig, console: Console) -> 
             "parameters need their own vocabulary: leave data.tokenizer.path out"
         )
     return tokenizer
+
+
+def _the_same(given: Tokenizer | None, own: Tokenizer, where: str) -> Tokenizer:
+    """Return the tokenizer of a run or a source; raise TrainError if another one was given."""
+    if given is not None and given.fingerprint != own.fingerprint:
+        raise TrainError(
+            f"the given tokenizer differs from the tokenizer of {where}, whose parameters need "
+            "their own vocabulary: use that tokenizer"
+        )
+    return own
 
 
 def _sized(model: ModelConfig, data: DataConfig, tokenizer: Tokenizer) -> ModelConfig:

@@ -44,7 +44,7 @@ def from_pretrained(path: str | Path) -> tuple[ModelConfig, dict[str, Any], Toke
         >>> hf.save_pretrained(directory, config, params, tokenizer)
         >>> config, params, tokenizer = hf.from_pretrained(directory)
         >>> config.width, params["embedding"]["table"].shape
-        (16, (12, 16))
+        (16, (11, 16))
     """
     source = open_source(_name(str(path)), quiet())
     for note in source.notes:

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def report(
     stride: int | None = None,
     other_data: bool = False,
     directory: Path | None = None,
+    data: Mapping[str, Dataset] | None = None,
 ) -> dict[str, Any]:
     """Write the scores of a model on validation and test data to result.json, and print them.
 
@@ -51,8 +53,10 @@ def report(
     samples are printed, and all translations are written to a file in the same directory:
     `directory`, or None for the directory of the run. If the directory is not writable, the scores
     are only printed. With `stride`, long documents are read in overlapping windows (see
-    `strided_loss`). Raises TrainError if the devices do not divide the batches, if a loss is not
-    finite, and, without `other_data`, if the data differ from those of the training run.
+    `strided_loss`). `data` has the datasets of a run on texts of a program, by split; splits that
+    it lacks are left out; None: the data are read as the run says. Raises TrainError if the devices
+    do not divide the batches, if a loss is not finite, and, without `other_data`, if the data
+    differ from those of the training run.
     """
     run, tokenizer = trained.run, trained.tokenizer
     directory, task = directory or run.directory, task_of(run.data)
@@ -63,9 +67,9 @@ def report(
     if stride is not None:
         result["stride"] = stride
     lines: list[str] = []
-    for split in SPLITS:
+    for split in SPLITS if data is None else [name for name in SPLITS if name in data]:
         prepare = partial(Dataset.prepare, run.data, tokenizer, split, seed=run.train.seed)
-        dataset = primary_first(prepare)
+        dataset = primary_first(prepare) if data is None else data[split]
         _require_same(run, dataset, console, other_data)
         for line in dataset.report:
             console.print(line)
@@ -94,8 +98,9 @@ def report(
     is_written = _write(directory, result, console)
     for line in lines:
         console.print(line)
-    if task.use == "translate":
-        translations = translate_test(trained, decode, console, seed)
+    if task.use == "translate" and (data is None or "test" in data):
+        examples = None if data is None else data["test"].texts()
+        translations = translate_test(trained, decode, console, seed, examples)
         result |= translations.result
         is_written = _write(directory, result, console, translations.text)
         for line in translations.lines:

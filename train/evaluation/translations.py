@@ -1,12 +1,14 @@
 """Translate the test data, and score the translations."""
 
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 
 from heedful.data import sources
+from heedful.data.examples import Example
 from heedful.data.text_files import one_line
 from heedful.train.config import DecodeConfig
 from heedful.train.config_json import to_json
@@ -27,12 +29,16 @@ class Translations(NamedTuple):
 
 
 def translate_test(
-    trained: Trained, decode: DecodeConfig, console: Console, seed: int
+    trained: Trained,
+    decode: DecodeConfig,
+    console: Console,
+    seed: int,
+    examples: Sequence[Example] | None = None,
 ) -> Translations:
-    """Translate the test split, and score the translations."""
+    """Translate the test split, and score the translations; examples None: those of the run."""
     run, tokenizer = trained.run, trained.tokenizer
     translator = Translator(run.model, decode, tokenizer, trained.params, trained.mesh, seed)
-    examples = list(sources.load(run.data, "test"))
+    examples = list(sources.load(run.data, "test") if examples is None else examples)
     started = time.perf_counter()
     with console.status(f"translating {len(examples):,} test sentences"):
         translations = translator([example["source"] for example in examples])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +19,9 @@ from heedful.train.load import Trained
 from heedful.train.model_loss import model_inputs
 from heedful.train.sharding import replicated, whole_to_devices
 
+Given = str | tuple[str, ...]
+"""A text, or a pair of texts."""
+
 
 def trained_on_pairs(trained: Trained) -> bool | None:
     """Tell if the run was trained on pairs of texts; None: unknown.
@@ -30,6 +34,19 @@ def trained_on_pairs(trained: Trained) -> bool | None:
         return "pair" in sources.fields(trained.run.data)
     except DataError:
         return None
+
+
+class Prediction(NamedTuple):
+    """The most probable class of a text.
+
+    Example:
+        >>> import heedful as hf
+        >>> hf.Prediction("good", 0.9).label
+        'good'
+    """
+
+    label: str
+    probability: float
 
 
 class Classifier:
@@ -56,14 +73,23 @@ class Classifier:
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
         """Return one line per text: class and probability, or the number of a regression."""
+        return [
+            f"{found:.4f}"
+            if isinstance(found, float)
+            else f"{one_line(found.label)}\t{found.probability:.4f}"
+            for found in self.predict(texts)
+        ]
+
+    def predict(self, texts: Sequence[Given]) -> list[Prediction] | list[float]:
+        """Return the most probable class of each text, or the number of a regression."""
         outputs = self.outputs(texts)
         if self.config.objective_spec.label == "number":
-            return [f"{number:.4f}" for number in outputs[:, 0]]
+            return [float(number) for number in outputs[:, 0]]
         chances = np.exp(outputs - outputs.max(-1, keepdims=True))
         chances /= chances.sum(-1, keepdims=True)
         best = chances.argmax(-1)
         return [
-            f"{one_line(self.config.classes[c])}\t{row[c]:.4f}"
+            Prediction(self.config.classes[c], float(row[c]))
             for c, row in zip(best, chances, strict=True)
         ]
 
@@ -71,7 +97,7 @@ class Classifier:
     def pairs(self) -> bool:
         return trained_on_pairs(self.trained) is not False if self._pairs is None else self._pairs
 
-    def outputs(self, texts: Sequence[str]) -> np.ndarray:
+    def outputs(self, texts: Sequence[Given]) -> np.ndarray:
         """Return the outputs of the model, float32 [texts, outputs].
 
         Raises TrainError with the line for a text that is longer than data.max_length.
@@ -88,9 +114,12 @@ class Classifier:
             outputs[indices] = result[: len(indices)]
         return outputs
 
-    def _row(self, number: int, text: str) -> Arrays:
+    def _row(self, number: int, text: Given) -> Arrays:
         names = ("text", "pair")
-        parts = text.split("\t") if "\t" in text and self.pairs else [text]
+        if isinstance(text, str):
+            parts = text.split("\t") if "\t" in text and self.pairs else [text]
+        else:
+            parts = list(text)
         if len(parts) > 2:
             raise TrainError(f"line {number} has {len(parts)} texts between tabs: give one or two")
         ids = self.trained.tokenizer.encode_batch(parts)

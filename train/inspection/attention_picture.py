@@ -5,6 +5,7 @@ import math
 import re
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from heedful.train.inspection.attention_weights import (
     attention_masks,
     attention_weights,
 )
-from heedful.train.inspection.pictures import require_ours, save
+from heedful.train.inspection.pictures import require_ours, save, to_png
 from heedful.train.inspection.token_labels import drawable, pieces
 from heedful.train.load import Trained
 
@@ -35,6 +36,44 @@ TITLE = 300
 """Largest number of characters of a text in a title."""
 TICKS = (0, 0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
 """Weights that are marked on the colour scale."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionWeights:
+    """The attention weights of one layer for one text; a notebook shows them as a picture.
+
+    Example:
+        >>> import numpy as np, heedful as hf
+        >>> weights = np.array([[[1.0, 0.0], [0.5, 0.5]]])
+        >>> hf.AttentionWeights(weights, weights > 0, ["a", "b"], ["a", "b"], "a b", ["head 1"])
+        AttentionWeights(a b: 1 heads, 2 queries x 2 keys)
+    """
+
+    weights: Float[np.ndarray, "N T S"]
+    """Weight of each key for each query: N heads, T queries, S keys; without dropout."""
+    allowed: Bool[np.ndarray, "n T S"]
+    """True for the pairs that the mask allows; n is N, or 1 if all heads have the same mask."""
+    queries: Sequence[str]
+    """Tokens of the queries [T]."""
+    keys: Sequence[str]
+    """Tokens of the keys [S]."""
+    title: str
+    """Run, attention and layer."""
+    heads: Sequence[str]
+    """Names of the heads [N]."""
+
+    def __repr__(self) -> str:
+        heads, rows, columns = self.weights.shape
+        name = self.title.splitlines()[0]
+        return f"AttentionWeights({name}: {heads} heads, {rows} queries x {columns} keys)"
+
+    def draw(self) -> tuple[Any, list[str]]:
+        """Return the picture as a matplotlib figure, and notes about characters without a font."""
+        names = self.queries, self.keys, self.title, self.heads
+        return draw(self.weights, self.allowed, *names)
+
+    def _repr_png_(self) -> bytes:
+        return to_png(self.draw()[0], self.title)
 
 
 def attention_picture(
@@ -54,6 +93,58 @@ def attention_picture(
     text, a layer or an attention that the model lacks, and an existing output that is not a picture
     of heedful.
     """
+    directory = trained.run.directory
+    which, layer, layers = _chosen(trained, which, layer)
+    name = f"attention.{which}.layer{layer}{'.mean' if mean else ''}.{_slug(trained, text, target)}"
+    output = output or directory / f"{name}.png"
+    require_ours(output)
+    found = attention_of(trained, text, target=target, which=which, layer=layer, mean=mean)
+    figure, notes = found.draw()
+    save(figure, output, found.title)
+    for note in notes:
+        console.print(note, style="yellow")
+    rows, columns = found.weights.shape[1:]
+    what = f"{attention_kinds(trained.run.model)[which]}, layer {layer} of {layers}"
+    console.print(f"{what}, {rows} queries x {columns} keys: {output}")
+    return output
+
+
+def attention_of(
+    trained: Trained,
+    text: str,
+    *,
+    target: str | None = None,
+    which: str | None = None,
+    layer: int | None = None,
+    mean: bool = False,
+) -> AttentionWeights:
+    """Return the attention weights of a text; the arguments are those of `attention_picture`."""
+    model = trained.run.model
+    which, layer, layers = _chosen(trained, which, layer)
+    inputs = model_inputs(trained, text, target, needs_target=which != "encoder")
+    with jax.set_mesh(trained.mesh):
+        weights = np.asarray(attention_weights(model, trained.params, inputs)[which])[layer - 1, 0]
+    heads, rows, columns = weights.shape
+    allowed = np.asarray(attention_masks(model, inputs, layer - 1)[which].to_bool(rows, columns))[0]
+    sides = {"encoder": ("encoder_inputs",) * 2, "cross": ("inputs", "encoder_inputs")}
+    queries, keys = (
+        pieces(trained.tokenizer, np.asarray(inputs[side])[0])
+        for side in sides.get(which, ("inputs",) * 2)
+    )
+    names = [f"head {head} of {heads}" for head in range(1, heads + 1)]
+    if mean:
+        weights, names = weights.mean(0, keepdims=True), [f"mean of {heads} heads"]
+        allowed = allowed.any(0, keepdims=True)
+    title = (
+        f"{_quoted(text, target)}\n{trained.run.directory.resolve().name}: "
+        f"{attention_kinds(model)[which]}, layer {layer} of {layers}\n{_origin(trained.steps)}\n"
+        "queries down, keys across"
+    )
+    return AttentionWeights(weights, allowed, queries, keys, title, names)
+
+
+def _chosen(trained: Trained, which: str | None, layer: int | None) -> tuple[str, int, int]:
+    """Return the kind of attention, the layer (from 1) and the number of layers."""
     directory, model = trained.run.directory, trained.run.model
     kinds = attention_kinds(model)
     which = which or list(kinds)[-1]
@@ -65,35 +156,7 @@ def attention_picture(
     layers = (model.encoder_layers or model.layers) if which == "encoder" else model.layers
     layer = layers if layer is None else layer
     require(1 <= layer <= layers, f"--layer {layer}: give a layer from 1 to {layers}")
-    name = f"attention.{which}.layer{layer}{'.mean' if mean else ''}.{_slug(trained, text, target)}"
-    output = output or directory / f"{name}.png"
-    require_ours(output)
-
-    inputs = model_inputs(trained, text, target, needs_target=which != "encoder")
-    with jax.set_mesh(trained.mesh):
-        weights = np.asarray(attention_weights(model, trained.params, inputs)[which])[layer - 1, 0]
-    heads, rows, columns = weights.shape
-    allowed = np.asarray(attention_masks(model, inputs, layer - 1)[which].to_bool(rows, columns))[0]
-    sides = {"encoder": ("encoder_inputs",) * 2, "cross": ("inputs", "encoder_inputs")}
-    queries, keys = (
-        pieces(trained.tokenizer, np.asarray(inputs[side])[0])
-        for side in sides.get(which, ("inputs",) * 2)
-    )
-    what = f"{kinds[which]}, layer {layer} of {layers}"
-    names = [f"head {head} of {heads}" for head in range(1, heads + 1)]
-    if mean:
-        weights, names = weights.mean(0, keepdims=True), [f"mean of {heads} heads"]
-        allowed = allowed.any(0, keepdims=True)
-    title = (
-        f"{_quoted(text, target)}\n{directory.resolve().name}: {what}\n{_origin(trained.steps)}\n"
-        "queries down, keys across"
-    )
-    figure, notes = draw(weights, allowed, queries, keys, title, names)
-    save(figure, output, title)
-    for note in notes:
-        console.print(note, style="yellow")
-    console.print(f"{what}, {rows} queries x {columns} keys: {output}")
-    return output
+    return which, layer, layers
 
 
 # Inputs -----------------------------------------------------------------------------------------

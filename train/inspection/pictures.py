@@ -31,13 +31,18 @@ def require_ours(path: Path) -> None:
     )
 
 
-def save(figure: Any, path: Path, title: str, **options: Any) -> None:
-    """Write a matplotlib figure as a PNG that `require_ours` knows; make the folder if needed.
+def to_png(figure: Any, title: str, **options: Any) -> bytes:
+    """Return a matplotlib figure as a PNG that `require_ours` knows.
 
     options: arguments of `Figure.savefig`, such as dpi.
     """
     png = BytesIO()
     metadata = {"Software": SOFTWARE, "Title": title}
     figure.savefig(png, format="png", metadata=metadata, **options)
+    return png.getvalue()
+
+
+def save(figure: Any, path: Path, title: str, **options: Any) -> None:
+    """Write the PNG of `to_png` to a path; make the folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, png.getvalue())
+    write_whole(path, to_png(figure, title, **options))
