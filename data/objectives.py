@@ -12,7 +12,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from heedful import own_code
 from heedful.data.errors import DataError
+from heedful.names import did_you_mean
 
 Arrays = dict[str, np.ndarray]
 Example = Mapping[str, np.ndarray]
@@ -334,3 +336,26 @@ OBJECTIVES: dict[str, Objective] = {
     "classification": Objective(**_LABELLED, label="class", settings=("classes", "label")),
     "regression": Objective(**_LABELLED, label="number", settings=("label",)),
 }
+
+
+def objective_of(name: str) -> Objective:
+    """Return the objective of a name, or of the import path of a Task or an Objective.
+
+    A task of training has the attribute `objective`. Raises DataError for another name or value.
+    """
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    if not own_code.is_import_path(name):
+        known = did_you_mean(name, OBJECTIVES)
+        raise DataError(
+            f"data.objective is {name!r}: {known}give one of "
+            f"{', '.join(OBJECTIVES)}, or an import path, my_package.my_task:TASK"
+        )
+    value = own_code.resolve(name, "data.objective", object, DataError)
+    objective = getattr(value, "objective", value)
+    if isinstance(objective, Objective):
+        return objective
+    raise DataError(
+        f"data.objective = {name}: it is of type {type(value).__name__}, not "
+        "heedful.train.tasks.Task; give the import path of another value"
+    )

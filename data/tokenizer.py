@@ -14,7 +14,7 @@ from tokenizers import models
 
 from heedful.data.config import MAX_VOCAB_SIZE, TokenizerConfig
 from heedful.data.errors import DataError
-from heedful.data.objectives import OBJECTIVES
+from heedful.data.objectives import objective_of
 from heedful.data.special import FILE, Special, named_beside, read_config
 from heedful.data.text_parts import cut_text, find_border
 from heedful.data.vocabulary import SPECIAL, framed, learn, read_wordpiece
@@ -171,7 +171,7 @@ class Tokenizer:
         Raises DataError if the objective needs special tokens that the tokenizer lacks, or if the
         objective generates text and the tokenizer loses spaces.
         """
-        if config.kind == "wordpiece" and config.path is None and OBJECTIVES[objective].writes:
+        if config.kind == "wordpiece" and config.path is None and objective_of(objective).writes:
             raise DataError(_spaces("data.tokenizer.kind wordpiece", objective))
         if config.path is None:
             return cls.train(texts, config, objective)
@@ -182,7 +182,7 @@ class Tokenizer:
             )
         tokenizer = cls.load(config.path)
         tokenizer.require(objective, config.path)
-        if tokenizer.loses_spaces and OBJECTIVES[objective].writes:
+        if tokenizer.loses_spaces and objective_of(objective).writes:
             raise DataError(_spaces(f"data.tokenizer.path {config.path}", objective))
         return tokenizer
 
@@ -191,7 +191,7 @@ class Tokenizer:
 
         `name` names the tokenizer in the message.
         """
-        needs = OBJECTIVES[objective]
+        needs = objective_of(objective)
         has = {
             "a begin token like <bos> or [CLS]": self.bos is not None,
             "an end token like <eos> or [SEP]": self.eos is not None,

@@ -10,7 +10,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from heedful.data.config import TokenizerConfig
 from heedful.data.errors import DataError
-from heedful.data.objectives import OBJECTIVES
+from heedful.data.objectives import objective_of
 from heedful.data.special import names_in
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
@@ -30,9 +30,9 @@ def learn(texts: Iterable[str], config: TokenizerConfig, objective: str | None =
     are more than vocab_size.
     """
     special = list(SPECIAL)
-    if objective is not None and OBJECTIVES[objective].needs_mask:
+    if objective is not None and objective_of(objective).needs_mask:
         special.append(MASK)
-    if objective is not None and OBJECTIVES[objective].needs_sentinels:
+    if objective is not None and objective_of(objective).needs_sentinels:
         special += SENTINELS
     tokenizer = KINDS[config.kind](texts, config, special)
     if tokenizer.get_vocab_size() > config.vocab_size:

@@ -2,10 +2,12 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args
 
+from heedful import own_code
 from heedful.errors import HeedfulError
 from heedful.model.config import require_choices
+from heedful.names import did_you_mean
 from heedful.readable import Readable
 
 MOST = 1 << 20  # Largest number of tokens of a text.
@@ -46,9 +48,13 @@ def require(condition: bool, message: str) -> None:
         raise TrainError(message)
 
 
+OptimizerKind = Literal["adam", "adamw"]
+ScheduleKind = Literal["inverse_sqrt", "linear", "cosine", "constant"]
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class OptimizerConfig(Readable):
-    """Adam (arXiv:1412.6980) or AdamW (arXiv:1711.05101), with warmup of the learning rate.
+    """Adam (arXiv:1412.6980), AdamW (arXiv:1711.05101) or another optimizer; learning rate.
 
     Example:
         >>> import heedful as hf
@@ -56,8 +62,10 @@ class OptimizerConfig(Readable):
         OptimizerConfig(peak_lr=0.0003, schedule='cosine')
     """
 
-    kind: Literal["adam", "adamw"] = "adamw"
-    """Optimizer. With adam, weight_decay must be 0."""
+    kind: OptimizerKind | str = "adamw"
+    """Optimizer. With adam, weight_decay must be 0. An import path names another optimizer: one of
+    optax, such as optax:lion, or your own, my_package.my_module:NAME, a function (OptimizerConfig,
+    learning rate by step) -> optax.GradientTransformation."""
     peak_lr: float = 1e-3
     """Learning rate at the end of the warmup."""
     initial_lr: float = 0.0
@@ -67,8 +75,10 @@ class OptimizerConfig(Readable):
     """Learning rate of the linear and cosine schedules after all steps."""
     warmup_steps: int = 1000
     """Number of steps in which the learning rate rises linearly to peak_lr."""
-    schedule: Literal["inverse_sqrt", "linear", "cosine", "constant"] = "inverse_sqrt"
-    """Learning rate after the warmup; inverse_sqrt is the rule of arXiv:1706.03762 §5.3."""
+    schedule: ScheduleKind | str = "inverse_sqrt"
+    """Learning rate after the warmup; inverse_sqrt is the rule of arXiv:1706.03762 §5.3. An import
+    path my_package.my_module:NAME names a schedule of your own: a function (OptimizerConfig,
+    train.steps) -> learning rate by the number of updates after the warmup."""
     b1: float = 0.9
     """Decay rate of the first moment."""
     b2: float = 0.98
@@ -98,6 +108,8 @@ class OptimizerConfig(Readable):
 
     def __post_init__(self):
         require_choices("train.optimizer", self, TrainError)
+        _require_name("train.optimizer.kind", self.kind, OptimizerKind)
+        _require_name("train.optimizer.schedule", self.schedule, ScheduleKind)
         require(self.peak_lr > 0, f"train.optimizer.peak_lr must be positive, not {self.peak_lr}")
         require(
             self.warmup_steps >= 0,
@@ -111,7 +123,7 @@ class OptimizerConfig(Readable):
             require(value >= 0, f"train.optimizer.{name} must be at least 0, not {value}")
         require(self.epsilon > 0, f"train.optimizer.epsilon must be positive, not {self.epsilon}")
         require(
-            self.kind == "adamw" or self.weight_decay == 0,
+            self.kind != "adam" or self.weight_decay == 0,
             f"train.optimizer.weight_decay = {self.weight_decay} needs train.optimizer.kind adamw, "
             f"not {self.kind}: set train.optimizer.kind to adamw, or weight_decay to 0",
         )
@@ -120,7 +132,7 @@ class OptimizerConfig(Readable):
             f"train.optimizer.layer_decay must lie in (0, 1], not {self.layer_decay}",
         )
         require(
-            self.final_lr == 0 or self.schedule in ("linear", "cosine"),
+            self.final_lr == 0 or self.schedule not in ("inverse_sqrt", "constant"),
             f"train.optimizer.final_lr = {self.final_lr} needs train.optimizer.schedule linear or "
             f"cosine, not {self.schedule}: set train.optimizer.final_lr to 0",
         )
@@ -341,6 +353,10 @@ class TrainConfig(Readable):
     heedful verify compare. Every checkpoint has a fingerprint, too."""
     samples: int = 10
     """Number of translations that are printed at the end."""
+    tracker: Literal["wandb", "trackio"] | None = None
+    """Experiment tracker that receives config, metrics, pictures and the final result, besides
+    metrics.jsonl and TensorBoard events: Weights & Biases (pip install 'heedful[wandb]') or Trackio
+    (pip install 'heedful[trackio]'); None: none."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
@@ -395,3 +411,13 @@ def _require_pattern(name: str, pattern: str) -> None:
         raise TrainError(
             f"{name} has {pattern!r}, which is no regular expression ({error}): correct it"
         ) from error
+
+
+def _require_name(field: str, value: str, choices: Any) -> None:
+    """Raise TrainError unless the value is one of the choices of a Literal, or an import path."""
+    known = get_args(choices)
+    require(
+        value in known or own_code.is_import_path(value),
+        f"{field} must be one of {', '.join(known)}, or an import path, my_package.my_module:NAME, "
+        f"not {value}; {did_you_mean(value, known).strip() or 'correct it'}",
+    )

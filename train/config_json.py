@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from heedful.data.writing import write_whole
+from heedful.names import did_you_mean
 
 
 def to_json(config: Any) -> Any:
@@ -23,9 +24,11 @@ def from_json(cls: Any, value: Any, name: str = "") -> Any:
         if not isinstance(value, dict):
             raise TypeError(f"{name} is not an object")
         hints = typing.get_type_hints(cls)
-        if unknown := sorted(value.keys() - hints.keys()):
+        if unknown := sorted(map(str, value.keys() - hints.keys())):
+            close = did_you_mean(unknown[0], hints)
             raise TypeError(
-                f"{name}.{unknown[0]} is unknown: correct it, or use the version that wrote it"
+                f"{name}.{unknown[0]} is unknown: {close}correct it, or use the version that wrote "
+                "it"
             )
         return cls(**{k: from_json(hints[k], v, f"{name}.{k}") for k, v in value.items()})  # type: ignore[operator]
     choices = typing.get_args(cls)
@@ -37,7 +40,7 @@ def from_json(cls: Any, value: Any, name: str = "") -> Any:
         literals = [choice for choice in choices if typing.get_origin(choice) is typing.Literal]
         if value is None or any(value in typing.get_args(choice) for choice in literals):
             return value
-        inner = next(choice for choice in choices if choice is not type(None))
+        inner = next((c for c in choices if c not in (type(None), *literals)), str)
         return from_json(inner, value, name)
     kinds = {float: (int, float), int: int, str: str, bool: bool}
     is_other = isinstance(value, bool) and cls is not bool

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from heedful.data.tokenizer import Tokenizer
 from heedful.train.checkpoint import Checkpoints, CorruptCheckpoint
+from heedful.train.code_record import changes
 from heedful.train.config import MeshConfig, TrainError
 from heedful.train.metrics import scores
 from heedful.train.run import Run
@@ -41,6 +42,8 @@ def load(
     are skipped with a message. Raises TrainError, and without `fallback` CorruptCheckpoint.
     """
     run = Run.open(directory)
+    for change in changes(directory, run.values()):
+        console.print(change, style="yellow")
     tokenizer, mesh = run.tokenizer(), _mesh(run.train.mesh, console)
     measured = partial(scores, run.metrics, run.train.metric)
     checkpoints = Checkpoints(run.checkpoints, tokenizer.fingerprint, measured=measured)

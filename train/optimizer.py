@@ -1,13 +1,16 @@
 """Schedules with warmup, and the optimizers that follow them."""
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from heedful.train.config import OptimizerConfig
+from heedful import own_code
+from heedful.train.config import OptimizerConfig, TrainError
 
 # Names of matrices: linear maps, their low-rank updates, and Linformer's maps of positions.
 MATRICES = ("kernel", "lora_a", "lora_b", "projection", "both", "keys", "values")
@@ -56,6 +59,15 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig, optax.Schedule], optax.Gradient
     "adamw": _adamw,
 }
 
+OPTIMIZER_FORM = (
+    "give a function (OptimizerConfig, rate) that returns an optax.GradientTransformation, or an "
+    "optimizer of optax"
+)
+SCHEDULE_FORM = (
+    "give a function (OptimizerConfig, steps) that returns a schedule, a function from the number "
+    "of updates after the warmup to the learning rate"
+)
+
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Return the schedule: learning rate by the number of earlier updates.
@@ -64,10 +76,11 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     warmup has the rate peak_lr * n / warmup_steps, and inverse_sqrt then has peak_lr *
     sqrt(warmup_steps / n): this is arXiv:1706.03762 §5.3 if peak_lr is (width * warmup_steps)^-0.5.
     With an `initial_lr`, both are as in fairseq: `initial_lr` is the rate of the first update,
-    which counts as n = 0. linear and cosine reach `final_lr` after all `steps`.
+    which counts as n = 0. linear and cosine reach `final_lr` after all `steps`. Raises TrainError
+    if the import path of a schedule does not name a schedule.
     """
     warmup, first = config.warmup_steps, int(config.initial_lr == 0)
-    after = SCHEDULES[config.schedule](config, steps)
+    after = (SCHEDULES.get(config.schedule) or _own_schedule)(config, steps)
     if not warmup:
         return after
     ramp = optax.linear_schedule(config.initial_lr, config.peak_lr, warmup)
@@ -81,8 +94,11 @@ def make_optimizer(
 
     It does not clip: the train step does. `factors` (see `trainable.rate_factors`) has a factor of
     the learning rate for each parameter; parameters with factor 0 are frozen. None: all are 1.
+    Raises TrainError if the import path of an optimizer does not name an optimizer.
     """
-    optimizer = OPTIMIZERS[config.kind](config, learning_rate(config, steps))
+    optimizer = (OPTIMIZERS.get(config.kind) or _own_optimizer)(
+        config, learning_rate(config, steps)
+    )
     if factors is None or all(
         isinstance(f, float) and f in (0, 1) for f in jax.tree.leaves(factors)
     ):
@@ -94,6 +110,65 @@ def make_optimizer(
         )
     )
     return optax.chain(optimizer, scale)
+
+
+def _own_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Return the schedule that the function at an import path returns; try its first value."""
+    path = f"train.optimizer.schedule = {config.schedule}"
+    make: Any = own_code.resolve(config.schedule, "train.optimizer.schedule", Callable, TrainError)  # type: ignore[arg-type]
+    try:
+        schedule = own_code.call(make, config, steps)
+        first = own_code.call(schedule, jnp.int32(0))
+    except own_code.NotUsable as error:
+        raise TrainError(f"{path}: {error}; {SCHEDULE_FORM}") from error
+    if jnp.shape(first) != () or not jnp.issubdtype(jnp.result_type(first), jnp.floating):
+        raise TrainError(f"{path} gives {first!r} as the first learning rate; {SCHEDULE_FORM}")
+    return schedule
+
+
+def _own_optimizer(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Return the optimizer at an import path: a function (config, rate), or one of optax's form.
+
+    A function of optax's form has `learning_rate` as its first argument. Its arguments b1, b2, eps,
+    mu_dtype, weight_decay and mask get the values of the config; others keep their defaults.
+    """
+    path = f"train.optimizer.kind = {config.kind}"
+    make: Any = own_code.resolve(config.kind, "train.optimizer.kind", Callable, TrainError)  # type: ignore[arg-type]
+    try:
+        names = [*inspect.signature(make).parameters]
+    except (TypeError, ValueError):  # A builtin.
+        names = []
+    arguments, settings = (config, rate), {}
+    if names[:1] == ["learning_rate"]:
+        arguments, settings = (rate,), _settings_of_optax(config, names)
+    try:
+        optimizer = own_code.call(partial(make, *arguments, **settings))
+    except own_code.NotUsable as error:
+        raise TrainError(f"{path}: {error}; {OPTIMIZER_FORM}") from error
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise TrainError(f"{path} returns a {type(optimizer).__name__}; {OPTIMIZER_FORM}")
+    return optimizer
+
+
+def _settings_of_optax(config: OptimizerConfig, names: list[str]) -> dict[str, Any]:
+    """Return the arguments among `names` for an optimizer of optax.
+
+    Raises TrainError for a changed setting of the config that the optimizer does not take.
+    """
+    taken = {"b1": "b1", "b2": "b2", "epsilon": "eps", "first_moment": "mu_dtype"}
+    values = _moments(config)
+    if config.weight_decay or {"weight_decay", "mask"} <= set(names):
+        taken |= {"weight_decay": "weight_decay"}
+        values |= {"weight_decay": config.weight_decay, "mask": _decayed}
+    for field, name in taken.items():
+        value, wanted = getattr(config, field), {name, "mask"} if name == "weight_decay" else {name}
+        if value != getattr(OptimizerConfig, field) and not wanted <= set(names):
+            raise TrainError(
+                f"train.optimizer.{field} = {value} has no effect with train.optimizer.kind = "
+                f"{config.kind}, which takes no {' and '.join(sorted(wanted))}: leave "
+                f"train.optimizer.{field} out, or write a function (OptimizerConfig, rate)"
+            )
+    return {name: value for name, value in values.items() if name in names}
 
 
 def _moments(config: OptimizerConfig) -> dict[str, Any]:

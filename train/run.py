@@ -16,6 +16,7 @@ from heedful.data.config import DataConfig
 from heedful.data.reading import parse_json, require_characters
 from heedful.data.tokenizer import Tokenizer
 from heedful.model.config import ModelConfig
+from heedful.train.code_record import CodeMissing, require_code
 from heedful.train.config import TrainConfig, TrainError
 from heedful.train.config_json import differences, from_json, to_json, write_json
 from heedful.train.hosts import is_first
@@ -24,14 +25,14 @@ from heedful.train.renamed import with_new_names
 
 # Settings that may change when a run resumes, as they do not affect the training of a step.
 MAY_DIFFER = (
-    "train.mesh.", "train.checkpoints ", "train.decode.", "train.samples ", "data.test ",
-    "train.patience ",
+    "train.mesh.", "train.checkpoints ", "train.decode.", "train.samples ", "train.patience ",
+    "train.tracker ", "data.test ",
 )  # fmt: skip
 # Files and folders that a run writes.
 FILES = (
     "config.json", "tokenizer.json", "special_tokens.json", "environment.json", "metrics.jsonl",
     "fingerprints.jsonl", "result.json", "translations.test.txt", "checkpoints",
-    "evaluations",
+    "evaluations", "tracker.json",
 )  # fmt: skip
 
 
@@ -48,6 +49,8 @@ class Run:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+    experiment_file: Path | None = None
+    """The user's file with the experiment that was started; None: there is no such file."""
 
     @classmethod
     def open(cls, directory: str | Path) -> "Run":
@@ -67,7 +70,15 @@ class Run:
             require_characters(values := parse_json(path.read_text("utf-8")))
             if not isinstance(values, dict):
                 raise TypeError("it is not a JSON object")
-            return cls.of(directory, values)._from_here(values.get("started_in"))
+            values = with_new_names(values)
+            require_code(directory, values)
+            file = values.get("experiment_file")
+            run = dataclasses.replace(
+                cls.of(directory, values), experiment_file=file and Path(file)
+            )
+            return run._from_here(values.get("started_in"))
+        except CodeMissing:
+            raise
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise TrainError(
                 f"{path} cannot be read as the config of a run: {error}; restore the file"
@@ -170,6 +181,8 @@ class Run:
 
     def _write_config(self) -> None:
         values = {**self.values(), "started_in": os.getcwd()}
+        if self.experiment_file is not None:
+            values["experiment_file"] = str(self.experiment_file.absolute())
         write_json(self.directory / "config.json", values)
 
     def keep_result(self, step: int) -> None:

@@ -15,6 +15,7 @@ from heedful.model.config import ModelConfig
 from heedful.train.config import TrainConfig, TrainError
 from heedful.train.conversion.source import open_source
 from heedful.train.hosts import is_first
+from heedful.train.optimizer import make_optimizer
 from heedful.train.run import Run, is_begun
 from heedful.train.tasks import task_of
 
@@ -26,6 +27,7 @@ def start_run(
     train: TrainConfig,
     console: Console,
     tokenizer: Tokenizer | None = None,
+    experiment_file: Path | None = None,
 ) -> Run:
     """Return the run in `directory`: a new run, or the existing run if its config is the same.
 
@@ -53,7 +55,7 @@ def start_run(
             tokenizer = Tokenizer.prepare(texts, data.tokenizer, data.objective)
     if data.objective_spec.label == "class" and not data.classes:
         data = dataclasses.replace(data, classes=pipeline.classes(data))
-    run = Run(directory, _sized(model, data, tokenizer), data, train)
+    run = Run(directory, _sized(model, data, tokenizer), data, train, experiment_file)
     _require_room(run)
     run.start(tokenizer)
     return run
@@ -62,6 +64,8 @@ def start_run(
 def require_fit(model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:
     """Raise TrainError if model, objective and training settings do not fit together."""
     task = task_of(data)
+    specs(model)  # Unknown cores raise an error.
+    make_optimizer(train.optimizer, train.steps)  # So do optimizers and schedules.
     if not task.fits(model):
         raise TrainError(
             f"data.objective {data.objective} needs model.architecture "

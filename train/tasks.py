@@ -1,7 +1,8 @@
 """Tasks: loss, models, metrics and command of each objective.
 
 The rows of an objective are defined in `data.objectives`. A new task needs an entry in both tables,
-and a loss, if no existing loss fits.
+and a loss, if no existing loss fits. A task of your own needs no entry: data.objective also takes
+its import path, my_package.my_task:TASK.
 """
 
 import math
@@ -9,10 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from heedful import own_code
 from heedful.data.config import DataConfig
 from heedful.data.objectives import OBJECTIVES, Objective
 from heedful.data.pipeline import Dataset
 from heedful.model.config import ModelConfig
+from heedful.train.config import TrainError
 from heedful.train.evaluation import baselines, scores
 from heedful.train.model_loss import (
     Loss,
@@ -136,5 +139,7 @@ TASKS: dict[str, Task] = {
 
 
 def task_of(data: DataConfig) -> Task:
-    """Return the task of the config's objective."""
-    return TASKS[data.objective]
+    """Return the task that the objective names; raise TrainError for an Objective without Task."""
+    if data.objective in TASKS:
+        return TASKS[data.objective]
+    return own_code.resolve(data.objective, "data.objective", Task, TrainError)

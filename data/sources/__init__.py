@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
+from heedful import own_code
 from heedful.data.config import DataConfig
 from heedful.data.errors import DataError
 from heedful.data.examples import SPLITS, Example
 from heedful.data.sources import files, homeassistant, listops, sentiment, shakespeare, texts, tfds
 from heedful.data.sources.source import Source
+from heedful.names import did_you_mean
 
 SOURCES: dict[str, Source] = {
     "homeassistant": homeassistant.SOURCE,
@@ -61,11 +63,16 @@ def _source(config: DataConfig) -> Source:
         name: name + (each.argument and f":{each.argument}") for name, each in SOURCES.items()
     }
     source = SOURCES.get(name)
-    if source is None or bool(colon) != bool(source.argument):
-        known = ", ".join(spelled.values())
-        raise DataError(f"data.source is {config.source!r}: give one of {known}")
-    if config.objective not in source.objectives:
-        fitting = [spelled[n] for n, each in SOURCES.items() if config.objective in each.objectives]
+    if source is None and own_code.is_import_path(config.source):
+        source = own_code.resolve(config.source, "data.source", Source, DataError)
+    elif source is None or bool(colon) != bool(source.argument):
+        close = did_you_mean(name, SOURCES)
+        raise DataError(
+            f"data.source is {config.source!r}: {close}give one of "
+            f"{', '.join(spelled.values())}, or an import path, my_package.my_source:SOURCE"
+        )
+    if not source.serves(config.objective_spec):
+        fitting = [spelled[n] for n, s in SOURCES.items() if s.serves(config.objective_spec)]
         raise DataError(
             f"data.source {config.source!r} has no examples for data.objective "
             f"{config.objective!r}: set data.source to {_either(fitting)}, or data.objective to "

@@ -1,8 +1,10 @@
 """Attention cores by name, and the choice among them.
 
-To add a core, write a file that ends with its SPEC, and add one line to the table here.
+To add a core, write a file that ends with its SPEC, and add one line to the table here. A core of
+your own needs no line: model.attention.core also takes its import path, my_package.my_core:SPEC.
 """
 
+from heedful import own_code
 from heedful.model.attention import (
     cudnn,
     dense,
@@ -16,6 +18,7 @@ from heedful.model.attention import (
 from heedful.model.attention.core import FEATURES, AttentionCall, Cache, Core, CoreSpec
 from heedful.model.axes import shards, target_platform
 from heedful.model.config import AttentionSite, ModelConfig, ModelError
+from heedful.names import did_you_mean
 
 __all__ = [
     "CORES", "FEATURES", "AttentionCall", "Cache", "Core", "CoreSpec", "choose", "redraw_steps",
@@ -38,15 +41,22 @@ CORES: dict[str, CoreSpec] = {
 
 
 def spec_of(core: str) -> CoreSpec:
-    """Return the spec of a core by its name; for auto that of dense: auto chooses exact cores.
+    """Return the spec of a core by its name or import path; for auto that of dense.
 
-    Raises ModelError for an unknown name.
+    auto chooses exact cores. Raises ModelError for an unknown name and an import path without a
+    CoreSpec.
     """
-    if core != "auto" and core not in CORES:
-        raise ModelError(
-            f"unknown model.attention.core '{core}': choose auto or one of {sorted(CORES)}"
-        )
-    return CORES["dense" if core == "auto" else core]
+    if core == "auto":
+        return CORES["dense"]
+    if core in CORES:
+        return CORES[core]
+    if own_code.is_import_path(core):
+        return own_code.resolve(core, "model.attention.core", CoreSpec, ModelError)
+    known = did_you_mean(core, ["auto", *CORES])
+    raise ModelError(
+        f"unknown model.attention.core '{core}': {known}choose auto, one of "
+        f"{sorted(CORES)}, or an import path, my_package.my_core:SPEC"
+    )
 
 
 def specs(config: ModelConfig) -> dict[AttentionSite, CoreSpec]:
@@ -63,7 +73,7 @@ def redraw_steps(config: ModelConfig) -> int | None:
 def spec_here(core: str, length: int, queries: int) -> CoreSpec:
     """Return the spec of the core that `choose` names for the platform and the mesh in force."""
     name, _ = choose(core, target_platform(), length, queries, shards("act_length"))
-    return CORES[name]
+    return spec_of(name)
 
 
 def saves_memory(platform: str, shards: int) -> str:

@@ -89,8 +89,9 @@ class AttentionConfig(Readable):
     """
 
     core: str = "auto"
-    """Attention core: auto, cudnn, dense, flash, linformer, longformer, performer, ring or splash;
-    `heedful cores` shows which masks each of them supports."""
+    """Attention core: auto, cudnn, dense, flash, linformer, longformer, performer, ring or splash
+    (`heedful cores` shows which masks each of them supports), or the import path of a CoreSpec of
+    your own, my_package.my_core:SPEC."""
     decoder_core: str | None = None
     """Core of the decoder's self-attention in an encoder_decoder; None: `core`."""
     cross_core: str | None = None

@@ -17,7 +17,7 @@ from heedful.data.errors import DataError
 from heedful.model.config import ModelError
 from heedful.names import did_you_mean
 from heedful.train import signals
-from heedful.train.cli import commands, completion
+from heedful.train.cli import commands, completion, experiments
 from heedful.train.cli.flags import take
 from heedful.train.cli.prepare import helps
 from heedful.train.cli.usage import USAGE
@@ -127,6 +127,9 @@ COMMANDS = {
 }
 
 
+OF_CONFIG = ("configs", "train", "inspect", "masks", "plan")
+"""Commands that take a config: a name, a Python file, or --config FILE."""
+
 OF_SEVERAL = (
     "train", "evaluate", "translate", "generate", "classify", "export", "reproduce", "verify"
 )  # fmt: skip
@@ -141,11 +144,27 @@ def _join(arguments: list[str]) -> list[str]:
     return rest
 
 
+def _config_file(command: str, arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """Return (FILE of --config FILE or None, the other arguments)."""
+    given, others = take(arguments, ["--config"])
+    if not given:
+        return None, others
+    if others and not others[0].startswith("-"):
+        raise TrainError(
+            f"heedful {command} {others[0]} --config {given['--config']}: give either a config or "
+            "--config"
+        )
+    return Path(given["--config"]).expanduser(), others
+
+
 def _dispatch(arguments: list[str]) -> int:
     for argument in arguments:
         if not _is_unicode(argument):
             raise TrainError(f"the argument {argument!a} is not UTF-8: convert or rename it")
     command, rest = (arguments or ["--help"])[0], arguments[1:]
+    file = None
+    if command in OF_CONFIG:
+        file, rest = _config_file(command, rest)
     if command in OF_SEVERAL and not helps(rest):
         rest = _join(rest)
     known = ["configs", "cores", "runs", "completion", *("train", "inspect", "masks", "plan")]
@@ -154,7 +173,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(USAGE)
     elif command == "--version":
         print(f"heedful {__version__} (jax {version('jax')}, flax {version('flax')})")
-    elif command == "configs":
+    elif command == "configs" and not rest:
         for name in base.names():
             print(f"{name:24}{base.load(name)[1].strip().splitlines()[0]}")
     elif command == "cores":
@@ -170,22 +189,26 @@ def _dispatch(arguments: list[str]) -> int:
         commands.runs(rest)
     elif command == "completion":
         print(completion.script((rest or ["bash"])[0], base.names()))
-    elif not rest or rest[0].startswith("-"):
+    elif file is None and (not rest or rest[0].startswith("-")):
         either = "a config or a run directory"
-        wanted = {"train": either, "inspect": either, "masks": either, "plan": either}
+        wanted = {"configs": "a config"} | dict.fromkeys(OF_CONFIG[1:], either)
         wanted["import"] = "hf:DIR, a directory with a Hugging Face model,"
         raise TrainError(
             f"heedful {command} needs {wanted.get(command, 'a run directory')} first: "
             "see heedful --help"
         )
-    elif command == "train" and not base.has(rest[0]) and Path(rest[0]).is_dir():
-        commands.resume(rest[0], rest[1:])
-    elif command == "train":
-        commands.train(rest[0], *base.load(rest[0]), rest[1:])
-    elif command in ("inspect", "masks", "plan"):
-        is_run = not base.has(rest[0]) and Path(rest[0]).exists()
-        experiment = None if is_run else base.load(rest[0])[0]
-        return getattr(commands, command)(rest[0], experiment, rest[1:]) or 0
+    elif command in OF_CONFIG:
+        target = f"--config {file}" if file else rest.pop(0)
+        is_run = file is None and not experiments.is_experiment(target) and Path(target).exists()
+        if command == "train" and is_run:
+            commands.resume(target, rest)
+            return 0
+        if command in ("train", "configs"):
+            named = experiments.read(file) if file else experiments.load(target)
+            getattr(commands, command)(named, rest)
+        else:
+            named = experiments.read(file) if file else None if is_run else experiments.load(target)
+            return getattr(commands, command)(target, named, rest) or 0
     else:
         return COMMANDS[command](rest[0], rest[1:]) or 0
     return 0

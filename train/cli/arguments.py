@@ -25,6 +25,14 @@ class TrainArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConfigsArguments:
+    """Describe an experiment."""
+
+    json: bool = False
+    """Print all settings as JSON, which --config reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoadArguments:
     """Choose the parameters of a run."""
 

@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from heedful.configs.base import Experiment
 from heedful.data.text_files import one_line
 from heedful.train.cli.arguments import (
     AttentionArguments,
     ClassifyArguments,
     ConfigMasksArguments,
+    ConfigsArguments,
     DecodeArguments,
     EvaluateArguments,
     ImportArguments,
@@ -25,6 +25,7 @@ from heedful.train.cli.arguments import (
     TrainArguments,
     VerifyArguments,
 )
+from heedful.train.cli.experiments import Named
 from heedful.train.cli.flags import early
 from heedful.train.cli.prepare import (
     helps,
@@ -37,20 +38,33 @@ from heedful.train.cli.prepare import (
 )
 from heedful.train.cli.terminal import answer_each, console, lines_of, print_lines
 from heedful.train.config import TrainError
+from heedful.train.config_json import to_json
 
 LOAD_FIELDS = {entry.name for entry in dataclasses.fields(LoadArguments)}
 
 
-def train(name: str, experiment: Experiment, description: str, arguments: list[str]) -> None:
+def configs(named: Named, arguments: list[str]) -> None:
+    """heedful configs CONFIG: describe the experiment; with --json print its config"""
+    chosen = parse(ConfigsArguments(), arguments, f"heedful configs {named.name}")
+    if chosen.json:
+        print(json.dumps(to_json(named.experiment), indent=1))
+        return
+    print(named.description.strip() or f"{named.label} has no description")
+    if named.rows:
+        print(f"\nrows, as in {named.label}:{named.rows[0]}: {', '.join(named.rows)}")
+
+
+def train(named: Named, arguments: list[str]) -> None:
     """heedful train CONFIG"""
+    experiment = named.experiment
     arguments = [re.sub("^--init[-_]from(?=$|=)", "--train.init-from", a) for a in arguments]
     default = TrainArguments(
         model=with_pretrained_body(experiment.model, experiment.train, arguments),
         data=experiment.data,
         train=experiment.train,
-        run_dir=Path("runs") / name.replace(":", "/"),
+        run_dir=Path("runs") / named.label.replace(":", "/"),
     )
-    _train(parse(default, arguments, f"heedful train {name}", description))
+    _train(parse(default, arguments, f"heedful train {named.name}", named.description), named.file)
 
 
 def resume(directory: str, arguments: list[str]) -> None:
@@ -72,7 +86,7 @@ def resume(directory: str, arguments: list[str]) -> None:
         raise TrainError(
             f"heedful train {directory} --init-from starts a new run: give it another --run-dir"
         )
-    _train(chosen)
+    _train(chosen, run.experiment_file)
 
 
 def _without_results(chosen: TrainArguments, run: Any) -> TrainArguments:
@@ -91,7 +105,7 @@ def _without_results(chosen: TrainArguments, run: Any) -> TrainArguments:
     return dataclasses.replace(chosen, model=model, data=data, train=train)
 
 
-def _train(chosen: TrainArguments) -> None:
+def _train(chosen: TrainArguments, experiment_file: Path | None) -> None:
     """Train a run or resume it, draw its curves, and evaluate it."""
     keep_compiled()
     from heedful.train.audit.report import audit_before_training
@@ -101,15 +115,18 @@ def _train(chosen: TrainArguments) -> None:
     from heedful.train.load import load
     from heedful.train.loop import fit
     from heedful.train.start import start_run
+    from heedful.train.trackers import require_tracker, tracked
 
     parts = chosen.run_dir, chosen.model, chosen.data, chosen.train
-    run = primary_first(lambda: start_run(*parts, console()))
+    require_tracker(chosen.train.tracker)
+    run = primary_first(lambda: start_run(*parts, console(), experiment_file=experiment_file))
     if chosen.audit:
         audit_before_training(run.model, run.data, console())
-    fit(run, console(), fallback=chosen.fallback)
-    try_plot(run, console())
-    trained = load(run.directory, console(), fallback=chosen.fallback)
-    report(trained, run.train.decode, console())
+    with tracked(run, console()) as tracker:
+        fit(run, console(), fallback=chosen.fallback, observers=[tracker])
+        try_plot(run, console())
+        trained = load(run.directory, console(), fallback=chosen.fallback)
+        tracker.on_result(report(trained, run.train.decode, console()), run.directory)
 
 
 def evaluate(directory: str, arguments: list[str]) -> None:
@@ -251,27 +268,29 @@ def compare(directory: str, arguments: list[str]) -> None:
     compare([Path(each).expanduser() for each in directories], console(), chosen.output)
 
 
-def inspect(name: str, experiment: Experiment | None, arguments: list[str]) -> None:
+def inspect(target: str, named: Named | None, arguments: list[str]) -> None:
     """heedful inspect CONFIG|RUN"""
     from heedful.train.inspection import inspect as inspection
     from heedful.train.run import Run
 
+    name, experiment = (named.label, named.experiment) if named else (target, None)
     whole = experiment or Run.open(name)
     model = with_pretrained_body(whole.model, whole.train, arguments) if experiment else whole.model
     default = InspectArguments(model=model, data=whole.data, train=whole.train)
-    chosen = parse(default, arguments, f"heedful inspect {name}")
+    chosen = parse(default, arguments, f"heedful inspect {target}")
     inspection.inspect(name, console=console(), **vars(chosen))
 
 
-def masks(name: str, experiment: Experiment | None, arguments: list[str]) -> int:
+def masks(target: str, named: Named | None, arguments: list[str]) -> int:
     """heedful masks CONFIG|RUN: return the exit code, 1 if the audit has findings"""
     from heedful.train.audit import report
 
+    name, experiment = (named.label, named.experiment) if named else (target, None)
     if experiment:
         keep_compiled()
         model = with_pretrained_body(experiment.model, experiment.train, arguments)
         default = ConfigMasksArguments(model=model, data=experiment.data)
-        chosen = parse(default, arguments, f"heedful masks {name}")
+        chosen = parse(default, arguments, f"heedful masks {target}")
         model, data, trained = chosen.model, chosen.data, None
         output = chosen.output or Path(f"{name}.masks.png")
     else:
@@ -304,16 +323,17 @@ def verify(directory: str, arguments: list[str]) -> int:
     return int(not again.verify(Path(directory), console(), **vars(chosen)))
 
 
-def plan(name: str, experiment: Experiment | None, arguments: list[str]) -> int:
+def plan(target: str, named: Named | None, arguments: list[str]) -> int:
     """heedful plan CONFIG|RUN: return the exit code, 1 if the step does not fit in memory"""
     from heedful.train.plan import report
     from heedful.train.plan.search import search
     from heedful.train.run import Run
 
+    name, experiment = (named.label, named.experiment) if named else (target, None)
     whole = experiment or Run.open(name)
     model = with_pretrained_body(whole.model, whole.train, arguments) if experiment else whole.model
     default = PlanArguments(model=model, data=whole.data, train=whole.train)
-    chosen = parse(default, arguments, f"heedful plan {name}")
+    chosen = parse(default, arguments, f"heedful plan {target}")
     own: dict[str, Any] = {"topology": chosen.topology}
     own |= {"compiles": chosen.compiles} if chosen.search else {}
     make = search if chosen.search else report.plan

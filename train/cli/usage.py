@@ -3,7 +3,7 @@
 USAGE = """usage: heedful COMMAND ...
 
 train
-  configs                    list the experiments, one per line
+  configs [CONFIG] [--json]  list the experiments, or describe one
   train CONFIG [--flags]     train an experiment, then evaluate it
       --init-from RUN|hf:DIR     start from a trained model (fine-tuning)
   train RUN [--flags]        resume a run; with --train.steps N, train longer
@@ -39,6 +39,10 @@ several processes
   Slurm step and on a TPU pod slice, the processes find each other; elsewhere,
   give --coordinator HOST:PORT --processes N --process I
   (or HEEDFUL_COORDINATOR, HEEDFUL_PROCESSES, HEEDFUL_PROCESS).
+
+CONFIG is a name that heedful configs lists, or a Python file of your own,
+path/to/file.py; rows of a config are CONFIG:ROW. In its place, --config FILE
+reads a JSON or YAML file.
 
 heedful COMMAND CONFIG|RUN --help explains every flag.
 heedful completion bash|zsh|tcsh|fish prints a script that completes them.

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+from heedful.train import code_record
 from heedful.train.config_json import differences, write_json
 from heedful.train.growing_files import Lines, keep_damaged, read_lines
 from heedful.train.hosts import is_first
@@ -28,7 +29,7 @@ SOURCES = ("model", "data", "train")
 PACKAGES = ("flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "safetensors")
 PACKAGE_FAMILIES = ("jax", "libtpu", "nvidia-")  # compilers, runtimes, kernels
 VARIABLES = ("XLA_", "LIBTPU_", "JAX_", "NCCL_", "CUBLAS_", "CUDNN_", "NVIDIA_TF32", "NPROC")
-INCIDENTAL = ("from_step", "command")
+INCIDENTAL = ("from_step", "command", "own_code_files")
 """Keys of an environment that do not affect results."""
 
 
@@ -40,6 +41,7 @@ def environment(run: Run, mesh: Mesh, data: Mapping[str, str]) -> dict[str, Any]
         "config": run.values(),
         "data": {**data, "tokenizer": run.tokenizer().fingerprint},
         "code": _code(),
+        **code_record.record(run.values(), run.experiment_file),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
