@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("model", "data", "train", "configs")
-SHARED = ("heedful.errors", "heedful.names", "heedful.readable")
+SHARED = ("heedful.errors", "heedful.names", "heedful.own_code", "heedful.readable")
 MAY_IMPORT = {
     "model": ("heedful.model", *SHARED),
     "data": ("heedful.data", *SHARED),

@@ -64,7 +64,8 @@ def require_code(directory: Path, values: dict[str, Any]) -> None:
             known, name = _recorded(directory), path.partition(":")[0]
             was = ""
             if (file := known["own_code_files"].get(name)) is not None:
-                was = f" (the run was trained with {file}, SHA-256 {known['own_code'].get(name)})"
+                digest = known["own_code"].get(name)
+                was = f" (restore it: the run was trained with {file}, SHA-256 {digest})"
             raise CodeMissing(f"{directory} needs code of its own: {error}{was}") from None
 
 

@@ -72,10 +72,9 @@ class Run:
                 raise TypeError("it is not a JSON object")
             values = with_new_names(values)
             require_code(directory, values)
-            file = values.get("experiment_file")
-            run = dataclasses.replace(
-                cls.of(directory, values), experiment_file=file and Path(file)
-            )
+            run = cls.of(directory, values)
+            if (file := values.get("experiment_file")) is not None:
+                run = dataclasses.replace(run, experiment_file=Path(file))
             return run._from_here(values.get("started_in"))
         except CodeMissing:
             raise

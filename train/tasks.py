@@ -139,7 +139,7 @@ TASKS: dict[str, Task] = {
 
 
 def task_of(data: DataConfig) -> Task:
-    """Return the task that the objective names; raise TrainError for an Objective without Task."""
+    """Return the task that data.objective names; raise TrainError for an Objective alone."""
     if data.objective in TASKS:
         return TASKS[data.objective]
     return own_code.resolve(data.objective, "data.objective", Task, TrainError)

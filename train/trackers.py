@@ -1,4 +1,4 @@
-"""Experiment trackers: send config, metrics, pictures and result of a run to wandb or trackio."""
+"""Experiment trackers: wandb and trackio get config, metrics, pictures and result of a run."""
 
 import importlib.util
 import json

@@ -191,7 +191,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(completion.script((rest or ["bash"])[0], base.names()))
     elif file is None and (not rest or rest[0].startswith("-")):
         either = "a config or a run directory"
-        wanted = {"configs": "a config"} | dict.fromkeys(OF_CONFIG[1:], either)
+        wanted = dict.fromkeys(OF_CONFIG, either) | {"configs": "a config"}
         wanted["import"] = "hf:DIR, a directory with a Hugging Face model,"
         raise TrainError(
             f"heedful {command} needs {wanted.get(command, 'a run directory')} first: "

@@ -84,6 +84,7 @@ def read(file: Path) -> Named:
     The config.json of a run is read, too. Raises TrainError for a file that cannot be used.
     """
     values = _values(file)
+    own_code.search_in(file.parent)
     if file.name == "config.json" and "started_in" in values:
         run = Run.open(file.parent)
         experiment = Experiment(model=run.model, data=run.data, train=run.train)
@@ -114,7 +115,7 @@ def _values(file: Path) -> dict[str, Any]:
         raise TrainError(f"--config {file}: {reason}; give a JSON or YAML file") from None
     try:
         values = load(text)
-        json.dumps(values)  # Dates of YAML and others are no values of a config.
+        json.dumps(values)  # Dates of YAML, for example, are no values of a config.
     except (YAMLError, TypeError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
