@@ -2,12 +2,14 @@
 # make test: install the package and run the quick tests
 # make test-slow: run the slow tests: kills, damaged inputs, each mesh, core and config
 # make coverage: run both and list the lines that no test runs
+# make docs: build the pages in build/docs, without a network
+# make pictures: draw the pictures of the pages anew
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile # Tests of one file share their training runs.
 OWN := --ignore tests/parity # These tests need PyTorch.
 
-.PHONY: train test test-slow coverage parity check clean
+.PHONY: train test test-slow coverage parity check docs pictures clean
 
 train: .venv/installed
 	$(BIN)/heedful train translate_tiny
@@ -28,6 +30,12 @@ check: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+pictures: .venv/installed
+	$(BIN)/python docs/pictures.py
 
 clean:
 	rm -rf .venv

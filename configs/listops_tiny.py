@@ -9,7 +9,7 @@ heedful train listops_tiny --run-dir runs/listops_linformer --model.attention.co
     --model.attention.linformer.rank 32 --model.attention.linformer.max-length 208
 
 The accuracies are not comparable to those of `listops` or to published ones, because the
-expressions are shorter. The README has the accuracies of each core.
+expressions are shorter. The guide to long documents has the accuracies of each core.
 """
 
 import dataclasses

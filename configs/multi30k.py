@@ -8,7 +8,7 @@ BLEU on test.2016 for text alone (lower-cased and tokenised, pieces joined again
 batches; the checkpoints of the last ten epochs are averaged. As in fairseq, which the paper uses,
 the smoothed loss decides whether training still helps, and the score of a translation is divided by
 its length. Seed 0 gave 41.07 after 7,245 steps, each of about 0.6 seconds on two cores of an EPYC
-(Zen 5; RESULTS.md).
+(Zen 5; docs/results.md).
 """
 
 from heedful.configs.base import Experiment

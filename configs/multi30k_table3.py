@@ -1,7 +1,7 @@
 """The variations of `vaswani_table3` in a small size, on the captions of Multi30k.
 
 heedful train multi30k_table3:heads_1       # in the folder with the files of `multi30k`
-python -m benchmarks.table3 --data FOLDER   # all variations, and their table (see RESULTS.md)
+python -m benchmarks.table3 --data FOLDER   # all variations, and their table (see docs/results.md)
 
 The model has a quarter of the width and half of the layers of `vaswani_base`. It trains for 400
 steps of 2,048 tokens (less than two epochs); a variation can have another effect in a long training

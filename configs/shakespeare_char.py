@@ -5,8 +5,8 @@ heedful train shakespeare_char --data.source files --data.train input.txt
 The setting is nanoGPT's small CPU setting: 4 layers and 2,000 steps of 12 rows of 64 characters,
 but with three times its learning rate. The last 5 % of the file are held out for validation, and
 the 5 % before them for the test. On tinyshakespeare split as nanoGPT does, with the last tenth for
-both (RESULTS.md has the command), it gives 1.77 nats per character in about a minute on 2 cores;
-nanoGPT's README gives 1.88. Without the flags the text is that of the package `shakespeare`.
+both (docs/results.md has the command), it gives 1.77 nats per character in about a minute on 2
+cores; nanoGPT's README gives 1.88. Without the flags the text is that of the package `shakespeare`.
 """
 
 from heedful.configs.base import Experiment

@@ -1,4 +1,4 @@
-"""Test the table of cores and masks, and that the README has the same table."""
+"""Test the table of cores and masks, and that the page about cores has the same table."""
 
 import dataclasses
 from pathlib import Path
@@ -11,14 +11,14 @@ from heedful.train.cli import run
 from heedful.train.inspection import cores
 from heedful.train.inspection.cores import ROWS, Row, refusal, table
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "cores.md"
 
 
 @pytest.mark.slow
-def test_the_table_in_the_readme_is_current():
+def test_the_table_in_the_page_is_current():
     begin, end = "<!-- cores -->\n", "\n<!-- /cores -->"
-    written = README.read_text().split(begin)[1].split(end)[0]
-    assert written == table(), "put the output of `heedful cores` between the markers of README.md"
+    written = PAGE.read_text("utf-8").split(begin)[1].split(end)[0]
+    assert written == table(), f"put the output of `heedful cores` between the markers of {PAGE}"
 
 
 def test_dense_runs_everything_and_each_mask_is_another():
