@@ -126,10 +126,10 @@ def _fields(config: type, section: str) -> list[str]:
     for field in dataclasses.fields(config):
         kind, name = hints[field.name], field.name.replace("_", "-")
         if dataclasses.is_dataclass(kind):
-            parent = section or ("train.decode" if field.name == "decode" else "")
-            path = field.name if not parent or section == "" else f"{section}.{field.name}"
-            anchor = (parent if section == "" and parent else path).replace(".", "")
-            lines += [f"`--{path}.…`", f":   The fields of [{path}](fields.md#{anchor}).", ""]
+            path = f"{section}.{field.name}" if section else field.name
+            place = "train.decode" if path == "decode" else path
+            anchor, flag = place.replace(".", ""), f"--{path}.…".replace("_", "-")
+            lines += [f"`{flag}`", f":   The fields of [{place}](fields.md#{anchor}).", ""]
             continue
         flag = f"--{section}.{name}".replace("_", "-") if section else f"--{name}"
         parts = [f"`{flag}`", _kind(kind)]
@@ -162,7 +162,9 @@ def _kind(kind: Any) -> str:
         inner = get_args(kind)
         return f"any number of: {_kind(inner[0])}" if Ellipsis in inner else f"{len(inner)} words"
     names = {str: "text", int: "whole number", float: "number", bool: "`True` or `False`"}
-    return names.get(kind) or ("`None`" if kind is type(None) else kind.__name__)
+    return names.get(kind) or (
+        "`None`" if kind is type(None) else kind.__name__.removesuffix("Config").lower()
+    )
 
 
 def _value(value: Any) -> str:
