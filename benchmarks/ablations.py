@@ -28,7 +28,7 @@ class Demonstration(NamedTuple):
 
     config: str
     title: str
-    """What the picture compares."""
+    """Title of the picture, which names the two runs that it compares."""
     both: str
     right: str = ""
     wrong: str = ""

@@ -5,7 +5,7 @@ import pkgutil
 from pathlib import Path
 
 from heedful.names import did_you_mean
-from heedful.train.config import TrainError
+from heedful.train.errors import TrainError
 from heedful.train.experiment import Experiment
 
 __all__ = ["Experiment", "has", "load", "names"]

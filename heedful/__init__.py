@@ -34,15 +34,9 @@ if TYPE_CHECKING:
     from heedful.model.transformer import build
     from heedful.train.audit.findings import Finding
     from heedful.train.audit.of_model import audit
-    from heedful.train.config import (
-        DecodeConfig,
-        Interrupted,
-        MeshConfig,
-        OptimizerConfig,
-        TrainConfig,
-        TrainError,
-    )
+    from heedful.train.config import DecodeConfig, MeshConfig, OptimizerConfig, TrainConfig
     from heedful.train.conversion.pretrained import from_pretrained, save_pretrained
+    from heedful.train.errors import Interrupted, TrainError
     from heedful.train.experiment import Experiment
     from heedful.train.fit import fit
     from heedful.train.inference.classify import Prediction

@@ -211,7 +211,7 @@ def _work() -> None:
 def _run(command: Callable[[list[str]], int], case: Case) -> tuple[int | None, str]:
     from heedful.data.errors import DataError
     from heedful.model.config import ModelError
-    from heedful.train.config import TrainError
+    from heedful.train.errors import TrainError
 
     sys.stdin = io.TextIOWrapper(io.BytesIO(base64.b64decode(case.stdin)), "utf-8")
     if case.stop:

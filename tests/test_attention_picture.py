@@ -16,7 +16,8 @@ from heedful.data.tokenizer import Tokenizer
 from heedful.model.transformer import build
 from heedful.train.cli.arguments import AttentionArguments
 from heedful.train.cli.flags import parse
-from heedful.train.config import DecodeConfig, MeshConfig, TrainConfig, TrainError
+from heedful.train.config import DecodeConfig, MeshConfig, TrainConfig
+from heedful.train.errors import TrainError
 from heedful.train.inference.translate import Translator
 from heedful.train.inspection import attention_picture as module
 from heedful.train.inspection.attention_picture import (

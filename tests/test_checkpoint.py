@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from heedful.train.checkpoint import Checkpoints, CorruptCheckpoint
-from heedful.train.config import TrainError
+from heedful.train.errors import TrainError
 from heedful.train.state import TrainState
 
 SCORES = {1: -3.0, 2: -0.5, 3: -0.5, 4: -1.0, 5: -2.5}  # Two steps have the best score.

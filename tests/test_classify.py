@@ -13,7 +13,8 @@ from heedful.data.config import TokenizerConfig
 from heedful.data.pipeline import Dataset
 from heedful.model.config import HeadConfig, ModelConfig
 from heedful.model.transformer import build
-from heedful.train.config import TrainConfig, TrainError
+from heedful.train.config import TrainConfig
+from heedful.train.errors import TrainError
 from heedful.train.inference.classify import Classifier
 from heedful.train.load import Trained, load
 from heedful.train.model_loss import classification_loss

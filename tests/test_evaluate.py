@@ -19,8 +19,9 @@ from heedful.data.config import DataConfig, TokenizerConfig
 from heedful.data.pipeline import Dataset
 from heedful.model.config import ModelConfig
 from heedful.model.transformer import build
-from heedful.train.config import DecodeConfig, TrainError
+from heedful.train.config import DecodeConfig
 from heedful.train.config_json import write_json
+from heedful.train.errors import TrainError
 from heedful.train.evaluation import evaluate
 from heedful.train.evaluation.evaluate import evaluation_directory, report
 from heedful.train.evaluation.measure import describe, frequency_loss, measure

@@ -13,7 +13,8 @@ import pytest
 from heedful.model.config import LayerConfig, ModelConfig, PositionConfig, RotaryConfig
 from heedful.train.cli.flags import early, parse
 from heedful.train.cli.usage import USAGE
-from heedful.train.config import OptimizerConfig, TrainConfig, TrainError
+from heedful.train.config import OptimizerConfig, TrainConfig
+from heedful.train.errors import TrainError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,8 @@ from heedful.model.cache import KVCache
 from heedful.model.config import ModelConfig
 from heedful.model.decoding.beam_search import length_penalty
 from heedful.model.transformer import build
-from heedful.train.config import DecodeConfig, MeshConfig, TrainError
+from heedful.train.config import DecodeConfig, MeshConfig
+from heedful.train.errors import TrainError
 from heedful.train.inference import generate
 from heedful.train.inference.batching import batches, shapes
 from heedful.train.inference.generate import Generator

@@ -16,7 +16,8 @@ from launch import Process, checkpoint, finish, free_port, group, lines, same_bi
 
 from heedful.data.config import DataConfig, TokenizerConfig
 from heedful.train import hosts
-from heedful.train.config import DecodeConfig, MeshConfig, TrainConfig, TrainError
+from heedful.train.config import DecodeConfig, MeshConfig, TrainConfig
+from heedful.train.errors import TrainError
 from heedful.train.inference.translate import Translator
 from heedful.train.load import load
 

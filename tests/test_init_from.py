@@ -30,9 +30,9 @@ from heedful.model.pretrained import merge_lora
 from heedful.model.transformer import build
 from heedful.train import cli
 from heedful.train.checkpoint import Checkpoints
-from heedful.train.config import TrainError
 from heedful.train.conversion.init_from import init_from_pretrained, merge_pretrained_config
 from heedful.train.conversion.source import Source, open_source
+from heedful.train.errors import TrainError
 from heedful.train.load import load
 from heedful.train.run import Run
 from heedful.train.sharding import make_mesh

@@ -18,7 +18,8 @@ from heedful.model.config import LinformerConfig, ModelConfig, PerformerConfig
 from heedful.model.transformer import build
 from heedful.train.cli.arguments import InspectArguments
 from heedful.train.cli.flags import parse
-from heedful.train.config import MeshConfig, OptimizerConfig, TrainConfig, TrainError
+from heedful.train.config import MeshConfig, OptimizerConfig, TrainConfig
+from heedful.train.errors import TrainError
 from heedful.train.inspection.attention_weights import attention_masks, attention_weights
 from heedful.train.inspection.costs import Memory, memory, parts
 from heedful.train.inspection.inspect import (

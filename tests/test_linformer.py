@@ -15,7 +15,8 @@ from heedful.model.config import LinformerConfig, ModelError
 from heedful.model.masks import MaskNotSupported
 from heedful.model.ops.dropout import keep
 from heedful.model.positions import PositionBias
-from heedful.train.config import TrainConfig, TrainError
+from heedful.train.config import TrainConfig
+from heedful.train.errors import TrainError
 from heedful.train.inspection.attention_weights import attention_weights
 from heedful.train.start import require_fit
 

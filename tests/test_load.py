@@ -13,7 +13,8 @@ import toy
 from rich.console import Console
 
 from heedful.train.checkpoint import Checkpoints
-from heedful.train.config import TrainConfig, TrainError
+from heedful.train.config import TrainConfig
+from heedful.train.errors import TrainError
 from heedful.train.load import load
 from heedful.train.run import Run
 

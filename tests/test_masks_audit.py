@@ -41,7 +41,7 @@ from heedful.train.audit.findings import Finding
 from heedful.train.audit.measured import Probe, forward
 from heedful.train.audit.report import audit_before_training
 from heedful.train.audit.subject import Subject, with_core
-from heedful.train.config import TrainError
+from heedful.train.errors import TrainError
 
 DENSE = importlib.import_module("heedful.model.attention.dense")
 LM = DataConfig(source="shakespeare", objective="causal_lm")

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]
 from tensorboardX.record_writer import masked_crc32c
 
-from heedful.train.config import TrainError
+from heedful.train.errors import TrainError
 from heedful.train.growing_files import Lines, read_lines
 from heedful.train.messages import lasting
 from heedful.train.metrics import MetricsWriter, scores

@@ -13,7 +13,8 @@ from tiny import tiny
 
 from heedful.data.config import DataConfig
 from heedful.train import cli
-from heedful.train.config import MeshConfig, TrainConfig, TrainError
+from heedful.train.config import MeshConfig, TrainConfig
+from heedful.train.errors import TrainError
 from heedful.train.plan.chips import Chip, chip_of
 from heedful.train.plan.collectives import Collective, collectives, seconds
 from heedful.train.plan.compiled import compile_step, largest_batch

@@ -20,7 +20,8 @@ from heedful.data.errors import DataError
 from heedful.model.config import PositionConfig
 from heedful.train import loop
 from heedful.train.checkpoint import Checkpoints
-from heedful.train.config import DecodeConfig, Interrupted, OptimizerConfig, TrainError
+from heedful.train.config import DecodeConfig, OptimizerConfig
+from heedful.train.errors import Interrupted, TrainError
 from heedful.train.load import load
 from heedful.train.run import Run
 from heedful.train.start import start_run

@@ -12,8 +12,9 @@ from heedful.data.config import DataConfig, TokenizerConfig
 from heedful.data.tokenizer import Tokenizer
 from heedful.model.config import ModelConfig
 from heedful.train.checkpoint import Checkpoints
-from heedful.train.config import DecodeConfig, OptimizerConfig, TrainConfig, TrainError
+from heedful.train.config import DecodeConfig, OptimizerConfig, TrainConfig
 from heedful.train.config_json import from_json, to_json
+from heedful.train.errors import TrainError
 from heedful.train.paths import train_paths
 from heedful.train.reproducibility.record import changes, environments
 from heedful.train.run import FILES, Run, is_begun

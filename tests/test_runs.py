@@ -12,7 +12,8 @@ from rich.console import Console
 from heedful.data.config import DataConfig, TokenizerConfig
 from heedful.data.tokenizer import Tokenizer
 from heedful.model.config import ModelConfig
-from heedful.train.config import OptimizerConfig, TrainConfig, TrainError
+from heedful.train.config import OptimizerConfig, TrainConfig
+from heedful.train.errors import TrainError
 from heedful.train.inspection import curves
 from heedful.train.inspection.compare import compare
 from heedful.train.inspection.curves import draw, plot, try_plot

@@ -16,7 +16,7 @@ import toy
 from heedful.data.pipeline import Dataset
 from heedful.train.async_saver import Saving
 from heedful.train.checkpoint import Checkpoints, SaveFailed
-from heedful.train.config import TrainError
+from heedful.train.errors import TrainError
 from heedful.train.loop import fit
 from heedful.train.run import Run
 from heedful.train.start import start_run

@@ -31,7 +31,8 @@ from heedful.model.config import (
 )
 from heedful.model.multi_head_attention import MultiHeadAttention
 from heedful.model.ops.products import matmul
-from heedful.train.config import MeshConfig, OptimizerConfig, TrainConfig, TrainError
+from heedful.train.config import MeshConfig, OptimizerConfig, TrainConfig
+from heedful.train.errors import TrainError
 from heedful.train.model_loss import (
     Loss,
     classification_loss,

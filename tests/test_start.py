@@ -16,7 +16,8 @@ from heedful.model.config import (
     PerformerConfig,
     PositionConfig,
 )
-from heedful.train.config import DecodeConfig, TrainConfig, TrainError
+from heedful.train.config import DecodeConfig, TrainConfig
+from heedful.train.errors import TrainError
 from heedful.train.run import Run
 from heedful.train.start import require_fit, start_run
 

@@ -13,8 +13,8 @@ from benchmarks.table3 import table
 from heedful.configs import base
 from heedful.configs.vaswani_table3 import ROWS
 from heedful.model.transformer import build
-from heedful.train.config import TrainError
 from heedful.train.config_json import differences, to_json
+from heedful.train.errors import TrainError
 
 # Millions, as printed in arXiv:1706.03762 table 3.
 PARAMETERS = {

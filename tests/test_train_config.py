@@ -11,7 +11,8 @@ import heedful.model.config as model_config
 import heedful.train.config as train_config
 from heedful.data.errors import DataError
 from heedful.model.config import ModelError
-from heedful.train.config import DecodeConfig, MeshConfig, OptimizerConfig, TrainConfig, TrainError
+from heedful.train.config import DecodeConfig, MeshConfig, OptimizerConfig, TrainConfig
+from heedful.train.errors import TrainError
 
 
 @pytest.mark.parametrize(

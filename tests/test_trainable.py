@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from test_sharding import CLASSIFIER, EVERY_AXIS, MODEL, PACKED, Trained, eight, losses, train
 
 from heedful.model.config import LoraConfig, ModelConfig
-from heedful.train.config import MeshConfig, OptimizerConfig, TrainConfig, TrainError
+from heedful.train.config import MeshConfig, OptimizerConfig, TrainConfig
+from heedful.train.errors import TrainError
 from heedful.train.optimizer import make_optimizer
 from heedful.train.sharding import make_mesh
 from heedful.train.state import abstract_params, set_up

@@ -11,7 +11,8 @@ from tiny import POSITIONS, random_params, tiny
 from heedful.data.config import TokenizerConfig
 from heedful.data.tokenizer import Tokenizer
 from heedful.model.transformer import build
-from heedful.train.config import DecodeConfig, MeshConfig, TrainError
+from heedful.train.config import DecodeConfig, MeshConfig
+from heedful.train.errors import TrainError
 from heedful.train.inference.batching import batches
 from heedful.train.inference.translate import Translator
 from heedful.train.sharding import make_mesh

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from heedful.data.iterator import TrainIterator
 from heedful.train.checkpoint import Checkpoints, SaveFailed
-from heedful.train.config import TrainError
+from heedful.train.errors import TrainError
 from heedful.train.home import Home
 from heedful.train.hosts import any_process, from_first, is_first
 from heedful.train.metrics import score

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from heedful.data.writing import write_whole
-from heedful.train.config import Interrupted, TrainError
+from heedful.train.errors import Interrupted, TrainError
 from heedful.train.hosts import any_process, is_first, is_multiprocess, primary_first, to_host
 from heedful.train.messages import tell
 from heedful.train.reproducibility.fingerprint import words_of_leaves

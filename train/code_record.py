@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from heedful import own_code
-from heedful.train.config import TrainError
+from heedful.train.errors import TrainError
 
 
 class CodeMissing(TrainError):

@@ -5,47 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from heedful import own_code
-from heedful.errors import HeedfulError
 from heedful.model.config import require_choices
 from heedful.names import did_you_mean
 from heedful.readable import Readable
+from heedful.train.errors import TrainError, require
 
 MOST = 1 << 20  # Largest number of tokens of a text.
 MOST_BEAM = 4096  # Largest number of hypotheses of a beam search.
-
-
-class TrainError(HeedfulError, ValueError):
-    """Error of a run that cannot start, continue or be used; the message has the fix.
-
-    >>> import heedful as hf
-    >>> try:
-    ...     hf.TrainConfig(steps=0)
-    ... except hf.TrainError as error:
-    ...     print(error)
-    train.steps must be positive, not 0
-    """
-
-
-class Interrupted(HeedfulError):
-    """A signal (Ctrl-C) has stopped the run, which is saved: the same call of `fit` resumes it.
-
-    code: exit status of a process that ends with this exception.
-
-    >>> import heedful as hf
-    >>> raise hf.Interrupted("stopped at step 7, saved", 130)
-    Traceback (most recent call last):
-    heedful.train.config.Interrupted: stopped at step 7, saved
-    """
-
-    def __init__(self, message: str, code: int):
-        super().__init__(message)
-        self.code = code
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise TrainError unless the condition holds."""
-    if not condition:
-        raise TrainError(message)
 
 
 OptimizerKind = Literal["adam", "adamw"]

@@ -10,8 +10,8 @@ from heedful.data.pipeline import Dataset
 from heedful.data.tokenizer import Tokenizer
 from heedful.train import loop
 from heedful.train.audit.report import audit_before_training
-from heedful.train.config import TrainError, require
 from heedful.train.config_json import differences, to_json
+from heedful.train.errors import TrainError, require
 from heedful.train.experiment import Experiment
 from heedful.train.hosts import primary_first
 from heedful.train.load import load

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from heedful.data.writing import write_whole
-from heedful.train.config import TrainError
 from heedful.train.config_json import finite
+from heedful.train.errors import TrainError
 from heedful.train.messages import tell
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
 from orbax.checkpoint import multihost
 
-from heedful.train.config import TrainError
+from heedful.train.errors import TrainError
 
 T = TypeVar("T")
 

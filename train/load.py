@@ -14,7 +14,8 @@ from rich.console import Console
 from heedful.data.tokenizer import Tokenizer
 from heedful.train.checkpoint import Checkpoints, CorruptCheckpoint
 from heedful.train.code_record import changes
-from heedful.train.config import MeshConfig, TrainError
+from heedful.train.config import MeshConfig
+from heedful.train.errors import TrainError
 from heedful.train.metrics import scores
 from heedful.train.run import Run
 from heedful.train.sharding import make_mesh

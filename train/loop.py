@@ -17,10 +17,10 @@ from heedful.data.pipeline import Dataset
 from heedful.data.tokenizer import Tokenizer
 from heedful.train.async_saver import Saving
 from heedful.train.checkpoint import Checkpoints, CorruptCheckpoint
-from heedful.train.config import TrainError
 from heedful.train.conversion.init_from import init_from_pretrained
 from heedful.train.conversion.source import open_source
 from heedful.train.describe import describe
+from heedful.train.errors import TrainError
 from heedful.train.evaluation.measure import measure
 from heedful.train.hosts import is_first, primary_first, require_same
 from heedful.train.inference.translate import require_positions

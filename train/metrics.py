@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from heedful.train.config import TrainError
+from heedful.train.errors import TrainError
 from heedful.train.growing_files import Events, Lines, read_lines
 from heedful.train.hosts import is_first
 from heedful.train.observers import Observer

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from heedful import own_code
-from heedful.train.config import OptimizerConfig, TrainError
+from heedful.train.config import OptimizerConfig
+from heedful.train.errors import TrainError
 
 # Names of matrices: linear maps, their low-rank updates, and Linformer's maps of positions.
 MATRICES = ("kernel", "lora_a", "lora_b", "projection", "both", "keys", "values")

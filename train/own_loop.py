@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from heedful.model.attention import FEATURES, redraw_steps
-from heedful.train.config import TrainError, require
+from heedful.train.errors import TrainError, require
 from heedful.train.model_loss import Loss, LossOptions
 from heedful.train.state import TrainState
 from heedful.train.step import summed_gradients

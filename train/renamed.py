@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from heedful.train.config import TrainError
+from heedful.train.errors import TrainError
 
 RENAMED = {
     "model.types": "model.type_vocab_size",

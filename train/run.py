@@ -17,8 +17,9 @@ from heedful.data.reading import parse_json, require_characters
 from heedful.data.tokenizer import Tokenizer
 from heedful.model.config import ModelConfig
 from heedful.train.code_record import CodeMissing, require_code
-from heedful.train.config import TrainConfig, TrainError
+from heedful.train.config import TrainConfig
 from heedful.train.config_json import differences, from_json, to_json, write_json
+from heedful.train.errors import TrainError
 from heedful.train.hosts import is_first
 from heedful.train.paths import data_paths, train_paths
 from heedful.train.renamed import with_new_names

@@ -11,7 +11,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from heedful.data.packing import Shape
 from heedful.model.axes import AXES
-from heedful.train.config import MeshConfig, TrainError
+from heedful.train.config import MeshConfig
+from heedful.train.errors import TrainError
 
 MESH_AXES = ("data", "fsdp", "seq", "tensor")
 

@@ -12,8 +12,9 @@ from heedful.data.config import DataConfig
 from heedful.data.tokenizer import Tokenizer
 from heedful.model.attention import spec_of, specs
 from heedful.model.config import ModelConfig
-from heedful.train.config import TrainConfig, TrainError
+from heedful.train.config import TrainConfig
 from heedful.train.conversion.source import open_source
+from heedful.train.errors import TrainError
 from heedful.train.hosts import is_first
 from heedful.train.optimizer import make_optimizer
 from heedful.train.run import Run, is_begun

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from heedful.train import signals
-from heedful.train.config import Interrupted
+from heedful.train.errors import Interrupted
 from heedful.train.hosts import is_multiprocess
 from heedful.train.sharding import place, replicated
 

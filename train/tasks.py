@@ -15,7 +15,7 @@ from heedful.data.config import DataConfig
 from heedful.data.objectives import OBJECTIVES, Objective
 from heedful.data.pipeline import Dataset
 from heedful.model.config import ModelConfig
-from heedful.train.config import TrainError
+from heedful.train.errors import TrainError
 from heedful.train.evaluation import baselines, scores
 from heedful.train.model_loss import (
     Loss,

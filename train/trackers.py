@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
-from heedful.train.config import TrainError
 from heedful.train.config_json import finite, write_json
+from heedful.train.errors import TrainError
 from heedful.train.hosts import is_first
 from heedful.train.observers import Observer
 from heedful.train.run import Run

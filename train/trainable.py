@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from heedful.model.config import ModelConfig
-from heedful.train.config import OptimizerConfig, TrainError
+from heedful.train.config import OptimizerConfig
+from heedful.train.errors import TrainError
 
 STACKED = "blocks"  # The first axis of arrays below this name is the layer.
 

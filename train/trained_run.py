@@ -15,7 +15,8 @@ from heedful.data.pipeline import Dataset
 from heedful.data.tokenizer import Tokenizer
 from heedful.model.config import ModelConfig
 from heedful.train import load as loading
-from heedful.train.config import DecodeConfig, TrainError
+from heedful.train.config import DecodeConfig
+from heedful.train.errors import TrainError
 from heedful.train.evaluation.evaluate import report
 from heedful.train.experiment import Experiment
 from heedful.train.inference.classify import Classifier, Prediction

@@ -38,7 +38,9 @@ def require_choices(section: str, config: Any, error: type[ValueError] = ModelEr
             raise error(f"{section}.{entry.name} must be a finite number, not {value}")
         if get_origin(entry.type) is Literal and value not in choices:
             known, meant = ", ".join(map(str, choices)), did_you_mean(value, choices)
-            raise error(f"{section}.{entry.name} = {value}: {meant}give one of {known}")
+            raise error(
+                f"{section}.{entry.name} must be one of {known}, not {value}; {meant}".rstrip("; ")
+            )
 
 
 def require_idle(section: str, config: Any, names: tuple[str, ...], need: str) -> None:

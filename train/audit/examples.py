@@ -15,7 +15,7 @@ from heedful.data.pipeline import Dataset
 from heedful.data.split_plan import plan_split
 from heedful.data.store import TokenStore
 from heedful.data.tokenizer import Tokenizer
-from heedful.train.config import require
+from heedful.train.errors import require
 
 TOKENS_PER_POSITION = 3
 """Number of distinct tokens needed, as a multiple of the row length."""

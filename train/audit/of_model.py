@@ -14,7 +14,8 @@ from heedful.train.audit import audit as methods
 from heedful.train.audit.examples import TOKENS_PER_POSITION, tokenizer_of_words
 from heedful.train.audit.findings import Finding
 from heedful.train.audit.subject import Subject, fits
-from heedful.train.config import TrainConfig, TrainError, require
+from heedful.train.config import TrainConfig
+from heedful.train.errors import TrainError, require
 from heedful.train.start import require_fit
 from heedful.train.tasks import TASKS
 

@@ -15,7 +15,8 @@ from heedful.model.config import ModelConfig, ModelError
 from heedful.train.audit.audit import Audit, audit
 from heedful.train.audit.picture import MAX_TEXT, as_text, write_png
 from heedful.train.audit.subject import Subject, with_core
-from heedful.train.config import TrainConfig, TrainError, require
+from heedful.train.config import TrainConfig
+from heedful.train.errors import TrainError, require
 from heedful.train.inspection.pictures import SOFTWARE, require_ours
 from heedful.train.start import require_fit
 

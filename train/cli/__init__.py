@@ -17,12 +17,12 @@ from heedful.data.errors import DataError
 from heedful.model.config import ModelError
 from heedful.names import did_you_mean
 from heedful.train import signals
-from heedful.train.cli import commands, completion, experiments
+from heedful.train.cli import commands, completion, experiments, runs
 from heedful.train.cli.flags import take
 from heedful.train.cli.prepare import helps
 from heedful.train.cli.usage import USAGE
-from heedful.train.config import Interrupted, TrainError
 from heedful.train.cpu_allocator import keep_memory
+from heedful.train.errors import Interrupted, TrainError
 
 
 def main() -> None:
@@ -118,8 +118,8 @@ COMMANDS = {
     "generate": commands.generate,
     "classify": commands.classify,
     "attention": commands.attention,
-    "plot": commands.plot,
-    "compare": commands.compare,
+    "plot": runs.plot,
+    "compare": runs.compare,
     "reproduce": commands.reproduce,
     "verify": commands.verify,
     "import": commands.import_,
@@ -186,7 +186,7 @@ def _dispatch(arguments: list[str]) -> int:
     elif rest and rest[0] in ("--help", "-h"):
         print(USAGE)
     elif command == "runs":
-        commands.runs(rest)
+        runs.runs(rest)
     elif command == "completion":
         print(completion.script((rest or ["bash"])[0], base.names()))
     elif file is None and (not rest or rest[0].startswith("-")):

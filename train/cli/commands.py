@@ -20,7 +20,6 @@ from heedful.train.cli.arguments import (
     LoadArguments,
     MasksArguments,
     PlanArguments,
-    PlotArguments,
     ReproduceArguments,
     TrainArguments,
     VerifyArguments,
@@ -37,8 +36,8 @@ from heedful.train.cli.prepare import (
     with_pretrained_body,
 )
 from heedful.train.cli.terminal import answer_each, console, lines_of, print_lines
-from heedful.train.config import TrainError
 from heedful.train.config_json import to_json
+from heedful.train.errors import TrainError
 
 LOAD_FIELDS = {entry.name for entry in dataclasses.fields(LoadArguments)}
 
@@ -233,39 +232,6 @@ def attention(directory: str, arguments: list[str]) -> None:
     entries = dataclasses.fields(AttentionArguments)
     own = {e.name: getattr(chosen, e.name) for e in entries if e.name not in LOAD_FIELDS}
     attention_picture(load_run(directory, chosen), text or "", console(), **own)
-
-
-def runs(arguments: list[str]) -> None:
-    """heedful runs [DIR]: list the runs below DIR"""
-    from heedful.train.inspection.runs import print_runs
-
-    folder, rest = split_text(arguments)
-    if rest:
-        raise TrainError(f"heedful runs does not know {rest[0]}: give one folder, or none for runs")
-    print_runs(Path(folder or "runs").expanduser(), console())
-
-
-def plot(directory: str, arguments: list[str]) -> None:
-    """heedful plot RUN: draw the curves of a run"""
-    from heedful.train.inspection import curves
-    from heedful.train.run import Run
-
-    chosen = parse(PlotArguments(), arguments, f"heedful plot {directory}")
-    curves.plot(Run.open(directory), console(), chosen.output)
-
-
-def compare(directory: str, arguments: list[str]) -> None:
-    """heedful compare RUN RUN [RUN ...]: show what differs in settings, numbers and curves"""
-    from heedful.train.inspection.compare import compare
-
-    directories = [directory]
-    while (found := split_text(arguments))[0] is not None:
-        directories.append(found[0])
-        arguments = found[1]
-    if len(directories) < 2 and not helps(arguments):
-        raise TrainError(f"heedful compare needs two runs or more: heedful compare {directory} RUN")
-    chosen = parse(PlotArguments(), arguments, "heedful compare RUN RUN")
-    compare([Path(each).expanduser() for each in directories], console(), chosen.output)
 
 
 def inspect(target: str, named: Named | None, arguments: list[str]) -> None:

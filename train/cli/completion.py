@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from heedful.names import did_you_mean
 from heedful.train.cli import arguments as flags
-from heedful.train.config import TrainError
+from heedful.train.errors import TrainError
 
 SHELLS = ("bash", "zsh", "tcsh", "fish")
 OF_CONFIGS: dict[str, type] = {

@@ -13,10 +13,9 @@ from heedful.data.errors import DataError
 from heedful.data.reading import parse_json
 from heedful.model.config import ModelError
 from heedful.names import did_you_mean
-from heedful.train.config import TrainError
 from heedful.train.config_json import from_json
+from heedful.train.errors import TrainError
 from heedful.train.renamed import with_new_names
-from heedful.train.run import Run
 
 FORM = "define get_config() -> heedful.configs.base.Experiment in it"
 
@@ -83,6 +82,8 @@ def read(file: Path) -> Named:
 
     The config.json of a run is read, too. Raises TrainError for a file that cannot be used.
     """
+    from heedful.train.run import Run
+
     values = _values(file)
     own_code.search_in(file.parent)
     if file.name == "config.json" and "started_in" in values:

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from heedful.model.config import LayerConfig
 from heedful.names import did_you_mean
-from heedful.train.config import TrainError
 from heedful.train.config_json import from_json
+from heedful.train.errors import TrainError
 from heedful.train.renamed import require_new_flags
 
 T = TypeVar("T")

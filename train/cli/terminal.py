@@ -10,7 +10,7 @@ from heedful.data.errors import DataError
 from heedful.data.text_files import CR_ONLY, checked_text
 from heedful.model.config import ModelError
 from heedful.train import signals
-from heedful.train.config import TrainError
+from heedful.train.errors import TrainError
 
 PROMPT = "> "
 

@@ -26,12 +26,12 @@ look at a model
   cores                      show which attention core supports which mask
   inspect CONFIG|RUN         show parameters, memory, FLOPs and masks
   masks CONFIG|RUN           draw the masks, test that attention follows them
-  plan CONFIG|RUN [--flags]  estimate memory and time of a step, without training
+  plan CONFIG|RUN [--flags]  estimate memory and time of a step without training
       --topology v5e:16x16 [--search]   for TPUs, which need not be present
 
 check a run
-  reproduce RUN [--steps N]  train again from the start, and compare every bit
-  verify RUN                 train again from a checkpoint, and compare every bit
+  reproduce RUN [--steps N]  train again from the start, compare every bit
+  verify RUN                 train again from a checkpoint, compare every bit
 
 several processes
   train, evaluate, translate, generate, classify, export, reproduce and verify

@@ -9,8 +9,8 @@ from rich.console import Console
 from heedful.data.tokenizer import Tokenizer
 from heedful.model import pretrained
 from heedful.model.config import ModelConfig
-from heedful.train.config import TrainError
 from heedful.train.config_json import write_json
+from heedful.train.errors import TrainError
 from heedful.train.hosts import is_first, to_host
 from heedful.train.load import Trained
 

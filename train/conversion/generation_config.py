@@ -13,7 +13,8 @@ from heedful.model.pretrained.generation_keys import (
     UNSUPPORTED,
 )
 from heedful.model.pretrained.tensors import read_json
-from heedful.train.config import DecodeConfig, TrainError
+from heedful.train.config import DecodeConfig
+from heedful.train.errors import TrainError
 
 FILE = "generation_config.json"
 FIELDS = {"num_beams": "beam", "max_new_tokens": "max_tokens", "stop_strings": "stop"}

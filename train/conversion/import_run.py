@@ -10,8 +10,9 @@ from rich.console import Console
 from heedful.data.config import DataConfig
 from heedful.model.config import ModelConfig
 from heedful.train.checkpoint import Checkpoints
-from heedful.train.config import DecodeConfig, MeshConfig, TrainConfig, TrainError
+from heedful.train.config import DecodeConfig, MeshConfig, TrainConfig
 from heedful.train.conversion.init_from import Source, print_notes
+from heedful.train.errors import TrainError
 from heedful.train.reproducibility.record import add_environment, environment
 from heedful.train.run import Run, is_begun
 from heedful.train.sharding import make_mesh

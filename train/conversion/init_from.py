@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from heedful.model.config import ModelConfig
-from heedful.train.config import TrainError
 from heedful.train.config_json import differences, to_json
 from heedful.train.conversion import generation_config
 from heedful.train.conversion.source import Source, print_notes
+from heedful.train.errors import TrainError
 from heedful.train.trainable import named
 
 # Fields of attention that the new run sets; the other fields come from the source, as its

@@ -13,9 +13,9 @@ from heedful.data.reading import parse_json
 from heedful.data.tokenizer import Tokenizer
 from heedful.model.config import ModelConfig
 from heedful.train.audit.subject import fits
-from heedful.train.config import TrainError, require
 from heedful.train.conversion.export_run import export_model
 from heedful.train.conversion.source import open_source
+from heedful.train.errors import TrainError, require
 from heedful.train.messages import quiet
 
 

@@ -15,8 +15,8 @@ from heedful.model import pretrained
 from heedful.model.config import LoraConfig, ModelConfig
 from heedful.model.pretrained.tensors import CONFIG, read_json
 from heedful.names import did_you_mean
-from heedful.train.config import TrainError
 from heedful.train.conversion import generation_config
+from heedful.train.errors import TrainError
 from heedful.train.hosts import to_host
 from heedful.train.load import load
 from heedful.train.run import Run

@@ -15,8 +15,9 @@ from heedful.data import sources
 from heedful.data.pipeline import Dataset
 from heedful.data.store import fingerprint
 from heedful.data.writing import write_whole
-from heedful.train.config import DecodeConfig, TrainError
+from heedful.train.config import DecodeConfig
 from heedful.train.config_json import to_json, write_json
+from heedful.train.errors import TrainError
 from heedful.train.evaluation.measure import describe, frequency_loss, measure
 from heedful.train.evaluation.perplexity import strided_loss
 from heedful.train.evaluation.translations import translate_test

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from heedful.data.pipeline import Dataset
-from heedful.train.config import TrainError
+from heedful.train.errors import TrainError
 from heedful.train.evaluation import scores
 from heedful.train.evaluation.perplexity import NOTHING_TO_PREDICT
 from heedful.train.sharding import rows_here, to_devices

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from heedful.data.batch import pad_and_stack
 from heedful.data.objectives import Arrays
 from heedful.data.pipeline import Dataset
-from heedful.train.config import TrainError
+from heedful.train.errors import TrainError
 from heedful.train.sharding import whole_to_devices
 from heedful.train.tasks import TASKS, task_of
 

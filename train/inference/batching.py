@@ -7,7 +7,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, UInt32
 
-from heedful.train.config import DecodeConfig, TrainError
+from heedful.train.config import DecodeConfig
+from heedful.train.errors import TrainError
 from heedful.train.sharding import RULES, place
 
 SHORTEST = 16  # Lengths are 16, 32, 64, ...; each needs a compilation.

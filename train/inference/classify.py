@@ -13,7 +13,7 @@ from heedful.data.errors import DataError
 from heedful.data.objectives import Arrays
 from heedful.data.text_files import one_line
 from heedful.model.transformer import build
-from heedful.train.config import TrainError
+from heedful.train.errors import TrainError
 from heedful.train.inference.batching import shapes
 from heedful.train.load import Trained
 from heedful.train.model_loss import model_inputs

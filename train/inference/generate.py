@@ -15,7 +15,8 @@ from heedful.model.config import ModelConfig
 from heedful.model.decoding.beam_search import beam_search
 from heedful.model.decoding.parameters import DecodeParams, prepare
 from heedful.model.decoding.sampling import Decoded, DecodeState, decode_until, init_decode
-from heedful.train.config import DecodeConfig, TrainError, require_tokens
+from heedful.train.config import DecodeConfig, require_tokens
+from heedful.train.errors import TrainError
 from heedful.train.inference import rules
 from heedful.train.inference.batching import PromptBatch, batches, require_length
 from heedful.train.inference.text import Text

@@ -12,7 +12,7 @@ from heedful.data.batch import pad_and_stack
 from heedful.data.objectives import Arrays, source_and_target
 from heedful.model.config import ModelConfig
 from heedful.model.transformer import build
-from heedful.train.config import TrainError, require
+from heedful.train.errors import TrainError, require
 from heedful.train.inference.batching import require_length, shapes
 from heedful.train.load import Trained
 from heedful.train.model_loss import model_inputs

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from heedful.data.objectives import source_and_target
 from heedful.train import model_loss
-from heedful.train.config import require
+from heedful.train.errors import require
 from heedful.train.inference.translate import Translator
 from heedful.train.inspection.attention_weights import (
     attention_kinds,

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from heedful.train.config import require
+from heedful.train.errors import require
 from heedful.train.inspection.curves import draw, metrics
 from heedful.train.inspection.pictures import require_ours
 from heedful.train.run import Run

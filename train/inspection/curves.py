@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from heedful.train.config import TrainError, require
+from heedful.train.errors import TrainError, require
 from heedful.train.growing_files import read_lines
 from heedful.train.hosts import is_first
 from heedful.train.inspection.pictures import require_ours, save

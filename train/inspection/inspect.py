@@ -19,7 +19,8 @@ from heedful.model.attention import spec_of
 from heedful.model.cache import remembered
 from heedful.model.config import ModelConfig
 from heedful.model.mask_picture import MAY, MAY_NOT, as_text
-from heedful.train.config import MeshConfig, TrainConfig, require
+from heedful.train.config import MeshConfig, TrainConfig
+from heedful.train.errors import require
 from heedful.train.inspection.attention_weights import attention_masks, attentions
 from heedful.train.inspection.costs import (
     BACKWARD,

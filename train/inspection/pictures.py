@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from heedful.data.writing import write_whole
-from heedful.train.config import require
+from heedful.train.errors import require
 
 SOFTWARE = "heedful"
 """Value of the key Software in a PNG."""

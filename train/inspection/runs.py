@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from heedful.data.reading import parse_json
-from heedful.train.config import TrainError
+from heedful.train.errors import TrainError
 from heedful.train.growing_files import read_lines
 from heedful.train.metrics import scores
 from heedful.train.patience import Patience

@@ -17,7 +17,8 @@ from heedful.data.batch import FIELDS, PER_ROW, side
 from heedful.data.config import DataConfig
 from heedful.data.packing import Shape, batch_rows, round_up
 from heedful.model.config import ModelConfig
-from heedful.train.config import TrainConfig, TrainError
+from heedful.train.config import TrainConfig
+from heedful.train.errors import TrainError
 from heedful.train.plan.chips import GIB
 from heedful.train.sharding import batch_sharding, make_mesh, require_divisible
 from heedful.train.state import Setup, set_up

@@ -11,7 +11,8 @@ from rich.table import Table
 from heedful.data.config import DataConfig
 from heedful.model.attention import choose, saves_memory, spec_of
 from heedful.model.config import ModelConfig
-from heedful.train.config import TrainConfig, TrainError
+from heedful.train.config import TrainConfig
+from heedful.train.errors import TrainError
 from heedful.train.inspection.costs import device_bytes
 from heedful.train.inspection.inspect import number
 from heedful.train.plan.compiled import Compiled, Memory, compile_step

@@ -9,7 +9,8 @@ from rich.table import Table
 
 from heedful.data.config import DataConfig
 from heedful.model.config import ModelConfig
-from heedful.train.config import MeshConfig, TrainConfig, TrainError
+from heedful.train.config import MeshConfig, TrainConfig
+from heedful.train.errors import TrainError
 from heedful.train.inspection.costs import BACKWARD, device_bytes, logits_at_once, parts, recomputed
 from heedful.train.inspection.inspect import layout, number
 from heedful.train.plan.chips import Chip, chip_of

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from heedful.train.config import TrainError
+from heedful.train.errors import TrainError
 
 FORMS = "v5e:2x2 ... 16x16, v5p:2x2x1 ... 16x20x28, v6e:2x2 ... 16x16"
 ENVIRONMENT = {

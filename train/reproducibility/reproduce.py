@@ -12,7 +12,7 @@ from rich.console import Console
 
 from heedful.train import signals
 from heedful.train.checkpoint import Checkpoints
-from heedful.train.config import Interrupted, TrainError
+from heedful.train.errors import Interrupted, TrainError
 from heedful.train.hosts import any_process, is_multiprocess, primary_first
 from heedful.train.loop import fit
 from heedful.train.observers import Observer
