@@ -100,7 +100,8 @@ def stand_ins(monkeypatch, tmp_path):
         parse(*arguments)
         raise Parsed
 
-    run = Run(Path("runs/run"), ModelConfig(), DataConfig(), TrainConfig())
+    train = TrainConfig(decode=DecodeConfig(beam=1))
+    run = Run(Path("runs/run"), ModelConfig(), DataConfig(), train)
     opened = SimpleNamespace(
         model=ModelConfig(architecture="decoder_only"), tokenizer=SimpleNamespace(ends=()),
         generation={}, generation_file=None, label="imported",
@@ -140,7 +141,9 @@ def try_parser(words: list[str], folder: Path) -> None:
         assert not end.code
 
 
-@pytest.mark.parametrize(("page", "words"), CASES, ids=lambda value: " ".join(value)[:70])
+@pytest.mark.parametrize(
+    ("page", "words"), CASES, ids=lambda x: x if isinstance(x, str) else " ".join(x)[:70]
+)
 def test_a_command_in_the_docs_is_one(page: str, words: tuple[str, ...], stand_ins):
     try_parser(list(words), stand_ins)
 

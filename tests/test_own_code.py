@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 import toy
 
@@ -201,15 +202,15 @@ def test_a_misspelt_name_is_explained(make, words):
 @pytest.mark.parametrize("name", ["lion", "sgd", "lamb"])
 def test_an_optimizer_of_optax_takes_the_settings_of_the_config(name):
     made = make_optimizer(OptimizerConfig(kind=f"optax:{name}", peak_lr=0.5, warmup_steps=0), 9)
-    params = {"kernel": 4.0, "bias": 4.0}
-    update, _ = made.update({"kernel": 1.0, "bias": 1.0}, made.init(params), params)
+    params, grads = ({"kernel": jnp.array(x), "bias": jnp.array(x)} for x in (4.0, 1.0))
+    update, _ = made.update(grads, made.init(params), params)
     assert update["kernel"] == update["bias"] < 0
     decayed = OptimizerConfig(kind=f"optax:{name}", weight_decay=0.5)
     if name == "sgd":
         fails(TrainError, lambda: make_optimizer(decayed, 9), "takes no mask and weight_decay")
         return
     made = make_optimizer(decayed, 9)  # Matrices only.
-    update, _ = made.update({"kernel": 1.0, "bias": 1.0}, made.init(params), params)
+    update, _ = made.update(grads, made.init(params), params)
     assert update["kernel"] != update["bias"]
 
 

@@ -122,8 +122,11 @@ def _own_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         first = own_code.call(schedule, jnp.int32(0))
     except own_code.NotUsable as error:
         raise TrainError(f"{path}: {error}; {SCHEDULE_FORM}") from error
-    if jnp.shape(first) != () or not jnp.issubdtype(jnp.result_type(first), jnp.floating):
-        raise TrainError(f"{path} gives {first!r} as the first learning rate; {SCHEDULE_FORM}")
+    try:
+        jnp.asarray(first, jnp.float32).reshape(())
+    except (TypeError, ValueError) as error:
+        problem = f"gives {first!r} as the first learning rate"
+        raise TrainError(f"{path} {problem}; {SCHEDULE_FORM}") from error
     return schedule
 
 
