@@ -123,7 +123,7 @@ def stand_ins(monkeypatch, tmp_path):
 def try_parser(words: list[str], folder: Path) -> None:
     """Raise an error if the command has an unknown name or flag."""
     if len(words) == 1:  # The name of a command, in a sentence.
-        assert f"heedful {words[0]} " in cli.USAGE or words[0] == "--version"
+        assert f"\n  {words[0]} " in cli.USAGE or words[0] == "--version"
         return
     for word in words:
         name = re.sub(r"(\.py):\w+$", r"\1", word)
