@@ -86,7 +86,13 @@ def api() -> str:
         value = getattr(heedful, name)
         is_class = inspect.isclass(value)
         if isinstance(value, ModuleType):
-            group, name = "Masks", f"{name}\n    options:\n      show_root_heading: false"
+            functions = inspect.getmembers(value, inspect.isfunction)
+            own = [each for each, f in functions if f.__module__ == value.__name__]
+            shown = ", ".join(each for each in own if not each.startswith("_"))
+            options = (
+                f"{{show_root_heading: false, show_root_toc_entry: false, members: [{shown}]}}"
+            )
+            group, name = "Masks", f"{name}\n    options: {options}"
         elif is_class and issubclass(value, BaseException):
             group = "Errors"
         elif name.endswith("Config"):

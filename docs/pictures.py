@@ -7,7 +7,6 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from rich.console import Console
 
 from benchmarks import ablations, runs
 from heedful.configs import base
@@ -25,11 +25,14 @@ from heedful.model.positions import alibi_slopes, rotary_frequencies, sinusoids
 from heedful.model.transformer import build
 from heedful.train.cli import run
 from heedful.train.config import OptimizerConfig
+from heedful.train.conversion.source import open_source
 from heedful.train.inspection.costs import parts
+from heedful.train.inspection.token_labels import pieces
 from heedful.train.optimizer import learning_rate
 
 IMAGES = Path(__file__).parent / "images"
 ALLOWED, FORBIDDEN = "#3949ab", "#eceff1"
+LAYER, HEAD = 4, 2
 SENTENCE = "The cat did not cross the street because it was too tired"
 
 
@@ -147,15 +150,26 @@ def cost() -> Figure:
     return figure
 
 
-def attention() -> None:
-    """Draw attention weights of MiniLM with `heedful attention`."""
-    with TemporaryDirectory() as folder:
-        directory = f"{folder}/minilm"
-        _command("import", "package:minilm", "--run-dir", directory)
-        _command(
-            "attention", directory, SENTENCE, "--layer", "3",
-            "--output", str(IMAGES / "attention.png"),
-        )  # fmt: skip
+def attention() -> Figure:
+    """Draw attention weights of MiniLM: the mean over the heads of a layer, and one head."""
+    source = open_source("package:minilm", Console(quiet=True))
+    (ids,) = source.tokenizer.encode_batch([SENTENCE])
+    ids = np.array([source.tokenizer.bos, *ids, source.tokenizer.eos], np.int32)
+    options: Any = {"return_logits": False, "mutable": ["intermediates"]}
+    variables = {"params": source.params()}
+    _, kept = build(source.model).apply(variables, jnp.array(ids)[None], **options)
+    (weights,) = kept["intermediates"]["encoder"]["blocks"]["self_attention"]["weights"]
+    layer, tokens = weights[LAYER - 1, 0], pieces(source.tokenizer, ids)
+    shown = {f"layer {LAYER}, mean of {len(layer)} heads": layer.mean(0)}
+    shown[f"layer {LAYER}, head {HEAD}"] = layer[HEAD - 1]
+    figure, axes = _figure(1, 2, (10.0, 4.5))
+    for axis, (title, values) in zip(axes, shown.items(), strict=True):
+        image = axis.imshow(values, cmap="viridis", vmin=0)
+        axis.set_xticks(range(len(ids)), tokens, rotation=90)
+        axis.set_yticks(range(len(ids)), tokens)
+        axis.set(title=title, xlabel="keys", ylabel="queries")
+        figure.colorbar(image, ax=axis, shrink=0.7)
+    return figure
 
 
 def audit() -> None:
