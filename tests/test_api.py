@@ -44,7 +44,7 @@ def run(tmp_path_factory, tokenizer) -> hf.TrainedRun:
 
 def datasets(tokenizer, **settings) -> tuple[hf.Dataset, hf.Dataset]:
     make = partial(hf.Dataset.from_texts, tokenizer=tokenizer, **SIZES, **settings)
-    return make(TEXTS[:150]), make(TEXTS[150:], split="valid")
+    return make(TEXTS[:150]), make(TEXTS[150:])
 
 
 # Names ------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def test_reprs_are_short_and_name_what_differs():
     assert repr(config) == "ModelConfig(width=64, attention=AttentionConfig(heads=2))"
     names = {name: getattr(hf, name) for name in hf.__all__ if name.endswith("Config")}
     assert eval(repr(GPT), names) == GPT and repr(GPT).count("\n") > 3
-    mask = hf.masks.packed(np.ones((2, 5), np.int32)) & hf.masks.causal()
+    mask = hf.masks.packed(jnp.ones((2, 5), jnp.int32)) & hf.masks.causal()
     assert repr(mask) == (
         "AttentionMask(causal=True, q_segment_ids=int32[2, 5], kv_segment_ids=int32[2, 5])"
     )
@@ -114,7 +114,7 @@ def test_pictures_are_png():
     with pytest.raises(hf.ModelError, match="not an AttentionMask"):
         hf.show(np.ones((2, 2)), 2)
     with pytest.raises(hf.ModelError, match="describes 5 q positions, there are 4"):
-        hf.show(hf.masks.packed(np.ones((1, 5), int)), 4)
+        hf.show(hf.masks.packed(jnp.ones((1, 5), int)), 4)
 
 
 # Attention --------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def test_an_audit_finds_a_planted_leak(monkeypatch, tokenizer):
 
 
 def same(a: hf.Dataset, b: hf.Dataset) -> None:
-    assert a.batches_per_epoch == b.batches_per_epoch and a.report == b.report
+    assert a.batches_per_epoch == b.batches_per_epoch and a.target_count == b.target_count
     for ours, theirs, _ in zip(a.train_iterator(), b.train_iterator(), range(5), strict=False):
         assert ours.keys() == theirs.keys()
         for name in ours:
@@ -420,7 +420,7 @@ def test_hidden_states_and_scores_are_those_of_the_model(run):
     for text, state, score in zip(texts, states, scores, strict=True):
         (ids,) = run.tokenizer.encode_batch([text])
         begin, end = run.tokenizer.frame
-        inputs, targets = np.array([[begin, *ids]]), np.array([*ids, end])
+        inputs, targets = jnp.array([[begin, *ids]]), np.array([*ids, end])
         hidden = model.apply({"params": params}, inputs, return_logits=False)[0]
         np.testing.assert_allclose(state, hidden, atol=1e-5)
         logits = jax.nn.log_softmax(model.apply({"params": params}, inputs)[0])

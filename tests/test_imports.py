@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("model", "data", "train", "configs")
 SHARED = ("heedful.errors", "heedful.names", "heedful.own_code", "heedful.readable")
 MAY_IMPORT = {
+    "heedful": SHARED,
     "model": ("heedful.model", *SHARED),
     "data": ("heedful.data", *SHARED),
     "train": ("heedful.model", "heedful.data", "heedful.train", *SHARED),

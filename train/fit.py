@@ -1,6 +1,7 @@
 """Train an experiment from Python."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -78,6 +79,7 @@ def fit(
     config = experiment.data
     if data is not None:
         config, tokenizer = _of_datasets(experiment, data, tokenizer)
+        data = {split: replace(dataset, split=split) for split, dataset in data.items()}
     elif tokenizer is not None:
         require(
             config.tokenizer == TokenizerConfig(),

@@ -1,6 +1,7 @@
 """Stop training after a signal to any process, at the same step on all processes."""
 
 import signal
+import threading
 from collections import deque
 from typing import Any
 
@@ -31,7 +32,10 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         signals.is_saving = is_multiprocess()
-        self._former = {number: signal.signal(number, self._ask) for number in signals.ENDING}
+        is_main = threading.current_thread() is threading.main_thread()
+        # Python lets only the main thread handle signals.
+        handled = signals.ENDING if is_main else ()
+        self._former = {number: signal.signal(number, self._ask) for number in handled}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:

@@ -177,7 +177,8 @@ class TrainedRun:
         """
         own = {name: settings.pop(name) for name in REPORT_SETTINGS if name in settings}
         given = {"valid": valid, "test": test}
-        data = self._data | {name: x for name, x in given.items() if x is not None}
+        own_data = {k: replace(x, split=k) for k, x in given.items() if x is not None}
+        data = self._data | own_data
         decode = self._decode(settings)
         return report(self.trained, decode, console or quiet(), data=data or None, **own)
 

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from flax.errors import ScopeParamNotFoundError
+from flax.errors import ScopeCollectionNotFound, ScopeParamNotFoundError
 from jaxtyping import Array, Float, Int
 
 from heedful.model.attention import choose, spec_of
@@ -111,7 +111,7 @@ def attention(
         raise ModelError(str(error)) from error
     try:
         return _run(_spec(core, call), call)
-    except ScopeParamNotFoundError as error:
+    except (ScopeCollectionNotFound, ScopeParamNotFoundError) as error:
         raise ModelError(
             f"core = {core} has parameters of its own: choose a core without parameters, or "
             "use it in a model, with model.attention.core"
