@@ -23,7 +23,6 @@ MAY_IMPORT = {
         "heedful.configs", "heedful.model.config", "heedful.data.config", "heedful.train.config",
         "heedful.train.errors", "heedful.train.experiment", "heedful.names",
     ),
-    "heedful": SHARED,
     "benchmarks": (
         "benchmarks", "heedful.configs", "heedful.data", "heedful.model", "heedful.train"
     ),

@@ -116,6 +116,7 @@ def test_a_failed_picture_loses_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(curves, "draw", fail)
     assert "plot.png was not drawn: no memory" in " ".join(said(try_plot, run).split())
+    monkeypatch.undo()
     with pytest.raises(TrainError, match="has no metrics"):
         plot(make(tmp_path / "new"), Console(file=io.StringIO()))
 
