@@ -169,7 +169,7 @@ def _encode(
         return
     numbers, parts, size = [], [], 0
     for number, text in enumerate(texts):
-        for part in tokenizer.parts(text):
+        for part in tokenizer.parts(text):  # type: ignore[arg-type]
             numbers.append(number)
             parts.append(part)
             size += len(part)

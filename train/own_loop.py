@@ -81,7 +81,9 @@ def make_train_step(
             )
             return loss(model, params, batch, options)[:2]
 
-        total, weight, grads = summed_gradients(loss_sum, state.params, batch, key, accumulate)
+        total, weight, grads = summed_gradients(
+            loss_sum, state.params, dict(batch), key, accumulate
+        )
         count = jnp.maximum(weight, 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

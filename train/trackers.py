@@ -103,7 +103,7 @@ class _Wandb:
     """A run of Weights & Biases."""
 
     def __init__(self, run: Run):
-        import wandb
+        import wandb  # type: ignore[import-not-found]
 
         self.name = _name(run)
         self._images = wandb.Image
@@ -135,7 +135,7 @@ class _Trackio:
     """A run of Trackio, in the local folder TRACKIO_DIR."""
 
     def __init__(self, run: Run):
-        import trackio
+        import trackio  # type: ignore[import-not-found]
 
         self.name = _name(run)
         self._images, self._last = trackio.Image, 0

@@ -104,7 +104,7 @@ def attention(
     rate_key = dropout_key if dropout_rate else None
     arrays = (q, k, v, mask, bias, rate_key)
     q, k, v, mask, bias, rate_key = vary(arrays, arrays)
-    call = AttentionCall(q, k, v, mask, bias, scale, dropout_rate, rate_key)
+    call = AttentionCall(q, k, v, mask, bias, scale, dropout_rate, rate_key)  # type: ignore[arg-type]
     try:
         call.require_shapes()
     except ValueError as error:

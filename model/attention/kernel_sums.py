@@ -181,7 +181,7 @@ def causal(
     `size` tokens.
     """
     B, K, _, H = rows.k.shape
-    state = vary(state or FeatureState.zeros(B, K, len(features.matrix), H), rows.k)
+    start = state or FeatureState.zeros(B, K, len(features.matrix), H)
 
     @jax.checkpoint
     def step(carry: tuple[FeatureState, jax.Array], chunk: Rows):
@@ -223,7 +223,7 @@ def causal(
         return (state, end), KernelSums(values, total, log_scale)
 
     chunks = Rows(*(_chunks(x, axis, size) for x, axis in zip(rows, LENGTH_AXES, strict=True)))
-    (state, _), sums = jax.lax.scan(step, (state, rows.segment[:, 0]), chunks)
+    (state, _), sums = jax.lax.scan(step, (vary(start, rows.k), rows.segment[:, 0]), chunks)
     return _whole(sums, rows.q.shape[3]), state
 
 

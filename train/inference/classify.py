@@ -74,9 +74,9 @@ class Classifier:
     def __call__(self, texts: Sequence[str]) -> list[str]:
         """Return one line per text: class and probability, or the number of a regression."""
         return [
-            f"{found:.4f}"
-            if isinstance(found, float)
-            else f"{one_line(found.label)}\t{found.probability:.4f}"
+            f"{one_line(found.label)}\t{found.probability:.4f}"
+            if isinstance(found, Prediction)
+            else f"{found:.4f}"
             for found in self.predict(texts)
         ]
 
