@@ -223,8 +223,8 @@ def causal(
         return (state, end), KernelSums(values, total, log_scale)
 
     chunks = Rows(*(_chunks(x, axis, size) for x, axis in zip(rows, LENGTH_AXES, strict=True)))
-    (state, _), sums = jax.lax.scan(step, (vary(start, rows.k), rows.segment[:, 0]), chunks)
-    return _whole(sums, rows.q.shape[3]), state
+    (last, _), sums = jax.lax.scan(step, (vary(start, rows.k), rows.segment[:, 0]), chunks)
+    return _whole(sums, rows.q.shape[3]), last
 
 
 def _chunks(x: jax.Array, axis: int, size: int) -> jax.Array:
