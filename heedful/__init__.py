@@ -67,10 +67,9 @@ _HOMES = {
     "heedful.model.transformer": ("build",),
     "heedful.train.audit.findings": ("Finding",),
     "heedful.train.audit.of_model": ("audit",),
-    "heedful.train.config": (
-        "DecodeConfig", "Interrupted", "MeshConfig", "OptimizerConfig", "TrainConfig", "TrainError",
-    ),
+    "heedful.train.config": ("DecodeConfig", "MeshConfig", "OptimizerConfig", "TrainConfig"),
     "heedful.train.conversion.pretrained": ("from_pretrained", "save_pretrained"),
+    "heedful.train.errors": ("Interrupted", "TrainError"),
     "heedful.train.experiment": ("Experiment",),
     "heedful.train.fit": ("fit",),
     "heedful.train.inference.classify": ("Prediction",),

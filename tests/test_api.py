@@ -184,7 +184,7 @@ def test_attention_with_bias_scale_and_dropout(core: str, unchecked):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"core": "flesh"}, "unknown core 'flesh': choose auto or one of"),
+        ({"core": "flesh"}, "unknown core 'flesh': did you mean flash"),
         ({"q": Q[0]}, r"q is float32\[12, 4, 8\]: give floating-point numbers \[rows, positions"),
         ({"k": KEYS[:, :5]}, r"shapes do not fit: .* K divides N"),
         ({"mask": np.ones((T, T), bool)}, "mask is ndarray, not an AttentionMask"),
@@ -324,7 +324,7 @@ def test_pairs_and_labels(tmp_path):
         ([" "], "causal_lm", "all 1 documents of split 'train' are blank"),
         ("red cat", "causal_lm", "the texts are one str: give a list"),
         ([7], "causal_lm", "text 0 has a text of type int"),
-        (["red cat"], "causal_ml", "data.objective is 'causal_ml': give one of"),
+        (["red cat"], "causal_ml", "data.objective is 'causal_ml': did you mean causal_lm"),
         (["red cat"], "translation", r"text 0 is 'red cat': this task needs \(source, target\)"),
         ([("red", "a", "b"), ("red", "a")], "classification", "1 of 2 texts have a second text"),
         ([("red", "good")], "classification", "'good' is the only class"),
@@ -398,7 +398,7 @@ def test_a_run_generates_as_the_command_does(run, capsys, monkeypatch):
     prompts = ["red cat", "small dog runs"]
     from heedful.train.cli import commands
 
-    monkeypatch.setattr(commands, "read_lines", lambda: prompts)
+    monkeypatch.setattr(commands, "lines_of", lambda text: prompts)
     again = hf.load(run.directory)
     assert command(["generate", str(run.directory)]) == 0
     printed = capsys.readouterr().out.splitlines()

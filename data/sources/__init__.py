@@ -60,7 +60,9 @@ def _source(config: DataConfig) -> Source:
     """Return the source that a config names; raise DataError if it does not fit the config."""
     name, colon, _ = config.source.partition(":")
     spelled = {
-        name: name + (each.argument and f":{each.argument}") for name, each in SOURCES.items()
+        name: name + (each.argument and f":{each.argument}")
+        for name, each in SOURCES.items()
+        if each.is_stored
     }
     source = SOURCES.get(name)
     if source is None and own_code.is_import_path(config.source):
@@ -72,7 +74,7 @@ def _source(config: DataConfig) -> Source:
             f"{', '.join(spelled.values())}, or an import path, my_package.my_source:SOURCE"
         )
     if not source.serves(config.objective_spec):
-        fitting = [spelled[n] for n, s in SOURCES.items() if s.serves(config.objective_spec)]
+        fitting = [text for n, text in spelled.items() if SOURCES[n].serves(config.objective_spec)]
         raise DataError(
             f"data.source {config.source!r} has no examples for data.objective "
             f"{config.objective!r}: set data.source to {_either(fitting)}, or data.objective to "
@@ -80,7 +82,7 @@ def _source(config: DataConfig) -> Source:
         )
     for name in ("columns", "label"):
         if not source.reads_columns and getattr(config, name) != getattr(DataConfig, name):
-            reading = " and ".join(spelled[n] for n, each in SOURCES.items() if each.reads_columns)
+            reading = " and ".join(text for n, text in spelled.items() if SOURCES[n].reads_columns)
             raise DataError(
                 f"data.{name} is for data.source {reading}, not {config.source}: leave data.{name} "
                 "out"

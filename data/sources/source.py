@@ -24,6 +24,8 @@ class Source:
     """Form of the argument in data.source NAME:ARGUMENT; empty: there is no colon and argument."""
     reads_columns: bool = False
     """True if data.columns and data.label choose among the columns of this source."""
+    is_stored: bool = True
+    """False if a Python program gives the examples, so that no command can load them."""
     if_empty: str = "choose another source or other languages"
     """Fix in the error message for an empty split; {split} stands for the name of the split."""
 

@@ -21,4 +21,5 @@ SOURCE = Source(
     load=load,
     fields=lambda config: fields_of(config.objective_spec, len(config.columns)),
     reads_columns=True,
+    is_stored=False,
 )

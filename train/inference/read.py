@@ -17,6 +17,7 @@ from heedful.train.inference.batching import require_length, shapes
 from heedful.train.load import Trained
 from heedful.train.model_loss import model_inputs
 from heedful.train.sharding import replicated, whole_to_devices
+from heedful.train.tasks import TASKS, Task, task_of
 
 Text = str | tuple[str, ...]
 """A text, or a pair of texts: source and target, or the two texts of a classified pair."""
@@ -60,9 +61,10 @@ class Reader:
             )
         else:
             require(
-                run.data.objective in ("causal_lm", "translation"),
+                _scores_texts(task_of(run.data)),
                 f"{run.data.objective} gives no probability of a whole text: use a run of "
-                "causal_lm or translation, or hidden_states",
+                f"{' or '.join(name for name, each in TASKS.items() if _scores_texts(each))}, or "
+                "hidden_states",
             )
             require(
                 self.trained.tokenizer.eos is not None,
@@ -163,3 +165,8 @@ def _scores(config: ModelConfig, params: dict, batch: dict) -> jax.Array:
         return log_probabilities
     targets = batch["targets"][..., None]
     return jnp.take_along_axis(log_probabilities, targets, -1)[..., 0]
+
+
+def _scores_texts(task: Task) -> bool:
+    """Tell if the task predicts each token of a text, so that the text has a probability."""
+    return task.use in ("generate", "translate") and not task.objective.arrays
