@@ -151,7 +151,8 @@ def _invalid(found: re.Match) -> str:
 def _one_line(box: str) -> str:
     """Return the text of tyro's box in one line: the error, and similar flags."""
     plain = re.sub(r"\x1b\[[\d;]*m", "", box)  # Without the colours of a terminal.
-    lines = [re.sub(r"[─│╭╮╰╯]", " ", line).strip() for line in plain.splitlines()]
+    frame = r"[─│╭╮╰╯]|^[+|]|[+|]$|-{3,}"  # The second half is that of an ASCII terminal.
+    lines = [re.sub(frame, " ", line).strip() for line in plain.splitlines()]
     text = " ".join(" ".join(line for line in lines[1:] if line).split())
     text = re.sub(r"^Error parsing [\w.-]+: (?=[a-z_]+\.)", "", text)
     text = text.replace("Argument helptext:", "; it is")
