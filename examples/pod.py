@@ -33,6 +33,7 @@ def main() -> None:
             width=128,
             layers=2,
             attention=hf.AttentionConfig(heads=4),
+            feed_forward=hf.FeedForwardConfig(width=512),
             norm=hf.NormConfig(position="pre"),
         ),
         data=hf.DataConfig(
