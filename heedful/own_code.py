@@ -197,7 +197,9 @@ def _explained(what: str) -> Iterator[None]:
     except NotUsable:
         raise
     except (Exception, SystemExit) as error:
-        raise NotUsable(f"{_place(error) or what}: {_reason(error)}") from error
+        place = _place(error)
+        fix = "; correct this line" if place and not _has_fix(error) else ""
+        raise NotUsable(f"{place or what}: {_reason(error)}{fix}") from error
 
 
 def _place(error: BaseException) -> str:
@@ -216,11 +218,13 @@ def _is_users(file: str) -> bool:
     return not file.startswith("<") and not is_library
 
 
+def _has_fix(error: BaseException) -> bool:
+    """Tell if the text for an error names a fix already, as that of each error of heedful does."""
+    return isinstance(error, SystemExit) or type(error).__module__.partition(".")[0] == "heedful"
+
+
 def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    if type(error).__module__.partition(".")[0] == "heedful":
-        return text  # It has the fix already.
     if isinstance(error, SystemExit):
         return "it ends the program; put its commands under if __name__ == '__main__'"
-    text = error.msg if isinstance(error, SyntaxError) else text
-    return f"{type(error).__name__}: {text}; correct this line"
+    text = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+    return text if _has_fix(error) else f"{type(error).__name__}: {text}"

@@ -74,11 +74,12 @@ def test_trackio_gets_the_run_in_a_local_folder(tmp_path):
     name = json.loads((directory / "tracker.json").read_text())["name"]
     store = tmp_path / "store"
     with sqlite3.connect(store / "heedful.db") as database:
-        rows = [str(row) for row in database.execute("select * from metrics")]
+        rows = database.execute("select run_name, metrics from metrics").fetchall()
         (config,) = database.execute("select config from configs").fetchall()
-    assert all(name in row for row in rows) and '"width": 48' in str(config)
-    for words in ('"loss": 2.5', '"valid_loss": 1.75', '"result/test_loss": 1.625', "loss"):
-        assert sum(words in row for row in rows) >= 2
+    assert json.loads(config[0])["model"]["width"] == 48
+    sent = {"loss": 2.5}, {"valid_loss": 1.75}, {"result/test_loss": 1.625}
+    for (run, values), expected in zip(rows, 2 * sent, strict=True):
+        assert run == name and expected.items() <= json.loads(values).items()
     assert list((store / "media").rglob("*.png"))
 
 

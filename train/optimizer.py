@@ -165,12 +165,13 @@ def _settings_of_optax(config: OptimizerConfig, names: list[str]) -> dict[str, A
         taken |= {"weight_decay": "weight_decay"}
         values |= {"weight_decay": config.weight_decay, "mask": _decayed}
     for field, name in taken.items():
-        value, wanted = getattr(config, field), {name, "mask"} if name == "weight_decay" else {name}
-        if value != getattr(OptimizerConfig, field) and not wanted <= set(names):
+        wanted = {name, "mask"} if name == "weight_decay" else {name}
+        value, default = getattr(config, field), getattr(OptimizerConfig, field)
+        if value != default and not wanted <= set(names):
             raise TrainError(
                 f"train.optimizer.{field} = {value} has no effect with train.optimizer.kind = "
-                f"{config.kind}, which takes no {' and '.join(sorted(wanted))}: leave "
-                f"train.optimizer.{field} out, or write a function (OptimizerConfig, rate)"
+                f"{config.kind}, which takes no {' and '.join(sorted(wanted))}: set "
+                f"train.optimizer.{field} to {default}, or write a function (OptimizerConfig, rate)"
             )
     return {name: value for name, value in values.items() if name in names}
 

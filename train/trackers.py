@@ -124,7 +124,7 @@ class _Wandb:
 
     def finish(self, result: dict[str, Any], pictures: list[Path]) -> None:
         if pictures:
-            self._run.log({path.stem: self._images(str(path)) for path in pictures})
+            self._run.log({f"pictures/{path.stem}": self._images(str(path)) for path in pictures})
         self._run.summary.update({"result": result})
 
     def close(self, is_complete: bool) -> None:
@@ -152,7 +152,7 @@ class _Trackio:
         self._run.log(values, step=step)
 
     def finish(self, result: dict[str, Any], pictures: list[Path]) -> None:
-        images = {path.stem: self._images(str(path)) for path in pictures}
+        images = {f"pictures/{path.stem}": self._images(str(path)) for path in pictures}
         scores = {f"result/{name}": value for name, value in result.items()}
         self._run.log(scores | images, step=self._last)
 
