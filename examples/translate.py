@@ -27,15 +27,20 @@ def pairs() -> list[tuple[str, str]]:
 
 def learn(directory: Path) -> hf.TrainedRun:
     texts = pairs()
-    every = [text for pair in texts for text in pair]
-    tokenizer = hf.Tokenizer.train(every, hf.TokenizerConfig(kind="chars"))
+    tokenizer = hf.Tokenizer.train(sum(texts, ()), hf.TokenizerConfig(kind="chars"))
     settings = {"max_length": 64, "batch_tokens": 2048, "holdout": 0.1}
     train, valid, test = (
         hf.Dataset.from_texts(texts, tokenizer, "translation", split=split, **settings)
         for split in ("train", "valid", "test")
     )
-    attention, norm = hf.AttentionConfig(heads=4), hf.NormConfig(position="pre")
-    model = hf.ModelConfig(width=64, layers=2, attention=attention, norm=norm, dropout=0.0)
+    model = hf.ModelConfig(
+        width=64,
+        layers=2,
+        attention=hf.AttentionConfig(heads=4),
+        feed_forward=hf.FeedForwardConfig(width=128),
+        norm=hf.NormConfig(position="pre"),
+        dropout=0.0,
+    )
     optimizer = hf.OptimizerConfig(peak_lr=3e-3, warmup_steps=50, schedule="linear")
     experiment = hf.Experiment(
         model=model, train=hf.TrainConfig(steps=300, checkpoint_every=100, optimizer=optimizer)
