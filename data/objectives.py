@@ -99,6 +99,11 @@ class Objective:
     """Fields of DataConfig that have no effect with objectives that do not list them here."""
 
     @property
+    def has_prefix(self) -> bool:
+        """True if a text begins with a prefix, to which all of its positions attend."""
+        return "prefix_len" in self.arrays
+
+    @property
     def is_text(self) -> bool:
         """True for objectives on unlabelled documents of any length."""
         return self.chunking is not None

@@ -27,6 +27,11 @@ def init(model: nn.Module, key: jax.Array) -> dict[str, Any]:
         raise ModelError("model.vocab_size = None: give the vocab_size of the tokenizer")
     if config.head.kind == "classifier" and config.head.outputs is None:
         raise ModelError("model.head.outputs = None: give the number of classes")
+    return jax.jit(lambda key: nn.unbox(boxed_params(model, key)))(key)
+
+
+def boxed_params(model: nn.Module, key: jax.Array) -> Any:
+    """Return random parameters of a model, each in a box with the names of its axes."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    sides = 2 if config.architecture == "encoder_decoder" else 1
-    return jax.jit(lambda key: nn.unbox(model.init(key, *[tokens] * sides))["params"])(key)
+    is_pair = model.config.architecture == "encoder_decoder"  # type: ignore[attr-defined]
+    return model.init(key, *[tokens] * (2 if is_pair else 1))["params"]

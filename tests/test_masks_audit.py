@@ -323,9 +323,7 @@ def clean(model: ModelConfig, data: DataConfig, small: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", quick.only(["translate_tiny", "bert_tiny", "shakespeare_char"], base.names())
-)
+@pytest.mark.parametrize("name", base.names())
 def test_our_configs_are_clean(name: str):
     """The audit of a small model is cached: configs that differ only in size share it."""
     experiment = base.load(name)[0]

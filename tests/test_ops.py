@@ -26,19 +26,14 @@ def random(*shape: int, seed: int = 0) -> jax.Array:
 
 def compared(name: str, *args: Any, **options: Any) -> tuple[Any, Any]:
     """Return the results of the plain form and of its CPU variant."""
-    made, leaves = OPS[name], jax.tree.leaves(args)
-    is_array = [isinstance(x, jax.Array) for x in leaves]
-    rest = [x for x, array in zip(leaves, is_array, strict=True) if not array]
+    made = OPS[name]
+
+    def both(*args: Any) -> tuple[Any, Any]:
+        return made.plain(*args, **options), made.variants["cpu"](*args, **options)
 
     # Arrays are arguments of the program: XLA would spend a minute to compute it from constants.
-    @jax.jit
-    def both(*arrays: jax.Array) -> tuple[Any, Any]:
-        given, others = iter(arrays), iter(rest)
-        taken = [next(given) if array else next(others) for array in is_array]
-        whole = jax.tree.unflatten(jax.tree.structure(args), taken)
-        return made.plain(*whole, **options), made.variants["cpu"](*whole, **options)
-
-    return both(*(x for x in leaves if isinstance(x, jax.Array)))
+    static = [i for i, x in enumerate(args) if isinstance(x, int | str) or callable(x)]
+    return jax.jit(both, static_argnums=static)(*args)
 
 
 def test_a_formula_takes_the_variant_of_the_platform_in_force(monkeypatch):

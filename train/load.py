@@ -1,10 +1,10 @@
 """Load a trained model: the parameters of a run, with its tokenizer and a mesh."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,14 @@ from rich.console import Console
 from heedful.data.tokenizer import Tokenizer
 from heedful.train.checkpoint import Checkpoints, CorruptCheckpoint
 from heedful.train.code_record import changes
-from heedful.train.config import MeshConfig
+from heedful.train.config import DecodeConfig, MeshConfig
 from heedful.train.errors import TrainError
 from heedful.train.metrics import scores
 from heedful.train.run import Run
 from heedful.train.sharding import make_mesh
 from heedful.train.state import abstract_params
+
+Writer = TypeVar("Writer")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,13 @@ class Trained:
     params: Any
     steps: list[int]
     """Steps of the checkpoints that the parameters come from."""
+
+    def writer(
+        self, kind: Callable[..., Writer], decode: DecodeConfig, seed: int = 0, **options: Any
+    ) -> Writer:
+        """Return a Translator or Generator (`kind`) of this model; `options` are its keywords."""
+        parts = self.run.model, decode, self.tokenizer, self.params, self.mesh
+        return kind(*parts, seed, **options)
 
 
 def load(

@@ -8,6 +8,11 @@ from typing import Any
 from rich.console import Console
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of the text of an exception; without text, the name of its class."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 @contextlib.contextmanager
 def lasting(console: Console) -> Iterator[None]:
     """Leave out text that cannot be printed within the context: a full disk must not end a run."""

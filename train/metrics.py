@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,13 @@ def score(measured: Mapping[str, float], metric: str) -> float:
 
 def scores(path: Path, metric: str) -> dict[int, float]:
     """Return the scores, by step, of the measurements in a `metrics.jsonl`."""
+    return scores_in(read_lines(path) if path.is_file() else (), metric)
+
+
+def scores_in(lines: Iterable[Mapping[str, Any]], metric: str) -> dict[int, float]:
+    """Return the scores, by step, of the measurements in the lines of a `metrics.jsonl`."""
     name, found = f"valid_{metric}", {}
-    for line in read_lines(path) if path.is_file() else ():
+    for line in lines:
         value = line.get(name, "none")
         value = math.nan if value is None else value  # `finite` writes NaN as null.
         if isinstance(value, float):

@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from heedful.model.attention import FEATURES, redraw_steps
-from heedful.train.errors import TrainError, require
+from heedful.train.errors import require
 from heedful.train.model_loss import Loss, LossOptions
 from heedful.train.state import TrainState
-from heedful.train.step import summed_gradients
-from heedful.train.tasks import TASKS
+from heedful.train.step import random_keys, summed_gradients
+from heedful.train.tasks import task_named
 
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Metrics]]
@@ -64,13 +63,9 @@ def make_train_step(
         (['grad_norm', 'loss', 'weight'], 3)
     """
     config, loss = model.config, _loss(model, task)  # type: ignore[attr-defined]
-    redraw = redraw_steps(config)
 
     def train_step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        features = {}
-        if redraw is not None:
-            features[FEATURES] = jax.random.fold_in(jax.random.key(seed), state.step // redraw)
+        key, features = random_keys(config, seed, state.step)
 
         def loss_sum(params: Any, batch: Mapping[str, Any], key: jax.Array):
             options = LossOptions(
@@ -132,9 +127,7 @@ def require_arrays(batch: Mapping[str, Any], accumulate: int) -> None:
 def _loss(model: nn.Module, task: str | Loss) -> Loss:
     if not isinstance(task, str):
         return task
-    if task not in TASKS:
-        raise TrainError(f"unknown task '{task}': choose one of {', '.join(TASKS)}")
-    config, spec = model.config, TASKS[task]  # type: ignore[attr-defined]
+    config, spec = model.config, task_named(task)  # type: ignore[attr-defined]
     require(
         spec.fits(config),
         f"task {task} needs model.architecture {' or '.join(spec.architectures)} and "

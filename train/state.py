@@ -10,6 +10,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from heedful.model.config import ModelConfig
+from heedful.model.init import boxed_params
 from heedful.model.transformer import build
 from heedful.train.config import TrainConfig
 from heedful.train.optimizer import make_optimizer
@@ -44,7 +45,7 @@ class TrainState:
 
 def abstract_params(config: ModelConfig, mesh: Mesh) -> Any:
     """Return shapes, types and shardings of the parameters; compute nothing."""
-    boxed = jax.eval_shape(lambda: _init_params(config, jax.random.key(0)))
+    boxed = jax.eval_shape(lambda: boxed_params(build(config), jax.random.key(0)))
     return _placed(nn.unbox(boxed), parameter_shardings(boxed, mesh))
 
 
@@ -83,7 +84,7 @@ def set_up(model: ModelConfig, config: TrainConfig, mesh: Mesh | None = None) ->
 def init_params(config: ModelConfig, mesh: Mesh, seed: int) -> Any:
     """Create random parameters, sharded from the start; the values are the same on every mesh."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_params(config, mesh))
-    make = lambda: nn.unbox(_init_params(config, jax.random.key(seed)))  # noqa: E731
+    make = lambda: nn.unbox(boxed_params(build(config), jax.random.key(seed)))  # noqa: E731
     with jax.set_mesh(mesh):
         return jax.jit(make, out_shardings=shardings)()
 
@@ -109,9 +110,3 @@ def _placed(shapes: Any, shardings: Any) -> Any:
         shapes,
         shardings,
     )
-
-
-def _init_params(config: ModelConfig, key: jax.Array) -> Any:
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    sides = 2 if config.architecture == "encoder_decoder" else 1
-    return build(config).init(key, *[tokens] * sides)["params"]

@@ -53,12 +53,7 @@ def make_train_step(
 
         # The rules are not part of jit's cache key: enter them inside the traced function.
         with nn.logical_axis_rules(flax_rules()):
-            seed = jax.random.key(config.seed)
-            key = jax.random.fold_in(seed, state.step)
-            redraw = redraw_steps(model_config)
-            features = {}
-            if redraw is not None:
-                features[FEATURES] = jax.random.fold_in(seed, state.step // redraw)
+            key, features = random_keys(model_config, config.seed, state.step)
             total, weight, grads = summed_gradients(
                 loss_sum, trainable, batch, key, config.accumulate
             )
@@ -144,6 +139,15 @@ def compiler_options(mesh: Mesh, width: int, deterministic: bool) -> dict[str, A
     if not deterministic or platform != "gpu":
         return {}
     return {"xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0}
+
+
+def random_keys(
+    config: ModelConfig, seed: int, step: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return the random key of dropout in a step, and the stream of the cores' random features."""
+    key, redraw = jax.random.key(seed), redraw_steps(config)
+    features = {} if redraw is None else {FEATURES: jax.random.fold_in(key, step // redraw)}
+    return jax.random.fold_in(key, step), features
 
 
 def summed_gradients(loss_sum: Callable, params: Any, batch: Batch, key: jax.Array, parts: int):

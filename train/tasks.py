@@ -143,3 +143,10 @@ def task_of(data: DataConfig) -> Task:
     if data.objective in TASKS:
         return TASKS[data.objective]
     return own_code.resolve(data.objective, "data.objective", Task, TrainError)
+
+
+def task_named(name: str) -> Task:
+    """Return the task in the table with this name; raise TrainError for an unknown name."""
+    if name not in TASKS:
+        raise TrainError(f"unknown task '{name}': choose one of {', '.join(TASKS)}")
+    return TASKS[name]

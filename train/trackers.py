@@ -14,6 +14,7 @@ from rich.console import Console
 from heedful.train.config_json import finite, write_json
 from heedful.train.errors import TrainError
 from heedful.train.hosts import is_first
+from heedful.train.messages import first_line
 from heedful.train.observers import Observer
 from heedful.train.run import Run
 
@@ -57,10 +58,9 @@ class Tracker(Observer):
             action(self._service)
         except Exception as error:
             self._service = None
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
             self._console.print(
-                f"the tracker fails and gets nothing more of this run ({reason}); metrics.jsonl "
-                "has everything",
+                f"the tracker fails and gets nothing more of this run ({first_line(error)}); "
+                "metrics.jsonl has everything",
                 style="yellow",
             )
 
@@ -78,10 +78,9 @@ def tracked(run: Run, console: Console) -> Iterator[Tracker]:
         try:
             service = {"wandb": _Wandb, "trackio": _Trackio}[name](run)
         except Exception as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise TrainError(
-                f"train.tracker = {name} does not start ({reason}); {FIXES[name]}, or leave "
-                "train.tracker out"
+                f"train.tracker = {name} does not start ({first_line(error)}); {FIXES[name]}, or "
+                "leave train.tracker out"
             ) from error
         console.print(f"tracker: {name}, run {service.name}")
     is_complete = False

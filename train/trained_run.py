@@ -147,8 +147,8 @@ class TrainedRun:
         beam=1 and temperature=0.8. An empty prompt begins a new text. Raises TrainError for a model
         that does not generate, and for prompts that are too long.
         """
-        is_prefix = "prefix_len" in self.trained.run.data.objective_spec.arrays
-        continue_ = self._writer(Generator, seed, decode, prefix=is_prefix)
+        has_prefix = self.trained.run.data.objective_spec.has_prefix
+        continue_ = self._writer(Generator, seed, decode, prefix=has_prefix)
         rests = continue_(_listed(prompts))
         return [prompt + rest for prompt, rest in zip(prompts, rests, strict=True)]
 
@@ -230,10 +230,9 @@ class TrainedRun:
 
     def _writer(self, kind: Any, seed: int, changes: Mapping[str, Any], **own: Any) -> Any:
         """Return a Translator or Generator, made once for each seed and settings of decoding."""
-        decode, trained = self._decode(changes), self.trained
+        decode = self._decode(changes)
         if (kind, seed, decode) not in self._writers:
-            parts = trained.run.model, decode, trained.tokenizer, trained.params, trained.mesh
-            self._writers[kind, seed, decode] = kind(*parts, seed, **own)
+            self._writers[kind, seed, decode] = self.trained.writer(kind, decode, seed, **own)
         return self._writers[kind, seed, decode]
 
 

@@ -7,17 +7,18 @@ import flax.linen as nn
 import jax
 
 from heedful.data.config import DataConfig
+from heedful.data.objectives import Objective
 from heedful.model.attention import spec_of
 from heedful.model.config import ModelConfig
 from heedful.model.transformer import ARCHITECTURES
 from heedful.train.audit import audit as methods
 from heedful.train.audit.examples import TOKENS_PER_POSITION, tokenizer_of_words
 from heedful.train.audit.findings import Finding
-from heedful.train.audit.subject import Subject, fits
+from heedful.train.audit.subject import Subject, require_fits
 from heedful.train.config import TrainConfig
 from heedful.train.errors import TrainError, require
 from heedful.train.start import require_fit
-from heedful.train.tasks import TASKS
+from heedful.train.tasks import TASKS, task_named
 
 LENGTH, MIN_LENGTH = 16, 8
 """Lengths of the rows: the usual one, and the smallest."""
@@ -55,14 +56,10 @@ def audit(
         f"model is {type(model).__name__}: only models of heedful.build can be audited, as the "
         "audit builds the model of the config",
     )
-    require(
-        fits(config, params),
-        "params have other names or shapes than those of the model: give its own",
-    )
+    require_fits(config, params)
     task = task or _usual_task(config)
-    if task not in TASKS:
-        raise TrainError(f"unknown task '{task}': choose one of {', '.join(TASKS)}")
-    data = DataConfig(source="texts", objective=task, packing=_can_pack(config, task))
+    objective = task_named(task).objective
+    data = DataConfig(source="texts", objective=task, packing=_can_pack(config, objective))
     require_fit(config, data, TrainConfig(label_smoothing=0.0))
     require(length >= MIN_LENGTH, f"length = {length}: give at least {MIN_LENGTH}")
     tokenizer = tokenizer_of_words(TOKENS_PER_POSITION * length, task)
@@ -94,8 +91,8 @@ def _usual_task(config: ModelConfig) -> str:
     return found
 
 
-def _can_pack(config: ModelConfig, task: str) -> bool:
-    if not TASKS[task].objective.is_packable:
+def _can_pack(config: ModelConfig, objective: Objective) -> bool:
+    if not objective.is_packable:
         return DataConfig.packing
     sites = config.sites
     cores = (spec_of(config.attention.core_of(site)).one_document_at for site in sites)

@@ -14,6 +14,7 @@ from heedful.model.attention import specs
 from heedful.model.config import ModelConfig
 from heedful.train.audit import declared, examples
 from heedful.train.audit.measured import random_params, shapes
+from heedful.train.errors import require
 from heedful.train.inspection.attention_weights import (
     Attention,
     attention_kinds,
@@ -102,6 +103,14 @@ def fits(model: ModelConfig, params: Any) -> bool:
     expected = dict(jax.tree_util.tree_leaves_with_path(shapes(model)))
     given = dict(jax.tree_util.tree_leaves_with_path(params))
     return {k: x.shape for k, x in expected.items()} == {k: x.shape for k, x in given.items()}
+
+
+def require_fits(model: ModelConfig, params: Any) -> None:
+    """Raise TrainError unless the parameters have the shapes of the model."""
+    require(
+        fits(model, params),
+        "params have other names or shapes than those of the model: give its own",
+    )
 
 
 def shrunk(model: ModelConfig, length: int, vocab_size: int) -> tuple[ModelConfig, str]:

@@ -167,8 +167,7 @@ def _dispatch(arguments: list[str]) -> int:
         file, rest = _config_file(command, rest)
     if command in OF_SEVERAL and not helps(rest):
         rest = _join(rest)
-    known = ["configs", "cores", "runs", "completion", *("train", "inspect", "masks", "plan")]
-    known += COMMANDS
+    known = ["configs", "cores", "runs", "completion", *OF_CONFIG[1:], *COMMANDS]
     if command in ("--help", "-h"):
         print(USAGE)
     elif command == "--version":
@@ -199,16 +198,17 @@ def _dispatch(arguments: list[str]) -> int:
         )
     elif command in OF_CONFIG:
         target = f"--config {file}" if file else rest.pop(0)
-        is_run = file is None and not experiments.is_experiment(target) and Path(target).exists()
-        if command == "train" and is_run:
-            commands.resume(target, rest)
-            return 0
-        if command in ("train", "configs"):
-            named = experiments.read(file) if file else experiments.load(target)
-            getattr(commands, command)(named, rest)
-        else:
-            named = experiments.read(file) if file else None if is_run else experiments.load(target)
+        named = None
+        if file is not None:
+            named = experiments.read(file)
+        elif command == "configs" or experiments.is_experiment(target) or not Path(target).exists():
+            named = experiments.load(target)
+        if command in ("inspect", "masks", "plan"):
             return getattr(commands, command)(target, named, rest) or 0
+        if named is None:
+            commands.resume(target, rest)
+        else:
+            getattr(commands, command)(named, rest)
     else:
         return COMMANDS[command](rest[0], rest[1:]) or 0
     return 0

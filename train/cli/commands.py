@@ -56,7 +56,7 @@ def configs(named: Named, arguments: list[str]) -> None:
 def train(named: Named, arguments: list[str]) -> None:
     """heedful train CONFIG"""
     experiment = named.experiment
-    arguments = [re.sub("^--init[-_]from(?=$|=)", "--train.init-from", a) for a in arguments]
+    arguments = _in_full(arguments)
     default = TrainArguments(
         model=with_pretrained_body(experiment.model, experiment.train, arguments),
         data=experiment.data,
@@ -68,7 +68,7 @@ def train(named: Named, arguments: list[str]) -> None:
 
 def resume(directory: str, arguments: list[str]) -> None:
     """heedful train RUN: resume a run; with another --run-dir, start a new run with its config"""
-    arguments = [re.sub("^--init[-_]from(?=$|=)", "--train.init-from", a) for a in arguments]
+    arguments = _in_full(arguments)
     from heedful.train.run import Run
 
     run = Run.open(directory)
@@ -86,6 +86,11 @@ def resume(directory: str, arguments: list[str]) -> None:
             f"heedful train {directory} --init-from starts a new run: give it another --run-dir"
         )
     _train(chosen, run.experiment_file)
+
+
+def _in_full(arguments: list[str]) -> list[str]:
+    """Return the arguments with --train.init-from in place of its short form, --init-from."""
+    return [re.sub("^--init[-_]from(?=$|=)", "--train.init-from", each) for each in arguments]
 
 
 def _without_results(chosen: TrainArguments, run: Any) -> TrainArguments:
@@ -154,7 +159,7 @@ def translate(directory: str, arguments: list[str]) -> None:
 
     lines = lines_of(text)
     trained = load_run(directory, chosen, stderr=True)
-    translator = Translator(**_writer_arguments(trained, chosen))
+    translator = _writer(Translator, trained, chosen)
 
     def answer(lines: list[str]) -> None:
         translations = translator(lines)
@@ -173,8 +178,8 @@ def generate(directory: str, arguments: list[str]) -> None:
 
     lines = lines_of(text)
     trained = load_run(directory, chosen, stderr=True)
-    is_prefix = "prefix_len" in trained.run.data.objective_spec.arrays
-    generator = Generator(**_writer_arguments(trained, chosen), prefix=is_prefix)
+    has_prefix = trained.run.data.objective_spec.has_prefix
+    generator = _writer(Generator, trained, chosen, prefix=has_prefix)
     show = partial(print, end="", flush=True) if is_first() else lambda _: None
 
     def answer(lines: list[str]) -> None:
@@ -339,21 +344,19 @@ def export(directory: str, arguments: list[str]) -> None:
     export_run(load_run(directory, chosen), Path(target or ""), console())
 
 
-def _writer_arguments(trained: Any, chosen: DecodeArguments) -> dict[str, Any]:
-    """Return the arguments that Translator and Generator share."""
+def _writer(kind: Any, trained: Any, chosen: DecodeArguments, **own: Any) -> Any:
+    """Return a Translator or Generator (`kind`) that warns of texts longer than in training."""
     from heedful.train.reproducibility.record import data_record
 
     is_known = "train" in data_record(trained.run)
-    return {
-        "model": trained.run.model,
-        "decode": chosen.decode,
-        "tokenizer": trained.tokenizer,
-        "params": trained.params,
-        "mesh": trained.mesh,
-        "seed": chosen.seed,
-        "longest": trained.run.data.max_length if is_known else None,
-        "tell": partial(console(stderr=True).print, style="yellow"),
-    }
+    return trained.writer(
+        kind,
+        chosen.decode,
+        chosen.seed,
+        longest=trained.run.data.max_length if is_known else None,
+        tell=partial(console(stderr=True).print, style="yellow"),
+        **own,
+    )
 
 
 def _warn_unknown(trained: Any, lines: list[str]) -> None:

@@ -12,10 +12,10 @@ import numpy as np
 from heedful.data.reading import parse_json
 from heedful.data.tokenizer import Tokenizer
 from heedful.model.config import ModelConfig
-from heedful.train.audit.subject import fits
+from heedful.train.audit.subject import require_fits
 from heedful.train.conversion.export_run import export_model
 from heedful.train.conversion.source import open_source
-from heedful.train.errors import TrainError, require
+from heedful.train.errors import TrainError
 from heedful.train.messages import quiet
 
 
@@ -77,10 +77,7 @@ def save_pretrained(
         ...     print(error)
         params have other names or shapes than those of the model: give its own
     """
-    require(
-        fits(config, params),
-        "params have other names or shapes than those of the model: give its own",
-    )
+    require_fits(config, params)
     export_model(Path(directory), config, jax.tree.map(np.asarray, params), tokenizer, labels)
 
 

@@ -37,7 +37,7 @@ def translate_test(
 ) -> Translations:
     """Translate the test split, and score the translations; examples None: those of the run."""
     run, tokenizer = trained.run, trained.tokenizer
-    translator = Translator(run.model, decode, tokenizer, trained.params, trained.mesh, seed)
+    translator = trained.writer(Translator, decode, seed)
     examples = list(sources.load(run.data, "test") if examples is None else examples)
     started = time.perf_counter()
     with console.status(f"translating {len(examples):,} test sentences"):

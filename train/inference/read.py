@@ -95,7 +95,7 @@ class Reader:
         if run.model.architecture == "encoder_decoder":
             row = source_and_target(ids[0], ids[-1], tokenizer)
         elif objective.is_text:
-            row = _framed(ids[0], self.trained)
+            row = framed(ids[0], self.trained)
         else:
             row = objective.row(example, None, run.data, tokenizer)
         length = max(len(row[side]) for side in ("inputs", "encoder_inputs") if side in row)
@@ -129,7 +129,7 @@ class Reader:
             yield indices, pad_and_stack([rows[i] for i in indices], count, length, length)
 
 
-def _framed(ids: np.ndarray, trained: Trained) -> Arrays:
+def framed(ids: np.ndarray, trained: Trained) -> Arrays:
     """Return the row of a text of a language model: begin, text and end, none of them masked.
 
     A decoder predicts the end token and never reads it.
@@ -142,7 +142,7 @@ def _framed(ids: np.ndarray, trained: Trained) -> Arrays:
     row = {"inputs": whole[: len(whole) - len(end)]}
     if end:
         row["targets"] = whole[1:]
-    if "prefix_len" in trained.run.data.objective_spec.arrays:
+    if trained.run.data.objective_spec.has_prefix:
         row["prefix_len"] = np.array(len(row["inputs"]), np.int32)
     return row
 

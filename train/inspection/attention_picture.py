@@ -18,6 +18,7 @@ from rich.console import Console
 from heedful.data.objectives import source_and_target
 from heedful.train import model_loss
 from heedful.train.errors import require
+from heedful.train.inference.read import framed
 from heedful.train.inference.translate import Translator
 from heedful.train.inspection.attention_weights import (
     attention_kinds,
@@ -174,7 +175,6 @@ def model_inputs(
     model, objective, tokenizer = (
         trained.run.model, trained.run.data.objective_spec, trained.tokenizer
     )  # fmt: skip
-    has_prefix = "prefix_len" in objective.arrays
     tokens = _encode(trained, "text", text)
     second = None if target is None else _encode(trained, "--target", target)
     if model.architecture == "encoder_decoder":
@@ -187,16 +187,14 @@ def model_inputs(
         row = objective.row(example, None, trained.run.data, tokenizer)
     else:
         require(
-            second is None or has_prefix,
+            second is None or objective.has_prefix,
             f"--target: {trained.run.data.objective} of {trained.run.directory} reads one text; "
             "leave --target out",
         )
-        # A decoder predicts the end token and never reads it.
-        last = tokenizer.eos if model.architecture == "encoder_only" else None
-        begin, end = ([] if i is None else [i] for i in (tokenizer.bos, last))
-        row = {"inputs": np.concatenate([begin, tokens, [] if second is None else second, end])}
-        if has_prefix:
-            row["prefix_len"] = np.array(len(begin) + len(tokens))
+        after = tokens[:0] if second is None else second
+        row = framed(np.concatenate([tokens, after]), trained)
+        if objective.has_prefix:
+            row["prefix_len"] -= len(after)
     inputs = model_loss.model_inputs(model, row)
     for side, name in {"encoder_inputs": "source", "inputs": "text that is read"}.items():
         if side in inputs:
@@ -213,10 +211,7 @@ def _encode(trained: Trained, name: str, text: str) -> np.ndarray:
 
 def _own_output(trained: Trained, source: np.ndarray) -> np.ndarray:
     """Translate a source as `heedful translate` does; return the tokens without the end."""
-    run = trained.run
-    translator = Translator(
-        run.model, run.train.decode, trained.tokenizer, trained.params, trained.mesh
-    )
+    translator = trained.writer(Translator, trained.run.train.decode)
     ((_, tokens),) = translator.tokens({0: np.append(source, translator.eos)})
     return tokens[tokens != translator.eos]
 

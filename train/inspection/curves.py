@@ -11,6 +11,7 @@ from heedful.train.errors import TrainError, require
 from heedful.train.growing_files import read_lines
 from heedful.train.hosts import is_first
 from heedful.train.inspection.pictures import require_ours, save
+from heedful.train.messages import first_line
 from heedful.train.reproducibility.record import environments
 from heedful.train.run import Run
 
@@ -39,8 +40,7 @@ def try_plot(run: Run, console: Console) -> None:
     try:
         plot(run, console)
     except Exception as error:  # A failed picture must not lose a result.
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        console.print(f"{run.directory / FILE} was not drawn: {reason}", style="yellow")
+        console.print(f"{run.directory / FILE} was not drawn: {first_line(error)}", style="yellow")
 
 
 def metrics(run: Run) -> list[dict[str, Any]]:

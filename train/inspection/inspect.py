@@ -284,7 +284,7 @@ def example(model: ModelConfig, data: DataConfig) -> tuple[Mapping[str, jax.Arra
         return batch(target, **others), "a source of 13 tokens, a target of 11, padding"
     if data.is_packed:
         return batch(row(8, 5)), "documents of 8 and 5 tokens, packed, and 3 of padding"
-    if "prefix_len" in data.objective_spec.arrays:
+    if data.objective_spec.has_prefix:
         prefix = jax.numpy.asarray([6])
         return batch(row(13), prefix_len=prefix), "a prefix of 6 tokens, 7 more, 3 of padding"
     return batch(row(13)), "13 tokens and 3 of padding"

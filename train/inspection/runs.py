@@ -12,7 +12,8 @@ from rich.table import Table
 from heedful.data.reading import parse_json
 from heedful.train.errors import TrainError
 from heedful.train.growing_files import read_lines
-from heedful.train.metrics import scores
+from heedful.train.messages import first_line
+from heedful.train.metrics import scores_in
 from heedful.train.patience import Patience
 from heedful.train.run import Run, steps_of
 
@@ -65,8 +66,7 @@ def summarize(directory: Path) -> Summary:
     try:
         return _summary(Run.open(directory))
     except (OSError, ValueError) as error:
-        problem = str(error).partition("\n")[0]
-        return Summary(directory, "broken", problem, when=directory.stat().st_mtime)
+        return Summary(directory, "broken", first_line(error), when=directory.stat().st_mtime)
 
 
 def _summary(run: Run) -> Summary:
@@ -75,7 +75,7 @@ def _summary(run: Run) -> Summary:
     logged = [line for line in lines if "loss" in line]
     last, is_running = max(saved, default=0), run.is_locked()
     step = max([last, *(line["step"] for line in lines)]) if is_running else last
-    evaluated = {s: score for s, score in scores(run.metrics, run.train.metric).items()}
+    evaluated = scores_in(lines, run.train.metric)
     if is_running:
         state = "running"
     elif not saved:
