@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,8 @@ def test_a_run_whose_directory_is_lost_stops_and_loses_nothing(
     found = []
 
     def agreed(_: Stop) -> bool:
+        while len(found) == 4 and not (run.checkpoints / "3").exists():
+            time.sleep(0.01)  # the checkpoint of step 3 is written in the background
         found.append(lose(run.directory) if len(found) == 4 else None)
         return False
 
