@@ -2,8 +2,10 @@
 
 import ast
 import doctest
+import importlib.util
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -242,8 +244,10 @@ def test_an_own_loop_learns(tokenizer):
 def test_what_a_step_refuses(tokenizer):
     model, params = own_model(tokenizer)
     optimizer = optax.sgd(1.0)
-    with pytest.raises(hf.TrainError, match="unknown task 'causal': choose one of"):
+    with pytest.raises(hf.TrainError, match="unknown task 'causal': did you mean causal_lm"):
         hf.make_train_step(model, optimizer, "causal")
+    with pytest.raises(hf.TrainError, match="task = optax:adam: it is of type function, not"):
+        hf.make_train_step(model, optimizer, "optax:adam")
     with pytest.raises(
         hf.TrainError, match=r"translation needs model.architecture encoder_decoder"
     ):
@@ -450,6 +454,27 @@ def test_a_run_on_own_texts_is_evaluated_and_resumed_with_them(run, tokenizer):
         fit(train=others, valid=valid)
     with pytest.raises(hf.TrainError, match="the dataset train has the seed 1"):
         fit(train=hf.Dataset.from_texts(TEXTS[:150], tokenizer, seed=1, **SIZES), valid=valid)
+
+
+def test_a_fine_tuning_has_the_body_of_its_source_and_a_picture_of_its_curves(
+    run, tokenizer, tmp_path, monkeypatch
+):
+    train, valid = datasets(tokenizer)
+    training = replace(run.experiment.train, init_from=str(run.directory), steps=1)
+
+    def fit(name: str, **settings) -> hf.TrainedRun:
+        model = hf.ModelConfig(dropout=0.25, **settings)
+        experiment = hf.Experiment(model=model, train=training)
+        return hf.fit(experiment, tmp_path / name, train=train, valid=valid, audit=False)
+
+    assert fit("same").config == replace(run.config, dropout=0.25)
+    assert (tmp_path / "same" / "plot.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(hf.TrainError, match=r"model\.width is 16 there and 24 here"):
+        fit("other", width=24)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    training = replace(training, tracker="wandb")
+    with pytest.raises(hf.TrainError, match=r"train\.tracker = wandb: the package wandb is not"):
+        fit("tracked")
 
 
 def test_a_run_can_be_read(run):

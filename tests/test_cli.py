@@ -300,7 +300,11 @@ def test_a_mistake_that_is_found_late_leaves_no_run_behind(corpus, tmp_path, cap
     flags = ["train", *toy.flags(corpus, tmp_path / "run", steps=2)]
     (tmp_path / "empty").touch()
     lost = [*flags, "--train.optimizer.peak-lr", "1e30", "--train.optimizer.warmup-steps", "0"]
-    fails(capsys, [*flags, "--model.attention.core", "flsh"], "core 'flsh': did you mean flash? choose")
+    fails(
+        capsys,
+        [*flags, "--model.attention.core", "flsh"],
+        "core 'flsh': did you mean flash? choose",
+    )
     fails(capsys, [*flags, "--data.test", *2 * [str(tmp_path / "empty")]], "empty")
     fails(capsys, [*flags, "--train.mesh.fsdp", "3"], "3")
     assert cli.run([*lost, "--model.norm.position", "pre", "--train.steps", "40"]) == 2

@@ -22,7 +22,7 @@ from heedful.train.config import OptimizerConfig, TrainError
 from heedful.train.config_json import to_json
 from heedful.train.optimizer import learning_rate, make_optimizer
 from heedful.train.run import Run
-from heedful.train.tasks import task_of
+from heedful.train.tasks import task_named, task_of
 
 CORE = """
 import dataclasses
@@ -125,6 +125,7 @@ def test_each_table_takes_an_import_path(lab):
     own_code.search_in(lab)
     assert spec_of("my_core:SPEC").name == "mine"
     config = DataConfig(objective="my_task:TASK", source="my_source:SOURCE")
+    assert task_named("my_task:TASK") is task_of(config)
     assert config.objective_spec.row.__name__ == "backwards" and config.is_packed
     assert task_of(config).objective is config.objective_spec
     assert list(load_source(config, "valid"))[2] == {"text": "valid 2"}

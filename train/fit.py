@@ -1,8 +1,9 @@
-"""Train an experiment from Python."""
+"""Train an experiment: the trainer of Python and of `heedful train`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -12,13 +13,18 @@ from heedful.data.tokenizer import Tokenizer
 from heedful.train import loop
 from heedful.train.audit.report import audit_before_training
 from heedful.train.config_json import differences, to_json
+from heedful.train.conversion.init_from import merge_set_fields
+from heedful.train.conversion.source import open_source
 from heedful.train.errors import TrainError, require
 from heedful.train.experiment import Experiment
 from heedful.train.hosts import primary_first
-from heedful.train.load import load
+from heedful.train.inspection.curves import try_plot
+from heedful.train.load import Trained, load
 from heedful.train.messages import quiet
 from heedful.train.observers import Observer
+from heedful.train.run import Run
 from heedful.train.start import start_run
+from heedful.train.trackers import require_tracker, tracked
 from heedful.train.trained_run import TrainedRun
 
 
@@ -38,9 +44,10 @@ def fit(
     """Train an experiment in the directory `run_dir`, and return the trained run.
 
     The same call again resumes a run that was interrupted, or returns a finished one. The directory
-    is that of `heedful train`: all commands can use it.
+    is that of `heedful train`: all commands can use it, and plot.png in it shows the curves.
 
-    experiment: settings of model, data and training.
+    experiment: settings of model, data and training. With train.init_from, the model below the head
+    is that of the source; a field of experiment.model with another value than there is an error.
     train, valid, test: data from texts of the program (`Dataset.from_texts`, ...), in place of
     experiment.data; train and valid belong together. None: experiment.data names the data.
     tokenizer: tokenizer in place of experiment.data.tokenizer; None: that of `train`, or one that
@@ -85,12 +92,41 @@ def fit(
             config.tokenizer == TokenizerConfig(),
             "a tokenizer is given, and experiment.data.tokenizer is set: leave one of them out",
         )
-    parts = directory, experiment.model, config, experiment.train
+    model, init_from = experiment.model, experiment.train.init_from
+    if init_from is not None:
+        model = merge_set_fields(model, open_source(init_from, console).model)
+    require_tracker(experiment.train.tracker)
+    parts = directory, model, config, experiment.train
     run = primary_first(lambda: start_run(*parts, console, tokenizer))
+    trained = train_run(
+        run, console, audit=audit, fallback=fallback, observers=callbacks, data=data
+    )
+    return TrainedRun(trained, data)
+
+
+def train_run(
+    run: Run,
+    console: Console,
+    *,
+    audit: bool = True,
+    fallback: bool = False,
+    observers: Sequence[Observer] = (),
+    data: Mapping[str, Dataset] | None = None,
+    evaluate: Callable[[Trained], dict[str, Any]] | None = None,
+) -> Trained:
+    """Audit, train or resume a run, draw its curves, and load its parameters.
+
+    The tracker of the run, if it has one, receives what happens, and in the end the scores that
+    `evaluate` returns, and the pictures.
+    """
     if audit:
         audit_before_training(run.model, run.data, console)
-    loop.fit(run, console, fallback=fallback, observers=callbacks, data=data)
-    return TrainedRun(load(directory, console, fallback=fallback), data)
+    with tracked(run, console) as tracker:
+        loop.fit(run, console, fallback=fallback, observers=[*observers, tracker], data=data)
+        try_plot(run, console)
+        trained = load(run.directory, console, fallback=fallback)
+        tracker.on_result(evaluate(trained) if evaluate else {}, run.directory)
+    return trained
 
 
 def _of_datasets(

@@ -38,8 +38,9 @@ def make_train_step(
 
     model: a model of `build`.
     optimizer: an optax optimizer, with its schedule, clipping and freezing.
-    task: causal_lm or another task with its loss, or a loss: (model, params, batch, options) ->
-    (sum of losses, sum of weights, outputs or None); see `heedful.train.model_loss.Loss`.
+    task: name or import path (my_package.my_task:TASK) of a task with its loss, or a loss: (model,
+    params, batch, options) -> (sum of losses, sum of weights, outputs or None); see
+    `heedful.train.model_loss.Loss`.
     loss_chunk: positions of a row whose logits are computed at a time, to save memory; None: all.
     accumulate: micro-batches into which a batch is split, to save memory; the update is the same.
     seed: of dropout; the step is added.

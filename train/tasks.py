@@ -15,6 +15,7 @@ from heedful.data.config import DataConfig
 from heedful.data.objectives import OBJECTIVES, Objective
 from heedful.data.pipeline import Dataset
 from heedful.model.config import ModelConfig
+from heedful.names import did_you_mean
 from heedful.train.errors import TrainError
 from heedful.train.evaluation import baselines, scores
 from heedful.train.model_loss import (
@@ -140,13 +141,19 @@ TASKS: dict[str, Task] = {
 
 def task_of(data: DataConfig) -> Task:
     """Return the task that data.objective names; raise TrainError for an Objective alone."""
-    if data.objective in TASKS:
-        return TASKS[data.objective]
-    return own_code.resolve(data.objective, "data.objective", Task, TrainError)
+    return task_named(data.objective, "data.objective")
 
 
-def task_named(name: str) -> Task:
-    """Return the task in the table with this name; raise TrainError for an unknown name."""
-    if name not in TASKS:
-        raise TrainError(f"unknown task '{name}': choose one of {', '.join(TASKS)}")
-    return TASKS[name]
+def task_named(name: str, field: str = "task") -> Task:
+    """Return the task with this name or import path, the value of `field`.
+
+    Raises TrainError for an unknown name and for an import path without a Task.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    if own_code.is_import_path(name):
+        return own_code.resolve(name, field, Task, TrainError)
+    raise TrainError(
+        f"unknown {field} '{name}': {did_you_mean(name, TASKS)}choose one of {', '.join(TASKS)}, "
+        "or an import path, my_package.my_task:TASK"
+    )

@@ -112,25 +112,22 @@ def _without_results(chosen: TrainArguments, run: Any) -> TrainArguments:
 def _train(chosen: TrainArguments, experiment_file: Path | None) -> None:
     """Train a run or resume it, draw its curves, and evaluate it."""
     keep_compiled()
-    from heedful.train.audit.report import audit_before_training
     from heedful.train.evaluation.evaluate import report
+    from heedful.train.fit import train_run
     from heedful.train.hosts import primary_first
-    from heedful.train.inspection.curves import try_plot
-    from heedful.train.load import load
-    from heedful.train.loop import fit
     from heedful.train.start import start_run
-    from heedful.train.trackers import require_tracker, tracked
+    from heedful.train.trackers import require_tracker
 
     parts = chosen.run_dir, chosen.model, chosen.data, chosen.train
     require_tracker(chosen.train.tracker)
     run = primary_first(lambda: start_run(*parts, console(), experiment_file=experiment_file))
-    if chosen.audit:
-        audit_before_training(run.model, run.data, console())
-    with tracked(run, console()) as tracker:
-        fit(run, console(), fallback=chosen.fallback, observers=[tracker])
-        try_plot(run, console())
-        trained = load(run.directory, console(), fallback=chosen.fallback)
-        tracker.on_result(report(trained, run.train.decode, console()), run.directory)
+    train_run(
+        run,
+        console(),
+        audit=chosen.audit,
+        fallback=chosen.fallback,
+        evaluate=lambda trained: report(trained, run.train.decode, console()),
+    )
 
 
 def evaluate(directory: str, arguments: list[str]) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from heedful.model.config import ModelConfig
-from heedful.train.config_json import differences, to_json
+from heedful.train.config_json import differences, from_json, to_json
 from heedful.train.conversion import generation_config
 from heedful.train.conversion.source import Source, print_notes
 from heedful.train.errors import TrainError
@@ -46,6 +46,27 @@ def merge_pretrained_config(model: ModelConfig, source: ModelConfig) -> ModelCon
         remat=model.remat,
         unroll=model.unroll,
     )
+
+
+def merge_set_fields(model: ModelConfig, source: ModelConfig) -> ModelConfig:
+    """Return the merged config, in which the fields that `model` sets keep their values.
+
+    `init_from_pretrained` refuses values that the source does not have.
+    """
+    merged = merge_pretrained_config(model, source)
+    return from_json(
+        ModelConfig,
+        _with_own_values(to_json(merged), to_json(model), to_json(ModelConfig())),
+        "model",
+    )
+
+
+def _with_own_values(merged: Any, own: Any, default: Any) -> Any:
+    """Return `merged` with the values of `own` that differ from the default (all JSON values)."""
+    if isinstance(own, dict) and isinstance(merged, dict):
+        unset = default if isinstance(default, dict) else {}
+        return {name: _with_own_values(merged[name], own[name], unset.get(name)) for name in merged}
+    return merged if own == default else own
 
 
 def init_from_pretrained(
