@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 import toy
 from jax.sharding import PartitionSpec
 
@@ -52,7 +53,10 @@ def datasets(tokenizer, **settings) -> tuple[hf.Dataset, hf.Dataset]:
 # Names ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", hf.__all__)
+TRAINING = {"TrainedRun", "audit", "fit", "load", "make_train_step", "save_pretrained"}
+
+
+@pytest.mark.parametrize("name", quick.only(set(hf.__all__) - TRAINING, hf.__all__))
 def test_each_name_has_an_example_that_runs(name: str, tmp_path, monkeypatch, unchecked):
     monkeypatch.chdir(tmp_path)
     value = getattr(hf, name)
@@ -135,6 +139,7 @@ def attend(q, k, v, segments, core):
     return hf.attention(q, k, v, mask, core=core)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("core", ["dense", "flash", "longformer", "performer"])
 def test_attention_under_transformations(core: str, unchecked):
     f = partial(attend, core=core)
@@ -260,6 +265,7 @@ def test_what_a_step_refuses(tokenizer):
         step(state, {"inputs": ones, "targets": ones, "weights": ones.astype(np.float32)})
 
 
+@pytest.mark.slow
 def test_an_audit_finds_a_planted_leak(monkeypatch, tokenizer):
     model, params = own_model(hf.Tokenizer.train([" ".join(f"w{i}" for i in range(60))], WORDS))
     assert hf.audit(model, params) == []

@@ -253,6 +253,7 @@ def alone(what: Callable[[Path], None], folder: Path) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", [find_flipped_bits, name_what_differs])
 def test_damage_is_found(what: Any, tmp_path):
     """The test needs a process of its own: see test_cli.test_a_corrupt_checkpoint."""

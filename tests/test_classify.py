@@ -77,6 +77,7 @@ def test_a_line_says_the_class_and_its_probability(classes):
         assert float(chance) == pytest.approx(row.max(), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("types", [0, 2])
 def test_pairs(tmp_path, types: int):
     rows = ["red cat\tdog\tyes", "dog\tred cat\tno", "bird\tcat\tyes"] * 30

@@ -640,6 +640,7 @@ def test_too_long_sentences_are_counted(capsys, tmp_path):
     assert len((tmp_path / "run" / "translations.test.txt").read_text().splitlines()) == 29
 
 
+@pytest.mark.slow
 def test_a_sentence_longer_than_learned_positions(corpus, tmp_path, capsys, monkeypatch):
     positions = PositionConfig(kind="learned", max_length=20)
     texts = tuple(corpus[corpus.index("--data.train") + 1 :][:2])
@@ -755,6 +756,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_usable(copy, corpus):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_with_the_norms(corpus, tmp_path, capsys):
     flags = [*toy.flags(corpus, tmp_path / "run", steps=40), "--train.optimizer.peak-lr", "1e30"]
     flags += ["--model.norm.position", "pre", "--train.optimizer.warmup-steps", "0"]

@@ -349,6 +349,7 @@ def test_results_are_written_before_they_are_shown(translation):
     assert len((folder / "translations.test.txt").read_text().splitlines()) == 7
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_written_is_measured_all_the_same(translation, monkeypatch):
     def refused(path: Path, _: Any) -> None:
         raise OSError(30, "Read-only file system", str(path))

@@ -63,6 +63,7 @@ def assert_close(actual, expected, tolerance: float = 2e-6) -> None:
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(np.abs(y).max(), 1.0))
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     facts=facts_without_offset,

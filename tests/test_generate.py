@@ -153,6 +153,7 @@ def test_so_are_the_likeliest_tokens_and_those_after_a_prefix(options: dict, mon
     assert len(set(written)) > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "beam", "core"),
     quick.only(

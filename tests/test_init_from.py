@@ -257,6 +257,7 @@ def test_an_exact_model_is_converted_to_windows(architecture: Any, source):
     assert np.isfinite(logits).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["encoder_only", "decoder_only"])
 def test_an_exact_model_is_converted_to_random_features(architecture: Any, source):
     """All parameters are loaded; with 256 times as many features the outputs are much closer."""
@@ -354,6 +355,7 @@ def test_a_frozen_body_leaves_with_the_bits_that_it_came_with(folder, source, tu
     assert run.train.init_from == str(folder / "source")
 
 
+@pytest.mark.slow
 def test_fine_tuning_resumes_to_the_bit(tuned, capsys):
     arguments, run = tuned
     expected = final_state(run)

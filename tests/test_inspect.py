@@ -371,6 +371,7 @@ def test_an_encoder_decoder_has_three_masks():
     assert (cross == target[:, None] & source).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "data"),
     [

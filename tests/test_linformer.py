@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from tiny import SOURCE, SOURCE_SEGMENTS, TOKENS, init, tiny
 
 from heedful.data.config import DataConfig
@@ -147,7 +148,9 @@ def test_several_documents_become_nan_and_packed_data_is_refused():
 
 
 @pytest.mark.parametrize("sharing", SHARING)
-@pytest.mark.parametrize("architecture", ["encoder_only", "encoder_decoder"])
+@pytest.mark.parametrize(
+    "architecture", quick.only(["encoder_only"], ["encoder_only", "encoder_decoder"])
+)
 def test_each_sharing_has_the_parameters_that_it_says(architecture, sharing: str):
     core = LinformerConfig(rank=R, max_length=8, sharing=sharing)  # type: ignore[arg-type]
     changes = {"attention_decoder_core": "dense"} if architecture == "encoder_decoder" else {}

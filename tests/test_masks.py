@@ -95,6 +95,7 @@ some_offset = st.integers(0, 3).map(lambda n: [n] * B) | st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(facts=facts_without_offset, offset=st.none() | some_offset, data=st.data())
 def test_a_mask_says_what_its_builders_say_and_tiles_are_its_parts(facts, offset, data):

@@ -306,6 +306,7 @@ def run(*arguments: str) -> int:
     return cli.run(list(arguments))
 
 
+@pytest.mark.slow
 def test_a_run_with_own_code_trains_resumes_and_is_reproduced(lab, capsys, unchecked):
     toy.write_text(lab.parent)
     train = "train", "lab/my_experiment.py", "--no-audit"

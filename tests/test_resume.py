@@ -139,6 +139,7 @@ def test_a_measurement_whose_score_was_lost_is_made_again(tmp_path):
     assert lines(run.directory) == before and json.loads(path.read_text()) == scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patience", quick.only([1], [None, 1]))
 def test_a_stop_in_the_last_measurement_is_heard(patience: int | None, tmp_path, monkeypatch):
     text = toy.write_text(tmp_path)

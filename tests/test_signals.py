@@ -84,6 +84,7 @@ def test_sigterm_says_whether_the_same_command_goes_on(command, code):
     assert ("the same command resumes" in said) == (command == "train")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", quick.only([5], [1.5, 3, 5, 7]))
 def test_training_ends_wherever_it_is(delay: float, tmp_path: Path):
     """The signal comes while the command imports, reads, compiles or trains.

@@ -149,6 +149,7 @@ def test_the_gradient_is_clipped_and_its_norm_reported_before():
     np.testing.assert_allclose(applied, free / 3, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_the_same_within_its_precision():
     exact = run(MODEL, steps=2)
     coarse = run(dataclasses.replace(MODEL, dtype="bfloat16"), steps=2)
@@ -177,6 +178,7 @@ def test_norms_are_told_by_parameter_and_layer():
     assert parameter_count(params) == sum(x.size for x in jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 def test_dropout_follows_seed_and_step():
     losses = [
         [float(m["loss"]) for m in run(MODEL, dataclasses.replace(TRAIN, seed=seed)).metrics]

@@ -168,6 +168,7 @@ def test_freezing_goes_before_any_rate():
     assert found["encoder.blocks.self_attention.query.kernel"] == [0.0, 0.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", quick.only([LORA.lora], [LoraConfig(), LORA.lora]))
 def test_queries_learn_as_if_their_scores_were_scaled(lora: LoraConfig):
     """With H = 4, unscaled scores of halved queries equal scaled scores, at all steps."""

@@ -1,5 +1,6 @@
 """Test translations against a plain loop that runs the whole model for each token."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -70,14 +71,16 @@ def plain_one(translator: Translator, forward: Any, text: str, line: int):
     return written[1:], score
 
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "positions", "options"),
     [
-        (CHARS, "rotary", {"temperature": 2.0, "repetition_penalty": 1.5}),
-        (OTHERS, "relative", {"temperature": 2.0}),
-        (SAME, "relative", {"temperature": 2.0, "repetition_penalty": 50.0}),
+        slow(CHARS, "rotary", {"temperature": 2.0, "repetition_penalty": 1.5}, id="rotary"),
+        pytest.param(OTHERS, "relative", {"temperature": 2.0}, id="relative"),
+        slow(SAME, "relative", {"temperature": 2.0, "repetition_penalty": 50.0}, id="one-token"),
     ],
-    ids=["rotary", "relative", "one-token"],
 )
 def test_a_translation_is_what_each_text_alone_gives(tokenizer, positions: str, options: dict):
     translator = make(tokenizer, positions, **options)
@@ -95,6 +98,7 @@ def test_a_translation_is_what_each_text_alone_gives(tokenizer, positions: str, 
     assert len(set(texts)) > 2
 
 
+@pytest.mark.slow
 def test_the_score_of_a_beam_is_divided_by_the_length():
     translator = make(beam=2, length_penalty=1.5, length_penalty_offset=0)
     text = "fgacd"
