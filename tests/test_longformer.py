@@ -104,6 +104,7 @@ def test_every_mask_with_a_window(name: str):
     assert_equal_to_dense(MASKS[name], arrays(jnp.float32, *lengths.get(name, (T, T))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "bias"),
     [

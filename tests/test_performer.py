@@ -341,6 +341,7 @@ def test_a_batch_of_texts_is_what_each_alone_gives(kind: str, monkeypatch):
     assert generator(PROMPTS) == Plain(generator)(PROMPTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"temperature": 3.0, "prefix": True}, {"beam": 2}])
 def test_so_are_those_after_a_prefix_and_of_a_search(options: dict):
     generator = make_generator(small(**CORE), **options)

@@ -134,6 +134,7 @@ def test_a_first_moment_of_half_the_size():
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-3)  # 8 bits of mantissa
 
 
+@pytest.mark.slow
 def test_the_gradient_is_clipped_and_its_norm_reported_before():
     def update(clip: float | None) -> tuple[float, float]:
         optimizer = OptimizerConfig(peak_lr=1.0, warmup_steps=0, epsilon=1e3, clip_norm=clip)
