@@ -61,7 +61,14 @@ class ChunkingSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """An objective: its function from examples to rows, and its demands on the data."""
+    """An objective: its function from examples to rows, and its demands on the data.
+
+    Example:
+        >>> import heedful as hf
+        >>> from heedful.data.objectives import OBJECTIVES
+        >>> isinstance(OBJECTIVES["translation"], hf.Objective), OBJECTIVES["translation"].fields
+        (True, ('source', 'target'))
+    """
 
     row: Callable[[Example, Any, Any, Any], Arrays]
     """(example, rng, config, tokenizer) -> arrays of a row.

@@ -1,5 +1,6 @@
 """The data pipeline: tokens on disk, a plan of batches, and batches that grain reads in advance."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -8,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from heedful.data import labels, sources
+from heedful.data import labels, report, sources
 from heedful.data.batch import pad_and_stack
 from heedful.data.config import DataConfig
 from heedful.data.errors import DataError
@@ -18,7 +19,7 @@ from heedful.data.iterator import DevicePut, Reader, TrainIterator, one_ahead, r
 from heedful.data.labels import classes
 from heedful.data.objectives import Arrays, ChunkingSpec
 from heedful.data.packing import PackedPlan, Pieces, Plan, pack
-from heedful.data.split_plan import SplitPlan, plan_split
+from heedful.data.split_plan import plan_split
 from heedful.data.store import TokenStore, fingerprint
 from heedful.data.text_parts import cut_text
 from heedful.data.tokenizer import Tokenizer
@@ -84,6 +85,9 @@ class Dataset:
     bytes: int
     target_count: int
     report: list[str]
+    """Lines about the texts and batches, `warnings` included."""
+    warnings: list[str]
+    """Lines about texts that are left out and tokens that are unknown."""
 
     @classmethod
     def prepare(
@@ -120,8 +124,8 @@ class Dataset:
         holdout: share of the texts that the splits valid and test have each, chosen by a hash of
         the text: call this once for each split, with the same texts. 0: all texts are in the split.
         settings: further fields of `DataConfig`, such as max_length and batch_tokens.
-        Raises DataError, with the number of the text, for an item of another form, and if no text
-        is left.
+        Blank and longer texts are left out, with a UserWarning. Raises DataError, with the number
+        of the text, for an item of another form, and if no text is left.
 
         Example:
             >>> import heedful as hf
@@ -134,7 +138,7 @@ class Dataset:
         """
         config = DataConfig(source="texts", objective=task, holdout=holdout, **settings)
         examples = named_examples(texts, config)
-        return cls._given(config, tokenizer, split, seed, examples)
+        return cls._given(config, tokenizer, split, seed, examples).warned()
 
     @classmethod
     def from_arrays(
@@ -163,7 +167,7 @@ class Dataset:
         """
         config = DataConfig(source="texts", objective=task, holdout=holdout, **settings)
         examples = named_examples(arrays, config, tokenizer.vocab_size)
-        return cls._given(config, tokenizer, split, seed, examples)
+        return cls._given(config, tokenizer, split, seed, examples).warned()
 
     @classmethod
     def from_files(
@@ -196,7 +200,7 @@ class Dataset:
             given = settings.pop(name, ())
             files[name] = tuple(map(str, [given] if isinstance(given, str | Path) else given))
         config = DataConfig(source="files", objective=task, **files, **settings)
-        return cls.prepare(config, tokenizer, split, seed=seed)
+        return cls.prepare(config, tokenizer, split, seed=seed).warned()
 
     @classmethod
     def _given(
@@ -238,11 +242,13 @@ class Dataset:
         is_kept = np.zeros(len(store.blank), bool)
         is_kept[split_plan.kept] = True
         characters, size = (int(n) for n in store.sizes.sum(1, where=is_kept))
-        report = _report(config, split, store, split_plan, characters)
-        report += _tokenizer_warnings(config, split, store, tokenizer)
+        left_out = report.left_out(config, split, store, split_plan)
+        doubts = [*report.doubts(config, split, store, tokenizer)]
+        count, batches = report.facts(config, split, split_plan, characters)
+        lines = [count, *left_out, batches, *doubts]
         if names and targets is not None:
             counts = np.bincount(targets[split_plan.kept], minlength=len(names))
-            report.append(
+            lines.append(
                 f"{split}: {len(names)} classes, the largest {names[counts.argmax()]!r} with "
                 f"{counts.max() / len(split_plan.kept):.1%}"
             )
@@ -262,8 +268,15 @@ class Dataset:
             characters=characters,
             bytes=size,
             target_count=split_plan.target_count,
-            report=report,
+            report=lines,
+            warnings=left_out + doubts,
         )
+
+    def warned(self) -> Self:
+        """Give a UserWarning for each line of `warnings`; return the dataset."""
+        for line in self.warnings:
+            warnings.warn(line, stacklevel=3)
+        return self
 
     def __repr__(self) -> str:
         shapes, count = ", ".join(map(str, self.train_plan.shapes)), self.batches_per_epoch
@@ -351,47 +364,3 @@ class Dataset:
             {"text": self.store.text(document, start, stop + chunking.overlap, frame)}
             for document, start, stop in spans
         ]
-
-
-def _report(
-    config: DataConfig, split: str, store: TokenStore, split_plan: SplitPlan, characters: int
-) -> list[str]:
-    """Describe, in lines, the examples that were read, the examples left out, and the batches."""
-    is_text = config.objective_spec.is_text
-    noun = "documents" if is_text else "examples"
-    lines = [f"{split}: {len(split_plan.kept):,} {noun}, {split_plan.tokens:,} tokens"]
-    if is_text:
-        lines[0] += f", {characters:,} characters"
-    blank = int(store.blank.sum())
-    too_long = len(store.blank) - blank - len(split_plan.kept)
-    if too_long:
-        lines.append(
-            f"{split}: {too_long:,} examples left out, longer than {config.max_length} tokens "
-            "(--data.max-length)"
-        )
-    if blank:
-        where = " on a side" if len(store.fields) > 1 else ""
-        lines.append(f"{split}: {blank:,} {noun} left out, blank{where}")
-    shapes = ", ".join(map(str, split_plan.plan.shapes))
-    lines.append(
-        f"{split}: {split_plan.plan.batches_per_epoch:,} batches of {shapes}, "
-        f"{split_plan.plan.padding_share:.1%} padding" + (", packed" if config.is_packed else "")
-    )
-    return lines
-
-
-def _tokenizer_warnings(
-    config: DataConfig, split: str, store: TokenStore, tokenizer: Tokenizer
-) -> Iterator[str]:
-    """Yield a warning about unknown tokens, and a warning about spaces that decoding changes."""
-    total, unknown = store.count(tokenizer.unknown)
-    if tokenizer.unknown is not None and unknown:
-        yield (
-            f"{split}: {unknown:,} of {total:,} tokens ({unknown / total:.2%}) are "
-            f"{tokenizer.name(tokenizer.unknown)}: the vocabulary lacks these parts of the text"
-        )
-    if tokenizer.loses_spaces and config.objective_spec.writes:
-        yield (
-            f"{split}: the tokenizer does not keep spaces: generated texts have one around each "
-            "punctuation mark, which lowers their scores"
-        )

@@ -53,7 +53,7 @@ class MaskNotSupported(ModelError):
     """
 
     def __init__(self, core: str, reason: str):
-        super().__init__(f"attention core '{core}' cannot express this mask: {reason}")
+        super().__init__(f"attention core '{core}' does not support this call: {reason}")
         self.core, self.reason = core, reason
 
 
@@ -247,7 +247,7 @@ def full() -> AttentionMask:
 
 
 def causal() -> AttentionMask:
-    """Allow keys at or before the query."""
+    """Allow keys at or before the query; the first query has position 0, or p after `.at(p)`."""
     return AttentionMask(causal=True)
 
 
@@ -257,7 +257,11 @@ def prefix(lengths: Int[Array, " B"]) -> AttentionMask:
 
 
 def padding(lengths: Int[Array, " B"], length: int) -> AttentionMask:
-    """Allow the first lengths[b] of the `length` keys of row b; the other tokens are padding."""
+    """Allow the first lengths[b] of the `length` keys of row b; the other tokens are padding.
+
+    For self-attention, T = S = `length`: queries that are padding see nothing. For other queries
+    use `cross`.
+    """
     lengths = _counts("padding lengths", lengths)
     return packed((jnp.arange(length)[None] < lengths[:, None]).astype(jnp.int32))
 

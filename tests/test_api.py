@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -246,6 +247,53 @@ def test_an_own_loop_learns(tokenizer):
     jax.tree.map(lambda x: x.block_until_ready(), params)  # They were not donated.
 
 
+def test_an_own_loop_is_measured(tokenizer):
+    data, _ = datasets(tokenizer)
+    model, params = own_model(tokenizer)
+    batch = jax.tree.map(jnp.asarray, dict(next(data.eval_batches())))
+    arrays = {name: batch[name] for name in ("segment_ids", "positions")}
+    logits = jax.nn.log_softmax(model.apply({"params": params}, batch["inputs"], **arrays))
+    found = np.take_along_axis(np.asarray(logits), batch["targets"][..., None], 2)[..., 0]
+    weights = batch["weights"]
+    measured = hf.make_eval_step(model)(params, batch)
+    assert measured["weight"] == weights.sum()
+    np.testing.assert_allclose(
+        measured["loss"], -(found * weights).sum() / weights.sum(), rtol=1e-5
+    )
+    with pytest.raises(hf.TrainError, match="the batch has no targets and no weights"):
+        hf.make_eval_step(model)(params, {"inputs": batch["inputs"]})
+
+
+def test_an_own_module_learns_with_an_own_loss():
+    model, rng = nn.Dense(1), np.random.default_rng(0)
+    x = rng.normal(size=(12, 3)).astype(np.float32)
+    batch = {"x": x, "y": x @ np.float32([[1.0], [-2.0], [0.5]])}
+
+    def squares(model, params, batch, options):
+        error = model.apply({"params": params}, batch["x"]) - batch["y"]
+        return jnp.sum(error**2), jnp.float32(len(error)), None
+
+    params = model.init(jax.random.key(0), x)["params"]
+    state = hf.TrainState.create(params, optimizer := optax.adam(0.1))
+    step = hf.make_train_step(model, optimizer, squares, accumulate=4)
+    for _ in range(200):
+        state, metrics = step(state, batch)
+    assert metrics["loss"] < 1e-3
+    with pytest.raises(hf.TrainError, match=r"needs a model of heedful\.build, not Dense"):
+        hf.make_train_step(model, optimizer)
+
+
+def test_what_is_left_out_is_told(tokenizer):
+    texts = ["red cat", "red " * 17, " ", "violet cat"] * 9
+    with pytest.warns(UserWarning) as told:
+        pairs = [(text, str(i % 2)) for i, text in enumerate(texts)]
+        hf.Dataset.from_texts(pairs, tokenizer, "classification", **SIZES)
+    said = [str(each.message) for each in told]
+    assert "train: 9 examples left out, longer than 16 tokens (--data.max-length)" in said
+    assert "train: 9 examples left out, blank" in said
+    assert any("<unk>: the vocabulary lacks" in each for each in said)
+
+
 def test_what_a_step_refuses(tokenizer):
     model, params = own_model(tokenizer)
     optimizer = optax.sgd(1.0)
@@ -269,6 +317,9 @@ def test_what_a_step_refuses(tokenizer):
 def test_an_audit_finds_a_planted_leak(monkeypatch, tokenizer):
     model, params = own_model(hf.Tokenizer.train([" ".join(f"w{i}" for i in range(60))], WORDS))
     assert hf.audit(model, params) == []
+    attention = replace(model.config.attention, window=15)
+    with pytest.warns(UserWarning, match="not audited: the window of 15, .* at least 17"):
+        hf.audit(replace(model.config, attention=attention), params)
     full = lambda *_, **__: hf.masks.full()  # noqa: E731
     monkeypatch.setattr("heedful.model.transformer.decoder_mask", full)
     findings = hf.audit(model, params)

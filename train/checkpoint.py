@@ -339,13 +339,19 @@ class SaveFailed(TrainError):
 
 
 class CorruptCheckpoint(TrainError):
-    """Error: a checkpoint exists and cannot be read."""
+    """Error: a checkpoint exists and cannot be read.
+
+    Example:
+        >>> import heedful as hf
+        >>> issubclass(hf.CorruptCheckpoint, hf.TrainError)
+        True
+    """
 
     def __init__(self, path: epath.Path, error: Exception, item: str = ""):
         where = f"{item}: " if item else ""
         super().__init__(
             f"checkpoint {path} is corrupt ({where}{_reason(error)}): to use the checkpoint before "
-            "it, give --fallback if the command has this flag, or move the corrupt checkpoint away"
+            "it, give --fallback (in Python fallback=True), or move the corrupt checkpoint away"
         )
 
 

@@ -55,7 +55,8 @@ class OptimizerConfig(Readable):
     epsilon: float = 1e-9
     """Number that is added to the square root of the second moment."""
     weight_decay: float = 0.0
-    """Decoupled weight decay, on matrices only: not on biases, norms or embeddings."""
+    """Decoupled weight decay, which is multiplied by the learning rate, on matrices only: not on
+    biases, norms or embeddings."""
     clip_norm: float | None = 1.0
     """Largest global norm of the gradient; None: no clipping."""
     freeze: tuple[str, ...] = ()
@@ -160,8 +161,8 @@ class DecodeConfig(Readable):
     """
 
     beam: int = 4
-    """Number of hypotheses of the beam search; 1: greedy decoding, or sampling if temperature is
-    above 0."""
+    """Number of hypotheses of the beam search (num_beams in Hugging Face transformers); 1: greedy
+    decoding, or sampling if temperature is above 0."""
     length_penalty: float = 0.6
     """Exponent of the length penalty of the beam search (arXiv:1609.08144 §7)."""
     length_penalty_offset: int = 5
@@ -194,7 +195,8 @@ class DecodeConfig(Readable):
     """Encode names of special tokens in an input (<|user|>, [MASK]) as these tokens. Otherwise the
     names are encoded as text, as in training."""
     max_tokens: int = 200
-    """Largest number of tokens that are generated after a prompt. With beam 1, a text may become
+    """Largest number of tokens that are generated after a prompt (max_new_tokens in Hugging Face
+    transformers). With beam 1, a text may become
     longer than a table of learned positions. Then at least the last three quarters of the table's
     length are context for each token, and are read again after every quarter."""
     stop: tuple[str, ...] = ()
@@ -274,7 +276,7 @@ class TrainConfig(Readable):
 
     init_from: str | None = None
     """Fine-tune the parameters of a run (its directory), of a Hugging Face model (hf:DIR) or of a
-    package (package:minilm, package:stories15m); None: pretrain from random parameters."""
+    package (package:minilm, package:stories15m); None: train from random parameters."""
     reinit: tuple[str, ...] = ()
     """Parameters that start with random values although `init_from` has them: regular
     expressions."""
@@ -284,8 +286,8 @@ class TrainConfig(Readable):
     seed: int = 0
     """Random seed of the initial parameters, the dropout and the order of the data."""
     label_smoothing: float = 0.1
-    """Share of the target's probability that is spread over the vocabulary (arXiv:1706.03762
-    §5.4)."""
+    """Share of the target's probability that is spread over the vocabulary (arXiv:1706.03762 §5.4);
+    the loss of the training includes it. Set it to 0 for language models and regression."""
     loss_chunk: int | None = None
     """Number of positions of a row whose float32 logits are computed at a time; None: all. A small
     number saves memory, with the same result. An encoder-only model, which predicts a share of the
@@ -304,16 +306,16 @@ class TrainConfig(Readable):
     """Number of newest checkpoints that are kept. Also kept are the best checkpoint, and, until the
     next checkpoint, the checkpoint of an interruption."""
     average_last: int = 5
-    """Number of newest checkpoints whose parameters are averaged for evaluation (arXiv:1706.03762
-    §6.1); 1: the best checkpoint is evaluated."""
+    """Number of newest checkpoints whose parameters are averaged for evaluation, generation and
+    export (arXiv:1706.03762 §6.1); 1: the best checkpoint is used."""
     metric: Metric = "loss"
     """Metric on the validation data that decides which checkpoint is the best; smoothed_loss is the
     loss with `label_smoothing`, as in training."""
     patience: int | None = None
     """Number of checkpoints without improvement after which training stops; None: it never does."""
     deterministic: bool = True
-    """Give the same bits in every run on the same devices: without cost on CPUs and TPUs, slower on
-    GPUs."""
+    """Give the same bits in every run on the same devices. This makes GPUs slower; CPUs and TPUs
+    compute the same in any case."""
     fingerprint_every: int = 100
     """Number of steps between two fingerprints of parameters and loss, which heedful reproduce and
     heedful verify compare. Every checkpoint has a fingerprint, too."""

@@ -53,9 +53,13 @@ def fit(
     tokenizer: tokenizer in place of experiment.data.tokenizer; None: that of `train`, or one that
     is learned from the training texts.
     callbacks: objects that receive the events of training; an exception of a callback ends it.
-    console: for messages and a progress bar; None: nothing is printed.
+    console: for messages and a progress bar; None: nothing is printed, and texts of
+    experiment.data that are left out are told in a UserWarning.
     fallback: resume from an earlier checkpoint if the newest is corrupt.
-    audit: audit the masks of a small model before the first step.
+    audit: audit the masks of a small random model of the same config before the first step.
+
+    The parameters of the returned run are, as in `load`, the mean of the newest
+    train.average_last checkpoints (5 by default), or those of the best checkpoint if it is 1.
 
     Raises TrainError, DataError and ModelError for settings that do not fit together; NonFiniteLoss
     (a TrainError) if the loss is not finite; and Interrupted after SIGINT (Ctrl-C) or SIGTERM, when

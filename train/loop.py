@@ -75,6 +75,8 @@ def fit(
     for dataset in splits.values():
         for line in dataset.report:
             console.print(line)
+        if console.quiet and data is None:  # The datasets of a program have warned before.
+            dataset.warned()
 
     setup = set_up(run.model, config)
     mesh = setup.mesh

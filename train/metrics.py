@@ -17,7 +17,13 @@ from heedful.train.observers import Observer
 
 
 class NonFiniteLoss(TrainError):
-    """Error: the loss or the gradient is NaN or infinite."""
+    """Error: the loss or the gradient is NaN or infinite; a table has the norms by layer.
+
+    Example:
+        >>> import heedful as hf
+        >>> issubclass(hf.NonFiniteLoss, hf.TrainError)
+        True
+    """
 
     def __init__(self, step: int, loss: float, norms: list[str]):
         table = "\n".join(norms)

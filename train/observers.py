@@ -30,7 +30,7 @@ class Observer:
     """
 
     def on_start(self, environment: dict[str, Any]) -> None:
-        """Take the environment (see `record.environment`), before the first step."""
+        """Take what the run depends on, as in environment.json, before the first step."""
 
     def on_phase(self, name: str) -> None:
         """Take the name of the work that begins now: compiling, training or validating.
@@ -47,7 +47,10 @@ class Observer:
         """
 
     def on_log(self, step: int, values: dict[str, float]) -> None:
-        """Take the means of the last `train.log_every` steps."""
+        """Take the means of the last `train.log_every` steps, named as in metrics.jsonl.
+
+        loss (nats), lr (the learning rate), grad_norm, tokens_per_second and input_wait_share.
+        """
 
     def on_fingerprint(self, line: dict[str, Any]) -> None:
         """Take a new line of `fingerprints.jsonl`."""
@@ -56,7 +59,7 @@ class Observer:
         """Take the step of a new checkpoint, which may not be on disk yet."""
 
     def on_evaluation(self, step: int, measured: dict[str, float]) -> None:
-        """Take the losses and scores of the validation data."""
+        """Take loss (nats) and scores of the validation data, without a prefix in their names."""
 
     def close(self) -> None:
         """Release resources; called when training has ended or failed."""

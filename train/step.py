@@ -142,10 +142,13 @@ def compiler_options(mesh: Mesh, width: int, deterministic: bool) -> dict[str, A
 
 
 def random_keys(
-    config: ModelConfig, seed: int, step: jax.Array
+    config: ModelConfig | None, seed: int, step: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return the random key of dropout in a step, and the stream of the cores' random features."""
-    key, redraw = jax.random.key(seed), redraw_steps(config)
+    """Return the random key of dropout in a step, and the stream of the cores' random features.
+
+    config: None for a model without such cores.
+    """
+    key, redraw = jax.random.key(seed), redraw_steps(config) if config else None
     features = {} if redraw is None else {FEATURES: jax.random.fold_in(key, step // redraw)}
     return jax.random.fold_in(key, step), features
 

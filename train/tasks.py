@@ -50,7 +50,15 @@ def squared_error(loss: float, dataset: Dataset) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A task: an objective with its loss, models, metrics and command."""
+    """A task: an objective with its loss, models, metrics and command.
+
+    Example:
+        >>> import dataclasses, heedful as hf
+        >>> from heedful.train.tasks import TASKS
+        >>> task = dataclasses.replace(TASKS["causal_lm"], metrics=("loss",))
+        >>> isinstance(task, hf.Task), task.use
+        (True, 'generate')
+    """
 
     objective: Objective
     architectures: tuple[str, ...]

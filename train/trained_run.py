@@ -62,7 +62,7 @@ class TrainedRun:
     """A trained run: its parameters, its tokenizer, and what it can do. `fit` and `load` return it.
 
     Texts go in and come out as lists, in the same order. Programs are compiled once for each new
-    length and setting. Errors of the user are TrainErrors.
+    length and setting. Errors of the user are HeedfulErrors.
 
     Example:
         >>> import tempfile, heedful as hf
@@ -106,7 +106,10 @@ class TrainedRun:
 
     @property
     def params(self) -> Any:
-        """The parameters, a plain tree of arrays on the devices of the run's mesh."""
+        """The parameters, a plain tree of arrays on the devices of the run's mesh.
+
+        They come from the checkpoints of `steps`: by default their mean.
+        """
         return self.trained.params
 
     @property
@@ -143,9 +146,10 @@ class TrainedRun:
     def generate(self, prompts: Sequence[str], *, seed: int = 0, **decode: Any) -> list[str]:
         """Return each prompt with its continuation, as `heedful generate` prints them.
 
-        decode: fields of `DecodeConfig` that differ from the run's, such as max_tokens=50, or
-        beam=1 and temperature=0.8. An empty prompt begins a new text. Raises TrainError for a model
-        that does not generate, and for prompts that are too long.
+        decode: fields of `DecodeConfig` that differ from the run's, such as max_tokens=50. The
+        default is a beam search; to sample, give beam=1 and temperature=0.8. An empty prompt
+        begins a new text. Raises TrainError for a model that does not generate, and for prompts
+        that are too long.
         """
         has_prefix = self.trained.run.data.objective_spec.has_prefix
         continue_ = self._writer(Generator, seed, decode, prefix=has_prefix)
@@ -170,6 +174,10 @@ class TrainedRun:
     ) -> dict[str, Any]:
         """Return losses and scores on validation and test data, and write them to result.json.
 
+        Keys: valid_loss and test_loss in nats per token (or per example), valid_frequency_loss and
+        test_frequency_loss of a guess by frequency, the scores of the task with the same prefixes
+        (such as valid_accuracy), test_bleu of a translation, and checkpoints, the steps.
+
         valid, test: the data if the run was trained on texts of a program, as `fit` got them. The
         scores of a split that is not given are left out then.
         console: for messages and samples; None: no messages.
@@ -191,7 +199,7 @@ class TrainedRun:
         return self._reader.hidden_states(_listed(texts))
 
     def scores(self, texts: Sequence[str | tuple[str, ...]]) -> list[Float[ndarray, " n"]]:
-        """Return log-probabilities: of each token of each text, the end included, float32 [tokens].
+        """Return natural log-probabilities of all tokens, the end included, float32 [tokens].
 
         The sum is the log-probability of the text. For translation give pairs (source, target): the
         tokens are the target's. For classification, the log-probability of each class [classes].
@@ -210,8 +218,10 @@ class TrainedRun:
     ) -> AttentionWeights:
         """Return the attention weights of a text, which a notebook shows as a picture.
 
-        target: second text (None: the model's own output in an encoder-decoder); which: self, cross
-        or encoder; layer: from 1, None: the last; mean: the mean over the heads.
+        target: second text; None: the model's own output in an encoder-decoder.
+        which: self, cross or encoder; None: the last of these that the model has.
+        layer: counted from 1; None: the last.
+        mean: take the mean over the heads.
         """
         return attention_of(self.trained, text, target=target, which=which, layer=layer, mean=mean)
 

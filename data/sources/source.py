@@ -10,7 +10,14 @@ from heedful.data.objectives import OBJECTIVES, Objective
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A source of examples. Other files of this folder define one each; `SOURCES` lists them."""
+    """A source of examples. Other files of this folder define one each; `SOURCES` lists them.
+
+    Example:
+        >>> import heedful as hf
+        >>> source = hf.Source(load=lambda config, split: [{"text": f"{split} {i}"} for i in "ab"])
+        >>> source.load(hf.DataConfig(), "train")
+        [{'text': 'train a'}, {'text': 'train b'}]
+    """
 
     load: Callable[[DataConfig, str], Sequence[Example]]
     """Return the examples of a split, in the order of the source; raise DataError for bad data."""

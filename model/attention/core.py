@@ -25,6 +25,12 @@ class AttentionCall(struct.PyTreeNode):
 
     Axes: B rows of the batch, T queries, S keys, N query heads, K key/value heads, H size of a
     head. Each key/value head serves N / K consecutive query heads.
+
+    Example:
+        >>> import jax.numpy as jnp, heedful as hf
+        >>> q = jnp.ones((1, 3, 2, 8))
+        >>> hf.AttentionCall(q, q, q, hf.masks.causal()).factor
+        0.3535533905932738
     """
 
     q: Float[Array, "B T N H"]
@@ -83,7 +89,16 @@ class Cache(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class CoreSpec:
-    """The properties of an attention core that the rest of the project uses."""
+    """The properties of an attention core that the rest of the project uses.
+
+    Example:
+        >>> import jax.numpy as jnp, heedful as hf
+        >>> def mean(call: hf.AttentionCall):
+        ...     return jnp.broadcast_to(call.v.mean(1, keepdims=True), call.q.shape)
+        >>> spec = hf.CoreSpec(name="mean", make=lambda config, shared: mean, is_exact=False)
+        >>> spec.fits("cpu", shards=1)
+        True
+    """
 
     name: str
     make: Callable[[ModelConfig, Mapping[str, jax.Array]], Core]

@@ -55,14 +55,14 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """Return softmax(scale * q @ k^T + bias) @ v over the pairs that the mask allows.
 
-    The function works under jit, grad, vmap and shard_map; it has no parameters. Axes: B rows of
-    the batch, T queries, S keys, N query heads, K key/value heads (K divides N: grouped heads), H
-    size of a head. A query without allowed keys gives 0.
+    The function works under jit, grad (reverse mode only), vmap and shard_map; it has no
+    parameters. Axes: B rows of the batch, T queries, S keys, N query heads, K key/value heads (K
+    divides N: grouped heads), H size of a head. A query without allowed keys gives 0.
 
-    mask: an AttentionMask of `heedful.masks`; None: all pairs. Documents and padding are segment
-    ids in the mask: `masks.packed(segment_ids)`, `masks.padding(lengths, S)`.
-    core: auto (the fastest exact core here), or a name that `heedful cores` lists; performer
-    approximates the softmax.
+    mask: an AttentionMask of `heedful.masks`, not an array; None: all pairs. Documents and padding
+    are segment ids in the mask: `masks.packed(segment_ids)`, `masks.padding(lengths, S)`.
+    core: auto (flash for long inputs on a CPU, else dense: `heedful cores` shows from which length
+    on), or a name that `heedful cores` lists; performer approximates the softmax.
     bias: an array that is added to the scaled scores, [b, n, T, S] with b = B or 1 and n = N or 1,
     or a PositionBias; None: 0.
     scale: factor of q @ k^T; None: 1 / sqrt(H).

@@ -26,8 +26,8 @@ class PerformerConfig(Readable):
     features: int = 256
     """Number of random features (R); the error falls as 1 / sqrt(R)."""
     kernel: Literal["softmax", "relu"] = "softmax"
-    """softmax: an unbiased estimate of softmax attention (arXiv:2009.14794 §2.3); relu: attention
-    with another kernel (arXiv:2009.14794 §4)."""
+    """softmax: softmax attention with an unbiased estimate of exp(q k) (arXiv:2009.14794 §2.3);
+    relu: attention with another kernel (arXiv:2009.14794 §2.2)."""
     orthogonal: bool = True
     """Make each block of head_dim features orthogonal (arXiv:2009.14794 §2.4); False: all features
     are independent."""
@@ -97,8 +97,9 @@ class AttentionConfig(Readable):
     cross_core: str | None = None
     """Core of cross-attention; None: `core`."""
     window: int | None = None
-    """Number of positions on each side of a token that self-attention sees; None: all. The window w
-    of arXiv:2004.05150 §3.1 is twice this number."""
+    """Number of positions on each side of a token (in a decoder: before it) that self-attention
+    sees, the token itself not counted; None: all. The window w of arXiv:2004.05150 §3.1 is twice
+    this number; sliding_window of Hugging Face transformers is this number + 1."""
     dilation: tuple[int, ...] = ()
     """Step between the positions of the window, one number for each query head; empty: 1 for all
     heads (arXiv:2004.05150 §3.1)."""

@@ -104,7 +104,9 @@ class HeadConfig(Readable):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class LoraConfig(Readable):
-    """Low-rank adaptation (arXiv:2106.09685): W + alpha / rank * A @ B; W is not trained.
+    """Low-rank adaptation (arXiv:2106.09685): W + alpha / rank * A @ B.
+
+    `fit` and `heedful train` do not train W; freeze it with optax in a training loop of your own.
 
     Example:
         >>> import heedful as hf

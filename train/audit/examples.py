@@ -70,7 +70,7 @@ def dataset(
         config=config, tokenizer=tokenizer, split="train", seed=0, data_fingerprint="",
         classes=config.classes, store=store, labels=labels, kept=rows.kept, pieces=rows.pieces,
         train_plan=rows.plan, eval_plan=rows.plan.in_order(), characters=0, bytes=0,
-        target_count=rows.target_count, report=[],
+        target_count=rows.target_count, report=[], warnings=[],
     )  # fmt: skip
 
 

@@ -31,8 +31,9 @@ def audit(
 
     The masks, the dependences through all layers by bits and by gradients, dropout, packed rows,
     forbidden keys with extreme scores, and decoding with a cache are compared with the config, on
-    three artificial rows of `length` tokens. A method that the attention core does not support is
-    left out, with a warning.
+    three artificial rows of `length` tokens (at most the learned positions of the model). A method
+    that the attention core does not support, and a window that is wider than the rows, are left
+    out, with a warning.
 
     model: a model of `build`, or its config. params: its parameters, a plain tree.
     task: task whose rows are used (causal_lm, masked_lm, ...); None: the usual task of the model.
@@ -68,6 +69,13 @@ def audit(
         f"model.vocab_size = {config.vocab_size}: rows of length {length} need "
         f"{tokenizer.vocab_size} tokens; give a smaller length (at least {MIN_LENGTH})",
     )
+    widest = max(layer.attention.window or 0 for layer in config.period)
+    if widest > length - 2:
+        warnings.warn(
+            f"not audited: the window of {widest}, as the rows are too short; give a length of at "
+            f"least {widest + 2}",
+            stacklevel=2,
+        )
     params = jax.device_get(params)
     result = methods.audit(Subject.of(config, data, length, (params, tokenizer)))
     for line in result.unsupported:
