@@ -534,7 +534,8 @@ def test_a_fine_tuning_has_the_body_of_its_source_and_a_picture_of_its_curves(
         fit("tracked")
 
 
-def test_a_run_can_be_read(run):
+def test_a_run_can_be_read(run, caplog):
+    assert hf.load(run.directory).steps == run.steps and caplog.records == []
     for shown in (repr(run), run._repr_html_()):
         assert "decoder_only" in shown and "valid_loss" in shown and "causal_lm" in shown
     weights = run.attention("red cat", mean=True)

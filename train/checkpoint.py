@@ -17,7 +17,7 @@ from etils import epath
 from heedful.data.writing import write_whole
 from heedful.train.errors import Interrupted, TrainError
 from heedful.train.hosts import any_process, is_first, is_multiprocess, primary_first, to_host
-from heedful.train.messages import tell
+from heedful.train.messages import errors_only, tell
 from heedful.train.reproducibility.fingerprint import words_of_leaves
 from heedful.train.reproducibility.record import named_words
 from heedful.train.run import require_plain
@@ -89,6 +89,7 @@ class Checkpoints:
         with suppress(Exception):  # The first error is the one to report.
             self._manager.wait_until_finished()
 
+    @errors_only()  # Orbax warns of the options that reading needs.
     def _open(self, *, clean: bool) -> ocp.CheckpointManager:
         # With named processes, barriers end after a timeout, even if a process has failed.
         processes = set(range(jax.process_count())) if is_multiprocess() else None

@@ -1,6 +1,7 @@
 """Print messages; an error while printing never ends a training run."""
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -45,6 +46,18 @@ class _Lasting:
             raise
         except OSError:
             return 0
+
+
+@contextlib.contextmanager
+def errors_only() -> Iterator[None]:
+    """Hide warnings of the absl logger within the context or the decorated function."""
+    logger = logging.getLogger("absl")
+    former = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(former)
 
 
 def quiet() -> Console:
