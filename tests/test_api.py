@@ -465,6 +465,9 @@ def test_a_run_generates_as_the_command_does(run, capsys, monkeypatch):
     printed = capsys.readouterr().out.splitlines()
     assert again.generate(prompts) == printed == run.generate(prompts)
     assert run.generate(prompts, max_tokens=1) != printed
+    monkeypatch.undo()
+    assert command(["generate", str(run.directory), "red cat", "--decode.beam", "2"]) == 0
+    assert capsys.readouterr().out.splitlines() == run.generate(["red cat"], beam=2)
     with pytest.raises(hf.TrainError, match="does not translate"):
         run.translate(prompts)
     with pytest.raises(hf.TrainError, match="does not classify"):

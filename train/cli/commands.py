@@ -186,7 +186,8 @@ def generate(directory: str, arguments: list[str]) -> None:
             print_lines(map(one_line, whole))
             return
         for line in lines:
-            pieces = generator.stream(line)
+            # A beam search has its text only at the end.
+            pieces = generator.stream(line) if chosen.decode.beam == 1 else generator([line])
             show(line)
             for piece in pieces:
                 show(piece)
