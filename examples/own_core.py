@@ -1,4 +1,4 @@
-"""Write an attention core, compare it with dense attention, and prove that it follows the masks.
+"""Write an attention core, compare it with dense attention, and test that it follows the masks.
 
 python examples/own_core.py; a config names this core by `--model.attention.core own_core:SPEC`.
 """

@@ -172,7 +172,7 @@ def test_text_is_learned_by_every_objective(objective: str, config: str, tmp_pat
     first, last = losses(tmp_path / "run", "loss")[0], result["valid_loss"]
     assert last < 0.9 * first
     for line in (
-        "pretraining: the parameters begin at random",
+        "the parameters begin at random",
         f"validation loss: {last:.4f} nats per token (perplexity {math.exp(last):.2f})",
         "test loss: ",
     ):

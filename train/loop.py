@@ -166,7 +166,7 @@ def _first_params(run: Run, setup: Setup, console: Console) -> Any:
     """Return random parameters, or pretrained parameters for fine-tuning; print which."""
     params = init_params(run.model, setup.mesh, run.train.seed)
     if run.train.init_from is None:
-        console.print("pretraining: the parameters begin at random")
+        console.print("the parameters begin at random")
         return params
     source = open_source(run.train.init_from, console)
     return init_from_pretrained(params, source, run.model, run.train.reinit, console)
