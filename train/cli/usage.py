@@ -45,5 +45,5 @@ path/to/file.py; rows of a config are CONFIG:ROW. In its place, --config FILE
 reads a JSON or YAML file.
 
 heedful COMMAND CONFIG|RUN --help explains every flag.
-heedful completion bash|zsh|tcsh|fish prints a script that completes them.
+heedful completion bash|zsh|fish prints a script that completes them.
 heedful --version prints the version."""
