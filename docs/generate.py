@@ -178,6 +178,7 @@ def _value(value: Any) -> str:
 
 
 def _text(text: str) -> str:
-    """Return a docstring as Markdown in one line, with links to papers."""
+    """Return a docstring without its example as Markdown in one line, with links to papers."""
+    text = text.partition("Example:")[0]
     text = re.sub(r"([*\[\]<>])", r"\\\1", " ".join(text.split()))
     return re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
