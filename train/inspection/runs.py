@@ -102,6 +102,13 @@ def _summary(run: Run) -> Summary:
     )
 
 
+def _date(when: float) -> str:
+    """Return the time of this year's days, and the date of earlier days."""
+    day = time.localtime(when)
+    is_recent = day.tm_year == time.localtime().tm_year
+    return time.strftime("%d %b %H:%M" if is_recent else "%d %b %Y", day)
+
+
 def print_runs(folder: Path, console: Console) -> None:
     """Print a table of the runs below a folder; raise TrainError if there are none."""
     if not folder.is_dir():
@@ -123,7 +130,7 @@ def print_runs(folder: Path, console: Console) -> None:
             f"{run.step:,}/{run.steps:,}" if is_begun else "",
             "" if run.loss is None else f"{run.loss:.4f}",
             run.best,
-            time.strftime("%Y-%m-%d %H:%M", time.localtime(run.when)),
+            _date(run.when),
         )
     console.print(table)
     for run in found:
