@@ -332,9 +332,12 @@ def build(config: ModelConfig) -> nn.Module:
 
     `model.apply({"params": params}, inputs)` returns logits [B, T, V] for tokens [B, T], or [B, C]
     of a classifier; an encoder_decoder takes (inputs, encoder_inputs). B rows, T tokens, V size of
-    the vocabulary, C outputs. Further arguments: `segment_ids` and `positions` [B, T] of packed
-    rows, `deterministic=False` with `rngs={"dropout": key}` in training, and `return_logits=False`
-    for hidden states [B, T, D] (D width).
+    the vocabulary, C outputs. Further arguments, by name: `segment_ids` [B, T], 0 for padding and
+    1, 2, ... for the documents of a packed row (None: there is no padding), `positions` [B, T] of
+    packed rows, `type_ids` [B, T] of pairs, `prefix_len` [B] of a decoder_only,
+    `encoder_segment_ids` and `encoder_positions` [B, S], `deterministic=False` with
+    `rngs={"dropout": key}` in training, and `return_logits=False` for hidden states [B, T, D] (D
+    width). `init` makes parameters as a plain tree.
 
     Example:
         >>> import jax, heedful as hf

@@ -445,9 +445,13 @@ def test_a_round_trip_to_the_bit_and_the_files_of_export(tmp_path):
 
 
 def test_directories_that_hold_no_model(tmp_path):
-    for make in (hf.from_pretrained, hf.load):
-        with pytest.raises(hf.TrainError, match="is no run directory"):
-            make(tmp_path)
+    with pytest.raises(hf.TrainError, match="is no run directory"):
+        hf.load(tmp_path)
+    for path in (tmp_path, "google/bert-base-uncased"):
+        with pytest.raises(
+            hf.TrainError, match=r"has no config\.json: give the directory of a model"
+        ):
+            hf.from_pretrained(path)
     with pytest.raises(hf.TrainError, match="unknown package:bert: choose among"):
         hf.from_pretrained("package:bert")
 

@@ -301,12 +301,12 @@ def test_a_prefix_is_seen_by_all(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer": 3}, "--layer 3: give a layer from 1 to 2"),
-        ({"layer": 0}, "--layer 0: give a layer from 1 to 2"),
-        ({"which": "cross"}, "--which cross: the decoder_only of .* has only self"),
+        ({"layer": 3}, "layer = 3: give a layer from 1 to 2"),
+        ({"layer": 0}, "layer = 0: give a layer from 1 to 2"),
+        ({"which": "cross"}, "which = cross: the decoder_only of .* has only self"),
         ({"text": " \n"}, "the text is empty"),
         ({"text": "red " * MAX_TOKENS}, f"{MAX_TOKENS + 1} tokens, but .* only up to {MAX_TOKENS}"),
-        ({"target": "red"}, "--target: causal_lm of .* reads one text"),
+        ({"target": "red"}, "target: causal_lm of .* reads one text"),
         ({"output": Path("a.jpg")}, "--output a.jpg must end with .png"),
     ],
 )
@@ -320,9 +320,9 @@ def test_mistakes_are_named(tmp_path, options: dict, message: str):
 
 def test_an_empty_target_is_named(tmp_path):
     run = trained(tmp_path, "encoder_decoder", "translation")
-    with pytest.raises(TrainError, match="the --target is empty"):
+    with pytest.raises(TrainError, match="the target is empty"):
         picture(run, "red", target="")
-    with pytest.raises(TrainError, match=f"the --target has {MAX_TOKENS + 1} tokens"):
+    with pytest.raises(TrainError, match=f"the target has {MAX_TOKENS + 1} tokens"):
         picture(run, "red", target="red " * (MAX_TOKENS + 1))
 
 

@@ -34,12 +34,13 @@ class TrainState:
     step: jax.Array
     """Number of updates so far, int32 []."""
     params: Any
+    """Parameters, a tree of arrays."""
     opt_state: Any
-    """State of the optimizer, for the trainable parameters."""
+    """State of the optimizer; in a run, for the trainable parameters only."""
 
     @classmethod
     def create(cls, params: Any, optimizer: optax.GradientTransformation) -> "TrainState":
-        """Return the state before the first step of an own loop with an optax optimizer."""
+        """Return the state before the first step, for a loop of your own; all parameters train."""
         return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params))  # type: ignore[call-arg]
 
 

@@ -25,7 +25,9 @@ def from_pretrained(path: str | Path) -> tuple[ModelConfig, dict[str, Any], Toke
     path: a directory of a Hugging Face model (config.json, safetensors, tokenizer.json), a
     directory of a run, or a package: package:minilm or package:stories15m. A run gives the
     parameters that `heedful evaluate` uses; low-rank updates become part of the matrices.
-    params: a plain tree of float32 arrays on the default device, as `init` makes it.
+    Nothing is downloaded: a name of the Hugging Face hub is no path.
+    params: a plain tree of float32 arrays on the default device, as `init` makes it; `build` makes
+    the model.
 
     Parts of the files that are left out are told in warnings. Raises TrainError for a directory
     that holds neither, and ModelError and DataError for models and tokenizers that are not
@@ -84,8 +86,13 @@ def save_pretrained(
 def _name(path: str) -> str:
     """Return the name by which `open_source` knows a path: hf:DIR for a Hugging Face directory."""
     config = Path(path).expanduser() / "config.json"
-    if path.startswith(("hf:", "package:")) or not config.is_file():
+    if path.startswith(("hf:", "package:")):
         return path
+    if not config.is_file():
+        raise TrainError(
+            f"{path} has no config.json: give the directory of a model or of a run; a model of the "
+            "Hugging Face hub is downloaded with hf download NAME --local-dir DIRECTORY"
+        )
     try:
         values = parse_json(config.read_text("utf-8"))
     except (OSError, ValueError) as error:

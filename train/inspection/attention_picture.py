@@ -151,12 +151,12 @@ def _chosen(trained: Trained, which: str | None, layer: int | None) -> tuple[str
     which = which or list(kinds)[-1]
     require(
         which in kinds,
-        f"--which {which}: the {model.architecture} of {directory} has only {', '.join(kinds)}; "
+        f"which = {which}: the {model.architecture} of {directory} has only {', '.join(kinds)}; "
         "choose one of these",
     )
     layers = (model.encoder_layers or model.layers) if which == "encoder" else model.layers
     layer = layers if layer is None else layer
-    require(1 <= layer <= layers, f"--layer {layer}: give a layer from 1 to {layers}")
+    require(1 <= layer <= layers, f"layer = {layer}: give a layer from 1 to {layers}")
     return which, layer, layers
 
 
@@ -176,7 +176,7 @@ def model_inputs(
         trained.run.model, trained.run.data.objective_spec, trained.tokenizer
     )  # fmt: skip
     tokens = _encode(trained, "text", text)
-    second = None if target is None else _encode(trained, "--target", target)
+    second = None if target is None else _encode(trained, "target", target)
     if model.architecture == "encoder_decoder":
         if second is None:
             second = _own_output(trained, tokens) if needs_target else tokens[:0]
@@ -188,8 +188,8 @@ def model_inputs(
     else:
         require(
             second is None or objective.has_prefix,
-            f"--target: {trained.run.data.objective} of {trained.run.directory} reads one text; "
-            "leave --target out",
+            f"target: {trained.run.data.objective} of {trained.run.directory} reads one text; "
+            "leave target out",
         )
         after = tokens[:0] if second is None else second
         row = framed(np.concatenate([tokens, after]), trained)
