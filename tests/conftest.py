@@ -8,13 +8,14 @@ from importlib.metadata import version
 
 # With one piece of code per program, and without emitters where they are optional, XLA compiles in
 # half of the time.
-FLAGS = [
-    "--xla_force_host_platform_device_count=8",
-    "--xla_cpu_parallel_codegen_split_count=1",
-]
-if version("jax").startswith("0.10."):
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS))
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_cpu_use_fusion_emitters=false" if version("jax").startswith("0.10.") else "",
+    )
+)
 
 import beartype
 import jax
