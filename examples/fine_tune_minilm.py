@@ -25,6 +25,7 @@ def examples() -> list[tuple[str, str]]:
 
 
 def main() -> None:
+    # The run loads the parameters itself, by train.init_from.
     config, _, tokenizer = hf.from_pretrained("package:minilm")
     config = dataclasses.replace(config, head=hf.HeadConfig(kind="classifier"))
     settings = {"max_length": 32, "batch_tokens": 512, "holdout": 0.2}

@@ -40,6 +40,7 @@ SPEC = CoreSpec(name="chunked", make=lambda config, shared: chunked, refusal=ref
 def main() -> None:
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 20, 4, 16)) for i in range(3))
     mask = hf.masks.causal() & hf.masks.sliding(5, 0)
+    # An import path makes Python import this file once more, under the name own_core.
     own, dense = (hf.attention(q, k, v, mask, core=core) for core in ("own_core:SPEC", "dense"))
     print(f"largest difference from dense: {jnp.abs(own - dense).max():.1e}")
 
