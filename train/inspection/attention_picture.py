@@ -269,7 +269,7 @@ def draw(
     ticks = [tick for tick in TICKS if tick < 0.9 * most] + [most]
     bar = figure.colorbar(image, ax=figure.axes, shrink=0.8, aspect=30, ticks=ticks)
     bar.ax.set_yticklabels([f"{tick:.2g}" for tick in ticks], fontsize=FONT)
-    bar.set_label("attention weight (square-root scale)", fontsize=FONT + 1)
+    bar.set_label("weight, square-root scale", fontsize=FONT + 1)
     figure.suptitle(title, fontsize=FONT + 3, fontfamily=families, parse_math=False)
     if not allowed.all():
         patch = Patch(**hidden, label="masked: the query does not attend to the key")
