@@ -133,7 +133,7 @@ def test_what_does_not_fit_into_memory_is_left_out(monkeypatch):
         [replace(CASE, length=16384, heads=8, memory=2 * 2**30)], {"dense": sys.executable}, 1
     )
     assert found["skipped"].startswith("needs ") and found["skipped"].endswith(" GiB")
-    assert float(found["skipped"].split()[1]) > 8
+    assert float(found["skipped"].split()[1]) >= 8  # The scores alone need 8 GiB.
 
 
 @pytest.mark.slow

@@ -12,7 +12,9 @@ import signal
 import sys
 import termios
 import threading
+import time
 from contextlib import suppress
+from queue import SimpleQueue
 from typing import Any
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
@@ -36,7 +38,10 @@ def watch(command: str = "") -> None:
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     for number in ENDING:
         signal.signal(number, lambda *_: None)
-    threading.Thread(target=_enforce, args=(read, command), daemon=True).start()
+    # Both threads start now: while Python ends, it starts no thread any more.
+    codes: SimpleQueue[int] = SimpleQueue()
+    threading.Thread(target=_enforce, args=(read, command, codes), daemon=True).start()
+    threading.Thread(target=_end_late, args=(codes,), daemon=True).start()
 
 
 def _say(text: str, start: str) -> None:
@@ -45,7 +50,14 @@ def _say(text: str, start: str) -> None:
         os.write(2, f"{start if os.isatty(2) else ''}heedful: {text}\n".encode())
 
 
-def _enforce(read: int, command: str) -> None:
+def _end_late(codes: SimpleQueue[int]) -> None:
+    """End the process with a code, PATIENCE seconds after the code is put into the queue."""
+    code = codes.get()
+    time.sleep(PATIENCE)
+    os._exit(code)
+
+
+def _enforce(read: int, command: str, codes: SimpleQueue[int]) -> None:
     number = _next(read)
     if is_saving:  # Answer at once: the step in progress, or a compiler, may take minutes.
         # The message replaces the line of a progress bar, which is drawn again below.
@@ -58,9 +70,7 @@ def _enforce(read: int, command: str) -> None:
     # The same command resumes a training run.
     resumes = command == "train"
     code = RESUMABLE if resumes and number == signal.SIGTERM else 128 + number
-    late = threading.Timer(PATIENCE, os._exit, [code])
-    late.daemon = True
-    late.start()
+    codes.put(code)
     said = f"ended by {signal.Signals(number).name}"
     said += "; the same command resumes from the last checkpoint" if resumes else ""
     _say(said, "\x1b[?25h\n")  # Show the cursor, which a progress bar hides.
