@@ -356,7 +356,7 @@ def test_matrices_that_must_be_one(name: str, tensor: str, other: str, tmp_path:
 @pytest.mark.parametrize(
     ("name", "key", "value"),
     [
-        ("BertForMaskedLM", "model_type", "roberta"),
+        ("BertForMaskedLM", "model_type", "deberta"),
         ("BertForMaskedLM", "architectures", ["BertForQuestionAnswering"]),
         ("BertForMaskedLM", "architectures", []),
         ("BertForMaskedLM", "quantization_config", {"bits": 4}),

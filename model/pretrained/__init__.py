@@ -1,7 +1,7 @@
 """Read and write models in the files of Hugging Face's transformers.
 
-The files are safetensors and config.json; the families are BERT, Longformer, GPT-2, LLaMA, T5 and
-Marian. Parameters are float32 numpy arrays on the host. Errors are ModelError.
+The files are safetensors and config.json; FAMILIES has the families. Parameters are float32 numpy
+arrays on the host. Errors are ModelError.
 """
 
 import re
@@ -156,6 +156,7 @@ class ModelDirectory:
             config=self.config,
             params=params,
             architecture=self.architecture,
+            model_type=self.family.model_type,
             unused=self.unused,
             special=_special(self.keys),
             labels=_labels(self.keys, self.config),
@@ -176,16 +177,18 @@ def write(
     *,
     special: Special,
     labels: Sequence[str] = (),
+    model_type: str = "",
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write config.json and safetensors, which transformers' from_pretrained reads.
 
     `params` is the parameter tree of `config`. `special` has the ids of special tokens, named as in
-    config.json (eos_token_id, ...), `labels` the names of a classifier's classes. Raises ModelError
-    if no family can express the config (the error names the field), if params, ids or labels do
-    not fit the config, or if the directory holds another export.
+    config.json (eos_token_id, ...), `labels` the names of a classifier's classes. The family
+    `model_type` is preferred to others that can express the config. Raises ModelError if no family
+    can express it (the error names the field), if params, ids or labels do not fit the config, or
+    if the directory holds another export.
     """
-    values = config_to_hf(config)
+    values = config_to_hf(config, model_type)
     family, name = family_of(Keys(values))
     values |= _special_values(family, config, special) | _label_values(config, labels)
     by_path, sizes, origins = flat(config, params), {}, {}

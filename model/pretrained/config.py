@@ -14,9 +14,13 @@ from heedful.model.pretrained.layout import tensor_names
 from heedful.model.pretrained.llama import LLAMA
 from heedful.model.pretrained.longformer import LONGFORMER
 from heedful.model.pretrained.marian import MARIAN
+from heedful.model.pretrained.roberta import ROBERTA, XLM_ROBERTA
 from heedful.model.pretrained.t5 import T5
 
-FAMILIES = {family.model_type: family for family in (BERT, LONGFORMER, GPT2, LLAMA, T5, MARIAN)}
+FAMILIES = {
+    family.model_type: family
+    for family in (BERT, ROBERTA, XLM_ROBERTA, LONGFORMER, GPT2, LLAMA, T5, MARIAN)
+}
 
 
 def family_of(keys: Keys) -> tuple[Family, str]:
@@ -46,11 +50,12 @@ def config_from_hf(
     return family.config(keys, name, names)
 
 
-def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+def config_to_hf(config: ModelConfig, model_type: str = "") -> dict[str, Any]:
     """Return the values of a config.json that describe the model of `config`.
 
-    Dropout rates that have no key are left out. Raises ModelError if no family can express the
-    config; the error names the first field that the nearest family cannot express.
+    The family `model_type` is preferred to others that can express the config. Dropout rates that
+    have no key are left out. Raises ModelError if no family can express the config; the error names
+    the first field that the nearest family cannot express.
     """
     if config.lora.rank:
         raise ModelError(
@@ -58,7 +63,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         )
     vocab_size(config)
     problems: list[tuple[int, str]] = []  # Number of fields that differ, and message.
-    for family in FAMILIES.values():
+    for family in sorted(FAMILIES.values(), key=lambda one: one.model_type != model_type):
         if family.architecture != config.architecture:
             continue
         try:

@@ -134,6 +134,8 @@ class Pretrained:
     params: dict[str, Any]
     architecture: str
     """Name of the class of the model in transformers."""
+    model_type: str = ""
+    """Name of the family in transformers."""
     unused: list[str] = field(default_factory=list)
     """Tensors of the file that the model does not use, such as those of another head."""
     special: dict[str, int | list[int]] = field(default_factory=dict)

@@ -57,7 +57,8 @@ def back(cls: Any, directory: Path) -> Any:
 
 
 def export(found: Pretrained, directory: Path) -> Path:
-    write(directory, found.config, found.params, special=found.special, labels=found.labels)
+    more = {"special": found.special, "labels": found.labels, "model_type": found.model_type}
+    write(directory, found.config, found.params, **more)
     return directory
 
 

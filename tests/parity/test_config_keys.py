@@ -63,6 +63,8 @@ ENCODER = {
 MODELS: dict[str, dict[str, Any]] = {
     "BertForMaskedLM": ENCODER,
     "BertForSequenceClassification": ENCODER,
+    "RobertaForMaskedLM": ENCODER | {"pad_token_id": 1},
+    "RobertaForSequenceClassification": ENCODER | {"pad_token_id": 1},
     "LongformerForSequenceClassification": ENCODER | {"attention_window": 4},
     "GPT2LMHeadModel": {
         "vocab_size": V,
@@ -245,14 +247,14 @@ def is_equal(state: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool
 def scores(model: Any) -> np.ndarray:
     """Return the outputs of a model of transformers where no token is padding."""
     inputs = dict(input_ids=TOKENS, attention_mask=REAL)
-    if model.config.model_type in ("t5", "marian"):
+    if model.config.is_encoder_decoder:
         inputs = dict(
             input_ids=SOURCE,
             attention_mask=SOURCE_REAL,
             decoder_input_ids=TOKENS,
             decoder_attention_mask=REAL,
         )
-    elif model.config.model_type in ("bert", "longformer"):
+    elif hasattr(model.config, "type_vocab_size"):
         inputs["token_type_ids"] = TYPES
     if model.config.model_type == "longformer":
         inputs["global_attention_mask"] = np.arange(TOKENS.shape[1]) < np.ones((len(TOKENS), 1))

@@ -45,10 +45,13 @@ def export_model(
     roles = {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
     special = {f"{role}_token_id": i for role, i in roles.items() if i is not None}
     if "config.json" in files:
-        special = _within(files["config.json"], model.vocab_size or 0)
+        values = files["config.json"]
+        ids = {key: value for key, value in values.items() if key != "model_type"}
+        special = _within(ids, model.vocab_size or 0)
     if model.architecture == "encoder_decoder" and tokenizer.bos is not None:
         special.setdefault("decoder_start_token_id", tokenizer.bos)
-    pretrained.write(directory, model, params, special=special, labels=labels)
+    family = str(files.get("config.json", {}).get("model_type", ""))
+    pretrained.write(directory, model, params, special=special, labels=labels, model_type=family)
     framing = tokenizer.framing(model.architecture).following(None)
     framing.save(directory / "tokenizer.json")
     # The class of transformers for a tokenizer that tokenizer.json fully describes.

@@ -99,7 +99,8 @@ def _open_directory(name: str, directory: Path) -> Source:
     config = read_json(directory / CONFIG)
     generates = model.head.kind == "language_model" and model.architecture != "encoder_only"
     generation = generation_config.read(directory, config) if generates else {}
-    ids = {CONFIG: {key: config[key] for key in config if key.endswith("_token_id")}}
+    kept = [key for key in config if key.endswith("_token_id") or key == "model_type"]
+    ids = {CONFIG: {key: config[key] for key in kept}}
     generation_file = CONFIG
     if generates and (directory / generation_config.FILE).is_file():
         ids[generation_config.FILE], generation_file = generation, generation_config.FILE
