@@ -50,14 +50,13 @@ from heedful.model.pretrained import tensors as tensors_module
     ("config", "parts"),
     [
         (replace(GPT2, positions=PositionConfig(kind="alibi")), ("model.positions.kind = alibi",)),
-        (replace(GPT2, norm=NormConfig(position="post")), ("model.norm.position = post", "gpt2")),
+        (replace(GPT2, norm=NormConfig(position="post")), ("model.norm.epsilon = 1e-06", "opt")),
         (replace(GPT2, head=HeadConfig(bias=True)), ("model.head.bias = True", "gpt2")),
         (replace(GPT2, type_vocab_size=2), ("model.type_vocab_size = 2", "gpt2")),
         (
             replace(LLAMA, feed_forward=replace(LLAMA.feed_forward, gated=False)),
             ("model.feed_forward.gated = False", "llama"),
         ),
-        (replace(LLAMA, width=14), ("model.attention.heads = 6", "14")),
         (replace(BERT, head=HeadConfig()), ("model.head.transform = False", "bert")),
         (replace(BERT, type_vocab_size=0), ("model.type_vocab_size = 0", "bert has 1")),
         (

@@ -98,6 +98,17 @@ MARIAN = ModelConfig(
     norm=NormConfig(epsilon=1e-5),
     head=HeadConfig(bias=True),
 )
+WINDOWED = replace(LLAMA, attention=replace(LLAMA.attention, window=2))
+STARCODER2 = replace(
+    WINDOWED,
+    attention=replace(WINDOWED.attention, bias=True),
+    feed_forward=FeedForwardConfig(width=13, activation="gelu_tanh"),
+    norm=NormConfig(position="pre", epsilon=1e-5),
+)
+OPT = replace(
+    GPT2, attention=AttentionConfig(heads=3, bias=False), norm=NormConfig(epsilon=1e-5),
+    feed_forward=FeedForwardConfig(width=13, bias=False), init="normal",
+)  # fmt: skip
 CLASSIFIER = HeadConfig(kind="classifier", outputs=7)
 LLAMA3 = RotaryConfig(
     base=500.0,
@@ -127,6 +138,9 @@ MODELS = {
         tie_embeddings=True,
         head=HeadConfig(kind="classifier", pooling="last", pooler=False),
     ),
+    "MistralForCausalLM": WINDOWED,
+    "Starcoder2ForCausalLM": STARCODER2,
+    "OPTForCausalLM": OPT,
     "T5ForConditionalGeneration": T5,
     "T5ForConditionalGeneration 1.1": replace(
         T5,

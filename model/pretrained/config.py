@@ -8,19 +8,24 @@ from heedful.model.attention import spec_of
 from heedful.model.config import ModelConfig, ModelError
 from heedful.model.pretrained.bert import BERT
 from heedful.model.pretrained.family import Family, vocab_size
+from heedful.model.pretrained.gemma import GEMMA
 from heedful.model.pretrained.gpt2 import GPT2
 from heedful.model.pretrained.keys import Keys
 from heedful.model.pretrained.layout import tensor_names
 from heedful.model.pretrained.llama import LLAMA
 from heedful.model.pretrained.longformer import LONGFORMER
 from heedful.model.pretrained.marian import MARIAN
+from heedful.model.pretrained.mistral import MISTRAL
+from heedful.model.pretrained.opt import OPT
+from heedful.model.pretrained.phi3 import PHI3
 from heedful.model.pretrained.roberta import ROBERTA, XLM_ROBERTA
+from heedful.model.pretrained.starcoder2 import STARCODER2
 from heedful.model.pretrained.t5 import T5
 
-FAMILIES = {
-    family.model_type: family
-    for family in (BERT, ROBERTA, XLM_ROBERTA, LONGFORMER, GPT2, LLAMA, T5, MARIAN)
-}
+ENCODERS = (BERT, ROBERTA, XLM_ROBERTA, LONGFORMER)
+DECODERS = (GPT2, LLAMA, MISTRAL, STARCODER2, GEMMA, PHI3, OPT)
+ENCODER_DECODERS = (T5, MARIAN)
+FAMILIES = {family.model_type: family for family in (*ENCODERS, *DECODERS, *ENCODER_DECODERS)}
 
 
 def family_of(keys: Keys) -> tuple[Family, str]:

@@ -51,6 +51,8 @@ class Family:
     """Classes whose files are written without `body_prefix`."""
     skipped_rows: Mapping[str, int] = field(default_factory=dict)
     """{our path: number of first rows of the tensor in the file that are never looked up}."""
+    scale_offset: float = 0.0
+    """Number that is added to the scales of norms in the file: Gemma stores scale - 1."""
     conv1d: bool = False
     """True: matrices of blocks are stored as [in, out]; torch's Linear stores [out, in]."""
     tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -51,6 +51,8 @@ class TensorMapping:
     """Shape of the tensor in the file."""
     skipped_rows: int = 0
     """Number of first rows of the tensor that are not parameters."""
+    offset: float = 0.0
+    """Number that is added to the values in the file."""
 
     def names(self) -> Iterator[tuple[str, Any]]:
         """Yield the name of each tensor and its index on the layer axis of our arrays."""
@@ -119,6 +121,7 @@ def _mapping(
         transposed=transposed,
         shape=(1, *shape) if name == "final_logits_bias" else shape[:: -1 if transposed else 1],
         skipped_rows=skipped_rows,
+        offset=family.scale_offset if paths[0].endswith("/scale") else 0.0,
     )
 
 
@@ -130,7 +133,7 @@ def to_params(
     for mapping in mappings:
         ends = np.cumsum([part[-1] for part in mapping.parts])[:-1]
         for name, layer in mapping.names():
-            tensor = read(name)
+            tensor = read(name) + np.float32(mapping.offset) if mapping.offset else read(name)
             tensor = (tensor.T if mapping.transposed else tensor)[mapping.skipped_rows :]
             for path, part in zip(mapping.paths, np.split(tensor, ends, axis=-1), strict=True):
                 params[path][layer] = part.reshape(params[path][layer].shape)
@@ -144,6 +147,7 @@ def to_tensor(mapping: TensorMapping, layer: Any, params: dict[str, np.ndarray])
         for path, part in zip(mapping.paths, mapping.parts, strict=True)
     ]
     tensor = np.concatenate(parts, axis=-1)
+    tensor = tensor - np.float32(mapping.offset) if mapping.offset else tensor
     if mapping.skipped_rows:
         tensor = np.pad(tensor, ((mapping.skipped_rows, 0), (0, 0)))
     tensor = tensor.T if mapping.transposed else tensor

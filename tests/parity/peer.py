@@ -30,9 +30,10 @@ REAL, SOURCE_REAL = (
 def randomised(model: Any) -> Any:
     """Set all weights of a torch model to random values: no bias is 0, no scale is 1."""
     generator = torch.Generator().manual_seed(0)
+    fixed = {n for n, x in model.named_modules() if "Sinusoidal" in type(x).__name__}
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "embed_positions" not in name:  # These are Marian's sinusoids.
+            if name.rpartition(".")[0] not in fixed:
                 weight.normal_(0.0, 0.2, generator=generator)
                 if "norm" in name.lower() and name.endswith("weight"):
                     weight += 1.0
