@@ -32,14 +32,14 @@ class LanguageModelHead(nn.Module):
         config, head = self.config, self.config.head
         if head.transform:
             model = {"embed": config.width}
-            x = Linear(config, model, {"features": config.width}, True, name="transform")(x)
+            x = Linear(config, model, {"features": config.input_width}, True, name="transform")(x)
             x = Norm(config, name="norm")(ACTIVATIONS[config.feed_forward.activation](x))
         if head.scale:
             x *= 1 / math.sqrt(config.width)
         if config.tie_embeddings:
             logits = embedding.logits(x)
         else:
-            shape = (config.width, config.vocab_size)
+            shape = (x.shape[-1], config.vocab_size)
             glorot = nn.initializers.glorot_uniform()
             init = glorot if config.init == "glorot" else nn.initializers.normal(0.02)
             kernel = self.param("kernel", partitioned(init, "embed", "vocab"), shape)
@@ -75,7 +75,8 @@ class Classifier(nn.Module):
         pooled = pool(x, segment_ids, head.pooling)[:, None]
         if head.pooler:
             pooled = Linear(config, model, {"features": config.width}, True, name="pooler")(pooled)
-            pooled = jnp.tanh(pooled)
+            is_tanh = head.pooler_activation == "tanh"
+            pooled = jnp.tanh(pooled) if is_tanh else ACTIVATIONS[head.pooler_activation](pooled)
         pooled = Dropout(head.dropout)(pooled, deterministic)
         fine = replace(config, dtype="float32")
         return Linear(fine, model, {"classes": head.outputs}, True, name="classes")(pooled)[:, 0]

@@ -126,7 +126,7 @@ class Embedding(nn.Module):
     config: ModelConfig
 
     def setup(self):
-        vocab_size, width = self.config.vocab_size, self.config.width
+        vocab_size, width = self.config.vocab_size, self.config.input_width
         if vocab_size is None:
             raise ValueError(
                 "model.vocab_size is not set: set it to the size of the tokenizer's vocabulary"
@@ -145,7 +145,7 @@ class Embedding(nn.Module):
         table = constrain(jnp.asarray(self.table), "act_vocab", "act_embed")
         x = lookup(table, tokens).astype(self.config.dtype)
         x = constrain(x, *("act_batch", "act_length")[: x.ndim - 1], "act_embed")
-        return x * math.sqrt(self.config.width) if self.config.scale_embeddings else x
+        return x * math.sqrt(self.config.input_width) if self.config.scale_embeddings else x
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Return the logits x @ table^T in float32."""

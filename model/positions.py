@@ -57,10 +57,10 @@ class PositionEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, positions: Int[Array, "b T"]) -> Float[Array, "b T D"] | float:
-        width, config = self.config.width, self.config.positions
+        width, config = self.config.input_width, self.config.positions
         if config.kind == "sinusoidal":
             return sinusoidal(positions, width)
-        if config.kind != "learned":
+        if not config.has_table:
             return 0.0
         if positions.shape[-1] > config.max_length:
             raise ModelError(

@@ -15,6 +15,7 @@ from heedful.model.axes import constrain, partitioned
 from heedful.model.config import ModelConfig, ModelError
 from heedful.model.heads import HEADS
 from heedful.model.layers import Dropout, Embedding, Norm
+from heedful.model.linear import Linear
 from heedful.model.masks import AttentionMask
 from heedful.model.positions import PositionEmbedding, lookup
 from heedful.model.stack import Stack
@@ -25,14 +26,17 @@ Positions = Int[Array, "b T"]  # b is B, or 1 if all rows have the same position
 
 
 class InputEmbedding(nn.Module):
-    """Embeddings of token, position and type, added up; then norm and dropout, if configured."""
+    """Embeddings of token, position and type, added up; then norm and dropout, if configured.
+
+    Embeddings of E features that are not those of the model, D, are mapped to D.
+    """
 
     config: ModelConfig
 
     @nn.compact
     def __call__(
         self,
-        embedded: Float[Array, "B T D"],
+        embedded: Float[Array, "B T E"],
         positions: Positions,
         type_ids: Tokens | None = None,
         *,
@@ -46,13 +50,17 @@ class InputEmbedding(nn.Module):
                 "types (BERT: 2), or leave type_ids out"
             )
         if config.type_vocab_size:
-            deviation = config.width**-0.5 if config.init == "glorot" else 0.02
+            deviation = config.input_width**-0.5 if config.init == "glorot" else 0.02
             init = partitioned(nn.initializers.normal(deviation), "position", "embed")
-            table = jnp.asarray(self.param("types", init, (config.type_vocab_size, config.width)))
+            shape = (config.type_vocab_size, config.input_width)
+            table = jnp.asarray(self.param("types", init, shape))
             x += table[0] if type_ids is None else lookup(table, type_ids)
         if config.norm.embeddings:
             x = Norm(config, name="norm")(x)
         x = Dropout(config.dropout)(x, deterministic)
+        if config.embedding_width is not None:
+            narrow = {"features": config.embedding_width}
+            x = Linear(config, narrow, {"embed": config.width}, True, name="projection")(x)
         return constrain(x.astype(config.dtype), "act_batch", "act_length", "act_embed")
 
 
@@ -356,7 +364,7 @@ def empty_cache(config: ModelConfig, batch: int, length: int) -> StackCache:
     Raises ModelError if positions are learned and `length` exceeds model.positions.max_length.
     """
     limit = config.positions.max_length
-    if config.positions.kind == "learned" and length > limit:
+    if config.positions.has_table and length > limit:
         raise ModelError(
             f"cannot decode {length} positions: the table of learned positions ends at "
             f"model.positions.max_length = {limit}; decode at most {limit}"

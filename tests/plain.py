@@ -181,7 +181,7 @@ class Plain:
         x = self.params["embedding"]["table"][tokens]
         if self.config.scale_embeddings:
             x = x * math.sqrt(x.shape[-1])
-        if kind == "learned":
+        if kind == "learned" or self.config.positions.learned:
             x = x + p["positions"]["table"][positions]
         if kind == "sinusoidal":
             half = np.arange(x.shape[-1] // 2)
@@ -189,7 +189,9 @@ class Plain:
             x = x + np.concatenate([np.sin(angles), np.cos(angles)], -1)
         if self.config.type_vocab_size:
             x = x + p["types"][np.zeros_like(tokens) if types is None else types]
-        return self.norm(p.get("norm"), x) if self.config.norm.embeddings else x
+        x = self.norm(p.get("norm"), x) if self.config.norm.embeddings else x
+        assert ("projection" in p) == (self.config.embedding_width is not None)
+        return self.linear(p["projection"], x) if "projection" in p else x
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         p, head = self.params.get("head", {}), self.config.head

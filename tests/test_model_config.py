@@ -85,6 +85,15 @@ def classifier(name: str) -> HeadConfig:
             (lambda name=name: classifier(name), f"head.{name} = True", "language_model, not class")
             for name in ("transform", "bias", "scale")
         ),
+        (
+            lambda: HeadConfig(kind="classifier", pooler=False, pooler_activation="relu"),
+            "head.pooler_activation = relu",
+            "head.pooler True",
+        ),
+        (lambda: tiny(positions_learned=True), "positions.learned = True", "kind relative"),
+        (lambda: tiny(embedding_width=0), "model.embedding_width", "0"),
+        (lambda: tiny(embedding_width=7), "model.embedding_width = 7", "must be even"),
+        (lambda: tiny(embedding_width=8), "model.embedding_width = 8", "model.head.transform"),
         (lambda: tiny(lora_alpha=3.0), "lora.alpha = 3.0", "lora.rank above 0"),
         (lambda: tiny(lora_targets=("query",)), "lora.targets = ('query',)", "lora.rank above 0"),
         (lambda: tiny(head_kind="span"), "head.kind", "span"),

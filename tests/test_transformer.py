@@ -60,6 +60,22 @@ MODELS: dict[str, dict[str, Any]] = {
         "attention_kv_heads": None,
         "scale_embeddings": False,
     },
+    "narrow bert": {
+        **POSITIONS["learned"],
+        "architecture": "encoder_only",
+        "embedding_width": 6,
+        "type_vocab_size": 3,
+        "norm_embeddings": True,
+        "head_transform": True,
+    },
+    "narrow pair": {"embedding_width": 10, "tie_embeddings": False},
+    "mpnet": {
+        **POSITIONS["relative"],
+        "positions_learned": True,
+        "architecture": "encoder_only",
+        "norm_embeddings": True,
+        "attention_kv_heads": None,
+    },
     "gpt": {
         **POSITIONS["learned"],
         "architecture": "decoder_only",

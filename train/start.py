@@ -118,16 +118,16 @@ def _require_room(run: Run) -> None:
     deeper = "encoder_layers" if (model.encoder_layers or 0) > model.layers else "layers"
     matrices = 2 * attention.heads * model.head_dim + 2 * feed_forward.width
     sizes = {
-        "model.vocab_size x model.width": (model.vocab_size or 0) * model.width,
+        "model.vocab_size x model.width": (model.vocab_size or 0) * model.input_width,
         f"model.{deeper} x model.width x (2 model.attention.heads x head_dim + 2 "
         "model.feed_forward.width)": getattr(model, deeper) * model.width * matrices,
         "data.batch_tokens / train.accumulate x model.width": (
             data.batch_tokens // run.train.accumulate * model.width
         ),
     }
-    if model.positions.kind == "learned":
+    if model.positions.has_table:
         length = model.positions.max_length
-        sizes["model.positions.max_length x model.width"] = length * model.width
+        sizes["model.positions.max_length x model.width"] = length * model.input_width
     for spec in specs(model).values():
         sizes |= spec.sizes(model)
     for name, size in sizes.items():

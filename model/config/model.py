@@ -34,6 +34,9 @@ class ModelConfig(Readable):
     """Size of the vocabulary (V); None: that of the tokenizer."""
     width: int = 512
     """Width of the residual stream (D)."""
+    embedding_width: int | None = None
+    """Width of the embeddings of tokens, positions and types, which a linear map then brings to
+    `width` (ELECTRA, arXiv:2003.10555; ALBERT, arXiv:1909.11942 §3.1); None: width, no map."""
     layers: int = 6
     """Number of blocks in the stack (L); in an encoder_decoder: in the decoder."""
     encoder_layers: int | None = None
@@ -81,7 +84,7 @@ class ModelConfig(Readable):
             object.__setattr__(self, "remat", "full" if self.remat else "none")
         require_choices("model", self)
         heads = self.attention.heads
-        for name in ("width", "layers", "unroll"):
+        for name in ("width", "embedding_width", "layers", "unroll"):
             value = getattr(self, name)
             require(value is None or value > 0, f"model.{name} must be positive, not {value}")
         require(
@@ -93,9 +96,19 @@ class ModelConfig(Readable):
             f"model.attention.heads = {heads} does not divide model.width = {self.width}: "
             "change one of them or set model.attention.head_dim",
         )
+        name = "width" if self.embedding_width is None else "embedding_width"
         require(
-            self.positions.kind != "sinusoidal" or self.width % 2 == 0,
-            f"model.width = {self.width} must be even for model.positions.kind sinusoidal",
+            self.positions.kind != "sinusoidal" or self.input_width % 2 == 0,
+            f"model.{name} = {self.input_width} must be even for model.positions.kind sinusoidal",
+        )
+        require(
+            self.embedding_width is None
+            or self.head.kind == "classifier"
+            or self.head.transform
+            or not self.tie_embeddings,
+            f"model.embedding_width = {self.embedding_width} with model.tie_embeddings needs "
+            "model.head.transform, which brings the hidden states to the width of the embeddings: "
+            "set it, or set model.tie_embeddings to False",
         )
         require(
             self.key_dim <= self.head_dim,
@@ -184,6 +197,11 @@ class ModelConfig(Readable):
             f"{name}.positions = False: model.positions.kind = {kind} does not act in single "
             "layers; choose the kind rotary, alibi or relative",
         )
+
+    @property
+    def input_width(self) -> int:
+        """Width of the embeddings."""
+        return self.embedding_width or self.width
 
     @property
     def head_dim(self) -> int:

@@ -84,7 +84,10 @@ class HeadConfig(Readable):
     pooling: Literal["first", "mean", "last"] = "first"
     """For classifier: vector of a row: its first hidden state (BERT), the mean, or the last one."""
     pooler: bool = True
-    """For classifier: apply a dense layer and tanh after the pooling (BERT)."""
+    """For classifier: apply a dense layer and an activation after the pooling (BERT)."""
+    pooler_activation: Literal["tanh", "relu", "gelu"] = "tanh"
+    """For classifier with a pooler: its activation: tanh (BERT), relu (DistilBERT,
+    arXiv:1910.01108) or gelu (ELECTRA, arXiv:2003.10555)."""
     dropout: float = 0.1
     """For classifier: dropout rate of the pooled features in training."""
 
@@ -98,8 +101,11 @@ class HeadConfig(Readable):
         if self.kind == "classifier":
             idle, need = ("transform", "bias", "scale"), "model.head.kind language_model"
         else:
-            idle, need = ("outputs", "pooling", "pooler"), "model.head.kind classifier"
+            idle = ("outputs", "pooling", "pooler", "pooler_activation")
+            need = "model.head.kind classifier"
         require_idle("model.head", self, idle, f"{need}, not {self.kind}")
+        if not self.pooler:
+            require_idle("model.head", self, ("pooler_activation",), "model.head.pooler True")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

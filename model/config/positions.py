@@ -70,6 +70,8 @@ class PositionConfig(Readable):
     kind: Literal["none", "sinusoidal", "learned", "rotary", "alibi", "relative"] = "sinusoidal"
     """none, sinusoidal (arXiv:1706.03762 §3.5), learned (arXiv:1705.03122), rotary
     (arXiv:2104.09864), alibi (arXiv:2108.12409) or relative, T5's bias (arXiv:1910.10683 §2.1)."""
+    learned: bool = False
+    """For relative: add learned positions to the embeddings, too (MPNet, arXiv:2004.09297)."""
     max_length: int = 512
     """Number of learned positions, the longest input that is accepted. Other kinds of positions
     only write this number to exported files."""
@@ -93,9 +95,14 @@ class PositionConfig(Readable):
         )
         if self.kind != "relative":
             need = f"model.positions.kind relative, not {self.kind}"
-            require_idle("model.positions", self, ("buckets", "max_distance"), need)
+            require_idle("model.positions", self, ("learned", "buckets", "max_distance"), need)
         require(
             self.kind == "rotary" or self.rotary == RotaryConfig(),
             f"model.positions.rotary is set, but model.positions.kind is {self.kind}: set the kind "
             "to rotary, or leave model.positions.rotary out",
         )
+
+    @property
+    def has_table(self) -> bool:
+        """True if the embeddings get learned positions, which end at `max_length`."""
+        return self.kind == "learned" or self.learned

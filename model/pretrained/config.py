@@ -7,6 +7,8 @@ from typing import Any
 from heedful.model.attention import spec_of
 from heedful.model.config import ModelConfig, ModelError
 from heedful.model.pretrained.bert import BERT
+from heedful.model.pretrained.distilbert import DISTILBERT
+from heedful.model.pretrained.electra import ELECTRA
 from heedful.model.pretrained.family import Family, vocab_size
 from heedful.model.pretrained.gemma import GEMMA
 from heedful.model.pretrained.gpt2 import GPT2
@@ -16,13 +18,14 @@ from heedful.model.pretrained.llama import LLAMA
 from heedful.model.pretrained.longformer import LONGFORMER
 from heedful.model.pretrained.marian import MARIAN
 from heedful.model.pretrained.mistral import MISTRAL
+from heedful.model.pretrained.mpnet import MPNET
 from heedful.model.pretrained.opt import OPT
 from heedful.model.pretrained.phi3 import PHI3
 from heedful.model.pretrained.roberta import ROBERTA, XLM_ROBERTA
 from heedful.model.pretrained.starcoder2 import STARCODER2
 from heedful.model.pretrained.t5 import T5
 
-ENCODERS = (BERT, ROBERTA, XLM_ROBERTA, LONGFORMER)
+ENCODERS = (BERT, ROBERTA, XLM_ROBERTA, DISTILBERT, MPNET, ELECTRA, LONGFORMER)
 DECODERS = (GPT2, LLAMA, MISTRAL, STARCODER2, GEMMA, PHI3, OPT)
 ENCODER_DECODERS = (T5, MARIAN)
 FAMILIES = {family.model_type: family for family in (*ENCODERS, *DECODERS, *ENCODER_DECODERS)}
@@ -90,8 +93,8 @@ def config_to_hf(config: ModelConfig, model_type: str = "") -> dict[str, Any]:
     raise ModelError(min(problems)[1])
 
 
-ONLY_FOR = {"max_length": "learned", "buckets": "relative", "max_distance": "relative"}
-"""Fields of `positions` that act with one kind of positions only, and this kind."""
+OF_RELATIVE = ("buckets", "max_distance")
+"""Fields of `positions` that act with relative positions only."""
 
 
 def _function(config: ModelConfig) -> ModelConfig:
@@ -102,9 +105,10 @@ def _function(config: ModelConfig) -> ModelConfig:
     head, positions, rotary = config.head, config.positions, config.positions.rotary
     if rotary.scaling != "llama3":
         rotary = _reset(rotary, "low_frequency_factor", "high_frequency_factor", "original_length")
-    unused = [name for name, kind in ONLY_FOR.items() if positions.kind != kind]
+    unused = [] if positions.kind == "relative" else list(OF_RELATIVE)
+    unused += [] if positions.has_table else ["max_length"]
     if head.kind == "language_model":
-        head = _reset(head, "outputs", "pooling", "pooler", "dropout")
+        head = _reset(head, "outputs", "pooling", "pooler", "pooler_activation", "dropout")
     else:
         head = _reset(head, "transform", "bias", "scale", "dropout")
         config = _reset(config, "tie_embeddings")

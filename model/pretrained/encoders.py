@@ -152,11 +152,12 @@ class Encoder:
                 keys.only(self.key("feed_forward.activation"), self.head_activation)
             return HeadConfig(transform=True, bias=True)
         is_body = kind == "body"
-        has_pooler = self.pooler is not None and f"{self.pooler}.weight" in names
+        has_pooler = not is_body or (self.pooler is not None and f"{self.pooler}.weight" in names)
         return HeadConfig(
             kind="classifier",
             outputs=None if is_body else keys.outputs(),
-            pooler=has_pooler if is_body else True,
+            pooler=has_pooler,
+            pooler_activation=self.pooler_activation if has_pooler and not is_body else "tanh",
             dropout=rate,
         )
 

@@ -61,11 +61,25 @@ ENCODER = {
     "type_vocab_size": 3,
     "num_labels": 7,
 }
+DISTILBERT = {
+    "vocab_size": V,
+    "dim": 20,
+    "n_layers": 1,
+    "n_heads": 5,
+    "hidden_dim": 31,
+    "max_position_embeddings": 17,
+    "num_labels": 7,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "BertForMaskedLM": ENCODER,
     "BertForSequenceClassification": ENCODER,
     "RobertaForMaskedLM": ENCODER | {"pad_token_id": 1},
     "RobertaForSequenceClassification": ENCODER | {"pad_token_id": 1},
+    "DistilBertForMaskedLM": DISTILBERT,
+    "DistilBertForSequenceClassification": DISTILBERT,
+    "MPNetForMaskedLM": {key: value for key, value in ENCODER.items() if "type" not in key},
+    "ElectraForMaskedLM": ENCODER | {"embedding_size": 8},
+    "ElectraForSequenceClassification": ENCODER | {"embedding_size": 8},
     "LongformerForSequenceClassification": ENCODER | {"attention_window": 4},
     "GPT2LMHeadModel": {
         "vocab_size": V,
@@ -150,7 +164,9 @@ CHANGED: dict[str, list[Any]] = {
     "summary_activation": ["tanh"],
     "torch_dtype": ["bfloat16"],
     # These sizes remain divisible.
+    "activation": ["relu", "tanh"],
     "d_model": [30],
+    "dim": [30],
     "head_dim": [8],
     "hidden_size": [30],
     "n_embd": [30],
@@ -159,7 +175,13 @@ CHANGED: dict[str, list[Any]] = {
     "num_key_value_heads": [3],
     "relative_attention_num_buckets": [4],
 }
-for heads in ("decoder_attention_heads", "encoder_attention_heads", "n_head", "num_heads"):
+for heads in (
+    "decoder_attention_heads",
+    "encoder_attention_heads",
+    "n_head",
+    "n_heads",
+    "num_heads",
+):
     CHANGED[heads] = CHANGED["num_attention_heads"]
 ROPE = MODELS["LlamaForCausalLM"]["rope_parameters"]
 CHANGED["rope_scaling"] = CHANGED["rope_parameters"] + [

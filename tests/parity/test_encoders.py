@@ -48,6 +48,18 @@ BERT_KEYS = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "Roberta": {"type_vocab_size": 1, "head_act": "gelu"},
     "XLMRoberta": {"type_vocab_size": 2, "layer_norm_eps": 1e-3, "head_act": "gelu"},
+    "DistilBert": {
+        "names": {
+            "width": "dim",
+            "layers": "n_layers",
+            "heads": "n_heads",
+            "inner": "hidden_dim",
+            "length": "max_position_embeddings",
+            "act": "activation",
+        },
+    },
+    "MPNet": {"head_act": "gelu"},
+    "Electra": {"embedding_size": 18, "type_vocab_size": 2, "head_act": "gelu"},
 }
 """Values of config.json beside the sizes. head_act: the only activation of the masked language
 model."""
@@ -55,7 +67,7 @@ HEADS = ("ForMaskedLM", "ForSequenceClassification", "Model")
 
 
 def has_types(family: str) -> bool:
-    return FAMILIES[family].get("type_vocab_size", 2) == 2
+    return FAMILIES[family].get("type_vocab_size") == 2
 
 
 def model(family: str, head: str, sizes: dict[str, Any]) -> Any:

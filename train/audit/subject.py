@@ -54,7 +54,7 @@ class Subject:
         if trained is not None and is_own:
             params, tokenizer = trained
             note = "the model of the run with its parameters"
-            if model.positions.kind == "learned":
+            if model.positions.has_table:
                 length = min(length, model.positions.max_length)
             widest = max(layer.attention.window or 0 for layer in model.period)
             if widest >= length - 1:

@@ -144,7 +144,7 @@ def init_from_pretrained(
 
 def _is_longer(model: ModelConfig, source: ModelConfig) -> bool:
     """Tell if the model has more learned positions than the source."""
-    is_learned = source.positions.kind == "learned"
+    is_learned = source.positions.has_table
     return is_learned and model.positions.max_length > source.positions.max_length
 
 

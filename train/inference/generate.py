@@ -57,7 +57,7 @@ class Generator:
         self.mesh, self.seed, self.prefix = mesh, seed, prefix
         self.longest, self.tell = longest, tell
         positions = model.positions
-        self._table = positions.max_length if positions.kind == "learned" else None
+        self._table = positions.max_length if positions.has_table else None
         with jax.set_mesh(mesh):
             self.params = jax.jit(partial(prepare, model))(params)
         self._begin = jax.jit(self._read_prompts)

@@ -101,7 +101,7 @@ class Reader:
         length = max(len(row[side]) for side in ("inputs", "encoder_inputs") if side in row)
         require_length(f"text {number}", length, run.train.decode)
         positions = run.model.positions
-        if positions.kind == "learned" and length > positions.max_length:
+        if positions.has_table and length > positions.max_length:
             raise TrainError(
                 f"text {number} has {length} tokens, more than model.positions.max_length = "
                 f"{positions.max_length}: shorten the text"
@@ -123,7 +123,7 @@ class Reader:
         sides = ("inputs", "encoder_inputs")
         lengths = {i: max(len(row[s]) for s in sides if s in row) for i, row in enumerate(rows)}
         positions = self.trained.run.model.positions
-        longest = positions.max_length if positions.kind == "learned" else None
+        longest = positions.max_length if positions.has_table else None
         size = self.trained.run.train.decode.batch_tokens
         for indices, count, length in shapes(lengths, size, self.trained.mesh, longest):
             yield indices, pad_and_stack([rows[i] for i in indices], count, length, length)

@@ -144,7 +144,7 @@ def longest_source(model: ModelConfig, decode: DecodeConfig) -> int | None:
 
     The output, up to decode.extra_length longer than the source, needs positions, too.
     """
-    if model.positions.kind != "learned":
+    if not model.positions.has_table:
         return None
     return model.positions.max_length - decode.extra_length
 

@@ -26,6 +26,7 @@ STACKS = {"encoder": "encoder", "decoder": "decoder", "head": "output"}
 PARTS = {
     "embedding": "embeddings",
     "types": "embeddings",
+    "projection": "embeddings",
     "positions": "positions",
     "relative_bias": "positions",
     "self_attention": "self-attention",

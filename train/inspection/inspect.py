@@ -110,9 +110,10 @@ def describe(model: ModelConfig) -> str:
     layers = f"{model.layers} layers"
     if model.architecture == "encoder_decoder":
         layers = f"{model.encoder_layers or model.layers} + {model.layers} layers"
+    narrow = "" if model.embedding_width is None else f", embeddings of {model.embedding_width}"
     keys = "" if model.key_dim == model.head_dim else f", keys of {model.key_dim},"
     return (
-        f"{model.architecture}, {layers}, width {model.width}, "
+        f"{model.architecture}, {layers}, width {model.width}{narrow}, "
         f"{model.attention.heads} heads of {model.head_dim}{keys} "
         f"({model.kv_heads} for keys and values), feed-forward {model.feed_forward.width}"
         f"{' gated' if model.feed_forward.gated else ''}, vocabulary {model.vocab_size:,}"
