@@ -58,7 +58,10 @@ from heedful.model.pretrained import tensors as tensors_module
             ("model.feed_forward.gated = False", "llama"),
         ),
         (replace(BERT, head=HeadConfig()), ("model.head.transform = False", "bert")),
-        (replace(BERT, type_vocab_size=0), ("model.type_vocab_size = 0", "bert has 1")),
+        (
+            replace(BERT, type_vocab_size=0, norm=replace(BERT.norm, epsilon=1e-5)),
+            ("model.norm.epsilon = 1e-05", "distilbert has 1e-12"),
+        ),
         (
             replace(BERT, head=replace(CLASSIFIER, pooling="mean")),
             ("model.head.pooling = mean", "bert"),
