@@ -72,6 +72,20 @@ def run(found: Pretrained, *args: Any, **kwargs: Any) -> tuple[np.ndarray, dict[
     return np.asarray(scores), {k: np.asarray(s["blocks"]["hidden"][0]) for k, s in stacks.items()}
 
 
+DOCUMENTS = [TOKENS[i, :n] for i, n in enumerate(LENGTHS)]
+
+
+def run_row(found: Pretrained, tokens: np.ndarray, **more: np.ndarray) -> np.ndarray:
+    """Run our model on documents of LENGTHS packed into one row, and return the logits."""
+    return run(
+        found,
+        tokens,
+        segment_ids=np.repeat([1, 2, 3], LENGTHS)[None],
+        positions=np.concatenate([np.arange(n) for n in LENGTHS])[None],
+        **more,
+    )[0]
+
+
 def run_with_cache(found: Pretrained, tokens: np.ndarray, *encoded: Any) -> np.ndarray:
     """Run our model with a cache, one token after the other, and return the logits.
 

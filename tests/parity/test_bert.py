@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from peer import (
+    LENGTHS,
     REAL,
     TOKENS,
     TYPES,
@@ -20,6 +21,7 @@ from peer import (
     ours,
     randomised,
     run,
+    run_row,
     tensors,
     torch,
     transformers,
@@ -81,16 +83,9 @@ def test_padded(models):
 
 def test_packed(tmp_path):
     theirs = bert("BertForMaskedLM")
-    lengths = [3, 5, 2]
-    documents = [(TOKENS[i, :n], TYPES[i, :n]) for i, n in enumerate(lengths)]
+    documents = [(TOKENS[i, :n], TYPES[i, :n]) for i, n in enumerate(LENGTHS)]
     tokens, types = (np.concatenate(parts)[None] for parts in zip(*documents, strict=True))
-    logits, _ = run(
-        ours(theirs, tmp_path),
-        tokens,
-        segment_ids=np.repeat([1, 2, 3], lengths)[None],
-        positions=np.concatenate([np.arange(n) for n in lengths])[None],
-        type_ids=types,
-    )
+    logits = run_row(ours(theirs, tmp_path), tokens, type_ids=types)
     with torch.no_grad():
         alone = [
             array(theirs(**tensors(input_ids=tokens[None], token_type_ids=types[None])).logits)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from decoders import CASES, LAYERS
 from peer import (
+    DOCUMENTS,
     REAL,
     TOKENS,
     array,
@@ -19,6 +20,7 @@ from peer import (
     ours,
     randomised,
     run,
+    run_row,
     tensors,
     torch,
     transformers,
@@ -66,14 +68,8 @@ def test_padded(models):
 
 def test_packed(models):
     theirs, found = models
-    documents = [TOKENS[0, :3], TOKENS[1], TOKENS[2, :2]]
-    logits, _ = run(
-        found,
-        np.concatenate(documents)[None],
-        segment_ids=np.repeat([1, 2, 3], [3, 5, 2])[None],
-        positions=np.concatenate([np.arange(n) for n in (3, 5, 2)])[None],
-    )
-    expected = [alone(theirs, document[None]) for document in documents]
+    logits = run_row(found, np.concatenate(DOCUMENTS)[None])
+    expected = [alone(theirs, document[None]) for document in DOCUMENTS]
     check("logits", logits, np.concatenate(expected, axis=1))
 
 

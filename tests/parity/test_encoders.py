@@ -22,6 +22,7 @@ from peer import (
     ours,
     randomised,
     run,
+    run_row,
     tensors,
     torch,
     transformers,
@@ -137,13 +138,8 @@ def test_packed(family: str, tmp_path):
     theirs = model(family, "ForMaskedLM", SIZES[0])
     documents = [(TOKENS[i, :n], TYPES[i, :n]) for i, n in enumerate(LENGTHS)]
     tokens, types = (np.concatenate(parts)[None] for parts in zip(*documents, strict=True))
-    logits, _ = run(
-        ours(theirs, tmp_path),
-        tokens,
-        segment_ids=np.repeat([1, 2, 3], LENGTHS)[None],
-        positions=np.concatenate([np.arange(n) for n in LENGTHS])[None],
-        **({"type_ids": types} if has_types(family) else {}),
-    )
+    more = {"type_ids": types} if has_types(family) else {}
+    logits = run_row(ours(theirs, tmp_path), tokens, **more)
     alone = [
         outputs(family, theirs, input_ids=tokens[None], token_type_ids=types[None])[0]
         for tokens, types in documents

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from peer import (
+    DOCUMENTS,
     REAL,
     TOKENS,
     B,
@@ -17,6 +18,7 @@ from peer import (
     ours,
     randomised,
     run,
+    run_row,
     run_with_cache,
     tensors,
     torch,
@@ -66,15 +68,9 @@ def test_padded(models):
 
 def test_packed(models):
     theirs, found = models
-    documents = [TOKENS[0, :3], TOKENS[1], TOKENS[2, :2]]
-    logits, _ = run(
-        found,
-        np.concatenate(documents)[None],
-        segment_ids=np.repeat([1, 2, 3], [3, 5, 2])[None],
-        positions=np.concatenate([np.arange(n) for n in (3, 5, 2)])[None],
-    )
+    logits = run_row(found, np.concatenate(DOCUMENTS)[None])
     with torch.no_grad():
-        alone = [array(theirs(torch.tensor(document[None])).logits) for document in documents]
+        alone = [array(theirs(torch.tensor(document[None])).logits) for document in DOCUMENTS]
     assert_close("logits", logits, np.concatenate(alone, axis=1))
 
 
