@@ -87,7 +87,7 @@ class Encoder:
     pooler_activation: Literal["tanh", "relu", "gelu"] = "tanh"
 
     def value(self, keys: Keys, name: str) -> Any:
-        key, default = (KEYS | dict(self.keys))[name]
+        key, default = self.entry(name)
         return keys.get(key, default) if key else default
 
     @property
@@ -116,7 +116,7 @@ class Encoder:
             keys.only("pad_token_id", self.padding)
         value = lambda name: self.value(keys, name)  # noqa: E731
         width, dropout = value("model.width"), value("model.dropout")
-        activation = keys.activation(*(KEYS | dict(self.keys))["feed_forward.activation"])
+        activation = keys.activation(*self.entry("feed_forward.activation"))
         return ModelConfig(
             architecture="encoder_only",
             vocab_size=value("model.vocab_size"),
@@ -161,8 +161,12 @@ class Encoder:
             dropout=rate,
         )
 
+    def entry(self, name: str) -> tuple[str, Any]:
+        """Return key and default of one of our fields."""
+        return self.keys.get(name, KEYS[name])
+
     def key(self, name: str) -> str:
-        return (KEYS | dict(self.keys))[name][0]
+        return self.entry(name)[0]
 
     def to_hf(self, config: ModelConfig) -> dict[str, Any]:
         """Translate a config to the config.json of a checkpoint."""
