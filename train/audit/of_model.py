@@ -14,7 +14,7 @@ from heedful.model.transformer import ARCHITECTURES
 from heedful.train.audit import audit as methods
 from heedful.train.audit.examples import TOKENS_PER_POSITION, tokenizer_of_words
 from heedful.train.audit.findings import Finding
-from heedful.train.audit.subject import Subject, require_fits
+from heedful.train.audit.subject import Subject, require_fits, untested_window
 from heedful.train.config import TrainConfig
 from heedful.train.errors import TrainError, require
 from heedful.train.start import require_fit
@@ -69,11 +69,10 @@ def audit(
         f"model.vocab_size = {config.vocab_size}: rows of length {length} need "
         f"{tokenizer.vocab_size} tokens; give a smaller length (at least {MIN_LENGTH})",
     )
-    widest = max(layer.attention.window or 0 for layer in config.period)
-    if widest > length - 2:
+    if window := untested_window(config, length):
         warnings.warn(
-            f"not audited: the window of {widest}, as the rows are too short; give a length of at "
-            f"least {widest + 2}",
+            f"not audited: the window of {window}, as the rows are too short; give a length of at "
+            f"least {window + 2}",
             stacklevel=2,
         )
     params = jax.device_get(params)

@@ -56,9 +56,8 @@ class Subject:
             note = "the model of the run with its parameters"
             if model.positions.has_table:
                 length = min(length, model.positions.max_length)
-            widest = max(layer.attention.window or 0 for layer in model.period)
-            if widest >= length - 1:
-                note += f"; give a --length above its window of {widest}"
+            if window := untested_window(model, length):
+                note += f"; give a --length above its window of {window}"
         else:
             tokenizer = examples.tokenizer_of_words(
                 examples.TOKENS_PER_POSITION * length, data.objective
@@ -96,6 +95,12 @@ class Subject:
         if stream == "encoder_inputs":
             return self.names["encoder" if output == "encoder" else "cross"]
         return self.names["self"]
+
+
+def untested_window(model: ModelConfig, length: int) -> int:
+    """Return the widest window if rows of `length` are too short to test it; 0: they test it."""
+    widest = max(layer.attention.window or 0 for layer in model.period)
+    return widest if widest >= length - 1 else 0
 
 
 def fits(model: ModelConfig, params: Any) -> bool:
