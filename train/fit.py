@@ -24,7 +24,7 @@ from heedful.train.messages import quiet
 from heedful.train.observers import Observer
 from heedful.train.run import Run
 from heedful.train.start import start_run
-from heedful.train.trackers import require_tracker, tracked
+from heedful.train.trackers import tracked
 from heedful.train.trained_run import TrainedRun
 
 
@@ -99,7 +99,6 @@ def fit(
     model, init_from = experiment.model, experiment.train.init_from
     if init_from is not None:
         model = merge_set_fields(model, open_source(init_from, console).model)
-    require_tracker(experiment.train.tracker)
     parts = directory, model, config, experiment.train
     run = primary_first(lambda: start_run(*parts, console, tokenizer))
     trained = train_run(

@@ -19,6 +19,7 @@ from heedful.train.hosts import is_first
 from heedful.train.optimizer import make_optimizer
 from heedful.train.run import Run, is_begun
 from heedful.train.tasks import task_of
+from heedful.train.trackers import require_tracker
 
 
 def start_run(
@@ -37,6 +38,7 @@ def start_run(
     and the tokenizer do not fit together.
     """
     require_fit(model, data, train)
+    require_tracker(train.tracker)
     is_old = is_begun(directory)
     if not is_old and (directory / "config.json").exists():
         console.print(f"{directory} was started before and has no checkpoint: the run starts again")

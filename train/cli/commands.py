@@ -116,10 +116,8 @@ def _train(chosen: TrainArguments, experiment_file: Path | None) -> None:
     from heedful.train.fit import train_run
     from heedful.train.hosts import primary_first
     from heedful.train.start import start_run
-    from heedful.train.trackers import require_tracker
 
     parts = chosen.run_dir, chosen.model, chosen.data, chosen.train
-    require_tracker(chosen.train.tracker)
     run = primary_first(lambda: start_run(*parts, console(), experiment_file=experiment_file))
     train_run(
         run,
